@@ -1,0 +1,3 @@
+"""minbert's kernels."""
+if __name__ != "minbert.kernels":
+    raise ImportError("import minbert.kernels, not kernels")

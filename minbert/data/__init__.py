@@ -1,0 +1,1 @@
+"""Reading, generating, encoding and sampling the tasks data."""

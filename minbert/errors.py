@@ -1,0 +1,13 @@
+"""The one error a user can cause. Commands print it as a single line and exit with code 2."""
+
+
+class UserError(Exception):
+    """Bad input. The message says what is wrong, where, what was expected and what to do, in one line."""
+
+
+def did_you_mean(word: str, known: "list[str] | tuple[str, ...]") -> str:
+    """`" (did you mean 'x'?)"` for the known name nearest to `word`, or `""` when none is near."""
+    import difflib
+
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -1,0 +1,72 @@
+"""A batch is one packed token stream: sequences end to end, no padding (DESIGN idea 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """S sequences of N tokens in all, laid end to end; sequence s is `token_ids[cu_seqlens[s]:cu_seqlens[s + 1]]`."""
+
+    token_ids: Tensor  # int64 [N]
+    token_type_ids: Tensor  # int64 [N]: 0 up to the first [SEP], 1 in the second sentence of a pair
+    position_ids: Tensor  # int64 [N]: position within its own sequence
+    cu_seqlens: Tensor  # int32 [S + 1]: cumulative sequence lengths, from 0 to N
+    max_seqlen: int  # the longest sequence's length in tokens
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens in each sequence, int32 [S]."""
+        return self.cu_seqlens.diff()
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same batch on `device`, copied without waiting for the copy to end."""
+        return Packed(
+            *(
+                value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for value in (getattr(self, field.name) for field in fields(self))
+            )
+        )
+
+
+def pack(token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None) -> Packed:
+    """Lay sequences of token ids end to end.
+
+    Args:
+        token_ids: S sequences of at least one token id each.
+        token_type_ids: 0 or 1 for every token, shaped like `token_ids`; all 0 when left out.
+
+    Raises:
+        ValueError: no sequence, an empty sequence, or `token_type_ids` of another shape.
+    """
+    lengths = np.fromiter(map(len, token_ids), np.int64, len(token_ids))
+    if len(lengths) == 0:
+        raise ValueError("token_ids holds no sequence; pack needs at least one")
+    if lengths.min() == 0:
+        raise ValueError(f"token_ids[{int(lengths.argmin())}] is empty; every sequence needs at least one token")
+    if token_type_ids is None:
+        types = np.zeros(lengths.sum(), np.int64)
+    elif [len(row) for row in token_type_ids] != lengths.tolist():
+        raise ValueError("token_type_ids must have one entry for every token of token_ids")
+    else:
+        types = np.concatenate([np.asarray(row, np.int64) for row in token_type_ids])
+    return pack_flat(np.concatenate([np.asarray(row, np.int64) for row in token_ids]), types, lengths)
+
+
+def pack_flat(token_ids: np.ndarray, token_type_ids: np.ndarray, lengths: np.ndarray) -> Packed:
+    """`pack` for sequences that already lie end to end: ids [N], types [N], lengths [S] (all positive)."""
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    return Packed(
+        torch.from_numpy(np.ascontiguousarray(token_ids, np.int64)),
+        torch.from_numpy(np.ascontiguousarray(token_type_ids, np.int64)),
+        torch.from_numpy(position_ids),
+        torch.from_numpy(cu_seqlens.astype(np.int32)),
+        int(lengths.max()),
+    )

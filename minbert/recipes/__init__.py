@@ -1,0 +1,1 @@
+"""Recipes: YAML files of training options, chosen with `--recipe NAME`."""

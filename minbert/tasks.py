@@ -1,0 +1,133 @@
+"""The one task table. A new task is one record in `TASKS` (README, "Add a task")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from minbert.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Glue:
+    """Where GLUE keeps a task: its folder, its columns and its configuration name on the hub."""
+
+    folder: str
+    columns: tuple[str, ...]
+    label: str
+    hub: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """What minbert knows of a task. Labels lie in [0, `top`]; whole numbers unless the loss is a regression."""
+
+    name: str
+    title: str
+    columns: tuple[str, ...]  # the text columns: one for single sentences, two for pairs
+    label: str  # the label column
+    top: int  # the largest label
+    loss: Literal["cross_entropy", "binary_cross_entropy", "mean_squared_error"]
+    metric: Literal["accuracy", "pearson"]
+    predictions: str  # name of its prediction files, and their label column in the course's format
+    predicted: str
+    files: Mapping[str, str] = field(default_factory=dict)  # CS224N file of each split
+    glue: Glue | None = None
+    head: str = "linear"
+    headline: bool = True  # whether the overall score counts it
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.columns) == 2
+
+    @property
+    def outputs(self) -> int:
+        """Numbers a head gives for one example: logits of the classes, one logit, or one score."""
+        return self.top + 1 if self.loss == "cross_entropy" else 1
+
+
+def _splits(stem: str) -> dict[str, str]:
+    return {"train": f"{stem}-train.csv", "dev": f"{stem}-dev.csv", "test": f"{stem}-test-student.csv"}
+
+
+_ALL = (
+    Task(
+        name="sst",
+        title="SST-5 sentiment",
+        columns=("sentence",),
+        label="sentiment",
+        top=4,
+        loss="cross_entropy",
+        metric="accuracy",
+        predictions="sst",
+        predicted="Predicted_Sentiment",
+        files=_splits("ids-sst"),
+    ),
+    Task(
+        name="qqp",
+        title="Quora paraphrase",
+        columns=("sentence1", "sentence2"),
+        label="is_duplicate",
+        top=1,
+        loss="binary_cross_entropy",
+        metric="accuracy",
+        predictions="para",
+        predicted="Predicted_Is_Paraphrase",
+        files=_splits("quora"),
+        glue=Glue("QQP", ("question1", "question2"), "is_duplicate", "qqp"),
+    ),
+    Task(
+        name="sts",
+        title="STS-B similarity",
+        columns=("sentence1", "sentence2"),
+        label="similarity",
+        top=5,
+        loss="mean_squared_error",
+        metric="pearson",
+        predictions="sts",
+        predicted="Predicted_Similiary",  # spelt so in the course's files
+        files=_splits("sts"),
+        glue=Glue("STS-B", ("sentence1", "sentence2"), "score", "stsb"),
+    ),
+    Task(
+        name="cfimdb",
+        title="CFIMDB sentiment",
+        columns=("sentence",),
+        label="sentiment",
+        top=1,
+        loss="binary_cross_entropy",
+        metric="accuracy",
+        predictions="cfimdb",
+        predicted="Predicted_Sentiment",
+        files=_splits("ids-cfimdb"),
+        headline=False,
+    ),
+    Task(
+        name="sst2",
+        title="SST-2 sentiment",
+        columns=("sentence",),
+        label="label",
+        top=1,
+        loss="binary_cross_entropy",
+        metric="accuracy",
+        predictions="sst2",
+        predicted="Predicted_Sentiment",
+        glue=Glue("SST-2", ("sentence",), "label", "sst2"),
+    ),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+
+
+def find_tasks(names: Sequence[str]) -> list[Task]:
+    """The records of the named tasks, in that order.
+
+    Raises:
+        UserError: an unknown name, the same name twice, or no name.
+    """
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"unknown task {name!r}{did_you_mean(name, list(TASKS))}; known: {', '.join(TASKS)}")
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"tasks must be one or more different names, got {list(names)}; known: {', '.join(TASKS)}")
+    return [TASKS[name] for name in names]

@@ -1,0 +1,149 @@
+"""What the commands share: options from dataclasses, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+import yaml
+
+from minbert.errors import UserError, did_you_mean
+
+Config = TypeVar("Config")
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Options from a dataclass, written with dashes; an error becomes a `UserError` of one line."""
+
+    def __init__(self, command: str, config: type, **kwargs: Any) -> None:
+        super().__init__(prog=f"python -m minbert.{command}", exit_on_error=False, **kwargs)
+        self.kinds = {f"--{f.name}": str(f.type) for f in dataclasses.fields(config)}
+        self.add_class_arguments(config, None)
+
+    def parse(self, arguments: Sequence[str]) -> jsonargparse.Namespace:
+        """Values of the options, nested records instantiated.
+
+        Raises:
+            UserError: an unknown option, or a value of the wrong type.
+        """
+        try:
+            return self.instantiate(self.parse_args(self.normalise(arguments)))
+        except argparse.ArgumentError as error:
+            raise UserError(self._one_line(str(error))) from None
+
+    def normalise(self, arguments: Sequence[str]) -> list[str]:
+        """`--batch-size 8` as `--batch_size=8`, `--resume` as `--resume=true`, `--tasks a b` as `--tasks=[a,b]`."""
+        normal: list[str] = []
+        pending = list(arguments)
+        while pending:
+            word = pending.pop(0)
+            if not word.startswith("--"):
+                normal.append(word)
+                continue
+            option, *values = word.split("=", 1)
+            option = "--" + option[2:].replace("-", "_")
+            kind = self.kinds.get(option, "")
+            while not values or "list[" in kind:  # a list takes all that follows
+                if not pending or pending[0].startswith("--") or (kind == "bool" and pending[0] not in ("true", "false")):
+                    break
+                values.append(pending.pop(0))
+            if kind == "bool" and not values:
+                values = ["true"]
+            value = ",".join(values)
+            if "list[" in kind:
+                value = f"[{value.strip('[]')}]"
+            normal.append(f"{option}={value}" if values else option)
+        return normal
+
+    def format_help(self) -> str:
+        return re.sub(r"--[a-z][\w.]+", lambda option: option[0].replace("_", "-"), super().format_help())
+
+    def _one_line(self, message: str) -> str:
+        unknown = re.search(r"unrecognized arguments: (\S+)|Option '(\S+?)' is not accepted", message, re.IGNORECASE)
+        if unknown:
+            word = unknown[1] or f"--{unknown[2]}"
+            if not word.startswith("-"):
+                return f"unexpected argument {word!r}; options start with --, and --help lists them"
+            name = word.split("=")[0].replace("_", "-")
+            known = [s.replace("_", "-") for action in self._actions for s in action.option_strings]
+            return f"unknown option {name}{did_you_mean(name, known)}; --help lists the options"
+        wrong = re.search(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
+        if wrong:
+            kind = self.kinds.get(f"--{wrong[1]}", "another type")
+            expected = re.sub(r"Literal\[(.*?)\]", r"one of \1", kind.replace(" | None", "")).replace("|", "or")
+            return f"--{wrong[1].replace('_', '-')}: expected {expected}, got {wrong[2].strip()!r}"
+        return " ".join(message.split())
+
+
+def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -> Config:
+    """The config of a command with `--recipe NAME` and `--config FILE`: command line over file over recipe.
+
+    Raises:
+        UserError: an unknown option or recipe, an unreadable file, or a value that `config` refuses.
+    """
+    parser = Parser(command, config, description=(config.__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file of options")
+    words = parser.normalise(arguments)
+    files = [word.split("=", 1)[1] for word in words if word.startswith("--config=")]
+    chosen = [word.split("=", 1)[1] for word in words if word.startswith("--recipe=")]
+    for file in files:
+        options = _options_in(Path(file), parser)
+        chosen = chosen or [options["recipe"]] * bool(options.get("recipe"))
+    if chosen:
+        parser.default_config_files = [str(recipe_path(chosen[-1]))]
+    values = parser.parse(sorted(words, key=lambda word: not word.startswith("--config=")))
+    return config(**{field.name: values[field.name] for field in dataclasses.fields(config)})  # type: ignore[arg-type]
+
+
+def recipe_path(name: str) -> Path:
+    """The YAML file of a recipe.
+
+    Raises:
+        UserError: there is no recipe of that name.
+    """
+    folder = Path(str(resources.files("minbert.recipes")))
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"unknown recipe {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+    return folder / f"{name}.yaml"
+
+
+def _options_in(path: Path, parser: Parser) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"--config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not isinstance(options, dict):
+        raise UserError(f"--config {path}: expected `option: value` lines, got a {type(options).__name__}")
+    known = [option[2:] for option in parser.kinds]
+    for option in options:
+        if option not in known:
+            raise UserError(f"--config {path}: unknown option {option}{did_you_mean(str(option), known)}")
+    return options
+
+
+def run(main: Callable[[Sequence[str]], int]) -> None:
+    """Run a command's `main` and exit: 0 done, 2 bad input (one line on stderr), 130 on Ctrl-C."""
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        sys.stderr.close()
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)

@@ -1,0 +1,43 @@
+"""From head outputs to predictions, from predictions to scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from minbert.tasks import TASKS, Task
+
+
+def predictions(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """What a task predicts, [n], from its head's outputs ([n, C] logits, [n] logits or [n] scores)."""
+    if task.loss == "cross_entropy":
+        return outputs.argmax(axis=-1)
+    if task.loss == "binary_cross_entropy":
+        return (outputs > 0).astype(np.int64)
+    return outputs.astype(np.float64)
+
+
+def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Share of predictions that equal their label."""
+    return float(np.mean(predicted == labels))
+
+
+def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson correlation; 0 when predictions or labels are all the same, where it is not defined."""
+    x, y = (values.astype(np.float64) - np.mean(values, dtype=np.float64) for values in (predicted, labels))
+    scale = np.sqrt(np.dot(x, x) * np.dot(y, y))
+    return float(np.dot(x, y) / scale) if scale > 0 else 0.0
+
+
+METRICS = {"accuracy": accuracy, "pearson": pearson}
+
+
+def overall(scores: Mapping[str, Mapping[str, float]]) -> float:
+    """The mean score of the headline tasks (of all tasks if none is), each brought to [0, 1].
+
+    For sst, qqp and sts: (sst + qqp + (sts + 1) / 2) / 3, as on the course's leaderboard.
+    """
+    counted = [name for name in scores if TASKS[name].headline] or list(scores)
+    unit = [scores[name].get("accuracy", (scores[name].get("pearson", 0.0) + 1) / 2) for name in counted]
+    return sum(unit) / len(unit)

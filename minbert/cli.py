@@ -25,7 +25,7 @@ class Parser(jsonargparse.ArgumentParser):
 
     def __init__(self, command: str, config: type, **kwargs: Any) -> None:
         super().__init__(prog=f"python -m minbert.{command}", exit_on_error=False, **kwargs)
-        self.kinds = {f"--{f.name}": str(f.type) for f in dataclasses.fields(config)}
+        self.kinds = {f"--{f.name}": str(f.type) for f in dataclasses.fields(config)}  # type of each option, as text
         self.add_class_arguments(config, None)
 
     def parse(self, arguments: Sequence[str]) -> jsonargparse.Namespace:
@@ -45,14 +45,15 @@ class Parser(jsonargparse.ArgumentParser):
         pending = list(arguments)
         while pending:
             word = pending.pop(0)
-            if not word.startswith("--"):
-                normal.append(word)
-                continue
             option, *values = word.split("=", 1)
             option = "--" + option[2:].replace("-", "_")
-            kind = self.kinds.get(option, "")
-            while not values or "list[" in kind:  # a list takes all that follows
-                if not pending or pending[0].startswith("--") or (kind == "bool" and pending[0] not in ("true", "false")):
+            kind = self.kinds.get(option)
+            if not word.startswith("--") or kind is None:
+                normal.append(word if not word.startswith("--") else "=".join([option, *values]))
+                continue
+            takes = 0 if values else len(pending) if "list[" in kind else 1
+            while len(values) < takes and pending and not pending[0].startswith("--"):
+                if kind == "bool" and pending[0] not in ("true", "false"):
                     break
                 values.append(pending.pop(0))
             if kind == "bool" and not values:
@@ -91,6 +92,7 @@ def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -
     """
     parser = Parser(command, config, description=(config.__doc__ or "").split("\n")[0])
     parser.add_argument("--config", action="config", help="YAML file of options")
+    parser.kinds["--config"] = "str"
     words = parser.normalise(arguments)
     files = [word.split("=", 1)[1] for word in words if word.startswith("--config=")]
     chosen = [word.split("=", 1)[1] for word in words if word.startswith("--recipe=")]
@@ -127,7 +129,7 @@ def _options_in(path: Path, parser: Parser) -> dict[str, Any]:
         raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not isinstance(options, dict):
         raise UserError(f"--config {path}: expected `option: value` lines, got a {type(options).__name__}")
-    known = [option[2:] for option in parser.kinds]
+    known = [option[2:] for option in parser.kinds if option != "--config"]
     for option in options:
         if option not in known:
             raise UserError(f"--config {path}: unknown option {option}{did_you_mean(str(option), known)}")

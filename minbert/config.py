@@ -148,4 +148,6 @@ class TrainConfig:
         except FileNotFoundError:
             raise UserError(f"{path} is missing: {path.parent} is not a run directory of minbert") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); restore it or start a new run") from None
+            raise UserError(
+                f"{path} is damaged ({str(error).splitlines()[0]}); restore it or start a new run"
+            ) from None

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from minbert.errors import UserError
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -80,6 +81,11 @@ def recover(path: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def readable(path: Path) -> Path:
+    """Where a reader finds the directory that `write_directory` may be replacing at this moment."""
+    return path if path.exists() or not _old(path).exists() else _old(path)
+
+
 def verify(directory: Path) -> None:
     """Check every file of `directory` against its manifest.
 
@@ -101,23 +107,37 @@ def verify(directory: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold `directory` for this process.
+    """Hold `directory`, made if need be, for this process; on leaving, it goes again if nothing was put there.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or it cannot be made.
     """
-    with open(directory / ".lock", "w") as lock:
+    lock = directory / LOCK
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")
+    except OSError as error:
+        raise UserError(f"--out {directory}: cannot be written ({error.strerror})") from None
+    with file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{directory} is in use by another training process; choose another --out") from None
-        yield
+        try:
+            yield
+        finally:
+            if [entry.name for entry in directory.iterdir()] == [LOCK]:
+                lock.unlink()
+                directory.rmdir()
 
 
 def _new(path: Path) -> Path:

@@ -1,0 +1,87 @@
+"""Checkpoints: an encoder that `transformers` loads, the heads, the tokenizer, the optimizer, the progress."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from minbert.errors import UserError
+from minbert.files import no_room_is_a_user_error, verify, write_directory, write_json
+from minbert.model import MultitaskModel, save_heads
+from minbert.optimizer import AdamW
+from minbert.tokenizer import Tokenizer
+
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass
+class Progress:
+    """Where a run stands. With the seed it is the whole state of the random numbers: they are functions of the step."""
+
+    step: int = 0  # optimizer steps taken, skipped ones included
+    examples: int = 0
+    seconds: float = 0.0  # spent in training steps
+    skipped: int = 0  # steps skipped for a non-finite loss or gradient, and how many of them were the last ones
+    skipped_in_a_row: int = 0
+    loss_sums: dict[str, float] = field(default_factory=dict)  # over this epoch's steps
+    loss_counts: dict[str, int] = field(default_factory=dict)
+    best_epoch: int = 0
+    best_overall: float = -1.0
+    dev: list[Scores] = field(default_factory=list)  # one entry per finished epoch
+    data: dict[str, int] = field(default_factory=dict)  # checksum of each task's training tokens
+
+    def mean_losses(self) -> dict[str, float]:
+        return {name: total / self.loss_counts[name] for name, total in self.loss_sums.items()}
+
+
+def save(path: Path, model: MultitaskModel, tokenizer: Tokenizer, optimizer: AdamW, progress: Progress) -> None:
+    """Replace the checkpoint at `path`, or leave it as it was.
+
+    Raises:
+        UserError: the disk is full.
+    """
+
+    def fill(directory: Path) -> None:
+        model.encoder.save_pretrained(directory)
+        tokenizer.save(directory)
+        save_heads(model, directory / "heads.safetensors")
+        state = {
+            f"{name}.{key}": value
+            for name, param in model.named_parameters()
+            for key, value in optimizer.state.get(param, {}).items()
+        }
+        save_file(state, directory / "optimizer.safetensors")
+        write_json(directory / "progress.json", asdict(progress))
+
+    with no_room_is_a_user_error(path, "free some space and run the same command with --resume"):
+        write_directory(path, fill)
+
+
+def load_progress(path: Path) -> Progress:
+    """Where the run stood at a checkpoint, every file of which is checked first.
+
+    Raises:
+        UserError: a file is missing, truncated or altered.
+    """
+    verify(path)
+    return Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+
+
+def load_optimizer(path: Path, model: MultitaskModel, optimizer: AdamW) -> None:
+    """Give `optimizer` the moments and step counts that `save` wrote.
+
+    Raises:
+        UserError: they belong to another model.
+    """
+    saved = load_file(path / "optimizer.safetensors")
+    params = dict(model.named_parameters())
+    for key, value in saved.items():
+        name, _, entry = key.rpartition(".")
+        if name not in params or (value.ndim and value.shape != params[name].shape):
+            raise UserError(f"{path / 'optimizer.safetensors'}: {key} does not fit the model; resume with its config")
+        device = params[name].device if value.ndim else torch.device("cpu")
+        optimizer.state[params[name]][entry] = value.to(device)

@@ -1,0 +1,81 @@
+"""What a run shows: what it runs on, a progress bar (plain lines when not a terminal), a table per epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from minbert.tasks import TASKS, Task
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class TrainingProgress:
+    """Shows how far training is: a bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        self.console = console
+        self.total = total
+        self.started, self.done_before = time.monotonic(), done
+        self.next_line = self.started + SECONDS_BETWEEN_LINES
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.0f} examples/s, loss {task.fields[loss]:.3f}, left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.task = self.bar.add_task("training", total=total, completed=done, rate=0.0, loss=float("nan"))
+
+    def __enter__(self) -> TrainingProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def update(self, step: int, epoch: str, examples_per_second: float, loss: float) -> None:
+        self.bar.update(self.task, completed=step, description=epoch, rate=examples_per_second, loss=loss)
+        now = time.monotonic()
+        if self.bar.disable and now >= self.next_line:
+            self.next_line = now + SECONDS_BETWEEN_LINES
+            left = (now - self.started) / max(step - self.done_before, 1) * (self.total - step)
+            self.console.print(
+                f"{epoch}, step {step}/{self.total}, {examples_per_second:.0f} examples/s, "
+                f"loss {loss:.3f}, {left:.0f} s left"
+            )
+
+
+def data_table(rows: Sequence[tuple[Task, Mapping[str, int], int, int]]) -> Table:
+    """Examples of each split, skipped rows and truncated examples, a row per task."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("task", "train", "dev", "rows skipped", "truncated"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task, sizes, skipped, truncated in rows:
+        table.add_row(task.title, str(sizes["train"]), str(sizes["dev"]), str(skipped), str(truncated))
+    return table
+
+
+def score_table(title: str, rows: Sequence[tuple[str, Mapping[str, Mapping[str, float]], float]]) -> Table:
+    """Scores by task and overall, a row per epoch or split: (label, scores of each task, overall score)."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(title)
+    for name in rows[0][1] if rows else ():
+        table.add_column(f"{name} {TASKS[name].metric}", justify="right")
+    table.add_column("overall", justify="right")
+    for label, scores, overall in rows:
+        table.add_row(
+            label, *(f"{value:.3f}" for score in scores.values() for value in score.values()), f"{overall:.3f}"
+        )
+    return table

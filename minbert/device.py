@@ -1,0 +1,52 @@
+"""What a run computes on."""
+
+from __future__ import annotations
+
+import platform
+import resource
+
+import torch
+
+from minbert import kernels
+from minbert.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """fp32 or bf16; auto is bf16 on hardware that multiplies bf16 matrices."""
+    if name != "auto":
+        return name
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else kernels.native.has_fast_bf16()
+    return "bf16" if fast else "fp32"
+
+
+def describe(device: torch.device, precision: str) -> str:
+    """One line: the device, the precision, and which kernels run compiled."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    return f"{where}{threads}, {precision}, torch {torch.__version__}"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

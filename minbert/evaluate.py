@@ -1,0 +1,145 @@
+"""Evaluate a run: `python -m minbert.evaluate RUN --data DIR --split dev`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from minbert import cli, kernels
+from minbert.checkpoint import Scores
+from minbert.config import TrainConfig
+from minbert.console import score_table
+from minbert.data import Encoded, encode, open_source, token_budget_batches
+from minbert.device import describe, resolve_device, resolve_precision
+from minbert.errors import UserError
+from minbert.files import readable, verify
+from minbert.metrics import METRICS, overall, predictions
+from minbert.model import Encoder, MultitaskModel, load_heads
+from minbert.runs import Run
+from minbert.tasks import Task, find_tasks
+from minbert.tokenizer import Tokenizer
+
+TOKENS_PER_BATCH = 8192
+
+
+@torch.inference_mode()
+def head_outputs(model: MultitaskModel, task: Task, encoded: Encoded, device: torch.device) -> np.ndarray:
+    """A task's head outputs for every example in order, float32 [n, C] or [n], in evaluation mode."""
+    training = model.training
+    model.eval()
+    outputs: list[np.ndarray] = []
+    order: list[np.ndarray] = []
+    for indices in token_budget_batches(encoded.lengths, TOKENS_PER_BATCH):
+        output = model(encoded.pack(indices).to(device), {task.name: len(indices)})[task.name]
+        outputs.append(output.float().cpu().numpy())
+        order.append(indices)
+    model.train(training)
+    return np.concatenate(outputs)[np.argsort(np.concatenate(order))]
+
+
+def score(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The task's metric under its name."""
+    return {task.metric: METRICS[task.metric](predicted, labels)}
+
+
+def evaluate(
+    model: MultitaskModel, tasks: Sequence[Task], encoded: Mapping[str, Encoded], device: torch.device
+) -> tuple[Scores, dict[str, np.ndarray]]:
+    """Scores and predictions of every task; a task without labels has predictions only."""
+    scores: Scores = {}
+    predicted = {}
+    for task in tasks:
+        examples = encoded[task.name]
+        predicted[task.name] = predictions(task, head_outputs(model, task, examples, device))
+        if examples.labels is not None:
+            scores[task.name] = score(task, predicted[task.name], examples.labels)
+    return scores, predicted
+
+
+def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[MultitaskModel, Tokenizer]:
+    """The model and tokenizer of a checkpoint, after a check of every file.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, or not of this run.
+    """
+    path = readable(path)
+    verify(path)
+    encoder = Encoder.from_pretrained(path)
+    encoder.compute_dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
+    model = MultitaskModel(
+        encoder, find_tasks(config.tasks or []), pooling=config.pooling, head_dropout=config.head_dropout
+    )
+    load_heads(model, path / "heads.safetensors")
+    return model.to(device).eval(), Tokenizer.from_pretrained(path)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a run on a split and write its predictions.
+
+    Args:
+        data: where the split is; the run's own training data when left out.
+        split: dev, or test (test files may lack labels: then predictions are written and nothing is scored).
+        tasks: tasks to evaluate; those of the run when left out.
+        checkpoint: best or last.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    data: str | None = None
+    split: Literal["dev", "test", "train"] = "dev"
+    tasks: list[str] | None = None
+    checkpoint: Literal["best", "last"] = "best"
+    device: str = "auto"
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = cli.Parser("evaluate", EvaluateConfig, description="Score a run on a split and write its predictions.")
+    parser.add_argument("run", type=str, help="run directory")
+    options = parser.parse(arguments)
+    run = Run(options.run)
+    config = run.config()
+    console = Console()
+    device = resolve_device(options.device)
+    kernels.set_backend(config.backend)
+    model, tokenizer = load_model(run.path / options.checkpoint, config, device)
+    tasks = run_tasks(config, options.tasks)
+    source = open_source(options.data if options.data is not None else config.data)
+    present = [task for task in tasks if options.split in source.splits(task)]
+    if not present:
+        names = ", ".join(task.name for task in tasks)
+        raise UserError(f"{source.name} has no {options.split} split of {names}; --split and --data choose another")
+    console.print(f"{run.path}/{options.checkpoint} on {describe(device, config.precision)}")
+    limit = config.max_length or model.encoder.config.max_position_embeddings
+    encoded = {task.name: encode(source.load(task, options.split), tokenizer, limit) for task in present}
+    scores, predicted = evaluate(model, present, encoded, device)
+    if scores:
+        console.print(score_table(options.split, [(options.checkpoint, scores, overall(scores))]))
+    for task in present:
+        path = run.write_predictions(task, options.split, encoded[task.name].ids, predicted[task.name])
+        note = "" if task.name in scores else f" (no labels in this split, so no {task.metric})"
+        console.print(f"{task.title}: {len(encoded[task.name])} predictions in {path}{note}")
+    return 0
+
+
+def run_tasks(config: TrainConfig, names: Sequence[str] | None) -> list[Task]:
+    """The named tasks, all of the run's when None.
+
+    Raises:
+        UserError: a task that the run was not trained on.
+    """
+    trained = config.tasks or []
+    tasks = find_tasks(names if names is not None else trained)
+    for task in tasks:
+        if task.name not in trained:
+            raise UserError(f"the run was not trained on {task.name}; it knows {', '.join(trained)}")
+    return tasks
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,108 @@
+"""The run directory: what is in it, who may write to it, and how a run is opened again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minbert.config import TrainConfig
+from minbert.errors import UserError
+from minbert.files import LOCK, locked, no_room_is_a_user_error, recover, write_atomically, write_json
+from minbert.tasks import Task
+
+
+class Run:
+    """A run directory: config.yaml, metrics.jsonl, summary.json, best/, last/, predictions/ and plots/."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.best = self.path / "best"
+        self.last = self.path / "last"
+        self.metrics = self.path / "metrics.jsonl"
+
+    @contextmanager
+    def opened(self, resume: bool) -> Iterator[None]:
+        """Hold the directory for writing: an empty one for a new run, one that holds a run to resume it.
+
+        Raises:
+            UserError: it holds something already, or no run to resume, or another process writes to it.
+        """
+        if resume:
+            self.config()
+        elif self.path.is_dir() and any(entry.name != LOCK for entry in self.path.iterdir()):
+            what = "holds a run" if (self.path / "config.yaml").exists() else "is not empty"
+            raise UserError(f"{self.path} {what}: give --resume to continue it, or another --out")
+        with locked(self.path):
+            recover(self.last)
+            recover(self.best)
+            yield
+
+    def begin(self, config: TrainConfig) -> None:
+        """Record the options of a new run.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with no_room_is_a_user_error(self.path, "choose another --out"):
+            write_atomically(self.path / "config.yaml", config.replace(resume=False).to_yaml())
+
+    def check_same(self, config: TrainConfig) -> None:
+        """Raise a UserError that names the options in which `config` differs from those the run was started with."""
+        saved = self.config()
+        differing = [
+            f"--{field.name.replace('_', '-')} (was {getattr(saved, field.name)}, is {getattr(config, field.name)})"
+            for field in dataclasses.fields(config)
+            if field.name not in ("out", "resume") and getattr(saved, field.name) != getattr(config, field.name)
+        ]
+        if differing:
+            raise UserError(f"{self.path} was started with other options: {', '.join(differing)}; resume with its own")
+
+    def config(self) -> TrainConfig:
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: no such run directory")
+        return TrainConfig.from_yaml(self.path / "config.yaml")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with no_room_is_a_user_error(self.metrics, "free some space and run the same command with --resume"):
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl that a resumed run will write again, and a half-written last one."""
+        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
+        write_atomically(self.metrics, "".join(kept))
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, without a last line that a crash cut short."""
+        records = []
+        if self.metrics.exists():
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    break
+        return records
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_json(self.path / "summary.json", summary)
+
+    def write_predictions(self, task: Task, split: str, ids: Sequence[str], predicted: np.ndarray) -> Path:
+        """Write predictions/<task>-<split>-output.csv in the course's format."""
+        path = self.path / "predictions" / f"{task.predictions}-{split}-output.csv"
+        path.parent.mkdir(exist_ok=True)
+        with no_room_is_a_user_error(path, "free some space and run minbert.evaluate"):
+            write_atomically(path, "".join(format_predictions(task, ids, predicted)))
+        return path
+
+
+def format_predictions(task: Task, ids: Sequence[str], predicted: np.ndarray) -> list[str]:
+    """Lines of a prediction file in the course's format: a header, then `id , prediction`."""
+    lines = [f"{identifier} , {value} \n" for identifier, value in zip(ids, predicted.tolist(), strict=True)]
+    return [f"id \t {task.predicted} \n", *lines]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 
 from rich import box
 from rich.console import Console
@@ -40,9 +39,7 @@ class TrainingProgress:
         self.bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.bar.stop()
 
     def update(self, step: int, epoch: str, examples_per_second: float, loss: float) -> None:
@@ -75,7 +72,6 @@ def score_table(title: str, rows: Sequence[tuple[str, Mapping[str, Mapping[str, 
         table.add_column(f"{name} {TASKS[name].metric}", justify="right")
     table.add_column("overall", justify="right")
     for label, scores, overall in rows:
-        table.add_row(
-            label, *(f"{value:.3f}" for score in scores.values() for value in score.values()), f"{overall:.3f}"
-        )
+        values = [value for score in scores.values() for value in score.values()]
+        table.add_row(label, *(f"{value:.3f}" for value in (*values, overall)))
     return table

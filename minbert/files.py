@@ -124,10 +124,10 @@ def locked(directory: Path) -> Iterator[None]:
     lock = directory / LOCK
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
+        lock.touch()
     except OSError as error:
         raise UserError(f"--out {directory}: cannot be written ({error.strerror})") from None
-    with file:
+    with open(lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

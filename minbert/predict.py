@@ -25,7 +25,8 @@ class PredictConfig:
 
     Args:
         task: a task the run was trained on: sst, qqp, sts or cfimdb.
-        input: CS224N file (tab-separated with a header), a text file with a sentence or tab-separated pair per line, or - for such lines on standard input.
+        input: CS224N file (tab-separated with a header), or text with a sentence or a tab-separated pair on each line;
+            - reads such lines from standard input.
         output: file to write; standard output when left out.
         checkpoint: best or last.
         device: auto, cpu, cuda or cuda:N.

@@ -70,9 +70,9 @@ class Run:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with no_room_is_a_user_error(self.metrics, "free some space and run the same command with --resume"):
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        remedy = "free some space and run the same command with --resume"
+        with no_room_is_a_user_error(self.metrics, remedy), open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that a resumed run will write again, and a half-written last one."""

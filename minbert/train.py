@@ -118,21 +118,18 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
                 progress.step += 1
                 progress.examples += examples
                 progress.seconds += time.perf_counter() - started
-                epoch = step // epoch_steps + 1
+                epoch, rate = step // epoch_steps + 1, progress.examples / progress.seconds
                 if progress.step % config.log_steps == 0:
-                    run.log({"step": progress.step, "epoch": epoch, "loss": values, "lr": factor * peak_rates[0],
-                             "grad_norm": norm, "examples_per_second": progress.examples / progress.seconds})  # fmt: skip
-                display.update(progress.step, f"epoch {epoch}/{epochs}", progress.examples / progress.seconds,
-                               sum(progress.mean_losses().values()))  # fmt: skip
+                    record = {"loss": values, "lr": factor * peak_rates[0], "grad_norm": norm}
+                    run.log({"step": progress.step, "epoch": epoch, **record, "examples_per_second": rate})
+                display.update(progress.step, f"epoch {epoch}/{epochs}", rate, sum(progress.mean_losses().values()))
 
                 if progress.step % epoch_steps == 0 or progress.step == total_steps:
                     finish_epoch(bench, run, progress, epoch, console)
                 elif progress.step % config.checkpoint_steps == 0 or stop.number:
                     checkpoint.save(run.last, bench.model, bench.tokenizer, bench.optimizer, progress)
                 if stop.number and progress.step < total_steps:
-                    console.print(
-                        f"stopped after step {progress.step}; the same command with --resume goes on from there"
-                    )
+                    console.print(f"stopped after step {progress.step}; the same command with --resume goes on")
                     raise Stopped(stop.number)
         return finish_run(bench, run, progress, console)
 

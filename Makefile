@@ -1,0 +1,34 @@
+# The developers' menu. Run it inside the environment that `pip install -e '.[test,bench,dev]'` made.
+.PHONY: help test bench lint format sanitize wheel clean
+
+help:       ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+test:       ## all tests
+	python -m pytest
+
+bench:      ## all benchmarks, with ratios to their peers
+	python -m pytest bench/ --benchmark-only
+
+lint:       ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	rm -rf build/types && mkdir -p build/types/minbert
+	ln -s $(CURDIR)/minbert/* build/types/minbert/ && ln -s $(CURDIR)/kernels build/types/minbert/kernels
+	cd build/types && mypy --config-file $(CURDIR)/pyproject.toml -p minbert
+
+format:     ## let ruff rewrite what it can
+	ruff check --fix .
+	ruff format .
+
+sanitize:   ## the C++ checks under AddressSanitizer + UndefinedBehaviorSanitizer, then ThreadSanitizer
+	cmake -S . -B build/asan -G Ninja -DMINBERT_TESTS=ON -DMINBERT_SANITIZE=address,undefined
+	cmake --build build/asan && ctest --test-dir build/asan --output-on-failure
+	cmake -S . -B build/tsan -G Ninja -DMINBERT_TESTS=ON -DMINBERT_SANITIZE=thread
+	cmake --build build/tsan && ctest --test-dir build/tsan --output-on-failure
+
+wheel:      ## a wheel for this platform in dist/
+	python -m pip wheel --no-deps -w dist .
+
+clean:      ## everything that was built
+	rm -rf build dist *.egg-info kernels/*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks

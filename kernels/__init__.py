@@ -1,3 +1,39 @@
-"""minbert's kernels."""
+"""The compiled ops of minbert, usable on their own: `from minbert.kernels import gram, combine, attention`.
+
+Every op is stated in plain PyTorch in `minbert.kernels.reference`, and runs natively where native code exists for the
+tensors' device (`backends` tells). Each public function validates its arguments, chooses the backend and calls it.
+"""
+
 if __name__ != "minbert.kernels":
-    raise ImportError("import minbert.kernels, not kernels")
+    raise ImportError(
+        f"this folder is the package minbert.kernels, not {__name__}: import minbert.kernels (and leave the "
+        "repository's root out of PYTHONPATH if you meant another package of that name)"
+    )
+
+from . import native, reference
+from .adamw import adamw_
+from .attention import attention
+from .dispatch import backends, set_backend, use_backend
+from .embedding import embedding
+from .gelu import bias_gelu
+from .layer_norm import dropout_add_layer_norm
+from .random import attention_dropout_mask, dropout, dropout_mask
+from .surgery import combine, gram
+
+__all__ = [
+    "adamw_",
+    "attention",
+    "attention_dropout_mask",
+    "backends",
+    "bias_gelu",
+    "combine",
+    "dropout",
+    "dropout_add_layer_norm",
+    "dropout_mask",
+    "embedding",
+    "gram",
+    "native",
+    "reference",
+    "set_backend",
+    "use_backend",
+]

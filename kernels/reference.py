@@ -7,6 +7,7 @@ Shapes: N tokens, D hidden size, H heads, d = D / H, S sequences, T tasks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tenso
     blocks = []
     bounds = cu_seqlens.tolist()
     group = torch.arange(-(-heads // 4), device=seed.device)[:, None, None]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         query = torch.arange(start, end, device=seed.device)[None, :, None]
         key = torch.arange(end - start, device=seed.device)[None, None, :]
         words = philox((key, query, group, torch.full_like(group, site)), seed)

@@ -1,0 +1,153 @@
+// The Python binding, minbert.kernels._native. Tensors arrive as addresses; their dtypes, sizes and layouts have been
+// checked in Python (kernels/checks.py). The interpreter's lock is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "launch.h"
+#include "philox.h"
+
+namespace py = pybind11;
+
+namespace minbert {
+namespace {
+
+using Address = uintptr_t;
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+constexpr std::pair<const char*, Isa> kIsaNames[] = {
+    {"portable", Isa::portable}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}};
+
+Isa current_isa = best_isa();
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const auto& [name, isa] : kIsaNames)
+    if (supports(isa)) names.emplace_back(name);
+  return names;
+}
+
+void set_isa(const std::string& wanted) {
+  if (wanted == "auto") {
+    current_isa = best_isa();
+    return;
+  }
+  for (const auto& [name, isa] : kIsaNames)
+    if (wanted == name && supports(isa)) {
+      current_isa = isa;
+      return;
+    }
+  std::string known = "auto";
+  for (const auto& name : isas()) known += ", " + name;
+  throw py::value_error("set_isa: expected one of " + known + " (what this processor runs), got " + wanted);
+}
+
+std::string get_isa() { return kIsaNames[static_cast<int>(current_isa)].first; }
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The arrays behind a TaskGradients view.
+class Gradients {
+ public:
+  Gradients(const std::vector<Address>& rows, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes)
+      : sizes_(sizes), first_chunk_(1, 0) {
+    for (const Address address : rows) data_.push_back(pointer<const void>(address));
+    for (const int dtype : dtypes) dtypes_.push_back(static_cast<DType>(dtype));
+    for (const int64_t size : sizes) first_chunk_.push_back(first_chunk_.back() + (size + kChunk - 1) / kChunk);
+  }
+
+  TaskGradients view(int64_t tasks) const {
+    return {tasks,         static_cast<int64_t>(sizes_.size()), data_.data(), dtypes_.data(),
+            sizes_.data(), first_chunk_.data()};
+  }
+
+ private:
+  std::vector<const void*> data_;
+  std::vector<DType> dtypes_;
+  std::vector<int64_t> sizes_, first_chunk_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "minbert's native kernels; called by the modules of minbert.kernels, which check the arguments";
+  module.attr("INTERFACE") = kInterface;
+  module.attr("CHUNK") = kChunk;
+#ifdef MINBERT_WITH_CUDA
+  module.attr("CUDA") = true;
+#else
+  module.attr("CUDA") = false;
+#endif
+
+  module.def("isas", &isas, "The instruction sets that this processor runs, narrowest first.");
+  module.def("set_isa", &set_isa, py::arg("name"), "Use the kernels of one instruction set, or the widest (\"auto\").");
+  module.def("get_isa", &get_isa, "The instruction set whose kernels run.");
+  module.def("cpu_features", [] {
+    const CpuFeatures found = cpu_features();
+    py::dict features;
+    features["avx2"] = found.avx2;
+    features["avx512"] = found.avx512;
+    features["avx512_bf16"] = found.avx512_bf16;
+    features["amx_bf16"] = found.amx_bf16;
+    return features;
+  });
+
+  module.def("philox", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, int64_t seed) {
+    const Words4 words = philox({{c0, c1, c2, c3}}, seed);
+    return std::vector<uint32_t>(words.word, words.word + 4);
+  });
+
+  module.def(
+      "gram",
+      [](const std::vector<Address>& rows, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
+         int64_t tasks, Address partials, Address out, int threads) {
+        const Gradients gradients(rows, sizes, dtypes);
+        kernels(current_isa).gram(gradients.view(tasks), pointer<double>(partials), pointer<double>(out), threads);
+      },
+      Unlocked());
+
+  module.def(
+      "combine",
+      [](const std::vector<Address>& rows, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
+         int64_t tasks, Address weights, const std::vector<Address>& out, int threads) {
+        const Gradients gradients(rows, sizes, dtypes);
+        std::vector<void*> outputs;
+        for (const Address address : out) outputs.push_back(pointer<void>(address));
+        kernels(current_isa).combine(gradients.view(tasks), pointer<const double>(weights), outputs.data(), threads);
+      },
+      Unlocked());
+
+  module.def(
+      "dropout_mask",
+      [](Address keep, int64_t rows, int64_t columns, int64_t seed, uint32_t threshold, uint32_t site, int threads) {
+        kernels(current_isa).dropout_mask(pointer<uint8_t>(keep), rows, columns, {seed, threshold, site}, threads);
+      },
+      Unlocked());
+
+  module.def(
+      "attention_dropout_mask",
+      [](Address keep, Address cu_seqlens, int64_t sequences, int64_t heads, int64_t seed, uint32_t threshold,
+         uint32_t site, int threads) {
+        kernels(current_isa)
+            .attention_dropout_mask(pointer<uint8_t>(keep), pointer<const int32_t>(cu_seqlens), sequences, heads,
+                                    {seed, threshold, site}, threads);
+      },
+      Unlocked());
+
+#ifdef MINBERT_WITH_CUDA
+  module.def("cuda_dropout_mask", [](Address keep, int64_t rows, int64_t columns, Address seed, uint32_t threshold,
+                                     uint32_t site, Address stream) {
+    const char* error = cuda_dropout_mask(pointer<uint8_t>(keep), rows, columns, pointer<const int64_t>(seed), threshold,
+                                          site, pointer<void>(stream));
+    if (error) throw std::runtime_error(std::string("dropout_mask: CUDA reports: ") + error);
+  });
+#endif
+}
+
+}  // namespace minbert

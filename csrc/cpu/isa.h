@@ -1,0 +1,38 @@
+// What every file of this directory starts from. The files are compiled once per instruction set, each time into the
+// namespace MINBERT_ISA and with its flags. They call no inline function of the standard library: the linker would keep
+// one copy of it for all, perhaps the one that a lesser processor cannot run.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "launch.h"
+#include "parallel.h"
+
+namespace minbert::MINBERT_ISA {
+
+Gram gram;
+Combine combine;
+DropoutMask dropout_mask;
+AttentionDropoutMask attention_dropout_mask;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class Body>
+void parallel(int threads, int64_t count, const Body& body) {
+  parallel_for(
+      threads, count, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, &body);
+}
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace
+}  // namespace minbert::MINBERT_ISA

@@ -1,0 +1,209 @@
+// Gradient surgery's two passes over memory: the Gram matrix of the task gradients, and their weighted sum.
+#include "cpu/vector.h"
+
+namespace minbert::MINBERT_ISA {
+namespace {
+
+struct Chunk {
+  int64_t tensor, begin, length;
+};
+
+Chunk find_chunk(const TaskGradients& g, int64_t chunk) {
+  int64_t low = 0, high = g.tensors;  // first_chunk[low] <= chunk < first_chunk[high]
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (g.first_chunk[middle] <= chunk ? low : high) = middle;
+  }
+  const int64_t begin = (chunk - g.first_chunk[low]) * kChunk;
+  return {low, begin, smaller(kChunk, g.sizes[low] - begin)};
+}
+
+template <class Element>
+const Element* row(const TaskGradients& g, int64_t task, const Chunk& chunk) {
+  const void* data = g.data[task * g.tensors + chunk.tensor];
+  return data ? static_cast<const Element*>(data) + chunk.begin : nullptr;
+}
+
+// Calls f with a value of the C++ type behind `dtype`.
+template <class F>
+void with_element(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32: return f(float{});
+    case DType::bfloat16: return f(BFloat16{});
+    case DType::float64: return f(double{});
+  }
+}
+
+// Gram -------------------------------------------------------------------------------------------------------------
+
+// Products of float32 are exact in float64, and the conversion hides behind memory: no error builds up in a chunk.
+// A tile is the products of up to kTile rows with up to kTile others; its sums stay in registers.
+constexpr int kTile = 3;
+constexpr int64_t kBlock = 1024;  // elements of every row that are read once and reused from the cache
+
+inline double sum(Doubles v) {
+  double total = 0;
+  for (int lane = 0; lane < kDoubles; ++lane) total += v[lane];
+  return total;
+}
+
+template <class Element>
+Doubles load_last(const Element* from, int64_t count) {  // fewer elements than a register holds: zeros follow
+  Element padded[kDoubles] = {};
+  std::memcpy(padded, from, count * sizeof(Element));
+  return load<Doubles>(padded);
+}
+
+// gram[i, j] += <left_i, right_j> for the tile's rows; only j >= i when both sides are the same rows.
+template <int lefts, int rights, bool same, class Element>
+void add_tile(const Element* const* left, const Element* const* right, int64_t length, double* gram, int64_t stride) {
+  constexpr int kDepth = lefts == 1 ? 4 : lefts == 2 ? 2 : 1;  // enough sums to hide the latency of an addition
+  Doubles total[kDepth][lefts][rights] = {};
+  const auto add = [&](int depth, const auto& read) {
+    Doubles a[lefts], b[rights];
+    for (int i = 0; i < lefts; ++i) a[i] = read(left[i]);
+    for (int j = 0; j < rights; ++j) b[j] = same ? a[j % lefts] : read(right[j]);
+    for (int i = 0; i < lefts; ++i)
+      for (int j = same ? i : 0; j < rights; ++j) total[depth][i][j] += a[i] * b[j];
+  };
+  int64_t at = 0;
+  for (; at + kDepth * kDoubles <= length; at += kDepth * kDoubles)
+    for (int depth = 0; depth < kDepth; ++depth)
+      add(depth, [&](const Element* from) { return load<Doubles>(from + at + depth * kDoubles); });
+  for (; at + kDoubles <= length; at += kDoubles) add(0, [&](const Element* from) { return load<Doubles>(from + at); });
+  if (at < length) add(0, [&](const Element* from) { return load_last(from + at, length - at); });
+  for (int i = 0; i < lefts; ++i)
+    for (int j = same ? i : 0; j < rights; ++j)
+      for (int depth = 0; depth < kDepth; ++depth) gram[i * stride + j] += sum(total[depth][i][j]);
+}
+
+template <class Element>
+using AddTile = void(const Element* const*, const Element* const*, int64_t, double*, int64_t);
+template <class Element>
+constexpr AddTile<Element>* kOnDiagonal[] = {add_tile<1, 1, true, Element>, add_tile<2, 2, true, Element>,
+                                             add_tile<3, 3, true, Element>};
+template <class Element>
+constexpr AddTile<Element>* kOffDiagonal[] = {add_tile<3, 1, false, Element>, add_tile<3, 2, false, Element>,
+                                              add_tile<3, 3, false, Element>};
+
+// The upper triangle of one chunk's Gram matrix.
+template <class Element>
+void gram_of_chunk(const TaskGradients& g, const Chunk& chunk, double* gram) {
+  static const Element zeros[kBlock] = {};
+  const int64_t tasks = g.tasks;
+  std::memset(gram, 0, tasks * tasks * sizeof(double));
+  for (int64_t begin = 0; begin < chunk.length; begin += kBlock) {
+    const int64_t length = smaller(kBlock, chunk.length - begin);
+    const auto read_tile = [&](int64_t first, const Element** rows) {
+      const int64_t count = smaller(kTile, tasks - first);
+      for (int64_t i = 0; i < count; ++i) {
+        const Element* data = row<Element>(g, first + i, chunk);
+        rows[i] = data ? data + begin : zeros;
+      }
+      return count;
+    };
+    for (int64_t i = 0; i < tasks; i += kTile) {
+      const Element *left[kTile], *right[kTile];
+      const int64_t lefts = read_tile(i, left);
+      kOnDiagonal<Element>[lefts - 1](left, left, length, gram + i * tasks + i, tasks);
+      for (int64_t j = i + kTile; j < tasks; j += kTile) {
+        const int64_t rights = read_tile(j, right);
+        kOffDiagonal<Element>[rights - 1](left, right, length, gram + i * tasks + j, tasks);
+      }
+    }
+  }
+  for (int64_t i = 0; i < tasks; ++i)  // an absent row is orthogonal to all, even to one that holds Inf or NaN
+    for (int64_t j = i; j < tasks; ++j)
+      if (!row<Element>(g, i, chunk) || !row<Element>(g, j, chunk)) gram[i * tasks + j] = 0;
+}
+
+// Combine ----------------------------------------------------------------------------------------------------------
+
+template <class Element>
+struct AccumulatorOf {
+  using type = Floats;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = Doubles;
+};
+
+// With `streamed`, `out` must be aligned to what a register is stored as.
+template <bool streamed, class Element>
+void combine_chunk(const TaskGradients& g, const Chunk& chunk, const double* weights, Element* out) {
+  using Accumulator = typename AccumulatorOf<Element>::type;
+  using Scalar = decltype(Accumulator{}[0] + 0);
+  constexpr int kLanes = sizeof(Accumulator) / sizeof(Scalar), kDepth = 4, kStep = kDepth * kLanes;
+  Element padded[kStep];
+  for (int64_t at = 0; at < chunk.length; at += kStep) {
+    const int64_t count = smaller(kStep, chunk.length - at);
+    Accumulator total[kDepth] = {};
+    for (int64_t task = 0; task < g.tasks; ++task) {
+      const Element* from = row<Element>(g, task, chunk);
+      if (!from) continue;
+      from += at;
+      if (count < kStep) {
+        std::memcpy(padded, from, count * sizeof(Element));
+        from = padded;
+      }
+      const Scalar weight = static_cast<Scalar>(weights[task]);
+      for (int depth = 0; depth < kDepth; ++depth) total[depth] += weight * load<Accumulator>(from + depth * kLanes);
+    }
+    Element* to = count < kStep ? padded : out + at;
+    for (int depth = 0; depth < kDepth; ++depth) {
+      const auto result = narrow(total[depth], Element{});
+      if (streamed && count == kStep)
+        stream(to + depth * kLanes, result);
+      else
+        std::memcpy(to + depth * kLanes, &result, sizeof(result));
+    }
+    if (count < kStep) std::memcpy(out + at, padded, count * sizeof(Element));
+  }
+  if (streamed) end_streams();
+}
+
+constexpr int64_t kStreamedBytes = int64_t{16} << 20;  // an output beyond this leaves the caches before anybody reads it
+
+// Streaming pays where the output's lines are not in the cache already, as they are when `out` is one of the rows.
+bool pays_to_stream(const TaskGradients& g, const Chunk& chunk, const void* out, int64_t output_bytes) {
+  if (output_bytes < kStreamedBytes || reinterpret_cast<uintptr_t>(out) % kVectorBytes != 0) return false;
+  for (int64_t task = 0; task < g.tasks; ++task)
+    if (g.data[task * g.tensors + chunk.tensor] == out) return false;
+  return true;
+}
+
+}  // namespace
+
+void gram(const TaskGradients& g, double* partials, double* gram, int threads) noexcept {
+  const int64_t chunks = g.first_chunk[g.tensors], entries = g.tasks * g.tasks;
+  parallel(threads, chunks, [&](int64_t index) {
+    const Chunk chunk = find_chunk(g, index);
+    with_element(g.dtypes[chunk.tensor], [&](auto element) {
+      gram_of_chunk<decltype(element)>(g, chunk, partials + index * entries);
+    });
+  });
+  std::memset(gram, 0, entries * sizeof(double));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int64_t entry = 0; entry < entries; ++entry) gram[entry] += partials[chunk * entries + entry];
+  for (int64_t i = 0; i < g.tasks; ++i)
+    for (int64_t j = 0; j < i; ++j) gram[i * g.tasks + j] = gram[j * g.tasks + i];
+}
+
+void combine(const TaskGradients& g, const double* weights, void* const* out, int threads) noexcept {
+  int64_t output_bytes = 0;
+  for (int64_t tensor = 0; tensor < g.tensors; ++tensor)
+    with_element(g.dtypes[tensor], [&](auto element) { output_bytes += g.sizes[tensor] * sizeof(element); });
+  parallel(threads, g.first_chunk[g.tensors], [&](int64_t index) {
+    const Chunk chunk = find_chunk(g, index);
+    with_element(g.dtypes[chunk.tensor], [&](auto element) {
+      using Element = decltype(element);
+      Element* to = static_cast<Element*>(out[chunk.tensor]) + chunk.begin;
+      if (pays_to_stream(g, chunk, out[chunk.tensor], output_bytes))
+        combine_chunk<true>(g, chunk, weights, to);
+      else
+        combine_chunk<false>(g, chunk, weights, to);
+    });
+  });
+}
+
+}  // namespace minbert::MINBERT_ISA

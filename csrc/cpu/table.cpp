@@ -1,0 +1,9 @@
+// The table of this instruction set's kernels.
+#include "cpu/isa.h"
+
+namespace minbert::MINBERT_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {gram, combine, dropout_mask, attention_dropout_mask};
+
+}  // namespace minbert::MINBERT_ISA

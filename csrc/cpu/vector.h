@@ -1,0 +1,98 @@
+// Vectors as wide as the instruction set's registers, and their loads from and stores to tensors of any alignment.
+#pragma once
+
+#include "cpu/isa.h"
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+namespace minbert::MINBERT_ISA {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T, int bytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(bytes)));
+};
+template <class T, int lanes>
+using Vector = typename VectorOf<T, lanes * static_cast<int>(sizeof(T))>::type;
+
+constexpr int kFloats = kVectorBytes / 4, kDoubles = kVectorBytes / 8;
+using Floats = Vector<float, kFloats>;
+using Doubles = Vector<double, kDoubles>;
+
+template <class V>
+inline V load_raw(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <int lanes>
+inline Vector<float, lanes> load_floats(const float* from) {
+  return load_raw<Vector<float, lanes>>(from);
+}
+template <int lanes>
+inline Vector<float, lanes> load_floats(const BFloat16* from) {
+  const auto bits = load_raw<Vector<uint16_t, lanes>>(from);
+  return (Vector<float, lanes>)(__builtin_convertvector(bits, Vector<uint32_t, lanes>) << 16);
+}
+
+// A register of `V`'s element type from as many elements of a tensor.
+template <class V>
+inline V load(const float* from) {
+  if constexpr (sizeof(V{}[0]) == 4)
+    return load_floats<kFloats>(from);
+  else
+    return __builtin_convertvector(load_floats<kDoubles>(from), Doubles);
+}
+template <class V>
+inline V load(const BFloat16* from) {
+  if constexpr (sizeof(V{}[0]) == 4)
+    return load_floats<kFloats>(from);
+  else
+    return __builtin_convertvector(load_floats<kDoubles>(from), Doubles);
+}
+template <class V>
+inline V load(const double* from) {
+  return load_raw<Doubles>(from);
+}
+
+// What is stored for a register: rounded to nearest even, NaN stays NaN.
+inline Floats narrow(Floats v, float) { return v; }
+inline Doubles narrow(Doubles v, double) { return v; }
+inline Vector<uint16_t, kFloats> narrow(Floats v, BFloat16) {
+  using Bits = Vector<uint32_t, kFloats>;
+  const Bits bits = (Bits)v;
+  const Bits rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const Bits is_nan = (Bits)(v != v);
+  return __builtin_convertvector((is_nan & 0x7FC0) | (~is_nan & rounded), Vector<uint16_t, kFloats>);
+}
+
+// A store past the caches, for results too large to stay in them; `to` is aligned to the vector's size.
+template <class V>
+inline void stream(void* to, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
+#endif
+  std::memcpy(to, &v, sizeof(V));
+}
+
+// Makes streamed stores visible before whatever the thread stores next.
+inline void end_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace
+}  // namespace minbert::MINBERT_ISA

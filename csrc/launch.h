@@ -1,0 +1,73 @@
+// Every entry point of the native kernels, on one page.
+//
+// Plain C++17: pointers, sizes, a dtype and a thread count. The caller owns all memory and has validated all arguments;
+// a kernel allocates nothing and throws nothing. Shapes: T tasks, K tensors, N packed tokens, S sequences, H heads.
+#pragma once
+
+#include <cstdint>
+
+namespace minbert {
+
+// Raised whenever an entry point's arguments change, so that a binary left over from an older checkout is refused.
+constexpr int kInterface = 1;
+
+enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2 };
+
+// Gradient surgery works in chunks of this many elements of one tensor. They do not depend on the thread count: nor do,
+// therefore, the results.
+constexpr int64_t kChunk = 1 << 16;
+
+// One gradient per task over K dense tensors.
+struct TaskGradients {
+  int64_t tasks, tensors;
+  const void* const* data;     // [T, K]; a null pointer stands for zeros
+  const DType* dtypes;         // [K]
+  const int64_t* sizes;        // [K], elements
+  const int64_t* first_chunk;  // [K + 1]: the chunks of tensor k are first_chunk[k] up to first_chunk[k + 1]
+};
+
+// Four random words of Philox4x32-10 belong to one (seed, counter); a word below `threshold` drops its element.
+struct Dropout {
+  int64_t seed;
+  uint32_t threshold, site;
+};
+
+// gram [T, T]: entry (i, j) is the sum of g_i g_j in float64. partials: [chunks, T, T], scratch.
+using Gram = void(const TaskGradients&, double* partials, double* gram, int threads) noexcept;
+
+// out[k] = sum over t of weights[t] g_t[k], for K tensors of which none is missing in every task. An out[k] may be
+// one of the g_t[k] itself; it may not overlap one otherwise. Accumulates in float32 (float64 for float64).
+using Combine = void(const TaskGradients&, const double* weights, void* const* out, int threads) noexcept;
+
+// keep [rows, columns], bytes 0 or 1: element (row, column) reads word column % 4 of counter (column / 4, row, 0, site).
+using DropoutMask = void(uint8_t* keep, int64_t rows, int64_t columns, Dropout, int threads) noexcept;
+
+// keep: one [H, length, length] block per sequence, end to end. Probability (head, query, key) reads word head % 4 of
+// counter (key's position in its sequence, query's row in the packed stream, head / 4, site). cu_seqlens: [S + 1].
+using AttentionDropoutMask = void(uint8_t* keep, const int32_t* cu_seqlens, int64_t sequences, int64_t heads, Dropout,
+                                  int threads) noexcept;
+
+// The CPU kernels of one instruction set.
+struct Kernels {
+  Gram* gram;
+  Combine* combine;
+  DropoutMask* dropout_mask;
+  AttentionDropoutMask* attention_dropout_mask;
+};
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+
+struct CpuFeatures {
+  bool avx2, avx512, avx512_bf16, amx_bf16;
+};
+
+CpuFeatures cpu_features() noexcept;
+bool supports(Isa) noexcept;               // compiled in, and this processor runs it
+Isa best_isa() noexcept;                   // the widest supported one
+const Kernels& kernels(Isa isa) noexcept;  // isa must be supported
+
+// CUDA, on a stream of the caller's current device. The seed is read on the device. Returns null, or what went wrong.
+const char* cuda_dropout_mask(uint8_t* keep, int64_t rows, int64_t columns, const int64_t* seed, uint32_t threshold,
+                              uint32_t site, void* stream) noexcept;
+
+}  // namespace minbert

@@ -1,0 +1,163 @@
+"""Argument checks. Each raises a one-line error that names the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GRADIENTS = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def tensor(
+    op: str,
+    name: str,
+    value: Tensor,
+    shape: Sequence[int | str],
+    dtypes: Sequence[torch.dtype],
+    *,
+    like: Tensor | None = None,
+    contiguous: bool = True,
+) -> None:
+    """Check one tensor.
+
+    Args:
+        shape: a number for a dimension that is fixed, a name for one that may be anything but 0.
+        like: a tensor whose device it must share.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    fits = value.dim() == len(shape) and all(
+        actual > 0 if isinstance(wanted, str) else actual == wanted
+        for actual, wanted in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted_shape = ", ".join(map(str, shape))
+        hint = " (no dimension may be 0)" if 0 in value.shape else ""
+        raise ValueError(f"{op}: {name} must have shape [{wanted_shape}], got {list(value.shape)}{hint}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} must be {_names(dtypes)}, got {_names([value.dtype])}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} like the other tensors, got {value.device}")
+    if contiguous and not value.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} must be contiguous, got strides {list(value.stride())} for shape {list(value.shape)}; "
+            "call .contiguous() on it"
+        )
+
+
+def dropout(op: str, p: float, seed: Tensor | None, site: int, device: torch.device) -> None:
+    """Check a dropout probability and, where elements are dropped, the random numbers' address."""
+    if not 0 <= p < 1:
+        raise ValueError(f"{op}: the dropout probability must lie in [0, 1), got {p}")
+    if p == 0:
+        return
+    if seed is None:
+        raise ValueError(f"{op}: dropout with probability {p} needs a seed, an int64 scalar tensor; got None")
+    tensor(op, "seed", seed, [], [torch.int64])
+    if seed.device != device:
+        raise ValueError(f"{op}: seed must be on {device} like the other tensors, got {seed.device}")
+    if not 0 <= site < 2**32:
+        raise ValueError(f"{op}: site must be a number from 0 to 2**32 - 1, got {site}")
+
+
+def cu_seqlens(op: str, value: Tensor, tokens: int | None = None, max_seqlen: int | None = None) -> None:
+    """Check cumulative sequence lengths; their values only on the CPU, where that waits for nothing."""
+    tensor(op, "cu_seqlens", value, ["S + 1"], [torch.int32])
+    if value.shape[0] < 2:
+        raise ValueError(f"{op}: cu_seqlens must have at least 2 entries (one sequence), got {value.shape[0]}")
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds = value.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"{op}: cu_seqlens must start at 0, got {bounds[0]}")
+    if tokens is not None and bounds[-1] != tokens:
+        raise ValueError(f"{op}: cu_seqlens must end at the number of tokens, {tokens}, got {bounds[-1]}")
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if min(lengths) <= 0:
+        at = next(i for i, length in enumerate(lengths) if length <= 0)
+        raise ValueError(
+            f"{op}: cu_seqlens must increase, got {bounds[at]} and then {bounds[at + 1]} at entries {at} and {at + 1}"
+        )
+    if max_seqlen is not None and max(lengths) > max_seqlen:
+        raise ValueError(f"{op}: max_seqlen is {max_seqlen}, but the longest sequence has {max(lengths)} tokens")
+
+
+def ids(op: str, name: str, value: Tensor, table: Tensor) -> None:
+    """Check that ids name rows of an embedding table; their values only on the CPU, where that waits for nothing."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = int(value.min()), int(value.max())
+    if low < 0 or high >= table.shape[0]:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{op}: {name} must lie in [0, {table.shape[0] - 1}], the table's rows; got {wrong}")
+
+
+def is_dense(value: Tensor) -> bool:
+    """Whether the elements fill one block of memory without gaps or overlaps, in whatever order."""
+    if value.layout != torch.strided:
+        return False
+    expected = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def task_gradients(op: str, grads: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """Check one list of tensors per task, and return one present tensor for each column (None where there is none)."""
+    if len(grads) == 0:
+        raise ValueError(f"{op}: grads must hold one list of tensors per task, got an empty list")
+    for task, row in enumerate(grads):
+        if isinstance(row, Tensor):
+            raise TypeError(f"{op}: grads[{task}] must be a list of tensors, got a tensor; write [tensor]")
+        if len(row) != len(grads[0]):
+            raise ValueError(
+                f"{op}: every task needs as many tensors: grads[0] has {len(grads[0])}, grads[{task}] {len(row)}"
+            )
+    columns: list[Tensor | None] = [None] * len(grads[0])
+    device = None
+    for task, row in enumerate(grads):
+        for index, grad in enumerate(row):
+            if grad is None:
+                continue
+            name = f"grads[{task}][{index}]"
+            if not isinstance(grad, Tensor):
+                raise TypeError(f"{op}: {name} must be a tensor or None, got {type(grad).__name__}")
+            first = columns[index]
+            if first is None:
+                columns[index] = grad
+                device = device or grad.device
+                if grad.dtype not in GRADIENTS:
+                    raise TypeError(f"{op}: {name} must be {_names(GRADIENTS)}, got {_names([grad.dtype])}")
+                if grad.device != device:
+                    raise ValueError(f"{op}: {name} must be on {device} like the other tensors, got {grad.device}")
+                if not is_dense(grad):
+                    raise ValueError(
+                        f"{op}: {name} must fill one block of memory, got strides {list(grad.stride())} for shape "
+                        f"{list(grad.shape)}; call .contiguous() on it"
+                    )
+            else:
+                same(op, name, grad, first, "its tensor in the other tasks")
+    return columns
+
+
+def same(op: str, name: str, value: Tensor, other: Tensor, what: str) -> None:
+    """Check that a tensor has the dtype, device, shape and layout of another, called `what`."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{op}: {name} must be {_names([other.dtype])} like {what}, got {_names([value.dtype])}")
+    if value.shape != other.shape:
+        raise ValueError(f"{op}: {name} must have shape {list(other.shape)} like {what}, got {list(value.shape)}")
+    if value.device != other.device:
+        raise ValueError(f"{op}: {name} must be on {other.device} like {what}, got {value.device}")
+    if value.layout != other.layout or (value.stride() != other.stride() and value.numel() > 1):
+        raise ValueError(f"{op}: {name} must be laid out like {what}; call .contiguous() on both")

@@ -1,0 +1,113 @@
+"""Dropout masks from Philox4x32-10: the same elements drop on every backend, whatever its blocks and threads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, reference
+from .dispatch import runs_native
+from .native import library
+
+
+@torch.library.custom_op("minbert::dropout_mask", mutates_args=(), device_types="cpu")
+def _dropout_mask(rows: int, columns: int, threshold: int, seed: Tensor, site: int) -> Tensor:
+    keep = torch.empty(rows, columns, dtype=torch.bool)
+    library().dropout_mask(keep.data_ptr(), rows, columns, seed.item(), threshold, site, torch.get_num_threads())
+    return keep
+
+
+@_dropout_mask.register_kernel("cuda")
+def _(rows: int, columns: int, threshold: int, seed: Tensor, site: int) -> Tensor:
+    with torch.cuda.device(seed.device):
+        keep = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
+        stream = torch.cuda.current_stream().cuda_stream
+        library().cuda_dropout_mask(keep.data_ptr(), rows, columns, seed.data_ptr(), threshold, site, stream)
+    return keep
+
+
+@_dropout_mask.register_fake
+def _(rows: int, columns: int, threshold: int, seed: Tensor, site: int) -> Tensor:
+    return torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
+
+
+@torch.library.custom_op("minbert::attention_dropout_mask", mutates_args=(), device_types="cpu")
+def _attention_dropout_mask(cu_seqlens: Tensor, heads: int, threshold: int, seed: Tensor, site: int) -> Tensor:
+    sequences = cu_seqlens.shape[0] - 1
+    keep = torch.empty(heads * int(cu_seqlens.diff().long().square().sum()), dtype=torch.bool)
+    library().attention_dropout_mask(
+        keep.data_ptr(),
+        cu_seqlens.data_ptr(),
+        sequences,
+        heads,
+        seed.item(),
+        threshold,
+        site,
+        torch.get_num_threads(),
+    )
+    return keep
+
+
+@_attention_dropout_mask.register_fake
+def _(cu_seqlens: Tensor, heads: int, threshold: int, seed: Tensor, site: int) -> Tensor:
+    probabilities = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty(probabilities, dtype=torch.bool, device=seed.device)
+
+
+def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, site: int) -> Tensor:
+    """Which elements of a [rows, columns] activation dropout keeps: bool, on the seed's device.
+
+    Args:
+        p: the probability of dropping an element, in [0, 1).
+        seed: int64 scalar tensor; the same for a whole step.
+        site: which dropout of the model this is, so that no two share their random numbers.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+    """
+    checks.dropout("dropout_mask", p, seed, site, seed.device)
+    if rows < 1 or columns < 1:
+        raise ValueError(f"dropout_mask: rows and columns must be at least 1, got {rows} and {columns}")
+    if runs_native("dropout_mask", seed.device):
+        return _dropout_mask(rows, columns, reference.drop_threshold(p), seed, site)
+    return reference.dropout_mask(rows, columns, p, seed, site)
+
+
+def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tensor, site: int) -> Tensor:
+    """Which attention probabilities dropout keeps: bool, one [heads, length, length] block per sequence, end to end.
+
+    Args:
+        cu_seqlens: int32 [S + 1], cumulative sequence lengths from 0.
+        heads: attention heads.
+        p, seed, site: as for `dropout_mask`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+    """
+    checks.dropout("attention_dropout_mask", p, seed, site, cu_seqlens.device)
+    checks.cu_seqlens("attention_dropout_mask", cu_seqlens)
+    if heads < 1:
+        raise ValueError(f"attention_dropout_mask: heads must be at least 1, got {heads}")
+    if runs_native("attention_dropout_mask", seed.device):
+        return _attention_dropout_mask(cu_seqlens, heads, reference.drop_threshold(p), seed, site)
+    return reference.attention_dropout_mask(cu_seqlens, heads, p, seed, site)
+
+
+def mask_like(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor | None:
+    """The mask for an activation [N, D], or None when p is 0; the arguments have been checked."""
+    return dropout_mask(*x.shape, p, seed, site) if p > 0 and seed is not None else None
+
+
+def dropout(x: Tensor, *, p: float, seed: Tensor | None, site: int) -> Tensor:
+    """Inverted dropout of an activation: zeros with probability p, the rest scaled by 1 / (1 - p).
+
+    Args:
+        x: float [N, D].
+        p, seed, site: as for `dropout_mask`; `seed` may be None when p is 0.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+    """
+    checks.tensor("dropout", "x", x, ["N", "D"], checks.FLOATS, contiguous=False)
+    checks.dropout("dropout", p, seed, site, x.device)
+    return reference.dropout(x, mask_like(x, p, seed, site), p)

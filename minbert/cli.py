@@ -24,7 +24,7 @@ class Parser(jsonargparse.ArgumentParser):
     """Options from a dataclass, written with dashes; an error becomes a `UserError` of one line."""
 
     def __init__(self, command: str, config: type, **kwargs: Any) -> None:
-        super().__init__(prog=f"python -m minbert.{command}", exit_on_error=False, **kwargs)
+        super().__init__(prog=f"python -m minbert.{command}", exit_on_error=False, allow_abbrev=False, **kwargs)
         self.kinds = {f"--{f.name}": str(f.type) for f in dataclasses.fields(config)}  # type of each option, as text
         self.add_class_arguments(config, None)
 
@@ -96,9 +96,8 @@ def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -
     words = parser.normalise(arguments)
     files = [word.split("=", 1)[1] for word in words if word.startswith("--config=")]
     chosen = [word.split("=", 1)[1] for word in words if word.startswith("--recipe=")]
-    for file in files:
-        options = _options_in(Path(file), parser)
-        chosen = chosen or [options["recipe"]] * bool(options.get("recipe"))
+    for options in [_options_in(Path(file), parser) for file in files]:
+        chosen = chosen or ([options["recipe"]] if options.get("recipe") else [])
     if chosen:
         parser.default_config_files = [str(recipe_path(chosen[-1]))]
     values = parser.parse(sorted(words, key=lambda word: not word.startswith("--config=")))

@@ -34,7 +34,11 @@ def resolve_precision(name: str, device: torch.device) -> str:
     """fp32 or bf16; auto is bf16 on hardware that multiplies bf16 matrices."""
     if name != "auto":
         return name
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else kernels.native.has_fast_bf16()
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        features = kernels.native.cpu_features()
+        fast = features["avx512_bf16"] or features["amx_bf16"]
     return "bf16" if fast else "fp32"
 
 

@@ -1,0 +1,88 @@
+"""evaluate and predict agree with what training said."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from minbert import evaluate, predict, train
+
+
+@pytest.fixture(scope="module")
+def run(course_data, tmp_path_factory) -> Path:
+    """A short run that has learnt something."""
+    path = tmp_path_factory.mktemp("commands") / "run"
+    small = ["--scratch.hidden-size=16", "--scratch.num-attention-heads=2", "--scratch.intermediate-size=32"]
+    assert (
+        train.main([f"--data={course_data}", f"--out={path}", "--steps=40", "--batch-size=8", "--lr=0.01", *small]) == 0
+    )
+    return path
+
+
+def pairs(path: Path) -> list[tuple[str, str]]:
+    """(id, prediction) of a file in the course's format."""
+    return [tuple(line.rstrip().split(" , ")) for line in path.read_text().splitlines()[1:]]  # type: ignore[misc]
+
+
+def test_evaluate_gives_the_scores_of_training_and_the_same_predictions(run, capsys):
+    before = {path.name: path.read_text() for path in (run / "predictions").iterdir()}
+    assert evaluate.main([str(run)]) == 0
+    shown = capsys.readouterr().out
+    dev = json.loads((run / "summary.json").read_text())["dev"]
+    for number in (dev["sst"]["accuracy"], dev["qqp"]["accuracy"], dev["sts"]["pearson"], dev["overall"]):
+        assert f"{number:.3f}" in shown
+    assert {path.name: path.read_text() for path in (run / "predictions").iterdir()} == before
+
+
+def test_evaluate_writes_predictions_for_a_split_without_labels(run, capsys):
+    (run / "predictions" / "sst-test-output.csv").unlink()
+    assert evaluate.main([str(run), "--split", "test"]) == 0
+    assert "no labels in this split" in capsys.readouterr().out
+    assert [identifier for identifier, _ in pairs(run / "predictions" / "sst-test-output.csv")] == [
+        f"x{i}" for i in range(8)
+    ]
+
+
+def test_predict_reads_course_files_and_agrees_with_evaluate(run, course_data, tmp_path, capsys):
+    for task, name, stem in (("sst", "ids-sst", "sst"), ("qqp", "quora", "para"), ("sts", "sts", "sts")):
+        output = tmp_path / f"{task}.csv"
+        source = course_data / f"{name}-dev.csv"
+        assert predict.main([str(run), "--task", task, "--input", str(source), "--output", str(output)]) == 0
+        expected = pairs(run / "predictions" / f"{stem}-dev-output.csv")
+        predicted = pairs(output)
+        assert [identifier for identifier, _ in predicted] == [identifier for identifier, _ in expected]
+        assert [float(v) for _, v in predicted] == pytest.approx([float(v) for _, v in expected], abs=1e-4)
+
+
+def test_predict_reads_sentences_and_pairs_from_standard_input(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the film was superb .\n\nthe film was awful .\n"))
+    assert predict.main([str(run), "--task=sst", "--input=-"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "id \t Predicted_Sentiment "
+    assert [line.split(" , ")[0] for line in lines[1:]] == ["0", "1"]
+    assert int(lines[1].split(" , ")[1]) > int(lines[2].split(" , ")[1])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a film here\ta film there\n"))
+    assert predict.main([str(run), "--task=sts", "--input", "-"]) == 0
+    assert 0 < float(capsys.readouterr().out.splitlines()[1].split(" , ")[1]) < 6
+
+
+def test_transformers_loads_the_encoder_of_a_run(run):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    from minbert.model import Encoder
+    from minbert.packing import pack
+    from minbert.tokenizer import Tokenizer
+
+    text = "the film was superb ."
+    theirs = transformers.BertModel.from_pretrained(run / "best", add_pooling_layer=False).eval()
+    ids = transformers.AutoTokenizer.from_pretrained(run / "best")(text)["input_ids"]
+    assert ids == Tokenizer.from_pretrained(run / "best").encode(text)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([ids])).last_hidden_state[0]
+        actual = Encoder.from_pretrained(run / "best")(pack([ids]))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)

@@ -1,0 +1,124 @@
+"""Options: layers, spellings, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from minbert.cli import parse_layers
+from minbert.config import ScratchConfig, TrainConfig
+from minbert.errors import UserError
+
+
+def parse(*words: str) -> TrainConfig:
+    return parse_layers("train", TrainConfig, words)
+
+
+def test_no_options_give_the_defaults_of_the_record():
+    assert parse() == TrainConfig()
+
+
+def test_command_line_beats_file_beats_recipe(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("lr: 0.25\nepochs: 7\nseed: 5\n")
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (recipes / "fast.yaml").write_text("epochs: 9\nbatch_size: 3\nseed: 4\n")
+    monkeypatch.setattr("minbert.cli.resources.files", lambda package: recipes)
+    config = parse("--seed", "6", "--recipe", "fast", "--config", str(tmp_path / "mine.yaml"))
+    assert (config.batch_size, config.epochs, config.lr, config.seed) == (3, 7, 0.25, 6)
+    (tmp_path / "mine.yaml").write_text("recipe: fast\n")
+    assert parse("--config", str(tmp_path / "mine.yaml")).batch_size == 3
+
+
+@pytest.mark.parametrize("words", [["--tasks", "sst,sts"], ["--tasks", "sst", "sts"], ["--tasks=[sst,sts]"]])
+def test_lists_can_be_spelt_three_ways(words):
+    assert parse(*words, "--seed", "1").tasks == ["sst", "sts"]
+
+
+def test_dashes_underscores_flags_and_nested_options():
+    config = parse("--batch-size=4", "--head_dropout", "0.2", "--resume", "--out", "x", "--scratch.hidden-size", "32")
+    assert (config.batch_size, config.head_dropout, config.resume) == (4, 0.2, True)
+    assert config.scratch == ScratchConfig(hidden_size=32)
+
+
+def test_yaml_round_trip(tmp_path):
+    config = TrainConfig(tasks=["sts"], lr=0.125, epoch_length=7, scratch=ScratchConfig(hidden_size=8))
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert TrainConfig.from_yaml(tmp_path / "config.yaml") == config
+
+
+def test_print_config_prints_what_config_reads(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--lr", "0.5", "--print-config")
+    assert stop.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert parse("--config", str(tmp_path / "printed.yaml")) == TrainConfig(lr=0.5)
+
+
+def test_help_documents_every_option(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "learning rate" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--batch-sise", "4"], ["--batch-sise", "did you mean '--batch-size'"]),
+        (["--scratch.hidden", "4"], ["--scratch.hidden", "--scratch.hidden-size"]),
+        (["--batch-size", "four"], ["--batch-size", "int", "'four'"]),
+        (["--precision", "fp8"], ["--precision", "auto", "fp32", "bf16", "'fp8'"]),
+        (["--epoch-length", "long"], ["--epoch-length", "smallest", "largest", "'long'"]),
+        (["--epoch-length", "0"], ["--epoch-length", "0"]),
+        (["--batch-size", "0"], ["--batch-size", "at least 1", "0"]),
+        (["--lr", "-1"], ["--lr", "between 0 and 1", "-1"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--clip-norm", "inf"], ["--clip-norm", "inf"]),
+        (["--warmup", "1"], ["--warmup", "below 1"]),
+        (["--scratch.hidden-size", "0"], ["--scratch.hidden-size", "positive", "0"]),
+        (["--tasks", "sst,stts"], ["'stts'", "did you mean 'sts'"]),
+        (["--tasks", "sst,sst"], ["different", "sst"]),
+        (["--recipe", "plian"], ["'plian'", "did you mean 'plain'"]),
+        (["--resume"], ["--out", "--resume"]),
+        (["--lr"], ["--lr"]),
+        (["train"], ["'train'", "--help"]),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(words, parts):
+    with pytest.raises(UserError) as caught:
+        parse(*words)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("lr: [", ["line 2", "not valid YAML"]),
+        ("- lr", ["option: value", "list"]),
+        ("learning_rate: 1", ["learning_rate"]),
+        ("batchsize: 1", ["batchsize", "did you mean 'batch_size'"]),
+        ("lr: fast", ["--lr", "fast"]),
+        ("lr: 7", ["--lr", "between 0 and 1"]),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_in_one_line(tmp_path, text, parts):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text + "\n")
+    with pytest.raises(UserError) as caught:
+        parse("--config", str(file))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_a_missing_config_file_is_named():
+    with pytest.raises(UserError, match=r"nowhere\.yaml.*No such file"):
+        parse("--config", "nowhere.yaml")

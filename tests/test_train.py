@@ -1,0 +1,271 @@
+"""A run: what it writes, that it repeats itself to the bit, and how it stops and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minbert import train
+from minbert.errors import UserError
+from minbert.files import verify
+from minbert.runs import Run
+
+
+def weights(run: Path, checkpoint: str = "last") -> dict[str, torch.Tensor]:
+    directory = run / checkpoint
+    return {**load_file(directory / "model.safetensors"), **load_file(directory / "heads.safetensors")}
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def start(options: list[str], **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "minbert.train", *options]
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until metrics.jsonl tells of `step`."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended before step {step}: {process.stdout.read() if process.stdout else ''}")
+        if any(record["step"] >= step for record in Run(run).records()):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"no step {step} within two minutes")
+
+
+@pytest.fixture(scope="module")
+def finished(course_data, tmp_path_factory) -> Path:
+    """A finished run, for tests that only read it."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    options = ["--batch-size=8", "--epochs=2", "--checkpoint-steps=4", "--log-steps=1", "--scratch.hidden-size=16"]
+    options += ["--scratch.num-attention-heads=2", "--scratch.intermediate-size=32", "--scratch.num-hidden-layers=1"]
+    assert train.main([f"--data={course_data}", f"--out={run}", *options]) == 0
+    return run
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    dev = summary["dev"]
+    assert dev["overall"] == pytest.approx(
+        (dev["sst"]["accuracy"] + dev["qqp"]["accuracy"] + (dev["sts"]["pearson"] + 1) / 2) / 3
+    )
+    assert summary["steps"] == 12
+    assert summary["examples"] == 12 * 3 * 8
+    assert summary["best_epoch"] in (1, 2)
+    assert summary["examples_per_second"] > 0
+    assert summary["peak_memory_bytes"] > 1e6
+    assert summary["backends"]["gram"] in ("native", "reference")
+    for name in ("best", "last"):
+        verify(finished / name)
+        assert {"config.json", "model.safetensors", "vocab.txt", "heads.safetensors", "optimizer.safetensors"} <= {
+            file.name for file in (finished / name).iterdir()
+        }
+    records = Run(finished).records()
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
+    assert [r["epoch"] for r in records if "dev" in r] == [1, 2]
+    assert (finished / "plots" / "curves.png").stat().st_size > 1000
+
+
+def test_predictions_are_in_the_courses_format(finished):
+    lines = (finished / "predictions" / "sst-dev-output.csv").read_text().splitlines(keepends=True)
+    assert lines[0] == "id \t Predicted_Sentiment \n"
+    assert lines[1].startswith("sdev0 , ")
+    assert lines[1].endswith(" \n")
+    assert len(lines) == 25
+    names = {path.name for path in (finished / "predictions").iterdir()}
+    assert names == {"sst-dev-output.csv", "sst-test-output.csv", "para-dev-output.csv", "sts-dev-output.csv"}
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, quick, tmp_path):
+    assert train.main(quick) == 0
+    assert_same_weights(finished, tmp_path / "run")
+    losses = lambda run: [r["loss"] for r in Run(run).records() if "loss" in r]  # noqa: E731
+    assert losses(finished) == losses(tmp_path / "run")
+    assert train.main([*quick, f"--out={tmp_path / 'other'}", "--seed=1"]) == 0
+    assert losses(finished) != losses(tmp_path / "other")
+
+
+@pytest.mark.parametrize("killed_at", [2, 5, 7])  # before the first checkpoint, in the first epoch, in the second
+def test_killed_and_resumed_equals_never_killed(finished, quick, tmp_path, killed_at):
+    process = start(quick)
+    wait_for_step(tmp_path / "run", killed_at, process)
+    process.kill()
+    process.wait()
+    assert train.main([*quick, "--resume"]) == 0
+    assert_same_weights(finished, tmp_path / "run")
+    steps = [record["step"] for record in Run(tmp_path / "run").records() if "loss" in record]
+    assert steps == list(range(1, 13))
+    resumed, straight = (json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", finished))
+    assert resumed["dev"] == straight["dev"]
+    assert resumed["best_epoch"] == straight["best_epoch"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resume_goes_on_from_that_step(finished, quick, tmp_path, number):
+    quick = [*quick, "--checkpoint-steps=1000"]
+    process = start(quick)
+    wait_for_step(tmp_path / "run", 2, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.fail(f"the run ended before the signal could stop it: {output}")
+    assert process.returncode == 128 + number
+    assert "--resume" in output
+    assert "Traceback" not in output
+    verify(tmp_path / "run" / "last")
+    saved = json.loads((tmp_path / "run" / "last" / "progress.json").read_text())
+    assert saved["step"] >= 2
+    assert train.main([*quick, "--resume"]) == 0
+    assert_same_weights(finished, tmp_path / "run")
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, quick, tmp_path):
+    assert train.main(quick) == 0
+    assert train.main([*quick, "--resume"]) == 0
+    assert_same_weights(finished, tmp_path / "run")
+
+
+def test_a_second_run_into_the_directory_is_refused(quick, finished):
+    before = (finished / "summary.json").read_bytes()
+    with pytest.raises(UserError, match="holds a run: give --resume"):
+        train.main([*quick, f"--out={finished}"])
+    assert (finished / "summary.json").read_bytes() == before
+
+
+def test_resume_refuses_other_options_and_other_data(quick, tmp_path, course_data):
+    assert train.main([*quick, "--steps=2"]) == 0
+    with pytest.raises(UserError, match=r"--lr \(was 0.001, is 0.5\)"):
+        train.main([*quick, "--steps=2", "--lr=0.5", "--resume"])
+    sentences = (course_data / "ids-sst-train.csv").read_text()
+    try:
+        (course_data / "ids-sst-train.csv").write_text(sentences.replace("was", "is"))
+        with pytest.raises(UserError, match="training data of sst changed"):
+            train.main([*quick, "--steps=2", "--resume"])
+    finally:
+        (course_data / "ids-sst-train.csv").write_text(sentences)
+
+
+def test_nothing_to_resume_is_said(quick, tmp_path):
+    with pytest.raises(UserError, match="no such run directory"):
+        train.main([*quick, "--resume"])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "heads.safetensors", "progress.json"])
+def test_a_damaged_checkpoint_is_named_and_not_used(quick, tmp_path, file):
+    assert train.main([*quick, "--steps=4"]) == 0
+    damaged = tmp_path / "run" / "last" / file
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    with pytest.raises(UserError, match=f"last/{file} was truncated or altered"):
+        train.main([*quick, "--steps=4", "--resume"])
+
+
+def test_a_failed_start_leaves_no_directory(quick, tmp_path):
+    with pytest.raises(UserError):
+        train.main([*quick, "--data=/nowhere/at/all"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("sampling", ["joint", "round-robin", "shuffled"])
+def test_every_way_of_sampling_trains_every_task(quick, tmp_path, sampling):
+    assert train.main([*quick, f"--sampling={sampling}"]) == 0
+    records = [r for r in Run(tmp_path / "run").records() if "loss" in r]
+    tasks_per_step = {len(record["loss"]) for record in records}
+    assert tasks_per_step == ({3} if sampling == "joint" else {1})
+    assert len(records) == (12 if sampling == "joint" else 36)
+    counts = {name: sum(name in r["loss"] for r in records) for name in ("sst", "qqp", "sts")}
+    assert set(counts.values()) == {12}
+
+
+def test_epoch_length_and_steps(quick, tmp_path):
+    assert train.main([*quick, "--epoch-length=3", "--steps=7"]) == 0
+    evaluated = [(r["step"], r["epoch"]) for r in Run(tmp_path / "run").records() if "dev" in r]
+    assert evaluated == [(3, 1), (6, 2), (7, 3)]
+
+
+def test_pretrain_mode_trains_the_heads_alone(quick, tmp_path):
+    assert train.main([*quick, "--mode=pretrain", "--steps=3"]) == 0
+    assert train.main([*quick, "--mode=pretrain", "--steps=6", f"--out={tmp_path / 'longer'}"]) == 0
+    short, longer = (load_file(run / "last" / "model.safetensors") for run in (tmp_path / "run", tmp_path / "longer"))
+    assert all(torch.equal(short[name], longer[name]) for name in short)
+    heads = [load_file(run / "last" / "heads.safetensors") for run in (tmp_path / "run", tmp_path / "longer")]
+    assert all(not torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+
+
+def test_bf16_trains_and_is_not_fp32(quick, finished, tmp_path):
+    assert train.main([*quick, "--precision=bf16"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["precision"] == "bf16"
+    first = lambda run: Run(run).records()[0]["loss"]  # noqa: E731
+    assert first(finished) != first(tmp_path / "run")
+    for name, loss in first(finished).items():
+        assert first(tmp_path / "run")[name] == pytest.approx(loss, rel=0.05)
+
+
+def test_a_non_finite_gradient_skips_the_step_and_is_counted(quick, tmp_path, monkeypatch):
+    real = train.task_losses
+
+    def poisoned(bench, samplers, step):
+        losses, examples = real(bench, samplers, step)
+        return ({name: loss * float("nan") for name, loss in losses.items()} if step == 3 else losses), examples
+
+    monkeypatch.setattr(train, "task_losses", poisoned)
+    assert train.main(quick) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_steps"] == 1
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
+
+
+def test_too_many_non_finite_steps_end_the_run_with_advice(quick, tmp_path, monkeypatch):
+    real = train.task_losses
+
+    def poisoned(bench, samplers, step):
+        losses, examples = real(bench, samplers, step)
+        return {name: loss * float("inf") for name, loss in losses.items()}, examples
+
+    monkeypatch.setattr(train, "task_losses", poisoned)
+    with pytest.raises(UserError, match="3 steps in a row.*--lr"):
+        train.main([*quick, "--max-skipped=3"])
+
+
+def test_gradients_are_clipped_to_the_norm(quick, tmp_path):
+    model = torch.nn.Linear(3, 3)
+    model(torch.ones(3)).sum().backward()
+    expected = np.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))
+    assert train.clip_gradients(model, 0.0) == pytest.approx(expected)
+    assert train.clip_gradients(model, 0.5) == pytest.approx(expected)
+    assert train.clip_gradients(model, 0.0) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(quick, tmp_path, monkeypatch):
+    real = train.checkpoint.save_file
+    calls = []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(train.checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="no room left on the disk.*--resume"):
+        train.main(quick)
+    verify(tmp_path / "run" / "last")
+    assert json.loads((tmp_path / "run" / "last" / "progress.json").read_text())["step"] == 4

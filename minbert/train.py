@@ -159,11 +159,12 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     start = run.last if config.resume and run.last.exists() else config.model
     if start is not None:
         tokenizer = Tokenizer.from_pretrained(start)
-        encoder = Encoder.from_pretrained(start)
+        encoder = Encoder.from_pretrained(start, pooler=True if config.pooling == "pooler" else None)
     else:
         texts = [text for e in splits["train"].values() for text in (*e.texts, *(e.pairs or ()))]
         tokenizer = Tokenizer.train(texts, config.scratch.vocab_size)
-        encoder = Encoder(EncoderConfig(**{**asdict(config.scratch), "vocab_size": tokenizer.vocab_size}))
+        shape = {**asdict(config.scratch), "vocab_size": tokenizer.vocab_size}
+        encoder = Encoder(EncoderConfig(**shape), pooler=config.pooling == "pooler")
     if config.dropout is not None:
         encoder.config = replace(
             encoder.config, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout

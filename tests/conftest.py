@@ -34,11 +34,10 @@ def write_course_data(directory: Path, train: int = 48, dev: int = 24) -> Path:
             label = i % 5
             noun, other = rng.choice(NOUNS, 2, replace=False)
             word = rng.choice(WORDS[label])
+            second = noun if i % 2 else other
             sst.append([f"s{split}{i}", f"the {noun} was {word} .", label])
-            quora.append(
-                [f"q{split}{i}", f"is the {noun} good ?", f"is the {noun if i % 2 else other} nice ?", f"{i % 2}.0"]
-            )
-            sts.append([f"t{split}{i}", f"a {noun} here", f"a {noun if i % 2 else other} there", (i % 2) * 4 + 0.5])
+            quora.append([f"q{split}{i}", f"is the {noun} good ?", f"is the {second} nice ?", f"{i % 2}.0"])
+            sts.append([f"t{split}{i}", f"a {noun} here", f"a {second} there", (i % 2) * 4 + 0.5])
         course_file(directory / f"ids-sst-{split}.csv", ["id", "sentence", "sentiment"], sst)
         course_file(directory / f"quora-{split}.csv", ["id", "sentence1", "sentence2", "is_duplicate"], quora)
         course_file(directory / f"sts-{split}.csv", ["id", "sentence1", "sentence2", "similarity"], sts)

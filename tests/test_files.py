@@ -80,7 +80,7 @@ def test_a_write_replaces_the_whole_file(tmp_path):
     "error", [OSError(errno.ENOSPC, "x"), SafetensorError("I/O error: No space left on device (os error 28)")]
 )
 def test_a_full_disk_is_one_clear_line(tmp_path, error):
-    with pytest.raises(UserError, match="no room left on the disk to write .*; free some space"):  # noqa: SIM117
+    with pytest.raises(UserError, match=r"no room left on the disk to write .*; free some space"):  # noqa: SIM117
         with no_room_is_a_user_error(tmp_path / "x", "free some space"):
             raise error
 

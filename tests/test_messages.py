@@ -77,7 +77,7 @@ def test_bad_data_files(course_data, tmp_path, monkeypatch, capsys, name, text, 
         (["--device=cuda:99"], ["cuda:99"]),
         (["--out={file}"], ["file"]),
         (["--tasks=sst2"], ["sst2"]),
-        (["--pooling=pooler"], ["pooler"]),
+        (["--scratch.hidden-size=30"], ["30", "4"]),
     ],
 )
 def test_bad_options(course_data, tmp_path, monkeypatch, capsys, options, parts):

@@ -241,7 +241,7 @@ def test_too_many_non_finite_steps_end_the_run_with_advice(quick, tmp_path, monk
         return {name: loss * float("inf") for name, loss in losses.items()}, examples
 
     monkeypatch.setattr(train, "task_losses", poisoned)
-    with pytest.raises(UserError, match="3 steps in a row.*--lr"):
+    with pytest.raises(UserError, match=r"3 steps in a row.*--lr"):
         train.main([*quick, "--max-skipped=3"])
 
 
@@ -265,7 +265,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(quick, tmp_path, monkeypatch):
         real(tensors, path)
 
     monkeypatch.setattr(train.checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="no room left on the disk.*--resume"):
+    with pytest.raises(UserError, match=r"no room left on the disk.*--resume"):
         train.main(quick)
     verify(tmp_path / "run" / "last")
     assert json.loads((tmp_path / "run" / "last" / "progress.json").read_text())["step"] == 4

@@ -1,0 +1,50 @@
+"""Where a checkpoint lives: a directory of this machine, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+from minbert.errors import UserError
+
+WEIGHTS = ("*.json", "vocab.txt", "*.safetensors")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
+
+def checkpoint_directory(path_or_name: str | Path, patterns: tuple[str, ...]) -> Path:
+    """The directory that holds a checkpoint's files, fetched from the hub when it is named there.
+
+    Args:
+        path_or_name: a directory, or a hub name such as `bert-base-uncased`. What exists, is a `Path`, starts
+            with `.`, `/` or `~`, or has two slashes is a directory and never looked up on the hub.
+        patterns: the files to fetch, `WEIGHTS` or `TOKENIZER`.
+
+    Raises:
+        UserError: no such directory, no such name on the hub, or the hub out of reach.
+    """
+    name = str(path_or_name)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if name and path.exists():
+        raise UserError(f"{name} is a file; give the directory that holds config.json, vocab.txt and model.safetensors")
+    if isinstance(path_or_name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise UserError(f"no directory {name!r}; give a directory of a BERT checkpoint or the name of one on the hub")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f"{name!r} is neither a directory nor a model you can read on the hub; check the spelling"
+            " (and, for a private model, run `hf auth login`)"
+        ) from None
+    except (EntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name!r} is not a directory, and the hub is out of reach ({_first_line(error)});"
+            " go online (and unset HF_HUB_OFFLINE), or give the directory of a downloaded checkpoint"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]

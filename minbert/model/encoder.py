@@ -1,0 +1,253 @@
+"""BERT's encoder (Devlin et al. 2019) over a packed token stream, on minbert's kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minbert import kernels
+from minbert.hub import WEIGHTS, checkpoint_directory
+from minbert.model.config import EncoderConfig
+from minbert.model.pooling import pool
+from minbert.model.weights import has_pooler, load_weights, save_weights
+from minbert.packing import Packed
+
+SITES_PER_LAYER = 3  # places of dropout: attention probabilities, attention output, feed-forward output
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A dropout seed from torch's default generator for `device`: int64, scalar."""
+    return torch.randint(2**63 - 1, (), device=device)
+
+
+class Projection(nn.Module):
+    """x @ weight.T + bias, with the parameters cast to the precision of x at use."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """x @ weight.T, for an op that adds the bias itself."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embeddings(nn.Module):
+    """dropout(LayerNorm(word + token type + position)), at dropout site 0."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.word = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.position = nn.Parameter(torch.empty(config.max_position_embeddings, config.hidden_size))
+        self.token_type = nn.Parameter(torch.empty(config.type_vocab_size, config.hidden_size))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, packed: Packed, seed: Tensor | None) -> Tensor:
+        return kernels.embedding(
+            packed.token_ids,
+            packed.token_type_ids,
+            packed.position_ids,
+            self.word,
+            self.token_type,
+            self.position,
+            self.norm.weight,
+            self.norm.bias,
+            eps=self.norm.eps,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            seed=seed,
+            site=0,
+        )
+
+
+class Layer(nn.Module):
+    """Self-attention and feed-forward network, each with dropout, residual and LayerNorm after it."""
+
+    def __init__(self, config: EncoderConfig, first_site: int) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.qkv = Projection(hidden, 3 * hidden)  # queries, keys and values in one product
+        self.attention_output = Projection(hidden, hidden)
+        self.attention_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.intermediate = Projection(hidden, config.intermediate_size)
+        self.output = Projection(config.intermediate_size, hidden)
+        self.output_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.attention_dropout_p = config.attention_probs_dropout_prob
+        self.hidden_dropout_p = config.hidden_dropout_prob
+        self.first_site = first_site
+
+    def forward(self, hidden: Tensor, packed: Packed, seed: Tensor | None) -> Tensor:
+        context = kernels.attention(
+            self.qkv(hidden).unflatten(1, (3, self.heads, -1)),
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            dropout_p=self.attention_dropout_p if self.training else 0.0,
+            seed=seed,
+            site=self.first_site,
+        )
+        attended = self._add_norm(self.attention_output(context.flatten(1)), hidden, self.attention_norm, seed, 1)
+        inner = kernels.bias_gelu(self.intermediate.without_bias(attended), self.intermediate.bias)
+        return self._add_norm(self.output(inner), attended, self.output_norm, seed, 2)
+
+    def _add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, seed: Tensor | None, site: int) -> Tensor:
+        return kernels.dropout_add_layer_norm(
+            x,
+            residual,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            dropout_p=self.hidden_dropout_p if self.training else 0.0,
+            seed=seed,
+            site=self.first_site + site,
+        )
+
+
+class Encoder(nn.Module):
+    """BERT over a packed stream of N tokens in S sequences: [N] token ids in, [N, D] hidden states out.
+
+    Dropout acts in training mode. It follows `seed`, an int64 scalar tensor on the parameters' device: the same seed
+    drops the same elements. Without a seed, one is drawn from torch's default generator.
+    """
+
+    def __init__(self, config: EncoderConfig, *, pooler: bool = False) -> None:
+        """Initialise as BERT does, from torch's default generator.
+
+        Args:
+            pooler: whether to have BERT's pooler, a dense layer with tanh over the first token's hidden state.
+        """
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(
+            Layer(config, first_site=1 + SITES_PER_LAYER * i) for i in range(config.num_hidden_layers)
+        )
+        self.pooler = Projection(config.hidden_size, config.hidden_size) if pooler else None
+        self.dropout_sites = 1 + SITES_PER_LAYER * config.num_hidden_layers  # the encoder's are 0 to this, exclusive
+        self._compute_dtype: torch.dtype | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """BERT's initialisation: normal weights, zero biases, LayerNorm as the identity, a zero row for [PAD]."""
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                if name == "bias":
+                    nn.init.zeros_(parameter)
+                else:
+                    nn.init.normal_(parameter, std=self.config.initializer_range)
+        with torch.no_grad():
+            self.embeddings.word[self.config.pad_token_id] = 0
+
+    @classmethod
+    def from_pretrained(cls, path_or_name: str | Path, *, pooler: bool | None = None) -> Encoder:
+        """Read config.json and safetensors weights of a Hugging Face BERT, in float32 and evaluation mode.
+
+        Args:
+            path_or_name: a directory, or a model's name on the Hugging Face hub.
+            pooler: True for a pooler whatever the checkpoint has (initialised if it has none), False for none,
+                None for what the checkpoint has.
+
+        Raises:
+            UserError: nothing there, a damaged file, missing or misshapen tensors, or a model that is not BERT.
+        """
+        directory = checkpoint_directory(path_or_name, WEIGHTS)
+        config = EncoderConfig.from_json(directory / "config.json")
+        saved_pooler = has_pooler(directory)
+        wanted = saved_pooler if pooler is None else pooler
+        with torch.device("meta"):  # nothing to initialise, so torch's generator stays where it is
+            encoder = cls(config, pooler=wanted)
+        encoder.to_empty(device="cpu")
+        if wanted and not saved_pooler:
+            encoder.reset_parameters()
+        load_weights(encoder, directory, pooler=wanted and saved_pooler)
+        return encoder.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors, which transformers' BertModel reads too."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.config.to_json(directory / "config.json")
+        save_weights(self, directory)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Precision of hidden states and matrix products: the parameters' own, or bfloat16 once set.
+
+        Parameters keep their precision and are cast at use; LayerNorm's and GELU's are not cast.
+        """
+        return self._compute_dtype or self.embeddings.word.dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype) -> None:
+        own = self.embeddings.word.dtype
+        if dtype not in (own, torch.bfloat16):
+            raise ValueError(f"compute_dtype must be {own}, as the parameters are, or torch.bfloat16; got {dtype}")
+        self._compute_dtype = None if dtype == own else dtype
+
+    def forward(self, packed: Packed, *, seed: Tensor | None = None) -> Tensor:
+        """Hidden states of the last layer, [N, D] in `compute_dtype`.
+
+        Raises:
+            ValueError: a sequence longer than max_position_embeddings, or an id outside its embedding table.
+        """
+        seed = self._seed(seed)
+        return self.encode(self.embed(packed, seed), packed, seed)
+
+    def embed(self, packed: Packed, seed: Tensor | None = None) -> Tensor:
+        """The embedding block's output, [N, D] in `compute_dtype`; raises as `forward` does."""
+        self._check(packed)
+        seed = self._seed(seed)
+        return self.embeddings(packed, seed).to(self.compute_dtype)
+
+    def encode(self, embedded: Tensor, packed: Packed, seed: Tensor | None = None) -> Tensor:
+        """The layers over an embedding block's output, [N, D] to [N, D]."""
+        seed = self._seed(seed)
+        hidden = embedded.to(self.compute_dtype)
+        for layer in self.layers:
+            hidden = layer(hidden, packed, seed)
+        return hidden
+
+    def pool(self, hidden: Tensor, packed: Packed, how: str = "cls") -> Tensor:
+        """One vector per sequence, [S, D] in float32 at least: `cls`, `mean`, `max` (`minbert.model.pool`) or `pooler`.
+
+        Raises:
+            ValueError: unknown `how`, or `pooler` in an encoder without one.
+        """
+        if how != "pooler":
+            return pool(hidden, packed, how)
+        if self.pooler is None:
+            raise ValueError("this encoder has no pooler; pool with 'cls', or load it with pooler=True")
+        first = pool(hidden, packed, "cls")
+        return torch.tanh(self.pooler(first))
+
+    def _seed(self, seed: Tensor | None) -> Tensor | None:
+        return draw_seed(self.embeddings.word.device) if seed is None and self.training else seed
+
+    def _check(self, packed: Packed) -> None:
+        """Refuse what lies outside the embedding tables. Ids are looked at on the CPU only: on a GPU it would wait."""
+        config = self.config
+        if packed.max_seqlen > config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence of {packed.max_seqlen} tokens is longer than the encoder's max_position_embeddings,"
+                f" {config.max_position_embeddings}; truncate it (max_length of Tokenizer.encode_batch)"
+            )
+        if packed.token_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        for name, ids, size, remedy in (
+            ("token", packed.token_ids, config.vocab_size, "use the tokenizer of the same checkpoint"),
+            ("token type", packed.token_type_ids, config.type_vocab_size, "encode single texts, not pairs"),
+        ):
+            low, high = (int(end) for end in torch.aminmax(ids))
+            if low < 0 or high >= size:
+                wrong = low if low < 0 else high
+                raise ValueError(f"{name} id {wrong} is outside the encoder's table of {size}; {remedy}")

@@ -1,0 +1,170 @@
+"""An encoder's weights in safetensors files, under Hugging Face's names for BERT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minbert.errors import UserError
+
+if TYPE_CHECKING:
+    from minbert.model.encoder import Encoder
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm's parameters in checkpoints converted from TensorFlow
+BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+POOLER = "pooler.dense.weight"
+
+
+def load_weights(encoder: Encoder, directory: Path, *, pooler: bool) -> None:
+    """Fill the encoder from the checkpoint in `directory`; half precision is widened to the encoder's.
+
+    Args:
+        pooler: whether to read the pooler too.
+
+    Raises:
+        UserError: a missing, misshapen or unexpected tensor, a damaged file, or a checkpoint in another format.
+    """
+    wanted = dict(_places(encoder, pooler))
+    files = _find_tensors(directory)
+    if missing := sorted(wanted.keys() - files.keys()):
+        raise UserError(
+            f"{directory}: no tensor {missing[0]!r} ({len(missing)} of {len(wanted)} are missing);"
+            " expected a BERT checkpoint that agrees with its config.json"
+        )
+    unknown = sorted(
+        name
+        for name in files.keys() - wanted.keys()
+        if name.startswith(("embeddings.", "encoder.")) and name not in BUFFERS
+    )
+    if unknown:
+        raise UserError(
+            f"{directory}: tensor {unknown[0]!r} has no place in the encoder of config.json ({len(unknown)} such);"
+            " expected a BERT checkpoint that agrees with its config.json"
+        )
+    for path in sorted({files[name][0] for name in wanted}):
+        with open_safetensors(path) as tensors, torch.no_grad():
+            for name, place in wanted.items():
+                source, stored_name = files[name]
+                if source == path:
+                    place.copy_(fitting(tensors.get_tensor(stored_name), place.shape, f"{path}: {stored_name}"))
+
+
+def save_weights(encoder: Encoder, directory: Path) -> None:
+    """Write model.safetensors."""
+    tensors = {
+        name: place.detach().to("cpu", copy=True) for name, place in _places(encoder, encoder.pooler is not None)
+    }
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def has_pooler(directory: Path) -> bool:
+    """Whether the checkpoint in `directory` holds BERT's pooler; raises UserError as `load_weights` does."""
+    return POOLER in _find_tensors(directory)
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file for reading on the CPU.
+
+    Raises:
+        UserError: it is missing, truncated or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except FileNotFoundError:
+        raise UserError(f"no file {path}; copy or download the checkpoint again") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read {path} ({error}); it is damaged or cut short: copy or download it again"
+        ) from None
+
+
+def fitting(tensor: Tensor, shape: torch.Size, where: str) -> Tensor:
+    """The tensor, if it holds floating-point numbers in the expected shape.
+
+    Raises:
+        UserError: it does not; the message starts with `where`.
+    """
+    if tensor.shape != shape:
+        raise UserError(
+            f"{where} has shape {list(tensor.shape)}, expected {list(shape)};"
+            " give weights that agree with the model's configuration"
+        )
+    if not tensor.is_floating_point():
+        raise UserError(f"{where} is {tensor.dtype}, expected floating point; give weights that are not quantised")
+    return tensor
+
+
+def _places(encoder: Encoder, pooler: bool) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a Hugging Face checkpoint: its name and the (part of a) parameter it belongs in."""
+    embeddings = encoder.embeddings
+    yield "embeddings.word_embeddings.weight", embeddings.word
+    yield "embeddings.position_embeddings.weight", embeddings.position
+    yield "embeddings.token_type_embeddings.weight", embeddings.token_type
+    yield from _affine("embeddings.LayerNorm", embeddings.norm)
+    layer: Any
+    for i, layer in enumerate(encoder.layers):
+        prefix = f"encoder.layer.{i}"
+        for name, weight, bias in zip(
+            ("query", "key", "value"), layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3), strict=True
+        ):
+            yield f"{prefix}.attention.self.{name}.weight", weight
+            yield f"{prefix}.attention.self.{name}.bias", bias
+        yield from _affine(f"{prefix}.attention.output.dense", layer.attention_output)
+        yield from _affine(f"{prefix}.attention.output.LayerNorm", layer.attention_norm)
+        yield from _affine(f"{prefix}.intermediate.dense", layer.intermediate)
+        yield from _affine(f"{prefix}.output.dense", layer.output)
+        yield from _affine(f"{prefix}.output.LayerNorm", layer.output_norm)
+    if pooler:
+        yield from _affine("pooler.dense", encoder.pooler)
+
+
+def _affine(name: str, module: Any) -> Iterator[tuple[str, Tensor]]:
+    yield f"{name}.weight", module.weight
+    yield f"{name}.bias", module.bias
+
+
+def _find_tensors(directory: Path) -> dict[str, tuple[Path, str]]:
+    """The checkpoint's tensors by today's name: the file that holds each, and its name there."""
+    if (directory / WEIGHTS_FILE).exists():
+        with open_safetensors(directory / WEIGHTS_FILE) as tensors:
+            stored = {name: directory / WEIGHTS_FILE for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+    elif (directory / INDEX_FILE).exists():
+        stored = _read_index(directory / INDEX_FILE)
+    elif any((directory / name).exists() for name in PICKLE_FILES):
+        raise UserError(
+            f"{directory} holds its weights as a pickle, which minbert does not read; convert them once:"
+            f" python -c \"from transformers import BertModel as B; d = '{directory}';"
+            ' B.from_pretrained(d).save_pretrained(d)"'
+        )
+    else:
+        raise UserError(f"{directory} holds no {WEIGHTS_FILE}; give the directory of a BERT checkpoint")
+    return {_modern_name(name): (path, name) for name, path in stored.items()}
+
+
+def _modern_name(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        if name.endswith(f"LayerNorm{old}"):
+            name = name.removesuffix(old) + new
+    return name.removeprefix("bert.")
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    """Where a sharded checkpoint keeps each tensor."""
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {name: path.parent / shard for name, shard in shards.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {path} ({error!r}); copy or download the checkpoint again") from None

@@ -37,7 +37,7 @@ class LinearHead(nn.Module):
             [n, outputs], or [n] when there is one output.
         """
         x = pooled.to(self.weight.dtype)
-        if self.training and self.dropout_p > 0:
+        if self.training and self.dropout_p > 0 and len(x) > 0:
             x = kernels.dropout(x, p=self.dropout_p, seed=seed, site=site)
         scores = F.linear(x, self.weight, self.bias)
         return scores.squeeze(1) if len(self.bias) == 1 else scores

@@ -42,10 +42,9 @@ class CMakeBuild(build_ext):
         except (subprocess.CalledProcessError, ImportError) as error:
             if cuda == "1":
                 raise SystemExit(f"MINBERT_CUDA=1, and the native extension did not build: {error}") from error
-            target.unlink(missing_ok=True)
             raise CompileError(
-                f"minbert is installed without its native kernels ({error}); the reference ops run instead, slower. "
-                "To have them, install a C++17 compiler (GCC or Clang) and install minbert again"
+                "CMake could not build the native kernels (see above), and minbert is installed without them: slower "
+                "reference ops run instead. Install a C++17 compiler (GCC or Clang) and then minbert again"
             ) from error
 
     @staticmethod

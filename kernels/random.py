@@ -95,7 +95,7 @@ def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tenso
 
 def mask_like(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor | None:
     """The mask for an activation [N, D], or None when p is 0; the arguments have been checked."""
-    return dropout_mask(*x.shape, p, seed, site) if p > 0 and seed is not None else None
+    return dropout_mask(x.shape[0], x.shape[1], p, seed, site) if p > 0 and seed is not None else None
 
 
 def dropout(x: Tensor, *, p: float, seed: Tensor | None, site: int) -> Tensor:

@@ -22,56 +22,97 @@ inline Words widening_product(Words a, uint32_t b) {
 #endif
 }
 
-inline void philox_vectors(Words c[4], int64_t seed) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const Words product0 = widening_product(c[0], kPhiloxMultiplier0);
-    const Words product1 = widening_product(c[2], kPhiloxMultiplier1);
-    c[0] = (product1 >> 32) ^ c[1] ^ static_cast<uint64_t>(key0);
-    c[1] = product1;
-    c[2] = (product0 >> 32) ^ c[3] ^ static_cast<uint64_t>(key1);
-    c[3] = product0;
-    key0 += kPhiloxKeyStep0;
-    key1 += kPhiloxKeyStep1;
+constexpr int kDepth = 4;
+struct Counters {
+  Words word[4][kDepth];
+};
+
+// Two registers of counters at a time: one alone would wait for its products, and more do not fit into 16 registers.
+inline void philox_vectors(Counters& c, int64_t seed) {
+  constexpr int kAtOnce = 2;
+  for (int first = 0; first < kDepth; first += kAtOnce) {
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      for (int i = first; i < first + kAtOnce; ++i) {
+        const Words product0 = widening_product(c.word[0][i], kPhiloxMultiplier0);
+        const Words product1 = widening_product(c.word[2][i], kPhiloxMultiplier1);
+        c.word[0][i] = (product1 >> 32) ^ c.word[1][i] ^ static_cast<uint64_t>(key0);
+        c.word[1][i] = product1;
+        c.word[2][i] = (product0 >> 32) ^ c.word[3][i] ^ static_cast<uint64_t>(key1);
+        c.word[3][i] = product0;
+      }
+      key0 += kPhiloxKeyStep0;
+      key1 += kPhiloxKeyStep1;
+    }
   }
 }
 
-// 1 in every lane whose low half is at least the threshold.
-inline Words kept(Words word, uint32_t threshold) {
-  return (((word & 0xFFFFFFFFu) - static_cast<uint64_t>(threshold)) >> 63) ^ 1;
+// 1 in every lane whose low half is below the threshold.
+inline Words dropped(Words word, uint32_t threshold) {
+  return ((word & 0xFFFFFFFFu) - static_cast<uint64_t>(threshold)) >> 63;
 }
 
-inline Words counting_from(int64_t first) {
+// The bytes of a mask, lane after lane and within a lane word after word.
+inline Vector<uint32_t, kCounters> keep_bytes(Words a, Words b, Words c, Words d, uint32_t threshold) {
+  const Words bytes = dropped(a, threshold) | dropped(b, threshold) << 8 | dropped(c, threshold) << 16 |
+                      dropped(d, threshold) << 24;
+  return __builtin_convertvector(bytes ^ 0x01010101, Vector<uint32_t, kCounters>);
+}
+
+inline Words counting(int64_t first, int64_t step) {
   Words lanes;
-  for (int lane = 0; lane < kCounters; ++lane) lanes[lane] = first + lane;
+  for (int lane = 0; lane < kCounters; ++lane) lanes[lane] = first + lane * step;
   return lanes;
 }
 
-// One row of a mask: four bytes of each 64-bit lane are the four elements of its counter.
+inline Words all(uint64_t value) { return Words{} + value; }
+
+// One row of a mask: the four words of a counter are four elements.
 void keep_row(uint8_t* keep, int64_t columns, int64_t row, Dropout dropout) {
-  constexpr int kBytes = 4 * kCounters;
-  for (int64_t column = 0; column < columns; column += kBytes) {
-    Words c[4] = {counting_from(column / 4), Words{} + static_cast<uint64_t>(row), Words{},
-                  Words{} + static_cast<uint64_t>(dropout.site)};
+  constexpr int64_t kRegister = 4 * kCounters, kStep = kDepth * kRegister;
+  uint8_t padded[kStep];
+  for (int64_t column = 0; column < columns; column += kStep) {
+    Counters c;
+    for (int i = 0; i < kDepth; ++i) {
+      c.word[0][i] = counting((column + i * kRegister) / 4, 1);
+      c.word[1][i] = all(row);
+      c.word[2][i] = all(0);
+      c.word[3][i] = all(dropout.site);
+    }
     philox_vectors(c, dropout.seed);
-    Words bytes{};
-    for (int word = 0; word < 4; ++word) bytes |= kept(c[word], dropout.threshold) << static_cast<uint64_t>(8 * word);
-    const auto packed = __builtin_convertvector(bytes, Vector<uint32_t, kCounters>);
-    std::memcpy(keep + column, &packed, smaller(kBytes, columns - column));
+    const int64_t count = smaller(kStep, columns - column);
+    uint8_t* to = count < kStep ? padded : keep + column;
+    for (int i = 0; i < kDepth; ++i) {
+      const auto bytes = keep_bytes(c.word[0][i], c.word[1][i], c.word[2][i], c.word[3][i], dropout.threshold);
+      std::memcpy(to + i * kRegister, &bytes, sizeof(bytes));
+    }
+    if (count < kStep) std::memcpy(keep + column, padded, count);
   }
 }
 
-// The row of one query in the [length, length] blocks of up to four heads, `block` bytes apart.
+// The row of one query in the [length, length] blocks of up to four heads, `block` bytes apart: the four words of a
+// counter are the same element of four heads, so the counters of register i are every fourth key from the i-th on.
 void keep_query(uint8_t* keep, int64_t block, int64_t heads, int64_t length, int64_t query, int64_t group,
                 Dropout dropout) {
-  for (int64_t key = 0; key < length; key += kCounters) {
-    Words c[4] = {counting_from(key), Words{} + static_cast<uint64_t>(query), Words{} + static_cast<uint64_t>(group),
-                  Words{} + static_cast<uint64_t>(dropout.site)};
+  static_assert(kDepth == 4, "keep_bytes lays four registers side by side");
+  constexpr int64_t kStep = kDepth * kCounters;
+  for (int64_t key = 0; key < length; key += kStep) {
+    Counters c;
+    for (int i = 0; i < kDepth; ++i) {
+      c.word[0][i] = counting(key + i, kDepth);
+      c.word[1][i] = all(query);
+      c.word[2][i] = all(group);
+      c.word[3][i] = all(dropout.site);
+    }
     philox_vectors(c, dropout.seed);
-    const int64_t count = smaller(kCounters, length - key);
+    const int64_t count = smaller(kStep, length - key);
     for (int64_t head = 0; head < heads; ++head) {
-      const auto bytes = __builtin_convertvector(kept(c[head], dropout.threshold), Vector<uint8_t, kCounters>);
-      std::memcpy(keep + head * block + key, &bytes, count);
+      const Words* word = c.word[head];
+      const auto bytes = keep_bytes(word[0], word[1], word[2], word[3], dropout.threshold);
+      if (count == kStep)
+        std::memcpy(keep + head * block + key, &bytes, kStep);
+      else
+        std::memcpy(keep + head * block + key, &bytes, count);
     }
   }
 }

@@ -31,34 +31,51 @@ inline V load_raw(const void* from) {
   return v;
 }
 
+// GCC splits these conversions in two where the instruction set has one that does it all.
+inline Doubles widen(Vector<float, kDoubles> v) {
+#if defined(__AVX512F__)
+  return (Doubles)_mm512_cvtps_pd((__m256)v);
+#elif defined(__AVX2__)
+  return (Doubles)_mm256_cvtps_pd((__m128)v);
+#else
+  return __builtin_convertvector(v, Doubles);
+#endif
+}
+template <int lanes>
+inline Vector<float, lanes> widen_bfloat16(const BFloat16* from) {
+  using Result = Vector<float, lanes>;
+#if defined(__AVX512F__)
+  if constexpr (lanes == 16)
+    return (Result)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_raw<__m256i>(from)), 16);
+#endif
+#if defined(__AVX2__)
+  if constexpr (lanes == 8) return (Result)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_raw<__m128i>(from)), 16);
+  if constexpr (lanes == 4) return (Result)_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)from)), 16);
+#endif
+  const auto bits = load_raw<Vector<uint16_t, lanes>>(from);
+  return (Result)(__builtin_convertvector(bits, Vector<uint32_t, lanes>) << 16);
+}
+
 template <int lanes>
 inline Vector<float, lanes> load_floats(const float* from) {
   return load_raw<Vector<float, lanes>>(from);
 }
 template <int lanes>
 inline Vector<float, lanes> load_floats(const BFloat16* from) {
-  const auto bits = load_raw<Vector<uint16_t, lanes>>(from);
-  return (Vector<float, lanes>)(__builtin_convertvector(bits, Vector<uint32_t, lanes>) << 16);
+  return widen_bfloat16<lanes>(from);
 }
 
-// A register of `V`'s element type from as many elements of a tensor.
-template <class V>
-inline V load(const float* from) {
-  if constexpr (sizeof(V{}[0]) == 4)
-    return load_floats<kFloats>(from);
-  else
-    return __builtin_convertvector(load_floats<kDoubles>(from), Doubles);
-}
-template <class V>
-inline V load(const BFloat16* from) {
-  if constexpr (sizeof(V{}[0]) == 4)
-    return load_floats<kFloats>(from);
-  else
-    return __builtin_convertvector(load_floats<kDoubles>(from), Doubles);
-}
+// A register of floats or doubles from as many elements of a tensor.
 template <class V>
 inline V load(const double* from) {
-  return load_raw<Doubles>(from);
+  return load_raw<V>(from);
+}
+template <class V, class Element>
+inline V load(const Element* from) {
+  if constexpr (sizeof(V{}[0]) == sizeof(float))
+    return load_floats<kFloats>(from);
+  else
+    return widen(load_floats<kDoubles>(from));
 }
 
 // What is stored for a register: rounded to nearest even, NaN stays NaN.

@@ -1,0 +1,240 @@
+// Every kernel against plain loops: all instruction sets, odd sizes and alignments, one thread and several. Buffers are
+// exactly as large as they must be, so that AddressSanitizer sees a step beyond them.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "launch.h"
+#include "philox.h"
+
+using namespace minbert;
+
+namespace {
+
+#define CHECK(condition, ...)                                    \
+  do {                                                           \
+    if (!(condition)) {                                          \
+      std::fprintf(stderr, "%s:%d: ", __FILE__, __LINE__);       \
+      std::fprintf(stderr, __VA_ARGS__);                         \
+      std::fprintf(stderr, " (%s is false)\n", #condition);      \
+      std::exit(1);                                              \
+    }                                                            \
+  } while (false)
+
+const int kThreadCounts[] = {1, 3};
+const char* const kIsaNames[] = {"portable", "avx2", "avx512"};
+
+double number(uint64_t i) {  // in [-1, 1), different for every i
+  const Words4 words = philox({{static_cast<uint32_t>(i), 0, 0, 0}}, 7);
+  return words.word[0] / 2147483648.0 - 1;
+}
+
+int64_t width(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// One task's gradient for one tensor, `shift` elements past an aligned address.
+class Buffer {
+ public:
+  Buffer(int64_t size, DType dtype, int64_t shift) : dtype_(dtype), shift_(shift), bytes_((size + shift) * width(dtype)) {}
+
+  void* data() { return bytes_.data() + shift_ * width(dtype_); }
+
+  double get(int64_t i) {
+    char* at = static_cast<char*>(data()) + i * width(dtype_);
+    if (dtype_ == DType::float64) return read<double>(at);
+    if (dtype_ == DType::float32) return read<float>(at);
+    const uint32_t bits = static_cast<uint32_t>(read<uint16_t>(at)) << 16;
+    return read<float>(&bits);
+  }
+
+  void set(int64_t i, double value) {  // truncates to bfloat16
+    char* at = static_cast<char*>(data()) + i * width(dtype_);
+    if (dtype_ == DType::float64) return write(at, value);
+    if (dtype_ == DType::float32) return write(at, static_cast<float>(value));
+    const float single = static_cast<float>(value);
+    write(at, static_cast<uint16_t>(read<uint32_t>(&single) >> 16));
+  }
+
+ private:
+  template <class T>
+  static T read(const void* from) {
+    T value;
+    std::memcpy(&value, from, sizeof(T));
+    return value;
+  }
+  template <class T>
+  static void write(void* to, T value) {
+    std::memcpy(to, &value, sizeof(T));
+  }
+
+  DType dtype_;
+  int64_t shift_;
+  std::vector<char> bytes_;
+};
+
+struct Problem {
+  int64_t tasks;
+  std::vector<int64_t> sizes;
+  std::vector<DType> dtypes;
+  std::vector<Buffer> rows;
+  std::vector<const void*> data;
+  std::vector<int64_t> first_chunk{0};
+
+  Problem(int64_t tasks, std::vector<int64_t> sizes, int64_t shift) : tasks(tasks), sizes(sizes) {
+    const int64_t tensors = static_cast<int64_t>(sizes.size());
+    for (int64_t k = 0; k < tensors; ++k) {
+      dtypes.push_back(static_cast<DType>(k % 3));
+      first_chunk.push_back(first_chunk.back() + (sizes[k] + kChunk - 1) / kChunk);
+    }
+    for (int64_t t = 0; t < tasks; ++t)
+      for (int64_t k = 0; k < tensors; ++k) {
+        rows.emplace_back(sizes[k], dtypes[k], shift);
+        for (int64_t i = 0; i < sizes[k]; ++i) rows.back().set(i, number(i * 64 + t * 8 + k));
+      }
+    for (auto& row : rows) data.push_back(row.data());
+    for (int64_t k = 0; k < tensors; ++k)
+      if (k % 2 && tasks > 1) data[(k % tasks) * tensors + k] = nullptr;
+  }
+
+  TaskGradients view() const {
+    return {tasks, static_cast<int64_t>(sizes.size()), data.data(), dtypes.data(), sizes.data(), first_chunk.data()};
+  }
+};
+
+void test_surgery(Isa isa) {
+  for (const int64_t tasks : {1, 2, 3, 4, 5, 7})
+    for (const int64_t shift : {0, 3}) {
+      Problem problem(tasks, {1, 7, 33, 1025, 0, 2049, kChunk + 13}, shift);
+      const int64_t tensors = static_cast<int64_t>(problem.sizes.size());
+      std::vector<double> expected(tasks * tasks), magnitude(tasks * tasks), weights(tasks), first;
+      for (int64_t t = 0; t < tasks; ++t) weights[t] = 1.0 - 0.3 * t;
+      for (int64_t i = 0; i < tasks; ++i)
+        for (int64_t j = 0; j < tasks; ++j)
+          for (int64_t k = 0; k < tensors; ++k) {
+            if (!problem.data[i * tensors + k] || !problem.data[j * tensors + k]) continue;
+            for (int64_t at = 0; at < problem.sizes[k]; ++at) {
+              const double term = problem.rows[i * tensors + k].get(at) * problem.rows[j * tensors + k].get(at);
+              expected[i * tasks + j] += term;
+              magnitude[i * tasks + j] += std::abs(term);
+            }
+          }
+      for (const int threads : kThreadCounts) {
+        std::vector<double> partials(problem.first_chunk.back() * tasks * tasks), gram(tasks * tasks, NAN);
+        kernels(isa).gram(problem.view(), partials.data(), gram.data(), threads);
+        for (int64_t entry = 0; entry < tasks * tasks; ++entry)
+          CHECK(std::abs(gram[entry] - expected[entry]) <= 1e-13 * magnitude[entry],
+                "%s: gram entry %d of %d tasks is %.17g, expected %.17g", kIsaNames[static_cast<int>(isa)],
+                static_cast<int>(entry), static_cast<int>(tasks), gram[entry], expected[entry]);
+        if (first.empty()) first = gram;
+        CHECK(std::memcmp(first.data(), gram.data(), gram.size() * sizeof(double)) == 0,
+              "gram differs between thread counts");
+
+        std::vector<Buffer> results;
+        std::vector<void*> out;
+        for (int64_t k = 0; k < tensors; ++k) results.emplace_back(problem.sizes[k], problem.dtypes[k], shift);
+        for (auto& result : results) out.push_back(result.data());
+        for (int64_t k = 0; k < tensors; ++k)
+          for (int64_t at = 0; at < problem.sizes[k]; ++at) results[k].set(at, NAN);
+        kernels(isa).combine(problem.view(), weights.data(), out.data(), threads);
+        for (int64_t k = 0; k < tensors; ++k) {
+          const double unit = problem.dtypes[k] == DType::float64 ? 1e-15 : problem.dtypes[k] == DType::float32 ? 1e-6 : 8e-3;
+          for (int64_t at = 0; at < problem.sizes[k]; ++at) {
+            double sum = 0, size = 0;
+            for (int64_t t = 0; t < tasks; ++t)
+              if (problem.data[t * tensors + k]) {
+                sum += weights[t] * problem.rows[t * tensors + k].get(at);
+                size += std::abs(weights[t] * problem.rows[t * tensors + k].get(at));
+              }
+            CHECK(std::abs(results[k].get(at) - sum) <= unit * size, "%s: combine gives %g, expected %g",
+                  kIsaNames[static_cast<int>(isa)], results[k].get(at), sum);
+          }
+        }
+      }
+    }
+}
+
+// Large enough for streaming stores, and written over row 0 itself.
+void test_large_combine(Isa isa) {
+  const int64_t size = (int64_t{16} << 20) / 4 + 5;
+  for (const bool in_place : {false, true}) {
+    std::vector<float> a(size), b(size), out(size, NAN);
+    for (int64_t i = 0; i < size; ++i) a[i] = static_cast<float>(i % 1021), b[i] = static_cast<float>(i % 509);
+    const std::vector<float> original = a;
+    const void* data[] = {a.data(), b.data()};
+    void* outputs[] = {in_place ? a.data() : out.data()};
+    const DType dtype = DType::float32;
+    const int64_t first_chunk[] = {0, (size + kChunk - 1) / kChunk};
+    const double weights[] = {2, -1};
+    kernels(isa).combine({2, 1, data, &dtype, &size, first_chunk}, weights, outputs, 3);
+    const float* result = static_cast<const float*>(outputs[0]);
+    for (int64_t i = 0; i < size; ++i)
+      CHECK(result[i] == 2 * original[i] - b[i], "%s: combine at %lld", kIsaNames[static_cast<int>(isa)],
+            static_cast<long long>(i));
+  }
+}
+
+void test_masks(Isa isa) {
+  const Dropout dropout{int64_t{-5} * (int64_t{1} << 33) + 99, 429496729u, 17};
+  for (const int64_t rows : {1, 2, 33})
+    for (const int64_t columns : {1, 3, 4, 15, 64, 129, 768})
+      for (const int threads : kThreadCounts) {
+        std::vector<uint8_t> keep(rows * columns, 2);
+        kernels(isa).dropout_mask(keep.data(), rows, columns, dropout, threads);
+        for (int64_t row = 0; row < rows; ++row)
+          for (int64_t column = 0; column < columns; ++column) {
+            const Words4 words = philox({{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row), 0, dropout.site}},
+                                        dropout.seed);
+            CHECK(keep[row * columns + column] == (words.word[column % 4] >= dropout.threshold),
+                  "%s: dropout_mask at (%d, %d)", kIsaNames[static_cast<int>(isa)], static_cast<int>(row),
+                  static_cast<int>(column));
+          }
+      }
+
+  const std::vector<int32_t> cu_seqlens = {0, 1, 8, 24, 57, 190};
+  const int64_t sequences = static_cast<int64_t>(cu_seqlens.size()) - 1;
+  for (const int64_t heads : {1, 3, 4, 6, 12})
+    for (const int threads : kThreadCounts) {
+      int64_t size = 0;
+      for (int64_t s = 0; s < sequences; ++s) {
+        const int64_t length = cu_seqlens[s + 1] - cu_seqlens[s];
+        size += heads * length * length;
+      }
+      std::vector<uint8_t> keep(size, 2);
+      kernels(isa).attention_dropout_mask(keep.data(), cu_seqlens.data(), sequences, heads, dropout, threads);
+      const uint8_t* at = keep.data();
+      for (int64_t s = 0; s < sequences; ++s)
+        for (int64_t head = 0; head < heads; ++head)
+          for (int32_t query = cu_seqlens[s]; query < cu_seqlens[s + 1]; ++query)
+            for (int32_t key = 0; key < cu_seqlens[s + 1] - cu_seqlens[s]; ++key) {
+              const Words4 words = philox({{static_cast<uint32_t>(key), static_cast<uint32_t>(query),
+                                            static_cast<uint32_t>(head / 4), dropout.site}}, dropout.seed);
+              CHECK(*at++ == (words.word[head % 4] >= dropout.threshold), "%s: attention_dropout_mask",
+                    kIsaNames[static_cast<int>(isa)]);
+            }
+    }
+}
+
+// The known answers of Salmon et al.'s Random123, kat_vectors.
+void test_philox() {
+  const uint32_t zeros[] = {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8};
+  const uint32_t ones[] = {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd};
+  CHECK(std::memcmp(philox({{0, 0, 0, 0}}, 0).word, zeros, sizeof(zeros)) == 0, "philox of zeros");
+  CHECK(std::memcmp(philox({{~0u, ~0u, ~0u, ~0u}}, -1).word, ones, sizeof(ones)) == 0, "philox of ones");
+}
+
+}  // namespace
+
+int main() {
+  test_philox();
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+    if (!supports(isa)) {
+      std::printf("%s: not on this processor\n", kIsaNames[static_cast<int>(isa)]);
+      continue;
+    }
+    test_surgery(isa);
+    test_large_combine(isa);
+    test_masks(isa);
+    std::printf("%s: ok\n", kIsaNames[static_cast<int>(isa)]);
+  }
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from minbert.errors import UserError
 
@@ -39,7 +39,7 @@ def checkpoint_directory(path_or_name: str | Path, patterns: tuple[str, ...]) ->
             f"{name!r} is neither a directory nor a model you can read on the hub; check the spelling"
             " (and, for a private model, run `hf auth login`)"
         ) from None
-    except (EntryNotFoundError, OSError) as error:
+    except Exception as error:  # a lost connection raises whatever the library's HTTP client of the day raises
         raise UserError(
             f"{name!r} is not a directory, and the hub is out of reach ({_first_line(error)});"
             " go online (and unset HF_HUB_OFFLINE), or give the directory of a downloaded checkpoint"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -159,6 +160,26 @@ def test_pickled_checkpoints_are_refused_with_a_command_that_converts_them(
         Encoder.from_pretrained(checkpoint)
     exec(str(caught.value).split('python -c "')[1].removesuffix('"'), {})
     assert same(expected, Encoder.from_pretrained(checkpoint))
+
+
+def test_hub_names_fetch_configuration_vocabulary_and_safetensors_only(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *args, **kw: asked.append((args, kw)) or checkpoint
+    )
+    assert same(Encoder.from_pretrained(checkpoint), Encoder.from_pretrained("owner/model"))
+    assert asked == [(("owner/model",), {"allow_patterns": ["*.json", "vocab.txt", "*.safetensors"]})]
+
+
+def test_a_connection_lost_on_the_way_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*arguments, **options):
+        raise RuntimeError("connection reset\nby peer")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lost)
+    with pytest.raises(UserError, match=r"the hub is out of reach \(connection reset\);"):
+        Encoder.from_pretrained("owner/model")
 
 
 def test_hub_names_offline_are_refused_in_one_line_with_the_remedy(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minbert.errors import UserError
-from minbert.files import no_room_is_a_user_error, verify, write_directory, write_json
+from minbert.files import no_room_is_a_user_error, write_directory, write_json
 from minbert.model import MultitaskModel, save_heads
 from minbert.optimizer import AdamW
 from minbert.tokenizer import Tokenizer
@@ -62,12 +62,7 @@ def save(path: Path, model: MultitaskModel, tokenizer: Tokenizer, optimizer: Ada
 
 
 def load_progress(path: Path) -> Progress:
-    """Where the run stood at a checkpoint, every file of which is checked first.
-
-    Raises:
-        UserError: a file is missing, truncated or altered.
-    """
-    verify(path)
+    """Where the run stood at a checkpoint that `verify` found whole."""
     return Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
 
 

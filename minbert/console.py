@@ -66,9 +66,9 @@ def data_table(rows: Sequence[tuple[Task, Mapping[str, int], int, int]]) -> Tabl
 
 def score_table(title: str, rows: Sequence[tuple[str, Mapping[str, Mapping[str, float]], float]]) -> Table:
     """Scores by task and overall, a row per epoch or split: (label, scores of each task, overall score)."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column(title)
-    for name in rows[0][1] if rows else ():
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in rows[0][1]:
         table.add_column(f"{name} {TASKS[name].metric}", justify="right")
     table.add_column("overall", justify="right")
     for label, scores, overall in rows:

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse(arguments)
     run = Run(options.run)
     config = run.config()
-    console = Console()
+    console = Console(soft_wrap=True)
     device = resolve_device(options.device)
     kernels.set_backend(config.backend)
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str]) -> int:
     encoded = {task.name: encode(source.load(task, options.split), tokenizer, limit) for task in present}
     scores, predicted = evaluate(model, present, encoded, device)
     if scores:
-        console.print(score_table(options.split, [(options.checkpoint, scores, overall(scores))]))
+        console.print(score_table(f"{source.name}", [(options.split, scores, overall(scores))]))
     for task in present:
         path = run.write_predictions(task, options.split, encoded[task.name].ids, predicted[task.name])
         note = "" if task.name in scores else f" (no labels in this split, so no {task.metric})"

@@ -13,7 +13,7 @@ import numpy as np
 
 from minbert.config import TrainConfig
 from minbert.errors import UserError
-from minbert.files import LOCK, locked, no_room_is_a_user_error, recover, write_atomically, write_json
+from minbert.files import LOCK, locked, no_room_is_a_user_error, recover, verify, write_atomically, write_json
 from minbert.tasks import Task
 
 
@@ -31,7 +31,7 @@ class Run:
         """Hold the directory for writing: an empty one for a new run, one that holds a run to resume it.
 
         Raises:
-            UserError: it holds something already, or no run to resume, or another process writes to it.
+            UserError: it holds something already, or no run or a damaged one to resume, or another process writes to it.
         """
         if resume:
             self.config()
@@ -41,6 +41,8 @@ class Run:
         with locked(self.path):
             recover(self.last)
             recover(self.best)
+            if self.last.exists():
+                verify(self.last)
             yield
 
     def begin(self, config: TrainConfig) -> None:

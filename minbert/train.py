@@ -8,7 +8,7 @@ import signal
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from types import FrameType
 
 import torch
@@ -64,7 +64,7 @@ class Workbench:
 def main(arguments: Sequence[str]) -> int:
     config = cli.parse_layers("train", TrainConfig, arguments)
     try:
-        train(config, Console())
+        train(config, Console(soft_wrap=True))
     except Stopped as stopped:
         return 128 + stopped.number
     return 0
@@ -159,16 +159,20 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     start = run.last if config.resume and run.last.exists() else config.model
     if start is not None:
         tokenizer = Tokenizer.from_pretrained(start)
-        encoder = Encoder.from_pretrained(start, pooler=True if config.pooling == "pooler" else None)
+        encoder = Encoder.from_pretrained(
+            start, pooler=True if config.pooling == "pooler" else None, dropout=config.dropout
+        )
+        if tokenizer.vocab_size > encoder.config.vocab_size:
+            raise UserError(
+                f"{start}: its tokenizer has {tokenizer.vocab_size} tokens but its encoder only "
+                f"{encoder.config.vocab_size}; give a directory in which they belong together"
+            )
     else:
         texts = [text for e in splits["train"].values() for text in (*e.texts, *(e.pairs or ()))]
         tokenizer = Tokenizer.train(texts, config.scratch.vocab_size)
         shape = {**asdict(config.scratch), "vocab_size": tokenizer.vocab_size}
-        encoder = Encoder(EncoderConfig(**shape), pooler=config.pooling == "pooler")
-    if config.dropout is not None:
-        encoder.config = replace(
-            encoder.config, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout
-        )
+        encoder_config = EncoderConfig(**shape).with_dropout(config.dropout)
+        encoder = Encoder(encoder_config, pooler=config.pooling == "pooler")
     limit = encoder.config.max_position_embeddings
     max_length = config.max_length or limit
     if max_length > limit:
@@ -226,7 +230,7 @@ def restore(bench: Workbench, run: Run, console: Console) -> Progress:
     """Where the run stands: at its last checkpoint if it is resumed and has one, else at the start.
 
     Raises:
-        UserError: the checkpoint is damaged, or the training data has changed since.
+        UserError: the checkpoint is of another model, or the training data has changed since.
     """
     data = {name: zlib.crc32(encoded.token_ids.tobytes()) for name, encoded in bench.train.items()}
     if not (bench.config.resume and run.last.exists()):
@@ -299,7 +303,7 @@ def finish_epoch(bench: Workbench, run: Run, progress: Progress, epoch: int, con
     progress.dev.append(scores)
     progress.loss_sums, progress.loss_counts = {}, {}
     shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-    console.print(score_table(f"dev after epoch {epoch} (train loss {shown})", [("", scores, total)]))
+    console.print(score_table(f"train loss: {shown}", [(f"dev, epoch {epoch}", scores, total)]))
     if total > progress.best_overall:
         progress.best_epoch, progress.best_overall = epoch, total
         checkpoint.save(run.best, bench.model, bench.tokenizer, bench.optimizer, progress)
@@ -363,10 +367,10 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, console: Console)
     }
     run.write_summary(summary)
     rows = [
-        (f"epoch {epoch}{' (best)' if epoch == progress.best_epoch else ''}", scores, overall(scores))
+        (f"dev, epoch {epoch}{' (best)' if epoch == progress.best_epoch else ''}", scores, overall(scores))
         for epoch, scores in enumerate(progress.dev, 1)
     ]
-    console.print(score_table("dev", rows))
+    console.print(score_table("all epochs", rows))
     if progress.skipped:
         console.print(f"{progress.skipped} steps were skipped: their loss or gradient was not finite")
     console.print(f"{progress.examples / progress.seconds:.0f} examples/s; run directory: {run.path}")

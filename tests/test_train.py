@@ -269,3 +269,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(quick, tmp_path, monkeypatch):
         train.main(quick)
     verify(tmp_path / "run" / "last")
     assert json.loads((tmp_path / "run" / "last" / "progress.json").read_text())["step"] == 4
+
+
+def test_dropout_is_the_models_own_or_what_the_option_says(quick, tmp_path):
+    assert train.main([*quick, "--steps=1", "--dropout=0.3"]) == 0
+    config = json.loads((tmp_path / "run" / "last" / "config.json").read_text())
+    assert (config["hidden_dropout_prob"], config["attention_probs_dropout_prob"]) == (0.3, 0.3)
+    from_it = [*quick, "--steps=1", f"--model={tmp_path / 'run' / 'last'}"]
+    for option, expected in (([], 0.3), (["--dropout=0"], 0.0)):
+        out = tmp_path / f"dropout {expected}"
+        assert train.main([*from_it, *option, f"--out={out}"]) == 0
+        assert json.loads((out / "last" / "config.json").read_text())["hidden_dropout_prob"] == expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,10 @@ class EncoderConfig:
             raise UserError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
             )
+
+    def with_dropout(self, p: float | None) -> EncoderConfig:
+        """The same encoder with dropout `p` everywhere; None leaves it as it is."""
+        return self if p is None else replace(self, hidden_dropout_prob=p, attention_probs_dropout_prob=p)
 
     @property
     def head_size(self) -> int:

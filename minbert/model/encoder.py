@@ -149,19 +149,22 @@ class Encoder(nn.Module):
             self.embeddings.word[self.config.pad_token_id] = 0
 
     @classmethod
-    def from_pretrained(cls, path_or_name: str | Path, *, pooler: bool | None = None) -> Encoder:
+    def from_pretrained(
+        cls, path_or_name: str | Path, *, pooler: bool | None = None, dropout: float | None = None
+    ) -> Encoder:
         """Read config.json and safetensors weights of a Hugging Face BERT, in float32 and evaluation mode.
 
         Args:
             path_or_name: a directory, or a model's name on the Hugging Face hub.
             pooler: True for a pooler whatever the checkpoint has (initialised if it has none), False for none,
                 None for what the checkpoint has.
+            dropout: the encoder's dropout, in place of the checkpoint's.
 
         Raises:
             UserError: nothing there, a damaged file, missing or misshapen tensors, or a model that is not BERT.
         """
         directory = checkpoint_directory(path_or_name, WEIGHTS)
-        config = EncoderConfig.from_json(directory / "config.json")
+        config = EncoderConfig.from_json(directory / "config.json").with_dropout(dropout)
         saved_pooler = has_pooler(directory)
         wanted = saved_pooler if pooler is None else pooler
         with torch.device("meta"):  # nothing to initialise, so torch's generator stays where it is

@@ -14,10 +14,13 @@ from minbert import evaluate, predict, train
 
 @pytest.fixture(scope="module")
 def run(course_data, tmp_path_factory) -> Path:
-    """A short run that has learnt something."""
+    """A short run."""
     path = tmp_path_factory.mktemp("commands") / "run"
-    small = ["--scratch.hidden-size=32", "--scratch.num-hidden-layers=1", "--dropout=0", "--head-dropout=0"]
-    assert train.main([f"--data={course_data}", f"--out={path}", "--epochs=15", "--lr=0.005", *small]) == 0
+    small = ["--scratch.hidden-size=32", "--scratch.num-hidden-layers=1"]
+    assert (
+        train.main([f"--data={course_data}", f"--out={path}", "--batch-size=8", "--epochs=4", "--lr=0.005", *small])
+        == 0
+    )
     return path
 
 
@@ -56,16 +59,17 @@ def test_predict_reads_course_files_and_agrees_with_evaluate(run, course_data, t
         assert [float(v) for _, v in predicted] == pytest.approx([float(v) for _, v in expected], abs=1e-4)
 
 
-def test_predict_reads_sentences_and_pairs_from_standard_input(run, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the film was superb .\n\nthe film was awful .\n"))
-    assert predict.main([str(run), "--task=sst", "--input=-"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "id \t Predicted_Sentiment "
-    assert [line.split(" , ")[0] for line in lines[1:]] == ["0", "1"]
-    assert int(lines[1].split(" , ")[1]) > int(lines[2].split(" , ")[1])
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a film here\ta film there\n"))
-    assert predict.main([str(run), "--task=sts", "--input", "-"]) == 0
-    assert 0 < float(capsys.readouterr().out.splitlines()[1].split(" , ")[1]) < 6
+def test_predict_reads_sentences_and_pairs_from_standard_input(run, course_data, monkeypatch, capsys):
+    for task, name, stem in (("sst", "ids-sst", "sst"), ("sts", "sts", "sts")):
+        rows = [line.split("\t")[2:-1] for line in (course_data / f"{name}-dev.csv").read_text().splitlines()[1:]]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n".join("\t".join(row) for row in rows)))
+        assert predict.main([str(run), f"--task={task}", "--input=-"]) == 0
+        header, *lines = capsys.readouterr().out.splitlines()
+        assert header.startswith("id \t Predicted_")
+        predicted = [tuple(line.rstrip().split(" , ")) for line in lines]
+        assert [identifier for identifier, _ in predicted] == [str(i) for i in range(len(rows))]
+        expected = [float(value) for _, value in pairs(run / "predictions" / f"{stem}-dev-output.csv")]
+        assert [float(value) for _, value in predicted] == pytest.approx(expected, abs=1e-4)
 
 
 def test_transformers_loads_the_encoder_of_a_run(run):

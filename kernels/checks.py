@@ -143,7 +143,7 @@ def task_gradients(op: str, grads: Sequence[Sequence[Tensor | None]]) -> list[Te
                     raise ValueError(f"{op}: {name} must be on {device} like the other tensors, got {grad.device}")
                 if not is_dense(grad):
                     raise ValueError(
-                        f"{op}: {name} must fill one block of memory, got strides {list(grad.stride())} for shape "
+                        f"{op}: {name} must be dense, got strides {list(grad.stride())} for shape "
                         f"{list(grad.shape)}; call .contiguous() on it"
                     )
             else:

@@ -26,13 +26,16 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-template <class Body>
-void parallel(int threads, int64_t count, const Body& body) {
-  parallel_for(
-      threads, count, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, &body);
-}
-
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Calls body(i) for i in [0, count). `work`, about the bytes that all of it touches, keeps small jobs from waking
+// threads that would cost more than they bring.
+template <class Body>
+void parallel(int threads, int64_t count, int64_t work, const Body& body) {
+  constexpr int64_t kWorkOfOneThread = 1 << 17;
+  parallel_for(
+      static_cast<int>(smaller(threads, 1 + work / kWorkOfOneThread)), count, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, &body);
+}
 
 }  // namespace
 }  // namespace minbert::MINBERT_ISA

@@ -117,11 +117,13 @@ void keep_query(uint8_t* keep, int64_t block, int64_t heads, int64_t length, int
   }
 }
 
+constexpr int64_t kWorkOfOneByte = 8;  // a byte of a mask takes the time of so many bytes of memory traffic
+
 }  // namespace
 
 void dropout_mask(uint8_t* keep, int64_t rows, int64_t columns, Dropout dropout, int threads) noexcept {
   constexpr int64_t kRows = 16;
-  parallel(threads, (rows + kRows - 1) / kRows, [&](int64_t index) {
+  parallel(threads, (rows + kRows - 1) / kRows, kWorkOfOneByte * rows * columns, [&](int64_t index) {
     const int64_t end = smaller(rows, (index + 1) * kRows);
     for (int64_t row = index * kRows; row < end; ++row) keep_row(keep + row * columns, columns, row, dropout);
   });
@@ -129,7 +131,8 @@ void dropout_mask(uint8_t* keep, int64_t rows, int64_t columns, Dropout dropout,
 
 void attention_dropout_mask(uint8_t* keep, const int32_t* cu_seqlens, int64_t sequences, int64_t heads, Dropout dropout,
                             int threads) noexcept {
-  parallel(threads, sequences, [&](int64_t sequence) {
+  const int64_t tokens = cu_seqlens[sequences], work = kWorkOfOneByte * heads * tokens * tokens / sequences;
+  parallel(threads, sequences, work, [&](int64_t sequence) {
     uint8_t* start = keep;
     for (int64_t before = 0; before < sequence; ++before) {
       const int64_t length = cu_seqlens[before + 1] - cu_seqlens[before];

@@ -34,6 +34,14 @@ void with_element(DType dtype, const F& f) {
   }
 }
 
+// The bytes of one task's gradient.
+int64_t gradient_bytes(const TaskGradients& g) {
+  int64_t bytes = 0;
+  for (int64_t tensor = 0; tensor < g.tensors; ++tensor)
+    with_element(g.dtypes[tensor], [&](auto element) { bytes += g.sizes[tensor] * sizeof(element); });
+  return bytes;
+}
+
 // Gram -------------------------------------------------------------------------------------------------------------
 
 // Products of float32 are exact in float64, and the conversion hides behind memory: no error builds up in a chunk.
@@ -176,7 +184,7 @@ bool pays_to_stream(const TaskGradients& g, const Chunk& chunk, const void* out,
 
 void gram(const TaskGradients& g, double* partials, double* gram, int threads) noexcept {
   const int64_t chunks = g.first_chunk[g.tensors], entries = g.tasks * g.tasks;
-  parallel(threads, chunks, [&](int64_t index) {
+  parallel(threads, chunks, g.tasks * gradient_bytes(g), [&](int64_t index) {
     const Chunk chunk = find_chunk(g, index);
     with_element(g.dtypes[chunk.tensor], [&](auto element) {
       gram_of_chunk<decltype(element)>(g, chunk, partials + index * entries);
@@ -190,10 +198,8 @@ void gram(const TaskGradients& g, double* partials, double* gram, int threads) n
 }
 
 void combine(const TaskGradients& g, const double* weights, void* const* out, int threads) noexcept {
-  int64_t output_bytes = 0;
-  for (int64_t tensor = 0; tensor < g.tensors; ++tensor)
-    with_element(g.dtypes[tensor], [&](auto element) { output_bytes += g.sizes[tensor] * sizeof(element); });
-  parallel(threads, g.first_chunk[g.tensors], [&](int64_t index) {
+  const int64_t output_bytes = gradient_bytes(g);
+  parallel(threads, g.first_chunk[g.tensors], (g.tasks + 1) * output_bytes, [&](int64_t index) {
     const Chunk chunk = find_chunk(g, index);
     with_element(g.dtypes[chunk.tensor], [&](auto element) {
       using Element = decltype(element);

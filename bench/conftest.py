@@ -1,0 +1,144 @@
+"""What the benchmarks share: interleaved races in one process, their table, and their record in bench/results.
+
+pytest bench/ --benchmark-only                      the table
+pytest bench/ --benchmark-only --minbert-results    and a JSON file with machine, versions and commit
+MINBERT_BENCH_SMOKE=1 pytest bench/ --benchmark-only    every benchmark once on small data, to see that it runs
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+
+from minbert.kernels import native
+
+RESULTS = Path(__file__).parent / "results"
+SMOKE = os.environ.get("MINBERT_BENCH_SMOKE") == "1"
+ROUNDS = 1 if SMOKE else 5
+ROWS = pytest.StashKey[list[dict[str, object]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minbert-results", action="store_true", help="write the results to bench/results as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+
+
+@pytest.fixture
+def smoke() -> bool:
+    """Whether to use small data: MINBERT_BENCH_SMOKE=1."""
+    return SMOKE
+
+
+@pytest.fixture
+def race(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str, float]]:
+    """`race(case, {name: function, ...}, bytes_moved={name: ...})`: median seconds of every function, in turns.
+
+    Each round calls every function once, so that all meet the same state of the machine; the first name is ours and
+    the row of pytest-benchmark's own table. `bytes_moved` adds the bandwidth; a function called "copy" makes it a
+    share of the machine's copy bandwidth.
+    """
+
+    def run(
+        case: str, functions: Mapping[str, Callable[[], object]], bytes_moved: Mapping[str, int] | None = None
+    ) -> dict[str, float]:
+        seconds: dict[str, list[float]] = {name: [] for name in functions}
+
+        def timed(name: str) -> None:
+            start = time.perf_counter()
+            functions[name]()
+            seconds[name].append(time.perf_counter() - start)
+
+        ours, *others = functions
+        for function in functions.values():  # warm up: pages, caches, threads
+            function()
+        benchmark.pedantic(timed, args=(ours,), setup=lambda: [timed(name) for name in others] and None, rounds=ROUNDS)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        moved = bytes_moved or {}
+        copy = moved["copy"] / medians["copy"] if "copy" in moved else None
+        for name, median in medians.items():
+            bandwidth = moved[name] / median if name in moved else None
+            request.config.stash[ROWS].append(
+                {
+                    "benchmark": request.node.name,
+                    "case": case,
+                    "name": name,
+                    "seconds": median,
+                    "ratio": median / medians[ours],
+                    "bytes_per_second": bandwidth,
+                    "share_of_copy": bandwidth / copy if bandwidth and copy else None,
+                    "rounds": ROUNDS,
+                }
+            )
+        return medians
+
+    return run
+
+
+def _machine() -> dict[str, object]:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "isa": native.library().get_isa() if native.available() else "none",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    machine = _machine()
+    terminalreporter.section("minbert against its peers")
+    terminalreporter.line(", ".join(f"{key} {value}" for key, value in machine.items()))
+    terminalreporter.line(f"{'case':<42} {'who':<30} {'median':>11} {'ratio':>8} {'GB/s':>7} {'of copy':>8}")
+    for row in rows:
+        bandwidth = f"{row['bytes_per_second'] / 1e9:7.1f}" if row["bytes_per_second"] else ""
+        share = f"{row['share_of_copy']:8.0%}" if row["share_of_copy"] else ""
+        terminalreporter.line(
+            f"{row['case']:<42} {row['name']:<30} {row['seconds'] * 1e3:8.2f} ms {row['ratio']:7.1f}x"
+            f" {bandwidth:>7} {share:>8}"
+        )
+    if config.getoption("--minbert-results"):
+        now = datetime.now(timezone.utc)
+        record = {
+            "time": now.isoformat(timespec="seconds"),
+            "commit": _commit(),
+            "machine": machine,
+            "versions": {name: _version(name) for name in ("minbert", "torch", "torchjd", "transformers")},
+            "rows": rows,
+        }
+        path = RESULTS / f"{now:%Y-%m-%d-%H%M%S}.json"
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        terminalreporter.line(f"written: {path}")

@@ -1,0 +1,65 @@
+"""What the tests of the ops share: the instruction sets of this machine, and a record of the ops that ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minbert.kernels import native, set_backend
+
+ISAS = ("portable", "avx2", "avx512")
+
+
+@pytest.fixture(autouse=True)
+def own_settings() -> Iterator[None]:
+    """Give every test the default backend and thread count, and restore them."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    set_backend("auto")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn; those this processor lacks are skipped."""
+    if not native.available():
+        pytest.skip(native.missing_reason())
+    library = native.library()
+    if request.param not in library.isas():
+        pytest.skip(f"this processor has no {request.param}")
+    library.set_isa(request.param)
+    assert library.get_isa() == request.param
+    yield request.param
+    library.set_isa("auto")
+
+
+@pytest.fixture
+def needs_native() -> None:
+    if not native.available():
+        pytest.skip(native.missing_reason())
+
+
+class _Record(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def record() -> Callable[[], AbstractContextManager[list[str]]]:
+    """`with record() as ops`: the names of all torch ops called inside, minbert's native ones among them."""
+
+    @contextmanager
+    def recording() -> Iterator[list[str]]:
+        with _Record() as mode:
+            yield mode.ops
+
+    return recording

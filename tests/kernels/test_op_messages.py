@@ -1,0 +1,221 @@
+"""A wrong argument gives one line: the op, the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from minbert.kernels import (
+    adamw_,
+    attention,
+    attention_dropout_mask,
+    bias_gelu,
+    combine,
+    dropout,
+    dropout_add_layer_norm,
+    dropout_mask,
+    embedding,
+    gram,
+)
+
+x, seed = torch.zeros(4, 6), torch.tensor(1)
+qkv, cu = torch.zeros(9, 3, 2, 4), torch.tensor([0, 5, 9], dtype=torch.int32)
+w64 = torch.ones(2, dtype=torch.float64)
+ids = torch.zeros(4, dtype=torch.int64)
+vector = torch.zeros(6)
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def embed(token_ids: torch.Tensor = ids, word: torch.Tensor = x, **options: object) -> torch.Tensor:
+    return embedding(token_ids, ids, ids, word, x, x, vector, vector, eps=1e-5, **options)
+
+
+def update(**changed: object) -> None:
+    lists = {name: [torch.zeros(3)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
+    options = {"step": 1, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    adamw_(**{**lists, **options, **changed})
+
+
+CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: gram([]), ValueError, "gram: grads must hold one list of tensors per task, got an empty list"),
+    (lambda: gram([x, x]), TypeError, "gram: grads[0] must be a list of tensors, got a tensor; write [tensor]"),
+    (lambda: gram([[x], [x, x]]), ValueError, "gram: every task needs as many tensors: grads[0] has 1, grads[1] 2"),
+    (lambda: gram([[3]]), TypeError, "gram: grads[0][0] must be a tensor or None, got int"),
+    (
+        lambda: gram([[x.half()]]),
+        TypeError,
+        "gram: grads[0][0] must be float32 or bfloat16 or float64, got float16",
+    ),
+    (
+        lambda: gram([[x], [x.double()]]),
+        TypeError,
+        "gram: grads[1][0] must be float32 like its tensor in the other tasks, got float64",
+    ),
+    (
+        lambda: gram([[x], [x[:2]]]),
+        ValueError,
+        "gram: grads[1][0] must have shape [4, 6] like its tensor in the other tasks, got [2, 6]",
+    ),
+    (
+        lambda: gram([[x], [x.to("meta")]]),
+        ValueError,
+        "gram: grads[1][0] must be on cpu like its tensor in the other tasks, got meta",
+    ),
+    (
+        lambda: gram([[x, x.to("meta")]]),
+        ValueError,
+        "gram: grads[0][1] must be on cpu like the other tensors, got meta",
+    ),
+    (
+        lambda: gram([[x[:, ::2]]]),
+        ValueError,
+        "gram: grads[0][0] must be dense, got strides [6, 2] for shape [4, 3]; call .contiguous() on it",
+    ),
+    (
+        lambda: gram([[torch.zeros(1, 6).expand(4, 6)]]),
+        ValueError,
+        "gram: grads[0][0] must be dense, got strides [0, 1] for shape [4, 6]; call .contiguous() on it",
+    ),
+    (
+        lambda: gram([[x], [torch.zeros(6, 4).T]]),
+        ValueError,
+        "gram: grads[1][0] must be laid out like its tensor in the other tasks; call .contiguous() on both",
+    ),
+    (lambda: combine([[x], [x]], w64.float()), TypeError, "combine: weights must be float64, got float32"),
+    (lambda: combine([[x]], w64), ValueError, "combine: weights must have shape [1], got [2]"),
+    (
+        lambda: combine([[x], [x]], w64.to("meta")),
+        ValueError,
+        "combine: weights must be on cpu like the gradients, got meta",
+    ),
+    (
+        lambda: combine([[x], [x]], w64, []),
+        ValueError,
+        "combine: out must have one entry for each of the 1 tensors, got 0",
+    ),
+    (lambda: combine([[x], [x]], w64, [None]), TypeError, "combine: out[0] must be a tensor, got NoneType"),
+    (
+        lambda: combine([[x], [x]], w64, [x.bfloat16()]),
+        TypeError,
+        "combine: out[0] must be float32 like the gradients there, got bfloat16",
+    ),
+    (
+        lambda: dropout_mask(2, 3, 1.0, seed, 0),
+        ValueError,
+        "dropout_mask: the dropout probability must lie in [0, 1), got 1.0",
+    ),
+    (
+        lambda: dropout_mask(2, 3, float("nan"), seed, 0),
+        ValueError,
+        "dropout_mask: the dropout probability must lie in [0, 1), got nan",
+    ),
+    (lambda: dropout_mask(2, 3, 0.5, seed.int(), 0), TypeError, "dropout_mask: seed must be int64, got int32"),
+    (lambda: dropout_mask(2, 3, 0.5, ids, 0), ValueError, "dropout_mask: seed must have shape [], got [4]"),
+    (
+        lambda: dropout_mask(2, 3, 0.5, seed, -1),
+        ValueError,
+        "dropout_mask: site must be a number from 0 to 2**32 - 1, got -1",
+    ),
+    (
+        lambda: dropout_mask(0, 3, 0.5, seed, 0),
+        ValueError,
+        "dropout_mask: rows and columns must be at least 1, got 0 and 3",
+    ),
+    (
+        lambda: attention_dropout_mask(cu, 0, 0.5, seed, 0),
+        ValueError,
+        "attention_dropout_mask: heads must be at least 1, got 0",
+    ),
+    (
+        lambda: dropout(x, p=0.5, seed=None, site=0),
+        ValueError,
+        "dropout: dropout with probability 0.5 needs a seed, an int64 scalar tensor; got None",
+    ),
+    (
+        lambda: dropout(x, p=0.5, seed=seed.to("meta"), site=0),
+        ValueError,
+        "dropout: seed must be on cpu like the other tensors, got meta",
+    ),
+    (lambda: attention(qkv[:, 0], cu, 5), ValueError, "attention: qkv must have shape [N, 3, H, d], got [9, 2, 4]"),
+    (
+        lambda: attention(qkv[:0], cu, 5),
+        ValueError,
+        "attention: qkv must have shape [N, 3, H, d], got [0, 3, 2, 4] (no dimension may be 0)",
+    ),
+    (
+        lambda: attention(qkv.long(), cu, 5),
+        TypeError,
+        "attention: qkv must be float32 or bfloat16 or float16 or float64, got int64",
+    ),
+    (
+        lambda: attention(qkv.transpose(0, 2), cu, 5),
+        ValueError,
+        "attention: qkv must be contiguous, got strides [4, 8, 24, 1] for shape [2, 3, 9, 4]; call .contiguous() on it",
+    ),
+    (lambda: attention(qkv, cu.long(), 5), TypeError, "attention: cu_seqlens must be int32, got int64"),
+    (
+        lambda: attention(qkv, cu[:1], 5),
+        ValueError,
+        "attention: cu_seqlens must have at least 2 entries (one sequence), got 1",
+    ),
+    (lambda: attention(qkv, ints(1, 9), 8), ValueError, "attention: cu_seqlens must start at 0, got 1"),
+    (
+        lambda: attention(qkv, ints(0, 8), 8),
+        ValueError,
+        "attention: cu_seqlens must end at the number of tokens, 9, got 8",
+    ),
+    (
+        lambda: attention(qkv, ints(0, 7, 5, 9), 7),
+        ValueError,
+        "attention: cu_seqlens must increase, got 7 and then 5 at entries 1 and 2",
+    ),
+    (lambda: attention(qkv, cu, 4), ValueError, "attention: max_seqlen is 4, but the longest sequence has 5 tokens"),
+    (
+        lambda: dropout_add_layer_norm(x, x.double(), vector, vector, eps=1e-5),
+        TypeError,
+        "dropout_add_layer_norm: residual must be float32, got float64",
+    ),
+    (
+        lambda: dropout_add_layer_norm(x, x, vector[:5], vector, eps=1e-5),
+        ValueError,
+        "dropout_add_layer_norm: weight must have shape [6], got [5]",
+    ),
+    (lambda: bias_gelu([1.0], vector), TypeError, "bias_gelu: x must be a tensor, got list"),
+    (
+        lambda: bias_gelu(x, vector.to("meta")),
+        ValueError,
+        "bias_gelu: bias must be on cpu like the other tensors, got meta",
+    ),
+    (lambda: embed(token_ids=ids + 4), ValueError, "embedding: token_ids must lie in [0, 3], the table's rows; got 4"),
+    (lambda: embed(token_ids=ids - 1), ValueError, "embedding: token_ids must lie in [0, 3], the table's rows; got -1"),
+    (lambda: embed(token_ids=ids.int()), TypeError, "embedding: token_ids must be int64, got int32"),
+    (
+        lambda: embed(word=torch.zeros(4, 7)),
+        ValueError,
+        "embedding: token_type must have shape [types, 7], got [4, 6]",
+    ),
+    (
+        lambda: update(grads=[]),
+        ValueError,
+        "adamw_: the four lists must be as long as each other, got params 1, grads 0, exp_avgs 1, exp_avg_sqs 1",
+    ),
+    (lambda: update(step=0), ValueError, "adamw_: step is counted from 1, got 0"),
+    (lambda: update(grads=[torch.zeros(2)]), ValueError, "adamw_: grads[0] must have shape [3], got [2]"),
+    (
+        lambda: update(exp_avgs=[torch.zeros(3, dtype=torch.float64)]),
+        TypeError,
+        "adamw_: exp_avgs[0] must be float32, got float64",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CASES, ids=[message for _, _, message in CASES])
+def test_message(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message

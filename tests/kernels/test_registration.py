@@ -1,0 +1,85 @@
+"""The ops are good citizens of torch: their registration is sound, and torch.compile takes them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from minbert import kernels
+
+SEED = torch.tensor(5)
+WEIGHTS = torch.tensor([0.5, -2.0], dtype=torch.float64)
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+CALLS = {
+    "dropout_mask": lambda: (4, 9, 1 << 30, SEED, 1),
+    "attention_dropout_mask": lambda: (torch.tensor([0, 5, 9], dtype=torch.int32), 3, 1 << 30, SEED, 1),
+    "gram": lambda: ([randn(4), None, randn(4), randn(3)], 2),
+    "combine_": lambda: ([randn(4), None, randn(4), randn(3)], WEIGHTS, [torch.empty(4), torch.empty(3)]),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_opcheck(op: str, needs_native: None) -> None:
+    torch.library.opcheck(getattr(torch.ops.minbert, op).default, CALLS[op]())
+
+
+def surgery(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    grads = [[a, None, a], [b, b, None]]
+    weights = kernels.gram(grads).sum(0)
+    one, two, three = kernels.combine(grads, weights)
+    return weights, one, two, three
+
+
+def surgery_in_place(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    row = a.clone()
+    return kernels.combine([[row], [b]], WEIGHTS, [row])[0] + row
+
+
+def layer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    weight, bias = b[0], b[1]
+    hidden = kernels.dropout_add_layer_norm(a, b, weight, bias, eps=1e-5, dropout_p=0.2, seed=SEED, site=3)
+    return kernels.dropout(kernels.bias_gelu(hidden, bias), p=0.2, seed=SEED, site=4)
+
+
+def update(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    param, exp_avg, exp_avg_sq = a.clone(), torch.zeros_like(a), torch.zeros_like(a)
+    kernels.adamw_([param], [b], [exp_avg], [exp_avg_sq], step=1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    return param, exp_avg, exp_avg_sq
+
+
+FUNCTIONS = [surgery, surgery_in_place, layer, update]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_compiles_into_one_graph(function: Callable) -> None:
+    a, b = randn(6, 16), randn(6, 16) + 1
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(a, b), function(a, b))
+
+
+def test_compiles_into_one_graph_for_any_number_of_tokens() -> None:
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (6, 9, 23):
+        a, b = randn(tokens, 16), randn(tokens, 16) + 1
+        torch.testing.assert_close(compiled(a, b), layer(a, b), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [surgery, layer])
+def test_compiles_with_the_default_backend(function: Callable) -> None:
+    a, b = randn(6, 16), randn(6, 16) + 1
+    torch.testing.assert_close(torch.compile(function, fullgraph=True)(a, b), function(a, b))
+
+
+def test_compiled_code_trains_with_the_same_masks() -> None:
+    a, b = randn(6, 16).requires_grad_(), randn(6, 16) + 1
+    (eager,) = torch.autograd.grad(layer(a, b).sum(), a)
+    (compiled,) = torch.autograd.grad(torch.compile(layer, fullgraph=True, backend="aot_eager")(a, b).sum(), a)
+    torch.testing.assert_close(compiled, eager)

@@ -17,6 +17,7 @@ from .dispatch import backends, set_backend, use_backend
 from .embedding import embedding
 from .gelu import bias_gelu
 from .layer_norm import dropout_add_layer_norm
+from .linear import linear
 from .random import attention_dropout_mask, dropout, dropout_mask
 from .surgery import combine, gram
 
@@ -32,6 +33,7 @@ __all__ = [
     "dropout_mask",
     "embedding",
     "gram",
+    "linear",
     "native",
     "reference",
     "set_backend",

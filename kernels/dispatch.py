@@ -27,6 +27,11 @@ _NATIVE: dict[str, tuple[str, ...]] = {
 _choice = "auto"
 
 
+def choice() -> str:
+    """The backend that is chosen: "auto" or "reference"."""
+    return _choice
+
+
 def set_backend(name: str) -> None:
     """Choose the backend for all ops: "auto" (native code where there is some) or "reference" (plain PyTorch).
 
@@ -58,6 +63,9 @@ def runs_native(op: str, device: torch.device) -> bool:
 
 
 def backends(device: torch.device | str) -> dict[str, str]:
-    """What would run for tensors on `device`: "native" or "reference" for every op."""
+    """What would run for tensors on `device`: "native" or "reference" for every op ("oneDNN" for float32 layers)."""
     device = torch.device(device)
-    return {op: "native" if runs_native(op, device) else "reference" for op in _NATIVE}
+    from .linear import runs_onednn  # it reads the choice from here
+
+    found = {op: "native" if runs_native(op, device) else "reference" for op in _NATIVE}
+    return {**found, "linear": "oneDNN" if runs_onednn(device) else "reference"}

@@ -141,6 +141,12 @@ def test_combine_passes_nan_and_infinity_on(isa: str, dtype: torch.dtype) -> Non
         assert torch.equal(result[~result.isnan()], expected[~expected.isnan()])
 
 
+def test_rounding_to_bfloat16_keeps_every_nan(isa: str) -> None:
+    """The NaN whose bits are all ones would round up to zero."""
+    weights = torch.tensor([2**63 - 1]).view(torch.float64)
+    assert combine([[torch.ones(70, dtype=torch.bfloat16)]], weights)[0].isnan().all()
+
+
 @pytest.mark.parametrize("size", [1, 63, 5000, 5 * 1024 * 1024 + 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_combine_writes_every_element_of_out(isa: str, dtype: torch.dtype, size: int) -> None:

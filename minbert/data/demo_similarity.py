@@ -1,0 +1,35 @@
+"""Demo similarity: pairs of scenes, scored from 0 (nothing in common) to 5 (the same meaning) in steps of 0.2.
+
+A scene has four slots. Each slot in which two scenes agree adds its weight to the score, or 0.2 less when they name it
+by different words; how the sentence is built does not count.
+"""
+
+from __future__ import annotations
+
+from minbert.data.demo_dice import Dice
+from minbert.data.demo_words import ACTIONS, MANNERS, SUBJECTS, THINGS, a, sentence, word
+
+SLOTS = ((SUBJECTS, 1.2), (ACTIONS, 1.4), (THINGS, 1.4), (MANNERS, 1.0))
+OTHER_WORD = 0.2
+AGREEMENTS = (0.0, 0.1, 0.5, 0.9, 1.0)  # a pair's chance of agreeing in a slot: most pairs are much alike or hardly
+
+
+def scenes(dice: Dice) -> tuple[tuple[str, str], float]:
+    """Two scenes and their similarity."""
+    agreement = dice.pick(AGREEMENTS)
+    score = 0.0
+    first, second = [], []
+    for concepts, weight in SLOTS:
+        concept = dice.pick(concepts)
+        first.append(word(dice, concept))
+        if dice.chance(agreement):
+            second.append(word(dice, concept))
+            score += weight if first[-1] == second[-1] else weight - OTHER_WORD
+        else:
+            second.append(word(dice, dice.other(concepts, concept)))
+    return (_scene(dice, *first), _scene(dice, *second)), round(score, 1)
+
+
+def _scene(dice: Dice, subject: str, action: str, thing: str, manner: str) -> str:
+    who, does = a(subject), f"{action} {a(thing)} {manner}"
+    return sentence(dice.pick((f"{who} is {does}", f"I saw {who} {does}", f"you can see {who} {does}")), ".")

@@ -1,0 +1,154 @@
+"""Tokenized examples as flat arrays, kept on disk between runs and packed into batches without padding."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from minbert.data.formats import Examples
+from minbert.kernels.cache import cache_directory
+from minbert.packing import Packed, pack_flat
+
+FORMAT = "minbert-encoded-1"  # part of every cache file's name: a new layout leaves old files alone
+
+
+class BatchTokenizer(Protocol):
+    """What `encode` needs of a tokenizer."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Different for tokenizers that may encode some text differently."""
+
+    def encode_batch(
+        self, texts: list[str], pairs: list[str] | None, max_length: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Token ids int32 and token types uint8, end to end; lengths int64 [n]; and how many texts were cut."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """n examples of N tokens in all; example i is `token_ids[offsets[i]:offsets[i + 1]]`."""
+
+    token_ids: np.ndarray  # int32 [N]
+    token_type_ids: np.ndarray  # uint8 [N]
+    offsets: np.ndarray  # int64 [n + 1]
+    labels: np.ndarray | None  # float32 [n]
+    ids: list[str]
+    truncated: int  # examples that were cut to the longest length allowed
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 [n]."""
+        return np.diff(self.offsets)
+
+    def pack(self, indices: np.ndarray) -> Packed:
+        """The examples at `indices` (int64, at least one), in that order, as one packed stream."""
+        return pack_batches([(self, indices)])
+
+
+def pack_batches(parts: Sequence[tuple[Encoded, np.ndarray]]) -> Packed:
+    """Pack a batch of each of several tasks into one stream: task after task, each a contiguous segment."""
+    gathered = [_gather(encoded, indices) for encoded, indices in parts]
+    token_ids, token_type_ids, lengths = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
+    return pack_flat(token_ids, token_type_ids, lengths)
+
+
+def _gather(encoded: Encoded, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids, token types and lengths of the examples at `indices`, end to end."""
+    lengths = encoded.lengths[indices]
+    ends = np.cumsum(lengths)
+    tokens = np.arange(ends[-1]) + np.repeat(encoded.offsets[indices] - (ends - lengths), lengths)
+    return encoded.token_ids[tokens], encoded.token_type_ids[tokens], lengths
+
+
+def encode(
+    examples: Examples, tokenizer: BatchTokenizer, max_length: int, cache_dir: str | Path | None = None
+) -> Encoded:
+    """Tokenize examples, or take the tokens from the cache if the same texts were encoded alike before.
+
+    Args:
+        examples: texts, or pairs of texts.
+        tokenizer: what encodes them.
+        max_length: the most tokens an example may have; longer ones are cut.
+        cache_dir: where the tokens are kept; `$MINBERT_CACHE` or else `~/.cache/minbert` when left out. A directory
+            that cannot be written means no cache, and a damaged file in it is made anew.
+    """
+    path = _cache_file(examples, tokenizer, max_length, cache_dir)
+    arrays = _load(path)
+    if arrays is None:
+        ids, types, lengths, truncated = tokenizer.encode_batch(examples.texts, examples.pairs, max_length)
+        arrays = {
+            "token_ids": ids.astype(np.int32, copy=False),
+            "token_type_ids": types.astype(np.uint8, copy=False),
+            "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64, copy=False),
+            "truncated": np.array([truncated], np.int64),
+        }
+        _store(path, arrays)
+    return Encoded(
+        arrays["token_ids"],
+        arrays["token_type_ids"],
+        arrays["offsets"],
+        examples.labels,
+        examples.ids,
+        int(arrays["truncated"][0]),
+    )
+
+
+def _cache_file(examples: Examples, tokenizer: BatchTokenizer, max_length: int, cache_dir: str | Path | None) -> Path:
+    """The cache file, named after everything its content follows from."""
+    digest = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint} {max_length} {len(examples)}".encode())
+    for texts in (examples.texts, examples.pairs or ()):
+        digest.update(b"%d;" % len(texts))
+        for text in texts:
+            content = text.encode("utf-8", "surrogatepass")
+            digest.update(b"%d:" % len(content))
+            digest.update(content)
+    return Path(cache_dir or cache_directory()) / f"{digest.hexdigest()}.safetensors"
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape};".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _load(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a cache file, or None when it is not there or not as it was written."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            intact = (file.metadata() or {}).get("checksum") == _checksum(arrays)
+    except (OSError, SafetensorError, TypeError, ValueError):
+        return None
+    return arrays if intact else None
+
+
+def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a cache file that is there whole or not at all; a disk that refuses it is no error."""
+    content = save(arrays, {"checksum": _checksum(arrays)})
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            temporary = file.name
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)

@@ -1,0 +1,211 @@
+"""Readers of the two file formats: CS224N's quoted tab-separated files and GLUE's plain ones.
+
+In both, every physical line is one row, the first is the header, and columns are found by name. A bad row is left out
+and noted with its line; a bad file is a `UserError`. Blank lines are ignored.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from minbert.errors import UserError
+from minbert.tasks import Task
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that was left out: its file, its line (from 1, counting the header) and why."""
+
+    file: str
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The usable rows of one file, in its order.
+
+    Raises:
+        ValueError: fields of different lengths.
+    """
+
+    ids: list[str]
+    texts: list[str]
+    pairs: list[str] | None  # the second sentences of a pair task
+    labels: np.ndarray | None  # float32 [n]; None without a label column
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("texts", "pairs", "labels"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.ids):
+                raise ValueError(f"{name} has {len(values)} entries for {len(self.ids)} ids; expected one for each")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Row(NamedTuple):
+    """A row as it was found: the fields a task needs, or the problem that kept them from being told apart."""
+
+    line: int
+    id: str = ""
+    texts: Sequence[str] = ()
+    label: str = ""
+    problem: str = ""
+
+
+def read_examples(path: str | Path, task: Task, *, require_labels: bool = False) -> Examples:
+    """Read a CS224N file: tab-separated, fields quoted as CSV, an unnamed index column or two in front.
+
+    One level of CSV quoting is undone and surrounding whitespace is stripped; quotes inside that (the course's files
+    were quoted several times over) stay in the text. Unlike in CSV at large, a quoted field ends on its own line, so
+    that an unbalanced quote costs one row and not all that follow. Without an `id` or `index` column, ids are row
+    numbers from 0.
+
+    Args:
+        path: the file.
+        task: whose columns and labels to expect.
+        require_labels: whether a file without a label column is an error, or has `labels` None.
+
+    Raises:
+        UserError: the file cannot be read, is empty, is not UTF-8, lacks a column, or has no usable row.
+    """
+    return _read(Path(path), task, task.columns, task.label, _split_quoted, require_labels)
+
+
+def read_glue(path: str | Path, task: Task, *, require_labels: bool = False) -> Examples:
+    """Read a GLUE file: as `read_examples`, but without quoting, and with the columns of `task.glue`."""
+    assert task.glue is not None, f"GLUE has no {task.name}"
+    return _read(Path(path), task, task.glue.columns, task.glue.label, _split_plain, require_labels)
+
+
+def collect(where: str, rows: Iterable[Row], task: Task, labelled: bool) -> Examples:
+    """Keep the rows that are fit for `task` and note the others.
+
+    Raises:
+        UserError: no row is left.
+    """
+    kept: list[Row] = []
+    labels: list[float] = []
+    skipped: list[Skipped] = []
+    for row in rows:
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            texts = [text.strip() for text in row.texts]
+            if not all(texts):
+                raise ValueError("empty text")
+            if labelled:
+                labels.append(_label(row.label.strip(), task))
+            kept.append(row._replace(texts=texts))
+        except ValueError as error:
+            skipped.append(Skipped(where, row.line, str(error)))
+    if not kept:
+        if not skipped:
+            raise UserError(f"{where} has no rows under its header; expected examples of {task.title}")
+        first = skipped[0]
+        raise UserError(f"{where}: none of its {len(skipped)} rows is usable; line {first.line}: {first.reason}")
+    return Examples(
+        [row.id for row in kept],
+        [row.texts[0] for row in kept],
+        [row.texts[1] for row in kept] if task.is_pair else None,
+        np.array(labels, np.float32) if labelled else None,
+        skipped,
+    )
+
+
+def _read(
+    path: Path,
+    task: Task,
+    columns: tuple[str, ...],
+    label: str,
+    split: Callable[[str], list[str]],
+    require_labels: bool,
+) -> Examples:
+    lines = _lines(path)
+    try:
+        header = [name.strip() for name in split(lines[0])]
+    except ValueError as error:
+        raise UserError(f"{path}, line 1: cannot read the header: {error}") from None
+    labelled = require_labels or label in header
+    for name in (*columns, *([label] if labelled else [])):
+        if name not in header:
+            found = ", ".join(map(_short, filter(None, header))) or "no names"
+            raise UserError(f"{path}, line 1: no column {name!r} in the header; found {found}")
+    text_indices = [header.index(name) for name in columns]
+    label_index = header.index(label) if labelled else None
+    id_index = next((header.index(name) for name in ("id", "index") if name in header), None)
+
+    def rows() -> Iterable[Row]:
+        for number, line in enumerate(lines[1:]):
+            if not line.strip():
+                continue
+            try:
+                fields = split(line)
+            except ValueError as error:
+                yield Row(number + 2, problem=str(error))
+                continue
+            if len(fields) != len(header):
+                yield Row(number + 2, problem=f"expected {len(header)} fields, found {len(fields)}")
+                continue
+            yield Row(
+                number + 2,
+                str(number) if id_index is None else fields[id_index].strip(),
+                [fields[index] for index in text_indices],
+                "" if label_index is None else fields[label_index],
+            )
+
+    return collect(str(path), rows(), task, labelled)
+
+
+def _lines(path: Path) -> list[str]:
+    """The physical lines of a UTF-8 file, without their ends."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; expected a tab-separated file") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text; convert the file to UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty; expected a header and rows")
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def _split_quoted(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter="\t", strict=True))
+    except csv.Error as error:
+        raise ValueError(f"cannot tell its fields apart ({error}); is a quote unbalanced?") from None
+
+
+def _split_plain(line: str) -> list[str]:
+    return line.split("\t")
+
+
+def _label(text: str, task: Task) -> float:
+    """The label's value; ValueError says what is wrong with it."""
+    if not text:
+        raise ValueError("no label")
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"label {_short(text)!r} is not a number") from None
+    if not 0 <= value <= task.top:
+        raise ValueError(f"label {_short(text)} lies outside 0 to {task.top}")
+    if task.loss != "mean_squared_error" and value != int(value):
+        raise ValueError(f"label {_short(text)} is not a whole number")
+    return value
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:39] + "…"

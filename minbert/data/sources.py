@@ -1,0 +1,183 @@
+"""Where examples come from: the demo corpus, a directory of CS224N files or GLUE folders, or the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from minbert.data import demo
+from minbert.data.formats import Examples, Row, collect, read_examples, read_glue
+from minbert.errors import UserError
+from minbert.tasks import TASKS, Task
+
+SPLITS = ("train", "dev", "test")
+HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+HUB_LABEL = "label"  # the hub's GLUE calls every task's label so
+ACCEPTED = (
+    "--data takes a directory of CS224N files (ids-sst-train.csv, quora-train.csv, ...), a directory of GLUE folders "
+    "(QQP/train.tsv, ...) or a hub name such as nyu-mll/glue"
+)
+
+
+class Source(Protocol):
+    """Examples of some tasks, in splits named train, dev and test."""
+
+    name: str
+
+    def tasks(self) -> list[str]:
+        """Names of the tasks that have a train split."""
+
+    def splits(self, task: Task) -> list[str]:
+        """The splits of `task` that are there, in the order train, dev, test."""
+
+    def load(self, task: Task, split: str) -> Examples:
+        """Read one split; train and dev have labels, test may lack them.
+
+        Raises:
+            UserError: the split is not there, or its file is bad.
+        """
+
+
+def open_source(data: str | None) -> Source:
+    """The source that `--data` names: a directory, a hub name, or the demo corpus when it is None.
+
+    Raises:
+        UserError: no such directory or hub name, or a directory that holds no known file.
+    """
+    if data is None:
+        return DemoSource()
+    directory = Path(data).expanduser()
+    if directory.is_dir():
+        return FolderSource(directory)
+    if directory.exists():
+        raise UserError(f"{data} is a file; {ACCEPTED}")
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", data):
+        return HubSource(data)
+    raise UserError(f"no such directory: {data!r}; {ACCEPTED}")
+
+
+class DemoSource:
+    """The built-in corpus."""
+
+    name = "the built-in demo corpus"
+
+    def tasks(self) -> list[str]:
+        return list(demo.TASKS)
+
+    def splits(self, task: Task) -> list[str]:
+        return list(SPLITS) if task.name in demo.TASKS else []
+
+    def load(self, task: Task, split: str) -> Examples:
+        if split not in self.splits(task):
+            have = ", ".join(demo.TASKS)
+            raise UserError(f"{self.name} has no {split} split of {task.name}; it has {have}; give --data for others")
+        return demo.examples(task.name, split)
+
+
+class FolderSource:
+    """A directory with CS224N files, GLUE folders, or both (then a task's CS224N file is taken)."""
+
+    def __init__(self, directory: Path) -> None:
+        self.name = str(directory)
+        self._directory = directory
+        if not any(self.splits(task) for task in TASKS.values()):
+            looked_for = [candidate for task in TASKS.values() for candidate in _candidates(task, "train")]
+            raise UserError(f"{self.name} holds no file that minbert knows; looked for {', '.join(looked_for)}")
+
+    def tasks(self) -> list[str]:
+        return [name for name, task in TASKS.items() if "train" in self.splits(task)]
+
+    def splits(self, task: Task) -> list[str]:
+        return [split for split in SPLITS if self._find(task, split)]
+
+    def load(self, task: Task, split: str) -> Examples:
+        found = self._find(task, split)
+        if found is None:
+            files = " or ".join(_candidates(task, split)) or "file known for it"
+            raise UserError(
+                f"{self.name} has no {split} split of {task.name}: no {files}; add it or choose other tasks"
+            )
+        name, read = found
+        return read(self._directory / name, task, require_labels=split != "test")
+
+    def _find(self, task: Task, split: str) -> tuple[str, Callable[..., Examples]] | None:
+        for name, read in _candidates(task, split).items():
+            if (self._directory / name).exists():
+                return name, read
+        return None
+
+
+def _candidates(task: Task, split: str) -> dict[str, Callable[..., Examples]]:
+    """The files that may hold a split, with their readers."""
+    candidates: dict[str, Callable[..., Examples]] = {}
+    if split in task.files:
+        candidates[task.files[split]] = read_examples
+    if task.glue is not None and split in SPLITS:
+        candidates[f"{task.glue.folder}/{split}.tsv"] = read_glue
+    return candidates
+
+
+class HubSource:
+    """GLUE on the hub, read by the optional package `datasets`.
+
+    Raises:
+        UserError: `datasets` is not installed, or the hub has no such data set with a task that minbert knows.
+    """
+
+    def __init__(self, name: str) -> None:
+        try:
+            import datasets
+        except ImportError:
+            raise UserError(
+                f"no such directory: {name!r}; if it names a data set on the hub, install the extra that reads it: "
+                f"pip install 'minbert[data]'; {ACCEPTED}"
+            ) from None
+        self.name = name
+        self._datasets = datasets
+        configs = set(self._ask(datasets.get_dataset_config_names))
+        self._tasks = {task.name: task.glue for task in TASKS.values() if task.glue and task.glue.hub in configs}
+        if not self._tasks:
+            known = ", ".join(task.glue.hub for task in TASKS.values() if task.glue)
+            raise UserError(f"the hub's {name} has none of the configurations that minbert knows: {known}")
+
+    def tasks(self) -> list[str]:
+        return list(self._tasks)
+
+    def splits(self, task: Task) -> list[str]:
+        if task.name not in self._tasks:
+            return []
+        there = self._ask(self._datasets.get_dataset_split_names, self._tasks[task.name].hub)
+        return [split for split in SPLITS if HUB_SPLITS[split] in there]
+
+    def load(self, task: Task, split: str) -> Examples:
+        if split not in self.splits(task):
+            raise UserError(
+                f"the hub's {self.name} has no {split} split of {task.name}; it has {', '.join(self._tasks)}"
+            )
+        glue = self._tasks[task.name]
+        table = self._ask(self._datasets.load_dataset, glue.hub, split=HUB_SPLITS[split])
+        absent = {*glue.columns, HUB_LABEL} - set(table.column_names)
+        if absent:
+            found = ", ".join(table.column_names)
+            raise UserError(f"{self.name}/{glue.hub}: no column {', '.join(sorted(absent))}; found {found}")
+        labels = list(table[HUB_LABEL])
+        labelled = split != "test" or any(label != -1 for label in labels)  # GLUE hides its test labels as -1
+        columns = [list(table[column]) for column in glue.columns]
+        ids = list(table["idx"]) if "idx" in table.column_names else list(range(len(labels)))
+        rows = (
+            Row(number, str(identity), texts, str(label))
+            for number, (identity, label, *texts) in enumerate(zip(ids, labels, *columns, strict=True), 1)
+        )
+        return collect(f"{self.name}/{glue.hub}/{HUB_SPLITS[split]}", rows, task, labelled)
+
+    def _ask(self, question: Callable[..., Any], *arguments: str, **options: str) -> Any:
+        """Call into `datasets`, and turn what the hub may answer into one line."""
+        try:
+            return question(self.name, *arguments, **options)
+        except (OSError, ValueError) as error:  # no such data set, no permission, no network
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UserError(
+                f"no such directory: {self.name!r}, nor can it be read from the hub: {reason}; {ACCEPTED}"
+            ) from None

@@ -32,7 +32,7 @@ MARGIN = 1.1  # oneDNN must be this many times faster to be chosen
 
 @torch.library.custom_op("minbert::linear", mutates_args=(), device_types="cpu")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return _by_onednn(x, weight, bias) if _onednn_wins() else F.linear(x, weight, bias)
 
 
 @_linear.register_fake
@@ -76,7 +76,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     checks.tensor("linear", "weight", weight, ["outputs", x.shape[1]], [x.dtype], like=x, contiguous=False)
     if bias is not None:
         checks.tensor("linear", "bias", bias, [weight.shape[0]], [x.dtype], like=x)
-    if x.dtype == torch.float32 and runs_onednn(x.device):
+    if x.dtype == torch.float32 and x.device.type == "cpu" and choice() == "auto":
         return _linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -86,13 +86,12 @@ def runs_onednn(device: torch.device) -> bool:
     return device.type == "cpu" and choice() == "auto" and _onednn_wins()
 
 
-@torch.compiler.assume_constant_result
-def _onednn_wins() -> bool:
-    return _verdict()
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @functools.lru_cache(maxsize=1)
-def _verdict() -> bool:
+def _onednn_wins() -> bool:
     """Whether oneDNN is the faster one on this machine: read from the cache, or measured now and kept there."""
     if not torch.backends.mkldnn.is_available():
         return False
@@ -108,7 +107,7 @@ def _verdict() -> bool:
 def _measure() -> bool:
     rows, inputs, outputs = MEASURED
     x, weight = torch.ones(rows, inputs), torch.ones(outputs, inputs)
-    ways: list[Callable[[], Tensor]] = [lambda: F.linear(x, weight), lambda: _linear(x, weight, None)]
+    ways: list[Callable[[], Tensor]] = [lambda: F.linear(x, weight), lambda: _by_onednn(x, weight)]
     seconds: list[list[float]] = [[], []]
     for way in ways:
         way()

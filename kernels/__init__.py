@@ -4,22 +4,24 @@ Every op is stated in plain PyTorch in `minbert.kernels.reference`, and runs nat
 tensors' device (`backends` tells). Each public function validates its arguments, chooses the backend and calls it.
 """
 
-if __name__ != "minbert.kernels":
+import sys
+
+if __name__ == "minbert.kernels":
+    from . import native, reference
+    from .adamw import adamw_
+    from .attention import attention
+    from .dispatch import backends, set_backend, use_backend
+    from .embedding import embedding
+    from .gelu import bias_gelu
+    from .layer_norm import dropout_add_layer_norm
+    from .linear import linear
+    from .random import attention_dropout_mask, dropout, dropout_mask
+    from .surgery import combine, gram
+elif "transformers" not in sys.modules:  # it imports `kernels` to see whether that package is there; to it we are empty
     raise ImportError(
         f"this folder is the package minbert.kernels, not {__name__}: import minbert.kernels (and leave the "
         "repository's root out of PYTHONPATH if you meant another package of that name)"
     )
-
-from . import native, reference
-from .adamw import adamw_
-from .attention import attention
-from .dispatch import backends, set_backend, use_backend
-from .embedding import embedding
-from .gelu import bias_gelu
-from .layer_norm import dropout_add_layer_norm
-from .linear import linear
-from .random import attention_dropout_mask, dropout, dropout_mask
-from .surgery import combine, gram
 
 __all__ = [
     "adamw_",

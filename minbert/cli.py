@@ -64,8 +64,8 @@ class Parser(jsonargparse.ArgumentParser):
             normal.append(f"{option}={value}" if values else option)
         return normal
 
-    def format_help(self) -> str:
-        return re.sub(r"--[a-z][\w.]+", lambda option: option[0].replace("_", "-"), super().format_help())
+    def format_help(self, *arguments: Any) -> str:
+        return re.sub(r"--[a-z][\w.]+", lambda option: option[0].replace("_", "-"), super().format_help(*arguments))
 
     def _one_line(self, message: str) -> str:
         unknown = re.search(r"unrecognized arguments: (\S+)|Option '(\S+?)' is not accepted", message, re.IGNORECASE)

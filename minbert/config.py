@@ -66,7 +66,7 @@ class TrainConfig:
         epoch_length: steps of an epoch follow the smallest task, the largest, or are this many batches per task.
         pooling: how a sequence becomes one vector.
         max_length: tokens kept of each example; the model's position limit when left out.
-        dropout: dropout of the encoder; the model's own when left out.
+        dropout: dropout of the encoder; when left out, a pretrained model's own, and none from scratch.
         head_dropout: dropout before each task head.
         schedule: what the learning rate does after warm-up.
         warmup: share of the steps in which the learning rate rises from zero.

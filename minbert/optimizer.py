@@ -65,7 +65,7 @@ class AdamW(torch.optim.Optimizer):
             for count, params in by_step.items():
                 kernels.adamw_(
                     params,
-                    [param.grad for param in params],
+                    [param.grad for param in params if param.grad is not None],
                     [self.state[param]["exp_avg"] for param in params],
                     [self.state[param]["exp_avg_sq"] for param in params],
                     step=count,

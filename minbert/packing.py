@@ -27,11 +27,12 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same batch on `device`, copied without waiting for the copy to end."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Packed(
-            *(
-                value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                for value in (getattr(self, field.name) for field in fields(self))
-            )
+            **{
+                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in values.items()
+            }
         )
 
 

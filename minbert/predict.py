@@ -84,7 +84,7 @@ def read_input(task: Task, name: str) -> Examples:
         raise UserError(f"--input {name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     header = text.split("\n", 1)[0].split("\t")
     if set(task.columns) <= set(header):
-        return read_examples(path, task)
+        return read_examples(path, task, labels="ignored")
     return _from_lines(task, name, text)
 
 

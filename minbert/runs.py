@@ -31,7 +31,7 @@ class Run:
         """Hold the directory for writing: an empty one for a new run, one that holds a run to resume it.
 
         Raises:
-            UserError: it holds something already, or no run or a damaged one to resume, or another process writes to it.
+            UserError: it holds something already, no run or a damaged one to resume, or another process writes to it.
         """
         if resume:
             self.config()

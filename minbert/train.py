@@ -173,7 +173,7 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
         # BERT's 0.02 suits a width of 768: a narrow encoder learns sooner when its products start at unit scale.
         spread = config.scratch.hidden_size**-0.5
         shape = {**asdict(config.scratch), "vocab_size": tokenizer.vocab_size, "initializer_range": spread}
-        encoder_config = EncoderConfig(**shape).with_dropout(config.dropout)
+        encoder_config = EncoderConfig(**shape).with_dropout(config.dropout or 0.0)
         encoder = Encoder(encoder_config, pooler=config.pooling == "pooler")
     limit = encoder.config.max_position_embeddings
     max_length = config.max_length or limit

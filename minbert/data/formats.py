@@ -10,12 +10,14 @@ import csv
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from minbert.errors import UserError
 from minbert.tasks import Task
+
+Labels = Literal["required", "optional", "ignored"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Row(NamedTuple):
     problem: str = ""
 
 
-def read_examples(path: str | Path, task: Task, *, require_labels: bool = False) -> Examples:
+def read_examples(path: str | Path, task: Task, *, labels: Labels = "optional") -> Examples:
     """Read a CS224N file: tab-separated, fields quoted as CSV, an unnamed index column or two in front.
 
     One level of CSV quoting is undone and surrounding whitespace is stripped; quotes inside that (the course's files
@@ -72,18 +74,18 @@ def read_examples(path: str | Path, task: Task, *, require_labels: bool = False)
     Args:
         path: the file.
         task: whose columns and labels to expect.
-        require_labels: whether a file without a label column is an error, or has `labels` None.
+        labels: whether a label column must be there, is read when it is (else `labels` is None), or is not looked at.
 
     Raises:
         UserError: the file cannot be read, is empty, is not UTF-8, lacks a column, or has no usable row.
     """
-    return _read(Path(path), task, task.columns, task.label, _split_quoted, require_labels)
+    return _read(Path(path), task, task.columns, task.label, _split_quoted, labels)
 
 
-def read_glue(path: str | Path, task: Task, *, require_labels: bool = False) -> Examples:
+def read_glue(path: str | Path, task: Task, *, labels: Labels = "optional") -> Examples:
     """Read a GLUE file: as `read_examples`, but without quoting, and with the columns of `task.glue`."""
     assert task.glue is not None, f"GLUE has no {task.name}"
-    return _read(Path(path), task, task.glue.columns, task.glue.label, _split_plain, require_labels)
+    return _read(Path(path), task, task.glue.columns, task.glue.label, _split_plain, labels)
 
 
 def collect(where: str, rows: Iterable[Row], task: Task, labelled: bool) -> Examples:
@@ -127,14 +129,14 @@ def _read(
     columns: tuple[str, ...],
     label: str,
     split: Callable[[str], list[str]],
-    require_labels: bool,
+    labels: Labels,
 ) -> Examples:
     lines = _lines(path)
     try:
         header = [name.strip() for name in split(lines[0])]
     except ValueError as error:
         raise UserError(f"{path}, line 1: cannot read the header: {error}") from None
-    labelled = require_labels or label in header
+    labelled = labels == "required" or (labels == "optional" and label in header)
     for name in (*columns, *([label] if labelled else [])):
         if name not in header:
             found = ", ".join(map(_short, filter(None, header))) or "no names"

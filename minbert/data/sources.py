@@ -100,7 +100,7 @@ class FolderSource:
                 f"{self.name} has no {split} split of {task.name}: no {files}; add it or choose other tasks"
             )
         name, read = found
-        return read(self._directory / name, task, require_labels=split != "test")
+        return read(self._directory / name, task, labels="optional" if split == "test" else "required")
 
     def _find(self, task: Task, split: str) -> tuple[str, Callable[..., Examples]] | None:
         for name, read in _candidates(task, split).items():

@@ -150,7 +150,7 @@ def test_a_regression_takes_any_number_in_its_range(write):
 def test_a_bad_file_is_refused_in_one_line(write, lines, message):
     path = write(*lines)
     with pytest.raises(UserError) as caught:
-        read_examples(path, SST, require_labels=True)
+        read_examples(path, SST, labels="required")
     assert str(caught.value).startswith(message.format(path=path))
     assert "\n" not in str(caught.value)
 

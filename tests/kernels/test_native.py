@@ -42,6 +42,12 @@ def test_the_folder_cannot_be_imported_as_kernels() -> None:
     assert "import minbert.kernels" in result.stderr.splitlines()[-1]
 
 
+def test_transformers_works_in_the_repositorys_root_and_finds_no_kernels_there() -> None:
+    pytest.importorskip("transformers")
+    result = python("import transformers; transformers.BertModel\nfrom kernels import gram", REPOSITORY)
+    assert "cannot import name 'gram' from 'kernels'" in result.stderr.splitlines()[-1]
+
+
 def test_importing_needs_no_compiler_and_no_triton(tmp_path: Path) -> None:
     code = """
 import sys

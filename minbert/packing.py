@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,13 +27,8 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same batch on `device`, copied without waiting for the copy to end."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Packed(
-            **{
-                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                for name, value in values.items()
-            }
-        )
+        tensors = (self.token_ids, self.token_type_ids, self.position_ids, self.cu_seqlens)
+        return Packed(*(tensor.to(device, non_blocking=True) for tensor in tensors), max_seqlen=self.max_seqlen)
 
 
 def pack(token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None) -> Packed:

@@ -27,8 +27,13 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same batch on `device`, copied without waiting for the copy to end."""
-        tensors = (self.token_ids, self.token_type_ids, self.position_ids, self.cu_seqlens)
-        return Packed(*(tensor.to(device, non_blocking=True) for tensor in tensors), max_seqlen=self.max_seqlen)
+        return Packed(
+            self.token_ids.to(device, non_blocking=True),
+            self.token_type_ids.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            self.cu_seqlens.to(device, non_blocking=True),
+            self.max_seqlen,
+        )
 
 
 def pack(token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None) -> Packed:

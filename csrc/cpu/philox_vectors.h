@@ -71,7 +71,7 @@ inline Words all(uint64_t value) { return Words{} + value; }
 
 // The row of one query in the [length, length] blocks of up to four heads, `block` bytes apart: the four words of a
 // counter are the same element of four heads, so the counters of register i are every fourth key from the i-th on.
-void keep_query(uint8_t* keep, int64_t block, int64_t heads, int64_t length, int64_t query, int64_t group,
+inline void keep_query(uint8_t* keep, int64_t block, int64_t heads, int64_t length, int64_t query, int64_t group,
                 Dropout dropout) {
   static_assert(kDepth == 4, "keep_bytes lays four registers side by side");
   constexpr int64_t kStep = kDepth * kCounters;

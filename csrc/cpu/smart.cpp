@@ -1,0 +1,222 @@
+// SMART's perturbations (Jiang et al. 2019, algorithm 1): the normal start, and one projected step of gradient ascent.
+#include "cpu/normal.h"
+
+namespace minbert::MINBERT_ISA {
+namespace {
+
+// `count` elements, zeros behind them where a register holds more.
+template <class Element>
+inline Floats read(const Element* from, int64_t count) {
+  if (count == kFloats) return load<Floats>(from);
+  Element padded[kFloats] = {};
+  std::memcpy(padded, from, count * sizeof(Element));
+  return load<Floats>(padded);
+}
+
+template <class Element>
+inline void write(Element* to, Floats v, int64_t count, bool streamed) {
+  const auto stored = narrow(v, Element{});
+  if (streamed && count == kFloats)
+    stream(to, stored);
+  else
+    std::memcpy(to, &stored, count * sizeof(Element));
+}
+
+// Whether a range of an output of so many bytes is written past the caches.
+inline bool pays_to_stream(const void* to, int64_t output_bytes) {
+  return output_bytes >= kStreamedBytes && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
+}
+
+// body(at, count) for every register of a range: `count` elements from `at` on.
+template <class Body>
+inline void for_each_register(int64_t length, const Body& body) {
+  int64_t at = 0;
+  for (; at + kFloats <= length; at += kFloats) body(at, int64_t{kFloats});
+  if (at < length) body(at, length - at);
+}
+
+struct Noise {
+  int64_t columns, seed;
+  float sigma;
+  uint32_t site;
+};
+
+template <class Element>
+void add_noise(const Element* x, Element* out, int64_t row, const Noise& noise, bool streamed) {
+  for (int64_t column = 0; column < noise.columns; column += kDepth * 4 * kCounters) {
+    Counters c;
+    for (int i = 0; i < kDepth; ++i) {
+      c.word[0][i] = counting_for_normals(column / 4 + i * kCounters);
+      c.word[1][i] = all(row);
+      c.word[2][i] = all(1);
+      c.word[3][i] = all(noise.site);
+    }
+    philox_vectors(c, noise.seed);
+    for (int i = 0; i < kDepth; ++i) {
+      Floats z[2];
+      normals(c.word[0][i], c.word[1][i], c.word[2][i], c.word[3][i], z[0], z[1]);
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = column + (2 * i + half) * kFloats, count = smaller(kFloats, noise.columns - at);
+        if (count > 0) write(out + at, read(x + at, count) + noise.sigma * z[half], count, streamed);
+      }
+    }
+  }
+}
+
+// Norms of a group. What is not finite makes the norm NaN or Inf.
+class InfinityNorm {
+ public:
+  void add(Floats v) {
+    const Ints magnitude = (Ints)v & 0x7FFFFFFF;  // in the order of the numbers; NaN comes last
+    largest_ = magnitude > largest_ ? magnitude : largest_;
+  }
+  float value() const {
+    int32_t largest = 0;
+    for (int lane = 0; lane < kFloats; ++lane) largest = largest_[lane] > largest ? largest_[lane] : largest;
+    float value;
+    std::memcpy(&value, &largest, sizeof(value));
+    return value;
+  }
+
+ private:
+  Ints largest_ = {};
+};
+
+class L2Norm {
+ public:
+  void add(Floats v) {  // the squares of all float32 numbers are normal float64 numbers
+    Vector<float, kDoubles> halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    for (int half = 0; half < 2; ++half) {
+      const Doubles wide = widen(halves[half]);
+      total_[half] += wide * wide;
+    }
+  }
+  float value() const {
+    double total = 0;
+    for (int lane = 0; lane < kDoubles; ++lane) total += total_[0][lane] + total_[1][lane];
+    return static_cast<float>(__builtin_sqrt(total));
+  }
+
+ private:
+  Doubles total_[2] = {};
+};
+
+// One group of an ascent: a range of elements.
+template <class Element>
+class Group {
+ public:
+  Group(const Ascent& ascent, int64_t begin, int64_t length)
+      : perturbed_(static_cast<const Element*>(ascent.perturbed) + begin),
+        x_(static_cast<const Element*>(ascent.x) + begin),
+        grad_(static_cast<const Element*>(ascent.grad) + begin),
+        out_(static_cast<Element*>(ascent.out) + begin),
+        length_(length),
+        eta_(ascent.eta),
+        epsilon_(ascent.epsilon),
+        streamed_(pays_to_stream(out_, ascent.tokens * ascent.columns * sizeof(Element))) {}
+
+  template <class Norm>
+  void measure_gradient() {
+    Norm norm;
+    for_each_register(length_, [&](int64_t at, int64_t count) { norm.add(read(grad_ + at, count)); });
+    steepness_ = norm.value();
+    moves_ = eta_ != 0 && steepness_ > 0 && __builtin_isfinite(steepness_);
+  }
+
+  void step_and_clamp() const {
+    for_each_register(length_, [&](int64_t at, int64_t count) {
+      const Floats centre = read(x_ + at, count), low = centre - epsilon_, high = centre + epsilon_;
+      Floats result = moved(at, count);
+      result = result < low ? low : result;
+      result = result > high ? high : result;
+      write(out_ + at, result, count, streamed_);
+    });
+  }
+
+  template <class Norm>
+  void step_and_rescale(bool only_from_outside) const {
+    Norm norm;
+    for_each_register(length_,
+                      [&](int64_t at, int64_t count) { norm.add(moved(at, count) - read(x_ + at, count)); });
+    const float distance = norm.value();
+    const bool rescales = only_from_outside ? distance > epsilon_ : distance > 0 && __builtin_isfinite(distance);
+    for_each_register(length_, [&](int64_t at, int64_t count) {
+      Floats result = moved(at, count);
+      if (rescales) {
+        const Floats centre = read(x_ + at, count);
+        result = centre + (result - centre) / distance * epsilon_;
+      }
+      write(out_ + at, result, count, streamed_);
+    });
+  }
+
+ private:
+  Floats moved(int64_t at, int64_t count) const {
+    const Floats start = read(perturbed_ + at, count);
+    return moves_ ? start + read(grad_ + at, count) / steepness_ * eta_ : start;
+  }
+
+  const Element *const perturbed_, *const x_, *const grad_;
+  Element* const out_;
+  const int64_t length_;
+  const float eta_, epsilon_;
+  const bool streamed_;
+  float steepness_ = 0;
+  bool moves_ = false;
+};
+
+template <class Element>
+void ascend_group(const Ascent& ascent, int64_t index) {
+  const int64_t first = ascent.cu_seqlens ? ascent.cu_seqlens[index] : index;
+  const int64_t end = ascent.cu_seqlens ? ascent.cu_seqlens[index + 1] : index + 1;
+  Group<Element> group(ascent, first * ascent.columns, (end - first) * ascent.columns);
+  if (ascent.infinity_norm) {
+    group.template measure_gradient<InfinityNorm>();
+    if (ascent.onto_ball)
+      group.step_and_clamp();
+    else
+      group.template step_and_rescale<InfinityNorm>(false);
+  } else {
+    group.template measure_gradient<L2Norm>();
+    group.template step_and_rescale<L2Norm>(ascent.onto_ball);
+  }
+}
+
+constexpr int64_t kRows = 16;  // tokens that one thread takes at a time
+
+}  // namespace
+
+void smart_init(const void* x, void* out, DType dtype, int64_t rows, int64_t columns, float sigma, int64_t seed,
+                uint32_t site, int threads) noexcept {
+  const Noise noise{columns, seed, sigma, site};
+  const auto run = [&](auto element) {
+    using Element = decltype(element);
+    const int64_t bytes = rows * columns * static_cast<int64_t>(sizeof(Element));
+    parallel(threads, (rows + kRows - 1) / kRows, 8 * bytes, [&](int64_t index) {
+      const int64_t end = smaller(rows, (index + 1) * kRows);
+      for (int64_t row = index * kRows; row < end; ++row) {
+        Element* to = static_cast<Element*>(out) + row * columns;
+        add_noise(static_cast<const Element*>(x) + row * columns, to, row, noise, pays_to_stream(to, bytes));
+      }
+      end_streams();
+    });
+  };
+  dtype == DType::float32 ? run(float{}) : run(BFloat16{});
+}
+
+void smart_ascend(const Ascent& ascent, int threads) noexcept {
+  const int64_t groups_at_once = ascent.cu_seqlens ? 1 : kRows;
+  const auto run = [&](auto element) {
+    using Element = decltype(element);
+    const int64_t bytes = ascent.tokens * ascent.columns * static_cast<int64_t>(sizeof(Element));
+    parallel(threads, (ascent.groups + groups_at_once - 1) / groups_at_once, 4 * bytes, [&](int64_t index) {
+      const int64_t end = smaller(ascent.groups, (index + 1) * groups_at_once);
+      for (int64_t group = index * groups_at_once; group < end; ++group) ascend_group<Element>(ascent, group);
+      end_streams();
+    });
+  };
+  ascent.dtype == DType::float32 ? run(float{}) : run(BFloat16{});
+}
+
+}  // namespace minbert::MINBERT_ISA

@@ -118,9 +118,7 @@ def adamw_(
     fits = all(_STATE.get(grad.dtype) == param.dtype for param, grad in zip(params, grads, strict=True))
     if fits and runs_native("adamw_", params[0].device):
         weights = torch.ones(1, dtype=torch.float64)
-        _combine_adamw_(
-            grads, weights, params, exp_avgs, exp_avg_sqs, *_scalars(step, lr, betas, eps, weight_decay)
-        )
+        _combine_adamw_(grads, weights, params, exp_avgs, exp_avg_sqs, *_scalars(step, lr, betas, eps, weight_decay))
     else:
         reference.adamw_(
             params, grads, exp_avgs, exp_avg_sqs, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay

@@ -284,9 +284,9 @@ def smart_ascend(
     A group is a token or a sequence. Within each group:
 
     1. moved = perturbed + eta grad / |grad|, and just perturbed where eta is 0 or |grad| is 0 or not finite.
-    2. "ball": the nearest point to `moved` with |point - x| <= epsilon. In the infinity norm every element is clamped to
-       [x - epsilon, x + epsilon]; in the L2 norm the offset from x is rescaled if it is longer than epsilon. What lies
-       in the ball stays as it is, to the bit.
+    2. "ball": the nearest point to `moved` with |point - x| <= epsilon. In the infinity norm every element is clamped
+       to [x - epsilon, x + epsilon]; in the L2 norm the offset from x is rescaled if it is longer than epsilon. What
+       lies in the ball stays as it is, to the bit.
        "unit": the offset of `moved` from x is rescaled to the norm epsilon; it stays where its norm is 0 or not finite.
 
     L2 norms are summed in float64, so that no square overflows or vanishes.

@@ -114,8 +114,9 @@ def smart_ascend(
     """One projected step of SMART's gradient ascent (Jiang et al. 2019, algorithm 1). Not differentiable.
 
     Args:
-        perturbed, x, grad: float [N, D], of one dtype: the perturbed embeddings, the clean ones, and the gradient of the
-            divergence with respect to `perturbed`. Native code takes float32 and bfloat16; other dtypes run the reference.
+        perturbed, x, grad: float [N, D], of one dtype: the perturbed embeddings, the clean ones, and the gradient of
+            the divergence with respect to `perturbed`. Native code takes float32 and bfloat16; other dtypes run the
+            reference.
         cu_seqlens: int32 [S + 1], cumulative sequence lengths from 0 to N.
         eta: the step's length: the gradient is scaled to norm 1. A gradient that is 0 or not finite takes no step.
         epsilon: the radius of the ball around x.
@@ -135,6 +136,8 @@ def smart_ascend(
     for name, tensor in (("x", x), ("grad", grad)):
         checks.tensor(op, name, tensor, perturbed.shape, [perturbed.dtype], like=perturbed)
     checks.cu_seqlens(op, cu_seqlens, tokens=perturbed.shape[0])
+    if cu_seqlens.device != perturbed.device:
+        raise ValueError(f"{op}: cu_seqlens must be on {perturbed.device}, got {cu_seqlens.device}")
     checks.number(op, "eta", eta)
     checks.number(op, "epsilon", epsilon)
     checks.choice(op, "norm", norm, ("inf", "2"))

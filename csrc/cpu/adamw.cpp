@@ -10,7 +10,8 @@ template <class Register, class Scalar>
 inline void update(Register grad, Scalar* param, Scalar* exp_avg, Scalar* exp_avg_sq, const AdamWStep& step) {
   const auto scalar = [](double value) { return static_cast<Scalar>(value); };
   const Register moment1 = load<Register>(exp_avg), moment2 = load<Register>(exp_avg_sq);
-  const Register mean = scalar(step.beta1) * moment1 + scalar(1 - step.beta1) * grad;
+  const Register apart = grad - moment1;  // interpolating from the nearer end keeps the larger term unrounded
+  const Register mean = step.beta1 < 0.5 ? grad - scalar(step.beta1) * apart : moment1 + scalar(1 - step.beta1) * apart;
   const Register square = scalar(step.beta2) * moment2 + scalar(1 - step.beta2) * grad * grad;
   const Register change = scalar(step.step_size) * mean / (square_root(square) + scalar(step.eps));
   const Register result = scalar(step.keep) * load<Register>(param) - change;

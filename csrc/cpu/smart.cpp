@@ -1,5 +1,5 @@
 // SMART's perturbations (Jiang et al. 2019, algorithm 1): the normal start, and one projected step of gradient ascent.
-#include "cpu/normal.h"
+#include "cpu/box_muller.h"
 
 namespace minbert::MINBERT_ISA {
 namespace {
@@ -16,10 +16,12 @@ inline Floats read(const Element* from, int64_t count) {
 template <class Element>
 inline void write(Element* to, Floats v, int64_t count, bool streamed) {
   const auto stored = narrow(v, Element{});
-  if (streamed && count == kFloats)
+  if (count < kFloats)
+    std::memcpy(to, &stored, count * sizeof(Element));
+  else if (streamed)
     stream(to, stored);
   else
-    std::memcpy(to, &stored, count * sizeof(Element));
+    std::memcpy(to, &stored, sizeof(stored));
 }
 
 // Whether a range of an output of so many bytes is written past the caches.
@@ -35,32 +37,20 @@ inline void for_each_register(int64_t length, const Body& body) {
   if (at < length) body(at, length - at);
 }
 
-struct Noise {
-  int64_t columns, seed;
-  float sigma;
-  uint32_t site;
-};
-
+// Rows from first_row on, `rows` of them and at most kRowsAtOnce.
 template <class Element>
-void add_noise(const Element* x, Element* out, int64_t row, const Noise& noise, bool streamed) {
-  for (int64_t column = 0; column < noise.columns; column += kDepth * 4 * kCounters) {
-    Counters c;
-    for (int i = 0; i < kDepth; ++i) {
-      c.word[0][i] = counting_for_normals(column / 4 + i * kCounters);
-      c.word[1][i] = all(row);
-      c.word[2][i] = all(1);
-      c.word[3][i] = all(noise.site);
+void add_noise(const Element* x, Element* out, int64_t first_row, int64_t rows, int64_t columns, float sigma,
+               const Keys& keys, uint32_t site, bool streamed) {
+  philox_rows(first_row, columns, 1, site, keys, [&](int64_t row, int64_t column, const Words* word) {
+    if (row >= rows) return;
+    Floats z[2];
+    normals(word, z[0], z[1]);
+    for (int i = 0; i < 2; ++i) {
+      const int64_t count = smaller(kFloats, columns - column - i * kFloats);
+      const int64_t at = row * columns + column + i * kFloats;
+      if (count > 0) write(out + at, read(x + at, count) + sigma * z[i], count, streamed);
     }
-    philox_vectors(c, noise.seed);
-    for (int i = 0; i < kDepth; ++i) {
-      Floats z[2];
-      normals(c.word[0][i], c.word[1][i], c.word[2][i], c.word[3][i], z[0], z[1]);
-      for (int half = 0; half < 2; ++half) {
-        const int64_t at = column + (2 * i + half) * kFloats, count = smaller(kFloats, noise.columns - at);
-        if (count > 0) write(out + at, read(x + at, count) + noise.sigma * z[half], count, streamed);
-      }
-    }
-  }
+  });
 }
 
 // Norms of a group. What is not finite makes the norm NaN or Inf.
@@ -189,16 +179,16 @@ constexpr int64_t kRows = 16;  // tokens that one thread takes at a time
 
 void smart_init(const void* x, void* out, DType dtype, int64_t rows, int64_t columns, float sigma, int64_t seed,
                 uint32_t site, int threads) noexcept {
-  const Noise noise{columns, seed, sigma, site};
+  const Keys keys(seed);
   const auto run = [&](auto element) {
     using Element = decltype(element);
     const int64_t bytes = rows * columns * static_cast<int64_t>(sizeof(Element));
+    const bool streamed = pays_to_stream(out, bytes) && columns % kFloats == 0;
     parallel(threads, (rows + kRows - 1) / kRows, 8 * bytes, [&](int64_t index) {
       const int64_t end = smaller(rows, (index + 1) * kRows);
-      for (int64_t row = index * kRows; row < end; ++row) {
-        Element* to = static_cast<Element*>(out) + row * columns;
-        add_noise(static_cast<const Element*>(x) + row * columns, to, row, noise, pays_to_stream(to, bytes));
-      }
+      for (int64_t row = index * kRows; row < end; row += kRowsAtOnce)
+        add_noise(static_cast<const Element*>(x) + row * columns, static_cast<Element*>(out) + row * columns, row,
+                  smaller(kRowsAtOnce, end - row), columns, sigma, keys, site, streamed);
       end_streams();
     });
   };

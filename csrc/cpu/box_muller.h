@@ -1,7 +1,7 @@
 // Standard normals from random words, by Box and Muller (1958): reference.normal, vectorised.
 #pragma once
 
-#include "cpu/philox_vectors.h"
+#include "cpu/philox_rows.h"
 
 namespace minbert::MINBERT_ISA {
 namespace {
@@ -36,9 +36,9 @@ inline void cosine_sine(Ints turn, Floats& cosine, Floats& sine) {
   const Ints quarter = (turn + (1 << 21)) >> 22;
   const Floats t = __builtin_convertvector(turn - (quarter << 22), Floats) * 0x1p-22f;  // quarters, in [-1/2, 1/2)
   const Floats along = polynomial(t * t, kCosine), across = t * polynomial(t * t, kSine);
-  const Ints swapped = -(quarter & 1);
-  cosine = (Floats)((Ints)(swapped ? across : along) ^ ((quarter + 1) & 2) << 30);
-  sine = (Floats)((Ints)(swapped ? along : across) ^ (quarter & 2) << 30);
+  const Ints odd = quarter << 31;
+  cosine = (Floats)((Ints)(odd < 0 ? across : along) ^ ((quarter + 1) & 2) << 30);
+  sine = (Floats)((Ints)(odd < 0 ? along : across) ^ (quarter & 2) << 30);
 }
 
 // a and b lane by lane in turns, within each 128 bits of the registers.
@@ -52,24 +52,16 @@ inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
 #endif
 }
 
-// The counters, from `first` on, whose words become normals in the order of the columns: `interleave` puts the even lanes'
-// into its first result and the odd lanes' into its second.
-inline Words counting_for_normals(int64_t first) {
-  Words lanes;
-  for (int lane = 0; lane < kCounters; ++lane) lanes[lane] = first + lane / 2 + lane % 2 * (kCounters / 2);
-  return lanes;
-}
-
-// Four normals per counter: words 0 and 1 give the first two, words 2 and 3 the others.
-inline void normals(Words word0, Words word1, Words word2, Words word3, Floats& low, Floats& high) {
+// Four normals per counter, of counters with even lanes first: words 0 and 1 give the first two, words 2 and 3 the others.
+inline void normals(const Words* word, Floats& low, Floats& high) {
   using Bits = Vector<uint32_t, kFloats>;
   const auto top24 = [](Words even, Words odd) {
     return (Ints)((Bits)((even & 0xFFFFFFFFu) | odd << 32) >> 8);
   };
-  const Floats uniform = __builtin_convertvector(top24(word0, word2) + 1, Floats) * 0x1p-24f;  // in (0, 1]
+  const Floats uniform = __builtin_convertvector(top24(word[0], word[2]) + 1, Floats) * 0x1p-24f;  // in (0, 1]
   const Floats radius = square_root(-2.0f * natural_logarithm(uniform));
   Floats cosine, sine;
-  cosine_sine(top24(word1, word3), cosine, sine);
+  cosine_sine(top24(word[1], word[3]), cosine, sine);
   interleave(radius * cosine, radius * sine, low, high);
 }
 

@@ -92,6 +92,23 @@ class L2Norm {
   Doubles total_[2] = {};
 };
 
+// Multiplies vectors of one norm so that they get another, without a division: a power of two first, which is exact and
+// brings the norm near 1 however large or small it is, and then the factor that is left.
+struct Rescaling {
+  float power = 0, factor = 0;
+
+  Rescaling() = default;
+  Rescaling(float norm, float wanted) {
+    int32_t bits;
+    std::memcpy(&bits, &norm, sizeof(bits));
+    const int32_t exponent = 254 - (bits >> 23);  // of 1 / norm, as its bits hold it
+    bits = (exponent > 0 ? exponent : 1) << 23;
+    std::memcpy(&power, &bits, sizeof(power));
+    factor = wanted / (norm * power);
+  }
+  Floats operator()(Floats v) const { return v * power * factor; }
+};
+
 // One group of an ascent: a range of elements.
 template <class Element>
 class Group {
@@ -110,8 +127,9 @@ class Group {
   void measure_gradient() {
     Norm norm;
     for_each_register(length_, [&](int64_t at, int64_t count) { norm.add(read(grad_ + at, count)); });
-    steepness_ = norm.value();
-    moves_ = eta_ != 0 && steepness_ > 0 && __builtin_isfinite(steepness_);
+    const float steepness = norm.value();
+    moves_ = eta_ != 0 && steepness > 0 && __builtin_isfinite(steepness);
+    if (moves_) step_ = Rescaling(steepness, eta_);
   }
 
   void step_and_clamp() const {
@@ -131,11 +149,12 @@ class Group {
                       [&](int64_t at, int64_t count) { norm.add(moved(at, count) - read(x_ + at, count)); });
     const float distance = norm.value();
     const bool rescales = only_from_outside ? distance > epsilon_ : distance > 0 && __builtin_isfinite(distance);
+    const Rescaling rescale = rescales ? Rescaling(distance, epsilon_) : Rescaling();
     for_each_register(length_, [&](int64_t at, int64_t count) {
       Floats result = moved(at, count);
       if (rescales) {
         const Floats centre = read(x_ + at, count);
-        result = centre + (result - centre) / distance * epsilon_;
+        result = centre + rescale(result - centre);
       }
       write(out_ + at, result, count, streamed_);
     });
@@ -144,7 +163,7 @@ class Group {
  private:
   Floats moved(int64_t at, int64_t count) const {
     const Floats start = read(perturbed_ + at, count);
-    return moves_ ? start + read(grad_ + at, count) / steepness_ * eta_ : start;
+    return moves_ ? start + step_(read(grad_ + at, count)) : start;
   }
 
   const Element *const perturbed_, *const x_, *const grad_;
@@ -152,7 +171,7 @@ class Group {
   const int64_t length_;
   const float eta_, epsilon_;
   const bool streamed_;
-  float steepness_ = 0;
+  Rescaling step_;
   bool moves_ = false;
 };
 

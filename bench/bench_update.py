@@ -17,7 +17,7 @@ MAX_NORM = 1.0
 SHAPES = {
     "smoke": (64, 2, 1000),
     "small": (384, 6, 30522),  # 22.7M
-    "base": (768, 12, 30522),  # 110M: about 7 GB
+    "base": (768, 12, 30522),  # 110M: 15 GB, most of them the peers'
 }
 
 

@@ -52,6 +52,13 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+template <class T>
+std::vector<T*> pointers(const std::vector<Address>& addresses) {
+  std::vector<T*> result;
+  for (const Address address : addresses) result.push_back(pointer<T>(address));
+  return result;
+}
+
 // The arrays behind a TaskGradients view.
 class Gradients {
  public:
@@ -137,6 +144,41 @@ PYBIND11_MODULE(_native, module) {
         kernels(current_isa)
             .attention_dropout_mask(pointer<uint8_t>(keep), pointer<const int32_t>(cu_seqlens), sequences, heads,
                                     {seed, threshold, site}, threads);
+      },
+      Unlocked());
+
+  module.def(
+      "combine_adamw",
+      [](const std::vector<Address>& rows, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
+         int64_t tasks, Address weights, const std::vector<Address>& params, const std::vector<Address>& exp_avgs,
+         const std::vector<Address>& exp_avg_sqs, double keep, double beta1, double beta2, double eps, double step_size,
+         int threads) {
+        const Gradients gradients(rows, sizes, dtypes);
+        const auto p = pointers<void>(params), m = pointers<void>(exp_avgs), v = pointers<void>(exp_avg_sqs);
+        kernels(current_isa)
+            .combine_adamw(gradients.view(tasks), pointer<const double>(weights), {p.data(), m.data(), v.data()},
+                           {keep, beta1, beta2, eps, step_size}, threads);
+      },
+      Unlocked());
+
+  module.def(
+      "smart_init",
+      [](Address x, Address out, int dtype, int64_t rows, int64_t columns, float sigma, int64_t seed, uint32_t site,
+         int threads) {
+        kernels(current_isa)
+            .smart_init(pointer<const void>(x), pointer<void>(out), static_cast<DType>(dtype), rows, columns, sigma,
+                        seed, site, threads);
+      },
+      Unlocked());
+
+  module.def(
+      "smart_ascend",
+      [](Address perturbed, Address x, Address grad, Address out, int dtype, Address cu_seqlens, int64_t groups,
+         int64_t tokens, int64_t columns, float eta, float epsilon, bool infinity_norm, bool onto_ball, int threads) {
+        const Ascent ascent{pointer<const void>(perturbed), pointer<const void>(x), pointer<const void>(grad),
+                            pointer<void>(out), static_cast<DType>(dtype), pointer<const int32_t>(cu_seqlens), groups,
+                            tokens, columns, eta, epsilon, infinity_norm, onto_ball};
+        kernels(current_isa).smart_ascend(ascent, threads);
       },
       Unlocked());
 

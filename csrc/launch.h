@@ -9,7 +9,7 @@
 namespace minbert {
 
 // Raised whenever an entry point's arguments change, so that a binary left over from an older checkout is refused.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2 };
 
@@ -39,6 +39,20 @@ using Gram = void(const TaskGradients&, double* partials, double* gram, int thre
 // one of the g_t[k] itself; it may not overlap one otherwise. Accumulates in float32 (float64 for float64).
 using Combine = void(const TaskGradients&, const double* weights, void* const* out, int threads) noexcept;
 
+// AdamW's parameters and moments [K], each laid out like its gradients: float64 for float64, float32 for other gradients.
+struct AdamWState {
+  void *const *params, *const *exp_avgs, *const *exp_avg_sqs;
+};
+
+// One step's scalars (reference.adamw_): param = keep param - step_size exp_avg / (sqrt(exp_avg_sq) + eps).
+struct AdamWStep {
+  double keep, beta1, beta2, eps, step_size;
+};
+
+// One AdamW step, in place, with the gradient sum over t of weights[t] g_t, which is never stored. No tensor is missing in
+// every task.
+using CombineAdamW = void(const TaskGradients&, const double* weights, AdamWState, AdamWStep, int threads) noexcept;
+
 // keep [rows, columns], bytes 0 or 1: element (row, column) reads word column % 4 of counter (column / 4, row, 0, site).
 using DropoutMask = void(uint8_t* keep, int64_t rows, int64_t columns, Dropout, int threads) noexcept;
 
@@ -47,12 +61,33 @@ using DropoutMask = void(uint8_t* keep, int64_t rows, int64_t columns, Dropout, 
 using AttentionDropoutMask = void(uint8_t* keep, const int32_t* cu_seqlens, int64_t sequences, int64_t heads, Dropout,
                                   int threads) noexcept;
 
+// out = x + sigma z, all [rows, columns] of float32 or bfloat16, with standard normals z: element (row, column) reads
+// the words of counter (column / 4, row, 1, site) as reference.normal states. `out` may not overlap x.
+using SmartInit = void(const void* x, void* out, DType, int64_t rows, int64_t columns, float sigma, int64_t seed,
+                       uint32_t site, int threads) noexcept;
+
+// perturbed, x, grad and out: [N, columns] of float32 or bfloat16; out overlaps none of the others. A group is a token
+// where cu_seqlens is null and else one of the S sequences; `groups` is N or S. reference.smart_ascend states the rest.
+struct Ascent {
+  const void *perturbed, *x, *grad;
+  void* out;
+  DType dtype;
+  const int32_t* cu_seqlens;
+  int64_t groups, tokens, columns;
+  float eta, epsilon;
+  bool infinity_norm, onto_ball;  // else the L2 norm; else rescaled to the norm epsilon
+};
+using SmartAscend = void(const Ascent&, int threads) noexcept;
+
 // The CPU kernels of one instruction set.
 struct Kernels {
   Gram* gram;
   Combine* combine;
   DropoutMask* dropout_mask;
   AttentionDropoutMask* attention_dropout_mask;
+  CombineAdamW* combine_adamw;
+  SmartInit* smart_init;
+  SmartAscend* smart_ascend;
 };
 
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };

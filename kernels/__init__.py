@@ -8,7 +8,7 @@ import sys
 
 if __name__ == "minbert.kernels":
     from . import native, reference
-    from .adamw import adamw_
+    from .adamw import adamw_, combine_adamw_
     from .attention import attention
     from .dispatch import backends, set_backend, use_backend
     from .embedding import embedding
@@ -16,7 +16,8 @@ if __name__ == "minbert.kernels":
     from .layer_norm import dropout_add_layer_norm
     from .linear import linear
     from .random import attention_dropout_mask, dropout, dropout_mask
-    from .surgery import combine, gram
+    from .smart import smart_ascend, smart_init
+    from .surgery import clip_weights, combine, gram
 elif "transformers" not in sys.modules:  # it imports `kernels` to see whether that package is there; to it we are empty
     raise ImportError(
         f"this folder is the package minbert.kernels, not {__name__}: import minbert.kernels (and leave the "
@@ -29,7 +30,9 @@ __all__ = [
     "attention_dropout_mask",
     "backends",
     "bias_gelu",
+    "clip_weights",
     "combine",
+    "combine_adamw_",
     "dropout",
     "dropout_add_layer_norm",
     "dropout_mask",
@@ -39,5 +42,7 @@ __all__ = [
     "native",
     "reference",
     "set_backend",
+    "smart_ascend",
+    "smart_init",
     "use_backend",
 ]

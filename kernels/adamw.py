@@ -1,4 +1,4 @@
-"""The AdamW step."""
+"""The AdamW step, alone and fused with the weighted sum of the task gradients."""
 
 from __future__ import annotations
 
@@ -8,6 +8,78 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
+from .dispatch import runs_native
+from .native import library
+from .surgery import native_arguments
+
+# The dtype of parameters and moments for gradients of each dtype that native code reads.
+_STATE = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
+
+
+@torch.library.custom_op(
+    "minbert::combine_adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"), device_types="cpu"
+)
+def _combine_adamw_(
+    grads: Sequence[Tensor | None],
+    weights: Tensor,
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    keep: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step_size: float,
+) -> None:
+    tasks = weights.shape[0]
+    addresses, sizes, dtypes = native_arguments(grads, tasks)
+    library().combine_adamw(
+        addresses,
+        sizes,
+        dtypes,
+        tasks,
+        weights.data_ptr(),
+        *([tensor.data_ptr() for tensor in tensors] for tensors in (params, exp_avgs, exp_avg_sqs)),
+        keep,
+        beta1,
+        beta2,
+        eps,
+        step_size,
+        torch.get_num_threads(),
+    )
+
+
+@_combine_adamw_.register_fake
+def _(
+    grads: Sequence[Tensor | None],
+    weights: Tensor,
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    keep: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step_size: float,
+) -> None:
+    return None
+
+
+def _scalars(
+    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> tuple[float, float, float, float, float]:
+    """csrc/launch.h's AdamWStep: the bias corrections folded into eps and the step size, as `reference.adamw_` does."""
+    beta1, beta2 = betas
+    correction = (1 - beta2**step) ** 0.5
+    return 1 - lr * weight_decay, beta1, beta2, eps * correction, lr * correction / (1 - beta1**step)
+
+
+def _check_lists(op: str, step: int, **lists: Sequence[object]) -> None:
+    if len({len(tensors) for tensors in lists.values()}) > 1:
+        lengths = ", ".join(f"{name} {len(tensors)}" for name, tensors in lists.items())
+        raise ValueError(f"{op}: the four lists must be as long as each other, got {lengths}")
+    if step < 1:
+        raise ValueError(f"{op}: step is counted from 1, got {step}")
 
 
 @torch.no_grad()
@@ -27,24 +99,92 @@ def adamw_(
 
     Args:
         params, exp_avgs, exp_avg_sqs: float32 or float64 tensors, updated in place.
-        grads: their gradients, in any float dtype.
+        grads: their gradients, in any float dtype. Native code takes float32 and bfloat16 for float32 parameters and
+            float64 for float64; a call with any other pair runs the reference.
         step: counted from 1, for the bias corrections.
         lr, betas, eps, weight_decay: as in the paper; the decay is multiplied by lr.
 
     Raises:
         ValueError, TypeError: an argument is not as described; nothing has been changed.
     """
-    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if len({len(tensors) for tensors in lists.values()}) > 1:
-        lengths = ", ".join(f"{name} {len(tensors)}" for name, tensors in lists.items())
-        raise ValueError(f"adamw_: the four lists must be as long as each other, got {lengths}")
-    if step < 1:
-        raise ValueError(f"adamw_: step is counted from 1, got {step}")
+    _check_lists("adamw_", step, params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     for i, param in enumerate(params):
         checks.tensor("adamw_", f"params[{i}]", param, param.shape, (torch.float32, torch.float64))
-        for name in ("exp_avgs", "exp_avg_sqs"):
-            checks.tensor("adamw_", f"{name}[{i}]", lists[name][i], param.shape, [param.dtype], like=param)
+        for name, tensors in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+            checks.tensor("adamw_", f"{name}[{i}]", tensors[i], param.shape, [param.dtype], like=param)
         checks.tensor("adamw_", f"grads[{i}]", grads[i], param.shape, checks.FLOATS, like=param)
-    reference.adamw_(
-        params, grads, exp_avgs, exp_avg_sqs, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-    )
+    if not params:
+        return
+    fits = all(_STATE.get(grad.dtype) == param.dtype for param, grad in zip(params, grads, strict=True))
+    if fits and runs_native("adamw_", params[0].device):
+        weights = torch.ones(1, dtype=torch.float64)
+        _combine_adamw_(grads, weights, params, exp_avgs, exp_avg_sqs, *_scalars(step, lr, betas, eps, weight_decay))
+    else:
+        reference.adamw_(
+            params, grads, exp_avgs, exp_avg_sqs, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+        )
+
+
+@torch.no_grad()
+def combine_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor | None]],
+    weights: Tensor,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step with the weighted sum of the task gradients, in one pass over memory: the sum is never stored.
+
+    With `gram`, a surgery on its weights and `clip_weights`, a whole update reads every gradient twice.
+
+    Args:
+        params, exp_avgs, exp_avg_sqs: one tensor per position, updated in place: float64 for float64 gradients, float32
+            for others, shaped and laid out like the gradients there. A parameter without any gradient stays as it is.
+        grads: for each of T tasks one list of tensors, as for `gram`.
+        weights: float64 [T].
+        step, lr, betas, eps, weight_decay: as for `adamw_`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described; nothing has been changed.
+    """
+    op = "combine_adamw_"
+    columns = checks.task_gradients(op, grads)
+    _check_lists(op, step, params=params, grads=columns, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    checks.tensor(op, "weights", weights, [len(grads)], [torch.float64])
+    present = [k for k, column in enumerate(columns) if column is not None]
+    for k in present:
+        column: Tensor = columns[k]  # type: ignore[assignment]
+        for name, tensors in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+            checks.tensor(op, f"{name}[{k}]", tensors[k], column.shape, [_STATE[column.dtype]], contiguous=False)
+            checks.alike(op, f"{name}[{k}]", tensors[k], column, "the gradients there")
+    if not present:
+        return
+    device = columns[present[0]].device  # type: ignore[union-attr]
+    if weights.device not in (device, torch.device("cpu")):
+        raise ValueError(f"{op}: weights must be on {device} like the gradients, got {weights.device}")
+    if runs_native(op, device):
+        _combine_adamw_(
+            [row[k] for row in grads for k in present],
+            weights,
+            *([tensors[k] for k in present] for tensors in (params, exp_avgs, exp_avg_sqs)),
+            *_scalars(step, lr, betas, eps, weight_decay),
+        )
+    else:
+        reference.combine_adamw_(
+            params,
+            grads,
+            weights,
+            exp_avgs,
+            exp_avg_sqs,
+            step=step,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -61,6 +62,11 @@ def dropout(op: str, p: float, seed: Tensor | None, site: int, device: torch.dev
         return
     if seed is None:
         raise ValueError(f"{op}: dropout with probability {p} needs a seed, an int64 scalar tensor; got None")
+    stream(op, seed, site, device)
+
+
+def stream(op: str, seed: Tensor, site: int, device: torch.device) -> None:
+    """Check the address of a stream of random numbers."""
     tensor(op, "seed", seed, [], [torch.int64])
     if seed.device != device:
         raise ValueError(f"{op}: seed must be on {device} like the other tensors, got {seed.device}")
@@ -155,9 +161,26 @@ def same(op: str, name: str, value: Tensor, other: Tensor, what: str) -> None:
     """Check that a tensor has the dtype, device, shape and layout of another, called `what`."""
     if value.dtype != other.dtype:
         raise TypeError(f"{op}: {name} must be {_names([other.dtype])} like {what}, got {_names([value.dtype])}")
+    alike(op, name, value, other, what)
+
+
+def alike(op: str, name: str, value: Tensor, other: Tensor, what: str) -> None:
+    """Check that a tensor has the device, shape and layout of another, called `what`."""
     if value.shape != other.shape:
         raise ValueError(f"{op}: {name} must have shape {list(other.shape)} like {what}, got {list(value.shape)}")
     if value.device != other.device:
         raise ValueError(f"{op}: {name} must be on {other.device} like {what}, got {value.device}")
     if value.layout != other.layout or (value.stride() != other.stride() and value.numel() > 1):
         raise ValueError(f"{op}: {name} must be laid out like {what}; call .contiguous() on both")
+
+
+def number(op: str, name: str, value: float) -> None:
+    """Check that a number is finite and not negative."""
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{op}: {name} must be finite and at least 0, got {value}")
+
+
+def choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
+    """Check that a word is one of several."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

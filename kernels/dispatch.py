@@ -13,15 +13,18 @@ CHOICES = ("auto", "reference")
 
 # The device types for which an op has native code.
 _NATIVE: dict[str, tuple[str, ...]] = {
-    "adamw_": (),
+    "adamw_": ("cpu",),
     "attention": (),
     "attention_dropout_mask": ("cpu",),
     "bias_gelu": (),
     "combine": ("cpu",),
+    "combine_adamw_": ("cpu",),
     "dropout_add_layer_norm": (),
     "dropout_mask": ("cpu", "cuda"),
     "embedding": (),
     "gram": ("cpu",),
+    "smart_ascend": ("cpu",),
+    "smart_init": ("cpu",),
 }
 
 _choice = "auto"

@@ -6,6 +6,7 @@ Shapes: N tokens, D hidden size, H heads, d = D / H, S sequences, T tasks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -203,3 +204,114 @@ def adamw_(
         exp_avg.lerp_(grad, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         param.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(eps * correction), value=-step_size)
+
+
+def clip_weights(gram: Tensor, weights: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Weights whose sum of gradients has an L2 norm of at most `max_norm`, and the norm before: |sum w g|^2 = w' G w.
+
+    Rounding may leave the square of a sum that cancels a little below 0: it counts as 0. Where the norm is NaN or Inf,
+    it is returned and the weights stay as they are.
+    """
+    norm = (weights @ gram @ weights).clamp(min=0).sqrt()
+    clips = (norm > max_norm) & norm.isfinite()
+    return torch.where(clips, weights * (max_norm / norm), weights), norm
+
+
+def combine_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor | None]],
+    weights: Tensor,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """`adamw_` with the gradients that `combine` gives, not rounded to a half precision in between.
+
+    Parameters whose gradient is missing in every task stay as they are.
+    """
+    wide = [[None if grad is None else _wide(grad) for grad in row] for row in grads]
+    summed = zip(params, combine(wide, weights), exp_avgs, exp_avg_sqs, strict=True)
+    lists = list(zip(*[column for column in summed if column[1] is not None], strict=True)) or [()] * 4
+    adamw_(*lists, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+# SMART -----------------------------------------------------------------------------------------------------------
+
+
+def normal(rows: int, columns: int, seed: Tensor, site: int, dtype: torch.dtype) -> Tensor:
+    """Standard normals [rows, columns] by Box and Muller (1958), float32 or float64.
+
+    Element (row, column) comes from counter (column // 4, row, 1, site). Of its words (w0, w1, w2, w3), the pair
+    (w0, w1) gives columns 4 k and 4 k + 1, the pair (w2, w3) columns 4 k + 2 and 4 k + 3: with the upper 24 bits of
+    a pair (a, b), u = (a + 1) / 2^24 in (0, 1] and v = b / 2^24 in [0, 1), all exact in float32, they are
+    sqrt(-2 ln u) cos(2 pi v) and sqrt(-2 ln u) sin(2 pi v).
+    """
+    group = torch.arange(-(-columns // 4), device=seed.device)[None, :]
+    row = torch.arange(rows, device=seed.device)[:, None]
+    words = torch.stack(philox((group, row, torch.ones_like(row), torch.full_like(row, site)), seed), dim=-1) >> 8
+    u = (words[..., 0::2] + 1).to(dtype) / 2**24
+    v = words[..., 1::2].to(dtype) / 2**24
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).reshape(rows, -1)[:, :columns]
+
+
+def smart_init(x: Tensor, sigma: float, seed: Tensor, site: int) -> Tensor:
+    """x + sigma `normal`, the start of SMART's ascent; x [N, D] (Jiang et al. 2019, algorithm 1)."""
+    if sigma == 0:
+        return x.clone()
+    wide = _wide(x)
+    return (wide + sigma * normal(x.shape[0], x.shape[1], seed, site, wide.dtype)).to(x.dtype)
+
+
+def smart_ascend(
+    perturbed: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    cu_seqlens: Tensor,
+    eta: float,
+    epsilon: float,
+    norm: str,
+    per: str,
+    projection: str,
+) -> Tensor:
+    """One projected step of SMART's gradient ascent (Jiang et al. 2019, algorithm 1); [N, D] all.
+
+    A group is a token or a sequence. Within each group:
+
+    1. moved = perturbed + eta grad / |grad|, and just perturbed where eta is 0 or |grad| is 0 or not finite.
+    2. "ball": the nearest point to `moved` with |point - x| <= epsilon. In the infinity norm every element is clamped
+       to [x - epsilon, x + epsilon]; in the L2 norm the offset from x is rescaled if it is longer than epsilon. What
+       lies in the ball stays as it is, to the bit.
+       "unit": the offset of `moved` from x is rescaled to the norm epsilon; it stays where its norm is 0 or not finite.
+
+    L2 norms are summed in float64, so that no square overflows or vanishes.
+    """
+    start, centre, slope = _wide(perturbed), _wide(x), _wide(grad)
+    steepness = _group_norms(slope, cu_seqlens, norm, per)
+    moves = (steepness > 0) & steepness.isfinite() & (eta != 0)
+    moved = torch.where(moves, start + slope / steepness * eta, start)
+    if projection == "ball" and norm == "inf":
+        low, high = centre - epsilon, centre + epsilon
+        result = torch.where(moved < low, low, moved)
+        result = torch.where(result > high, high, result)
+    else:
+        distance = _group_norms(moved - centre, cu_seqlens, norm, per)
+        rescales = distance > epsilon if projection == "ball" else (distance > 0) & distance.isfinite()
+        result = torch.where(rescales, centre + (moved - centre) / distance * epsilon, moved)
+    return result.to(perturbed.dtype)
+
+
+def _group_norms(x: Tensor, cu_seqlens: Tensor, norm: str, per: str) -> Tensor:
+    """For every token [N, 1] the norm of its group's elements."""
+    totals = x.abs().amax(1) if norm == "inf" else x.double().square().sum(1)
+    if per == "sequence":
+        lengths = cu_seqlens.diff().long()
+        groups = totals.split(lengths.tolist())
+        totals = torch.stack([group.amax() if norm == "inf" else group.sum() for group in groups])
+        totals = totals.repeat_interleave(lengths)
+    return (totals if norm == "inf" else totals.sqrt().to(x.dtype))[:, None]

@@ -14,7 +14,7 @@ from .native import library
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # csrc/launch.h's DType
 
 
-def _arguments(grads: Sequence[Tensor | None], tasks: int) -> tuple[list[int], list[int], list[int]]:
+def native_arguments(grads: Sequence[Tensor | None], tasks: int) -> tuple[list[int], list[int], list[int]]:
     """Addresses [T * K] (0 for a missing tensor), sizes [K] and dtype codes [K]; no column is missing in every task."""
     count = len(grads) // tasks
     columns = [next(g for g in grads[k::count] if g is not None) for k in range(count)]
@@ -24,7 +24,7 @@ def _arguments(grads: Sequence[Tensor | None], tasks: int) -> tuple[list[int], l
 
 @torch.library.custom_op("minbert::gram", mutates_args=(), device_types="cpu")
 def _gram(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
-    addresses, sizes, dtypes = _arguments(grads, tasks)
+    addresses, sizes, dtypes = native_arguments(grads, tasks)
     chunks = sum(-(-size // library().CHUNK) for size in sizes)
     partials = torch.empty(chunks, tasks, tasks, dtype=torch.float64)
     gram = torch.empty(tasks, tasks, dtype=torch.float64)
@@ -41,7 +41,7 @@ def _(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
 @torch.library.custom_op("minbert::combine_", mutates_args=("out",), device_types="cpu")
 def _combine_(grads: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]) -> None:
     tasks = weights.shape[0]
-    addresses, sizes, dtypes = _arguments(grads, tasks)
+    addresses, sizes, dtypes = native_arguments(grads, tasks)
     outputs = [tensor.data_ptr() for tensor in out]
     library().combine(addresses, sizes, dtypes, tasks, weights.data_ptr(), outputs, torch.get_num_threads())
 
@@ -119,3 +119,28 @@ def combine(
             if target is not None and value is not None:
                 target.copy_(value)
     return results
+
+
+def clip_weights(gram: Tensor, weights: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Weights with which the weighted sum of the gradients has a norm of at most `max_norm`: clipping at no cost.
+
+    The L2 norm of the sum is known from the Gram matrix, |sum w g|^2 = w' G w, and the clip factor scales the weights.
+    Nothing waits for a device.
+
+    Args:
+        gram: float64 [T, T], as from `gram`.
+        weights: float64 [T].
+        max_norm: 0 or more.
+
+    Returns:
+        the weights [T], and the norm before clipping, a float64 scalar. A norm of NaN or Inf changes no weight: the
+        caller decides what to do about the step. (torch.nn.utils.clip_grad_norm_ adds 1e-6 to the norm.)
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+    """
+    checks.tensor("clip_weights", "weights", weights, ["T"], [torch.float64])
+    checks.tensor("clip_weights", "gram", gram, [len(weights)] * 2, [torch.float64], like=weights)
+    if not max_norm >= 0:
+        raise ValueError(f"clip_weights: max_norm must be 0 or more, got {max_norm}")
+    return reference.clip_weights(gram, weights, max_norm)

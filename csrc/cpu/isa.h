@@ -15,6 +15,9 @@ Gram gram;
 Combine combine;
 DropoutMask dropout_mask;
 AttentionDropoutMask attention_dropout_mask;
+CombineAdamW combine_adamw;
+SmartInit smart_init;
+SmartAscend smart_ascend;
 
 namespace {
 

@@ -1,46 +1,8 @@
 // Gradient surgery's two passes over memory: the Gram matrix of the task gradients, and their weighted sum.
-#include "cpu/vector.h"
+#include "cpu/chunks.h"
 
 namespace minbert::MINBERT_ISA {
 namespace {
-
-struct Chunk {
-  int64_t tensor, begin, length;
-};
-
-Chunk find_chunk(const TaskGradients& g, int64_t chunk) {
-  int64_t low = 0, high = g.tensors;  // first_chunk[low] <= chunk < first_chunk[high]
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (g.first_chunk[middle] <= chunk ? low : high) = middle;
-  }
-  const int64_t begin = (chunk - g.first_chunk[low]) * kChunk;
-  return {low, begin, smaller(kChunk, g.sizes[low] - begin)};
-}
-
-template <class Element>
-const Element* row(const TaskGradients& g, int64_t task, const Chunk& chunk) {
-  const void* data = g.data[task * g.tensors + chunk.tensor];
-  return data ? static_cast<const Element*>(data) + chunk.begin : nullptr;
-}
-
-// Calls f with a value of the C++ type behind `dtype`.
-template <class F>
-void with_element(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::float32: return f(float{});
-    case DType::bfloat16: return f(BFloat16{});
-    case DType::float64: return f(double{});
-  }
-}
-
-// The bytes of one task's gradient.
-int64_t gradient_bytes(const TaskGradients& g) {
-  int64_t bytes = 0;
-  for (int64_t tensor = 0; tensor < g.tensors; ++tensor)
-    with_element(g.dtypes[tensor], [&](auto element) { bytes += g.sizes[tensor] * sizeof(element); });
-  return bytes;
-}
 
 // Gram -------------------------------------------------------------------------------------------------------------
 
@@ -127,15 +89,6 @@ void gram_of_chunk(const TaskGradients& g, const Chunk& chunk, double* gram) {
 
 // Combine ----------------------------------------------------------------------------------------------------------
 
-template <class Element>
-struct AccumulatorOf {
-  using type = Floats;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = Doubles;
-};
-
 // With `streamed`, `out` must be aligned to what a register is stored as.
 template <bool streamed, class Element>
 void combine_chunk(const TaskGradients& g, const Chunk& chunk, const double* weights, Element* out) {
@@ -146,17 +99,7 @@ void combine_chunk(const TaskGradients& g, const Chunk& chunk, const double* wei
   for (int64_t at = 0; at < chunk.length; at += kStep) {
     const int64_t count = smaller(kStep, chunk.length - at);
     Accumulator total[kDepth] = {};
-    for (int64_t task = 0; task < g.tasks; ++task) {
-      const Element* from = row<Element>(g, task, chunk);
-      if (!from) continue;
-      from += at;
-      if (count < kStep) {
-        std::memcpy(padded, from, count * sizeof(Element));
-        from = padded;
-      }
-      const Scalar weight = static_cast<Scalar>(weights[task]);
-      for (int depth = 0; depth < kDepth; ++depth) total[depth] += weight * load<Accumulator>(from + depth * kLanes);
-    }
+    add_weighted<Element>(g, chunk, weights, at, total);
     Element* to = count < kStep ? padded : out + at;
     for (int depth = 0; depth < kDepth; ++depth) {
       const auto result = narrow(total[depth], Element{});
@@ -169,8 +112,6 @@ void combine_chunk(const TaskGradients& g, const Chunk& chunk, const double* wei
   }
   if (streamed) end_streams();
 }
-
-constexpr int64_t kStreamedBytes = int64_t{16} << 20;  // an output beyond this leaves the caches before anybody reads it
 
 // Streaming pays where the output's lines are not in the cache already, as they are when `out` is one of the rows.
 bool pays_to_stream(const TaskGradients& g, const Chunk& chunk, const void* out, int64_t output_bytes) {

@@ -4,6 +4,7 @@
 namespace minbert::MINBERT_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {gram, combine, dropout_mask, attention_dropout_mask};
+const Kernels kernels = {gram,          combine,    dropout_mask, attention_dropout_mask,
+                         combine_adamw, smart_init, smart_ascend};
 
 }  // namespace minbert::MINBERT_ISA

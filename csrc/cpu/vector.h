@@ -89,6 +89,31 @@ inline Vector<uint16_t, kFloats> narrow(Floats v, BFloat16) {
   return __builtin_convertvector((is_nan & 0x7FC0) | (~is_nan & rounded), Vector<uint16_t, kFloats>);
 }
 
+inline Floats square_root(Floats v) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_sqrt_ps((__m256)v);
+#elif defined(__SSE2__)
+  return (Floats)_mm_sqrt_ps((__m128)v);
+#else
+  for (int lane = 0; lane < kFloats; ++lane) v[lane] = __builtin_sqrtf(v[lane]);
+  return v;
+#endif
+}
+inline Doubles square_root(Doubles v) {
+#if defined(__AVX512F__)
+  return (Doubles)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__)
+  return (Doubles)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__SSE2__)
+  return (Doubles)_mm_sqrt_pd((__m128d)v);
+#else
+  for (int lane = 0; lane < kDoubles; ++lane) v[lane] = __builtin_sqrt(v[lane]);
+  return v;
+#endif
+}
+
 // A store past the caches, for results too large to stay in them; `to` is aligned to the vector's size.
 template <class V>
 inline void stream(void* to, V v) {
@@ -103,6 +128,8 @@ inline void stream(void* to, V v) {
 #endif
   std::memcpy(to, &v, sizeof(V));
 }
+
+constexpr int64_t kStreamedBytes = int64_t{16} << 20;  // an output beyond this leaves the caches before anybody reads it
 
 // Makes streamed stores visible before whatever the thread stores next.
 inline void end_streams() {

@@ -12,12 +12,16 @@ from minbert.kernels import (
     attention,
     attention_dropout_mask,
     bias_gelu,
+    clip_weights,
     combine,
+    combine_adamw_,
     dropout,
     dropout_add_layer_norm,
     dropout_mask,
     embedding,
     gram,
+    smart_ascend,
+    smart_init,
 )
 
 x, seed = torch.zeros(4, 6), torch.tensor(1)
@@ -39,6 +43,18 @@ def update(**changed: object) -> None:
     lists = {name: [torch.zeros(3)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
     options = {"step": 1, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
     adamw_(**{**lists, **options, **changed})
+
+
+def fused_update(weights: torch.Tensor = w64, **changed: object) -> None:
+    state = {name: [torch.zeros(3)] for name in ("params", "exp_avgs", "exp_avg_sqs")}
+    options = {"step": 1, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    grads = [[torch.zeros(3)], [None]]
+    combine_adamw_(**{"grads": grads, **state, **options, **changed}, weights=weights)
+
+
+def ascend(grad: torch.Tensor = x, cu_seqlens: torch.Tensor | None = None, **changed: object) -> None:
+    options = {"eta": 0.1, "epsilon": 0.1}
+    smart_ascend(x, x, grad, ints(0, 1, 4) if cu_seqlens is None else cu_seqlens, **{**options, **changed})
 
 
 CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
@@ -210,6 +226,79 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         lambda: update(exp_avgs=[torch.zeros(3, dtype=torch.float64)]),
         TypeError,
         "adamw_: exp_avgs[0] must be float32, got float64",
+    ),
+    (
+        lambda: fused_update(params=[]),
+        ValueError,
+        "combine_adamw_: the four lists must be as long as each other, "
+        "got params 0, grads 1, exp_avgs 1, exp_avg_sqs 1",
+    ),
+    (lambda: fused_update(step=0), ValueError, "combine_adamw_: step is counted from 1, got 0"),
+    (lambda: fused_update(w64[:1]), ValueError, "combine_adamw_: weights must have shape [2], got [1]"),
+    (
+        lambda: fused_update(w64.to("meta")),
+        ValueError,
+        "combine_adamw_: weights must be on cpu like the gradients, got meta",
+    ),
+    (
+        lambda: fused_update(params=[torch.zeros(3).double()]),
+        TypeError,
+        "combine_adamw_: params[0] must be float32, got float64",
+    ),
+    (lambda: fused_update(params=[None]), TypeError, "combine_adamw_: params[0] must be a tensor, got NoneType"),
+    (
+        lambda: fused_update(exp_avgs=[torch.zeros(6)[::2]]),
+        ValueError,
+        "combine_adamw_: exp_avgs[0] must be laid out like the gradients there; call .contiguous() on both",
+    ),
+    (
+        lambda: clip_weights(torch.zeros(2, 3).double(), w64, 1.0),
+        ValueError,
+        "clip_weights: gram must have shape [2, 2], got [2, 3]",
+    ),
+    (
+        lambda: clip_weights(torch.zeros(2, 2).double(), w64, float("nan")),
+        ValueError,
+        "clip_weights: max_norm must be 0 or more, got nan",
+    ),
+    (
+        lambda: smart_init(x, sigma=-1.0, seed=seed, site=0),
+        ValueError,
+        "smart_init: sigma must be finite and at least 0, got -1.0",
+    ),
+    (
+        lambda: smart_init(x, sigma=0.1, seed=seed, site=2**32),
+        ValueError,
+        "smart_init: site must be a number from 0 to 2**32 - 1, got 4294967296",
+    ),
+    (
+        lambda: smart_init(x[0], sigma=0.1, seed=seed, site=0),
+        ValueError,
+        "smart_init: x must have shape [N, D], got [6]",
+    ),
+    (lambda: ascend(x.bfloat16()), TypeError, "smart_ascend: grad must be float32, got bfloat16"),
+    (lambda: ascend(x[:3]), ValueError, "smart_ascend: grad must have shape [4, 6], got [3, 6]"),
+    (
+        lambda: ascend(cu_seqlens=ints(0, 3)),
+        ValueError,
+        "smart_ascend: cu_seqlens must end at the number of tokens, 4, got 3",
+    ),
+    (
+        lambda: ascend(cu_seqlens=ints(0, 4).to("meta")),
+        ValueError,
+        "smart_ascend: cu_seqlens must be on cpu, got meta",
+    ),
+    (
+        lambda: ascend(eta=float("inf")),
+        ValueError,
+        "smart_ascend: eta must be finite and at least 0, got inf",
+    ),
+    (lambda: ascend(norm="1"), ValueError, "smart_ascend: norm must be one of 'inf', '2', got '1'"),
+    (lambda: ascend(per="row"), ValueError, "smart_ascend: per must be one of 'token', 'sequence', got 'row'"),
+    (
+        lambda: ascend(projection="box"),
+        ValueError,
+        "smart_ascend: projection must be one of 'ball', 'unit', got 'box'",
     ),
 ]
 

@@ -11,6 +11,7 @@ from minbert import kernels
 
 SEED = torch.tensor(5)
 WEIGHTS = torch.tensor([0.5, -2.0], dtype=torch.float64)
+CU_SEQLENS = torch.tensor([0, 1, 4], dtype=torch.int32)
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -21,6 +22,14 @@ CALLS = {
     "dropout_mask": lambda: (4, 9, 1 << 30, SEED, 1),
     "attention_dropout_mask": lambda: (torch.tensor([0, 5, 9], dtype=torch.int32), 3, 1 << 30, SEED, 1),
     "gram": lambda: ([randn(4), None, randn(4), randn(3)], 2),
+    "combine_adamw_": lambda: (
+        [randn(4), None, randn(4), randn(3)],
+        WEIGHTS,
+        *([randn(4), randn(3)] for _ in range(3)),
+        *(0.99, 0.9, 0.999, 1e-8, 0.1),
+    ),
+    "smart_init": lambda: (randn(4, 9), 0.1, SEED, 1),
+    "smart_ascend": lambda: (*(randn(4, 9) for _ in range(3)), CU_SEQLENS, 0.1, 0.2, True, False, True),
     "combine_": lambda: ([randn(4), None, randn(4), randn(3)], WEIGHTS, [torch.empty(4), torch.empty(3)]),
 }
 
@@ -54,7 +63,22 @@ def update(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return param, exp_avg, exp_avg_sq
 
 
-FUNCTIONS = [surgery, surgery_in_place, layer, update]
+def fused_update(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    state = [a.clone(), torch.zeros_like(a), torch.zeros_like(a)]
+    grads = [[a], [b]]
+    weights, norm = kernels.clip_weights(kernels.gram(grads), WEIGHTS, 1.0)
+    options = {"step": 1, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    kernels.combine_adamw_([state[0]], grads, weights, [state[1]], [state[2]], **options)
+    return norm, *state
+
+
+def ascent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
+    start = kernels.smart_init(a, sigma=0.1, seed=SEED, site=1)
+    return kernels.smart_ascend(start, a, b, cu_seqlens, eta=0.1, epsilon=0.05, norm="2", per="sequence")
+
+
+FUNCTIONS = [surgery, surgery_in_place, layer, update, fused_update, ascent]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -1,0 +1,231 @@
+// SMART's perturbations (Jiang et al. 2019, algorithm 1): the normal start, and one projected step of gradient ascent.
+#include "cpu/box_muller.h"
+
+namespace minbert::MINBERT_ISA {
+namespace {
+
+// `count` elements, zeros behind them where a register holds more.
+template <class Element>
+inline Floats read(const Element* from, int64_t count) {
+  if (count == kFloats) return load<Floats>(from);
+  Element padded[kFloats] = {};
+  std::memcpy(padded, from, count * sizeof(Element));
+  return load<Floats>(padded);
+}
+
+template <class Element>
+inline void write(Element* to, Floats v, int64_t count, bool streamed) {
+  const auto stored = narrow(v, Element{});
+  if (count < kFloats)
+    std::memcpy(to, &stored, count * sizeof(Element));
+  else if (streamed)
+    stream(to, stored);
+  else
+    std::memcpy(to, &stored, sizeof(stored));
+}
+
+// Whether a range of an output of so many bytes is written past the caches.
+inline bool pays_to_stream(const void* to, int64_t output_bytes) {
+  return output_bytes >= kStreamedBytes && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
+}
+
+// body(at, count) for every register of a range: `count` elements from `at` on.
+template <class Body>
+inline void for_each_register(int64_t length, const Body& body) {
+  int64_t at = 0;
+  for (; at + kFloats <= length; at += kFloats) body(at, int64_t{kFloats});
+  if (at < length) body(at, length - at);
+}
+
+// Rows from first_row on, `rows` of them and at most kRowsAtOnce.
+template <class Element>
+void add_noise(const Element* x, Element* out, int64_t first_row, int64_t rows, int64_t columns, float sigma,
+               const Keys& keys, uint32_t site, bool streamed) {
+  philox_rows(first_row, columns, 1, site, keys, [&](int64_t row, int64_t column, const Words* word) {
+    if (row >= rows) return;
+    Floats z[2];
+    normals(word, z[0], z[1]);
+    for (int i = 0; i < 2; ++i) {
+      const int64_t count = smaller(kFloats, columns - column - i * kFloats);
+      const int64_t at = row * columns + column + i * kFloats;
+      if (count > 0) write(out + at, read(x + at, count) + sigma * z[i], count, streamed);
+    }
+  });
+}
+
+// Norms of a group. What is not finite makes the norm NaN or Inf.
+class InfinityNorm {
+ public:
+  void add(Floats v) {
+    const Ints magnitude = (Ints)v & 0x7FFFFFFF;  // in the order of the numbers; NaN comes last
+    largest_ = magnitude > largest_ ? magnitude : largest_;
+  }
+  float value() const {
+    int32_t largest = 0;
+    for (int lane = 0; lane < kFloats; ++lane) largest = largest_[lane] > largest ? largest_[lane] : largest;
+    float value;
+    std::memcpy(&value, &largest, sizeof(value));
+    return value;
+  }
+
+ private:
+  Ints largest_ = {};
+};
+
+class L2Norm {
+ public:
+  void add(Floats v) {  // the squares of all float32 numbers are normal float64 numbers
+    Vector<float, kDoubles> halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    for (int half = 0; half < 2; ++half) {
+      const Doubles wide = widen(halves[half]);
+      total_[half] += wide * wide;
+    }
+  }
+  float value() const {
+    double total = 0;
+    for (int lane = 0; lane < kDoubles; ++lane) total += total_[0][lane] + total_[1][lane];
+    return static_cast<float>(__builtin_sqrt(total));
+  }
+
+ private:
+  Doubles total_[2] = {};
+};
+
+// Multiplies vectors of one norm so that they get another, without a division: a power of two first, which is exact and
+// brings the norm near 1 however large or small it is, and then the factor that is left.
+struct Rescaling {
+  float power = 0, factor = 0;
+
+  Rescaling() = default;
+  Rescaling(float norm, float wanted) {
+    int32_t bits;
+    std::memcpy(&bits, &norm, sizeof(bits));
+    const int32_t exponent = 254 - (bits >> 23);  // of 1 / norm, as its bits hold it
+    bits = (exponent > 0 ? exponent : 1) << 23;
+    std::memcpy(&power, &bits, sizeof(power));
+    factor = wanted / (norm * power);
+  }
+  Floats operator()(Floats v) const { return v * power * factor; }
+};
+
+// One group of an ascent: a range of elements.
+template <class Element>
+class Group {
+ public:
+  Group(const Ascent& ascent, int64_t begin, int64_t length)
+      : perturbed_(static_cast<const Element*>(ascent.perturbed) + begin),
+        x_(static_cast<const Element*>(ascent.x) + begin),
+        grad_(static_cast<const Element*>(ascent.grad) + begin),
+        out_(static_cast<Element*>(ascent.out) + begin),
+        length_(length),
+        eta_(ascent.eta),
+        epsilon_(ascent.epsilon),
+        streamed_(pays_to_stream(out_, ascent.tokens * ascent.columns * sizeof(Element))) {}
+
+  template <class Norm>
+  void measure_gradient() {
+    Norm norm;
+    for_each_register(length_, [&](int64_t at, int64_t count) { norm.add(read(grad_ + at, count)); });
+    const float steepness = norm.value();
+    moves_ = eta_ != 0 && steepness > 0 && __builtin_isfinite(steepness);
+    if (moves_) step_ = Rescaling(steepness, eta_);
+  }
+
+  void step_and_clamp() const {
+    for_each_register(length_, [&](int64_t at, int64_t count) {
+      const Floats centre = read(x_ + at, count), low = centre - epsilon_, high = centre + epsilon_;
+      Floats result = moved(at, count);
+      result = result < low ? low : result;
+      result = result > high ? high : result;
+      write(out_ + at, result, count, streamed_);
+    });
+  }
+
+  template <class Norm>
+  void step_and_rescale(bool only_from_outside) const {
+    Norm norm;
+    for_each_register(length_,
+                      [&](int64_t at, int64_t count) { norm.add(moved(at, count) - read(x_ + at, count)); });
+    const float distance = norm.value();
+    const bool rescales = only_from_outside ? distance > epsilon_ : distance > 0 && __builtin_isfinite(distance);
+    const Rescaling rescale = rescales ? Rescaling(distance, epsilon_) : Rescaling();
+    for_each_register(length_, [&](int64_t at, int64_t count) {
+      Floats result = moved(at, count);
+      if (rescales) {
+        const Floats centre = read(x_ + at, count);
+        result = centre + rescale(result - centre);
+      }
+      write(out_ + at, result, count, streamed_);
+    });
+  }
+
+ private:
+  Floats moved(int64_t at, int64_t count) const {
+    const Floats start = read(perturbed_ + at, count);
+    return moves_ ? start + step_(read(grad_ + at, count)) : start;
+  }
+
+  const Element *const perturbed_, *const x_, *const grad_;
+  Element* const out_;
+  const int64_t length_;
+  const float eta_, epsilon_;
+  const bool streamed_;
+  Rescaling step_;
+  bool moves_ = false;
+};
+
+template <class Element>
+void ascend_group(const Ascent& ascent, int64_t index) {
+  const int64_t first = ascent.cu_seqlens ? ascent.cu_seqlens[index] : index;
+  const int64_t end = ascent.cu_seqlens ? ascent.cu_seqlens[index + 1] : index + 1;
+  Group<Element> group(ascent, first * ascent.columns, (end - first) * ascent.columns);
+  if (ascent.infinity_norm) {
+    group.template measure_gradient<InfinityNorm>();
+    if (ascent.onto_ball)
+      group.step_and_clamp();
+    else
+      group.template step_and_rescale<InfinityNorm>(false);
+  } else {
+    group.template measure_gradient<L2Norm>();
+    group.template step_and_rescale<L2Norm>(ascent.onto_ball);
+  }
+}
+
+constexpr int64_t kRows = 16;  // tokens that one thread takes at a time
+
+}  // namespace
+
+void smart_init(const void* x, void* out, DType dtype, int64_t rows, int64_t columns, float sigma, int64_t seed,
+                uint32_t site, int threads) noexcept {
+  const Keys keys(seed);
+  const auto run = [&](auto element) {
+    using Element = decltype(element);
+    const int64_t bytes = rows * columns * static_cast<int64_t>(sizeof(Element));
+    const bool streamed = pays_to_stream(out, bytes) && columns % kFloats == 0;
+    parallel(threads, (rows + kRows - 1) / kRows, 8 * bytes, [&](int64_t index) {
+      const int64_t end = smaller(rows, (index + 1) * kRows);
+      for (int64_t row = index * kRows; row < end; row += kRowsAtOnce)
+        add_noise(static_cast<const Element*>(x) + row * columns, static_cast<Element*>(out) + row * columns, row,
+                  smaller(kRowsAtOnce, end - row), columns, sigma, keys, site, streamed);
+      end_streams();
+    });
+  };
+  dtype == DType::float32 ? run(float{}) : run(BFloat16{});
+}
+
+void smart_ascend(const Ascent& ascent, int threads) noexcept {
+  const int64_t groups_at_once = ascent.cu_seqlens ? 1 : kRows;
+  const auto run = [&](auto element) {
+    using Element = decltype(element);
+    const int64_t bytes = ascent.tokens * ascent.columns * static_cast<int64_t>(sizeof(Element));
+    parallel(threads, (ascent.groups + groups_at_once - 1) / groups_at_once, 4 * bytes, [&](int64_t index) {
+      const int64_t end = smaller(ascent.groups, (index + 1) * groups_at_once);
+      for (int64_t group = index * groups_at_once; group < end; ++group) ascend_group<Element>(ascent, group);
+      end_streams();
+    });
+  };
+  ascent.dtype == DType::float32 ? run(float{}) : run(BFloat16{});
+}
+
+}  // namespace minbert::MINBERT_ISA

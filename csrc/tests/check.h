@@ -1,0 +1,110 @@
+// What the C++ tests share: a check that ends the program, numbers, and tensors in buffers of their exact size.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "launch.h"
+#include "philox.h"
+
+namespace minbert {
+
+void test_updates(Isa isa);
+void test_smart(Isa isa);
+
+namespace {
+
+#define CHECK(condition, ...)                                    \
+  do {                                                           \
+    if (!(condition)) {                                          \
+      std::fprintf(stderr, "%s:%d: ", __FILE__, __LINE__);       \
+      std::fprintf(stderr, __VA_ARGS__);                         \
+      std::fprintf(stderr, " (%s is false)\n", #condition);      \
+      std::exit(1);                                              \
+    }                                                            \
+  } while (false)
+
+[[maybe_unused]] const int kThreadCounts[] = {1, 3};
+[[maybe_unused]] const char* const kIsaNames[] = {"portable", "avx2", "avx512"};
+
+inline double number(uint64_t i) {  // in [-1, 1), different for every i
+  const Words4 words = philox({{static_cast<uint32_t>(i), 0, 0, 0}}, 7);
+  return words.word[0] / 2147483648.0 - 1;
+}
+
+inline int64_t width(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// One task's gradient for one tensor, `shift` elements past an aligned address.
+class Buffer {
+ public:
+  Buffer(int64_t size, DType dtype, int64_t shift) : dtype_(dtype), shift_(shift), bytes_((size + shift) * width(dtype)) {}
+
+  void* data() { return bytes_.data() + shift_ * width(dtype_); }
+
+  double get(int64_t i) {
+    char* at = static_cast<char*>(data()) + i * width(dtype_);
+    if (dtype_ == DType::float64) return read<double>(at);
+    if (dtype_ == DType::float32) return read<float>(at);
+    const uint32_t bits = static_cast<uint32_t>(read<uint16_t>(at)) << 16;
+    return read<float>(&bits);
+  }
+
+  void set(int64_t i, double value) {  // truncates to bfloat16
+    char* at = static_cast<char*>(data()) + i * width(dtype_);
+    if (dtype_ == DType::float64) return write(at, value);
+    if (dtype_ == DType::float32) return write(at, static_cast<float>(value));
+    const float single = static_cast<float>(value);
+    write(at, static_cast<uint16_t>(read<uint32_t>(&single) >> 16));
+  }
+
+ private:
+  template <class T>
+  static T read(const void* from) {
+    T value;
+    std::memcpy(&value, from, sizeof(T));
+    return value;
+  }
+  template <class T>
+  static void write(void* to, T value) {
+    std::memcpy(to, &value, sizeof(T));
+  }
+
+  DType dtype_;
+  int64_t shift_;
+  std::vector<char> bytes_;
+};
+
+struct Problem {
+  int64_t tasks;
+  std::vector<int64_t> sizes;
+  std::vector<DType> dtypes;
+  std::vector<Buffer> rows;
+  std::vector<const void*> data;
+  std::vector<int64_t> first_chunk{0};
+
+  Problem(int64_t tasks, std::vector<int64_t> sizes, int64_t shift) : tasks(tasks), sizes(sizes) {
+    const int64_t tensors = static_cast<int64_t>(sizes.size());
+    for (int64_t k = 0; k < tensors; ++k) {
+      dtypes.push_back(static_cast<DType>(k % 3));
+      first_chunk.push_back(first_chunk.back() + (sizes[k] + kChunk - 1) / kChunk);
+    }
+    for (int64_t t = 0; t < tasks; ++t)
+      for (int64_t k = 0; k < tensors; ++k) {
+        rows.emplace_back(sizes[k], dtypes[k], shift);
+        for (int64_t i = 0; i < sizes[k]; ++i) rows.back().set(i, number(i * 64 + t * 8 + k));
+      }
+    for (auto& row : rows) data.push_back(row.data());
+    for (int64_t k = 0; k < tensors; ++k)
+      if (k % 2 && tasks > 1) data[(k % tasks) * tensors + k] = nullptr;
+  }
+
+  TaskGradients view() const {
+    return {tasks, static_cast<int64_t>(sizes.size()), data.data(), dtypes.data(), sizes.data(), first_chunk.data()};
+  }
+};
+
+}  // namespace
+}  // namespace minbert

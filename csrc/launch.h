@@ -9,7 +9,7 @@
 namespace minbert {
 
 // Raised whenever an entry point's arguments change, so that a binary left over from an older checkout is refused.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2 };
 
@@ -47,12 +47,45 @@ using DropoutMask = void(uint8_t* keep, int64_t rows, int64_t columns, Dropout, 
 using AttentionDropoutMask = void(uint8_t* keep, const int32_t* cu_seqlens, int64_t sequences, int64_t heads, Dropout,
                                   int threads) noexcept;
 
+// Attention within each sequence of a packed stream. Tensors are float32 or bfloat16, with the elements of a head next
+// to each other; other strides are in elements and may be anything.
+struct AttentionProblem {
+  DType dtype;
+  const int32_t* cu_seqlens;  // [S + 1]
+  int64_t sequences, tokens, max_seqlen, heads;
+  int64_t head_dim;  // a multiple of 8
+  float scale;       // of the scores
+  Dropout dropout;   // threshold 0 drops nothing
+  float keep_scale;  // of the probabilities that dropout keeps
+};
+struct QueriesKeysValues {
+  const void* data;  // [N, 3, H, d]
+  int64_t token_stride, part_stride, head_stride;
+};
+struct HeadRows {
+  const void* data;  // [N, H, d]
+  int64_t token_stride, head_stride;
+};
+
+// out [N, H, d], contiguous. scratch: attention_scratch bytes, aligned to 64. Returns false, having written nothing,
+// where cu_seqlens does not rise from 0 to `tokens` in steps of 1 to `max_seqlen`.
+using Attention = bool(const AttentionProblem&, QueriesKeysValues, void* out, void* scratch, int threads) noexcept;
+
+// grad_qkv [N, 3, H, d], contiguous. Nothing of the forward is needed: scores and masks are computed again.
+using AttentionBackward = bool(const AttentionProblem&, HeadRows grad_out, QueriesKeysValues, void* grad_qkv,
+                               void* scratch, int threads) noexcept;
+
+using AttentionScratch = int64_t(const AttentionProblem&, bool backward, int threads) noexcept;
+
 // The CPU kernels of one instruction set.
 struct Kernels {
   Gram* gram;
   Combine* combine;
   DropoutMask* dropout_mask;
   AttentionDropoutMask* attention_dropout_mask;
+  Attention* attention;
+  AttentionBackward* attention_backward;
+  AttentionScratch* attention_scratch;
 };
 
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };

@@ -15,6 +15,9 @@ Gram gram;
 Combine combine;
 DropoutMask dropout_mask;
 AttentionDropoutMask attention_dropout_mask;
+Attention attention;
+AttentionBackward attention_backward;
+AttentionScratch attention_scratch;
 
 namespace {
 

@@ -4,6 +4,7 @@
 namespace minbert::MINBERT_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {gram, combine, dropout_mask, attention_dropout_mask};
+const Kernels kernels = {gram,      combine,           dropout_mask,     attention_dropout_mask,
+                         attention, attention_backward, attention_scratch};
 
 }  // namespace minbert::MINBERT_ISA

@@ -98,35 +98,33 @@ struct Arena {
   }
 };
 
-// What one thread needs for a sequence. A sequence of several blocks of queries keeps the packed keys and values of all
-// heads of its item, since all blocks need them; with a single block, one head after the other uses the same memory.
+// What one thread needs for an item: packed rows of its heads, and the scores of a block of queries. A sequence of several
+// blocks of queries keeps the transposed keys and values of all heads, since all blocks need them; with a single block,
+// one head after the other uses the same memory.
 struct Buffers {
-  float *queries, *scores, *out;                                  // of one block
-  float *grad_out, *grad_scores;                                  // only for the backward
-  uint8_t* keep;                                                  // [kGroup, rows, keys]
-  float *keys_transposed[kGroup], *values[kGroup];                // values: transposed panels in the backward
-  float *keys[kGroup], *grad_keys[kGroup], *grad_values[kGroup];  // only for the backward
+  float *queries[kGroup], *keys[kGroup], *values[kGroup];
+  float *grad_out[kGroup], *grad_keys[kGroup];  // only for the backward
+  float *keys_transposed[kGroup], *values_transposed[kGroup];
+  float *scores, *grad_scores;
+  uint8_t* keep;  // [kGroup, rows, keys]
 
   Buffers(Arena& arena, int64_t length, int64_t head_dim, bool backward) {
     const int64_t rows = smaller(length, kBlockRows), keys_padded = round_up(length, kPanel);
-    const int64_t columns = round_up(head_dim, kFloats);
-    queries = arena.take<float>(rows * columns);
-    out = arena.take<float>(rows * columns);
-    scores = arena.take<float>(rows * keys_padded);
-    keep = arena.take<uint8_t>(kGroup * rows * keys_padded);
-    grad_out = arena.take<float>(backward ? rows * columns : 0);
-    grad_scores = arena.take<float>(backward ? rows * keys_padded : 0);
+    const int64_t columns = round_up(head_dim, kFloats), score_count = rows * keys_padded;
     for (int64_t head = 0; head < kGroup; ++head) {
       const bool own = head == 0 || length > kBlockRows;
-      const auto take = [&](float** piece, int64_t count) { piece[head] = own ? arena.take<float>(count) : piece[0]; };
-      take(keys_transposed, keys_padded * columns);
-      take(values, keys_padded * columns);
-      if (backward) {
-        take(keys, length * columns);
-        take(grad_keys, length * columns);
-        take(grad_values, length * columns);
-      }
+      queries[head] = arena.take<float>(rows * columns);
+      keys[head] = arena.take<float>(length * columns);
+      values[head] = arena.take<float>(length * columns);
+      keys_transposed[head] = own ? arena.take<float>(keys_padded * columns) : keys_transposed[0];
+      if (!backward) continue;
+      grad_out[head] = arena.take<float>(rows * columns);
+      grad_keys[head] = arena.take<float>(length * columns);
+      values_transposed[head] = own ? arena.take<float>(keys_padded * columns) : values_transposed[0];
     }
+    scores = arena.take<float>(score_count);
+    grad_scores = arena.take<float>(backward ? score_count : 0);
+    keep = arena.take<uint8_t>(kGroup * score_count);
   }
 };
 
@@ -205,12 +203,29 @@ void for_each_item(const AttentionProblem& p, bool backward, void* scratch, int 
 
 enum Part { kQueries, kKeys, kValues };
 
+// An item's tokens from `row` on, `rows` of them.
 template <class Element>
-Rows<const Element> rows_of(const AttentionProblem& p, QueriesKeysValues qkv, Part part, int64_t token, int64_t count,
-                            int64_t head) {
-  return {static_cast<const Element*>(qkv.data) + token * qkv.token_stride + part * qkv.part_stride +
-              head * qkv.head_stride,
-          qkv.token_stride, count, p.head_dim};
+Heads<const Element> heads_of(const AttentionProblem& p, QueriesKeysValues qkv, Part part, const Item& item, int64_t row,
+                              int64_t rows) {
+  const Element* const data = static_cast<const Element*>(qkv.data) + (item.first_token + row) * qkv.token_stride +
+                              part * qkv.part_stride + item.first_head * qkv.head_stride;
+  return {data, qkv.token_stride, qkv.head_stride, rows, item.heads, p.head_dim};
+}
+
+template <class Element>
+Heads<const Element> heads_of(const AttentionProblem& p, HeadRows x, const Item& item, int64_t row, int64_t rows) {
+  const Element* const data = static_cast<const Element*>(x.data) + (item.first_token + row) * x.token_stride +
+                              item.first_head * x.head_stride;
+  return {data, x.token_stride, x.head_stride, rows, item.heads, p.head_dim};
+}
+
+// The same of a contiguous tensor [N, parts, H, d] that is written.
+template <class Element>
+Heads<Element> heads_of(const AttentionProblem& p, Element* x, int64_t parts, int64_t part, const Item& item, int64_t row,
+                        int64_t rows) {
+  const int64_t token = item.first_token + row, stride = p.heads * p.head_dim;
+  return {x + (token * parts + part) * stride + item.first_head * p.head_dim, parts * stride, p.head_dim, rows,
+          item.heads, p.head_dim};
 }
 
 void draw_masks(const AttentionProblem& p, const Item& item, int64_t row, int64_t rows, int64_t keys, uint8_t* keep) {
@@ -220,87 +235,77 @@ void draw_masks(const AttentionProblem& p, const Item& item, int64_t row, int64_
 
 template <class Element>
 void attend(const AttentionProblem& p, QueriesKeysValues qkv, Element* out, const Item& item, Arena& arena) {
-  const Buffers buffers(arena, item.length, p.head_dim, false);
+  const Buffers b(arena, item.length, p.head_dim, false);
   const int64_t keys = round_up(item.length, kPanel), columns = round_up(p.head_dim, kFloats);
   const int64_t blocks = (item.length + kBlockRows - 1) / kBlockRows;
-  float factors[kBlockRows];
+  float factors[kGroup][kBlockRows];
+  pack(heads_of<Element>(p, qkv, kKeys, item, 0, item.length), 1, b.keys, columns);
+  pack(heads_of<Element>(p, qkv, kValues, item, 0, item.length), 1, b.values, columns);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t row = item.length * block / blocks, rows = item.length * (block + 1) / blocks - row;
-    if (p.dropout.threshold) draw_masks(p, item, row, rows, keys, buffers.keep);
-    for (int64_t h = 0; h < item.heads; ++h) {
-      const int64_t head = item.first_head + h;
-      if (block == 0) {
-        pack_transposed(rows_of<Element>(p, qkv, kKeys, item.first_token, item.length, head), buffers.keys_transposed[h]);
-        pack(rows_of<Element>(p, qkv, kValues, item.first_token, item.length, head), 1, buffers.values[h], columns);
-      }
-      pack(rows_of<Element>(p, qkv, kQueries, item.first_token + row, rows, head), p.scale, buffers.queries, columns);
-      multiply({buffers.queries, columns, false}, {buffers.keys_transposed[h], kPanel, p.head_dim * kPanel}, rows,
-               p.head_dim, item.length, buffers.scores, keys);
+    pack(heads_of<Element>(p, qkv, kQueries, item, row, rows), p.scale, b.queries, columns);
+    if (p.dropout.threshold) draw_masks(p, item, row, rows, keys, b.keep);
+    for (int64_t head = 0; head < item.heads; ++head) {
+      if (block == 0) transpose_into_panels(b.keys[head], columns, item.length, p.head_dim, b.keys_transposed[head]);
+      multiply({b.queries[head], columns, false}, {b.keys_transposed[head], kPanel, p.head_dim * kPanel}, rows,
+               p.head_dim, item.length, b.scores, keys);
       for (int64_t i = 0; i < rows; ++i) {
-        float* const scores = buffers.scores + i * keys;
-        const uint8_t* const keep = buffers.keep + (h * rows + i) * keys;
-        factors[i] = p.keep_scale / (p.dropout.threshold ? exponentials<true>(scores, item.length, keep)
-                                                         : exponentials<false>(scores, item.length, keep));
+        float* const scores = b.scores + i * keys;
+        const uint8_t* const keep = b.keep + (head * rows + i) * keys;
+        factors[head][i] = p.keep_scale / (p.dropout.threshold ? exponentials<true>(scores, item.length, keep)
+                                                               : exponentials<false>(scores, item.length, keep));
       }
-      multiply({buffers.scores, keys, false}, {buffers.values[h], columns, kPanel}, rows, item.length, p.head_dim,
-               buffers.out, columns);
-      unpack<Element>(buffers.out, columns, [&](int64_t i) { return factors[i]; },
-                      {out + ((item.first_token + row) * p.heads + head) * p.head_dim, p.heads * p.head_dim, rows,
-                       p.head_dim});
+      multiply({b.scores, keys, false}, {b.values[head], columns, kPanel}, rows, item.length, p.head_dim,
+               b.queries[head], columns);  // the queries have done their part
     }
+    unpack(b.queries, columns, [&](int64_t head, int64_t i) { return factors[head][i]; },
+           heads_of(p, out, 1, 0, item, row, rows));
   }
 }
 
 template <class Element>
 void attend_backward(const AttentionProblem& p, HeadRows grad_out, QueriesKeysValues qkv, Element* grad_qkv,
                      const Item& item, Arena& arena) {
-  const Buffers buffers(arena, item.length, p.head_dim, true);
+  const Buffers b(arena, item.length, p.head_dim, true);
   const int64_t keys = round_up(item.length, kPanel), columns = round_up(p.head_dim, kFloats);
   const int64_t blocks = (item.length + kBlockRows - 1) / kBlockRows;
-  const auto store = [&](Part part, int64_t head, int64_t row, int64_t rows, const float* from, float factor) {
-    const int64_t at = (((item.first_token + row) * 3 + part) * p.heads + head) * p.head_dim;
-    unpack<Element>(from, columns, [&](int64_t) { return factor; },
-                    {grad_qkv + at, 3 * p.heads * p.head_dim, rows, p.head_dim});
+  const auto store = [&](float* const* from, Part part, int64_t row, int64_t rows, float factor) {
+    unpack(from, columns, [&](int64_t, int64_t) { return factor; }, heads_of(p, grad_qkv, 3, part, item, row, rows));
   };
+  pack(heads_of<Element>(p, qkv, kKeys, item, 0, item.length), 1, b.keys, columns);
+  pack(heads_of<Element>(p, qkv, kValues, item, 0, item.length), 1, b.values, columns);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t row = item.length * block / blocks, rows = item.length * (block + 1) / blocks - row;
-    if (p.dropout.threshold) draw_masks(p, item, row, rows, keys, buffers.keep);
-    for (int64_t h = 0; h < item.heads; ++h) {
-      const int64_t head = item.first_head + h;
+    pack(heads_of<Element>(p, qkv, kQueries, item, row, rows), p.scale, b.queries, columns);
+    pack(heads_of<Element>(p, grad_out, item, row, rows), p.keep_scale, b.grad_out, columns);
+    if (p.dropout.threshold) draw_masks(p, item, row, rows, keys, b.keep);
+    for (int64_t head = 0; head < item.heads; ++head) {
       if (block == 0) {
-        const auto k = rows_of<Element>(p, qkv, kKeys, item.first_token, item.length, head);
-        pack(k, 1, buffers.keys[h], columns);
-        pack_transposed(k, buffers.keys_transposed[h]);
-        pack_transposed(rows_of<Element>(p, qkv, kValues, item.first_token, item.length, head), buffers.values[h]);
+        transpose_into_panels(b.keys[head], columns, item.length, p.head_dim, b.keys_transposed[head]);
+        transpose_into_panels(b.values[head], columns, item.length, p.head_dim, b.values_transposed[head]);
       }
-      pack(rows_of<Element>(p, qkv, kQueries, item.first_token + row, rows, head), p.scale, buffers.queries, columns);
-      pack(Rows<const Element>{static_cast<const Element*>(grad_out.data) +
-                                   (item.first_token + row) * grad_out.token_stride + head * grad_out.head_stride,
-                               grad_out.token_stride, rows, p.head_dim},
-           p.keep_scale, buffers.grad_out, columns);
-      multiply({buffers.queries, columns, false}, {buffers.keys_transposed[h], kPanel, p.head_dim * kPanel}, rows,
-               p.head_dim, item.length, buffers.scores, keys);
-      multiply({buffers.grad_out, columns, false}, {buffers.values[h], kPanel, p.head_dim * kPanel}, rows, p.head_dim,
-               item.length, buffers.grad_scores, keys);
+      multiply({b.queries[head], columns, false}, {b.keys_transposed[head], kPanel, p.head_dim * kPanel}, rows,
+               p.head_dim, item.length, b.scores, keys);
+      multiply({b.grad_out[head], columns, false}, {b.values_transposed[head], kPanel, p.head_dim * kPanel}, rows,
+               p.head_dim, item.length, b.grad_scores, keys);
       for (int64_t i = 0; i < rows; ++i) {
-        float *const scores = buffers.scores + i * keys, *const grads = buffers.grad_scores + i * keys;
-        const uint8_t* const keep = buffers.keep + (h * rows + i) * keys;
+        float *const scores = b.scores + i * keys, *const grads = b.grad_scores + i * keys;
+        const uint8_t* const keep = b.keep + (head * rows + i) * keys;
         p.dropout.threshold ? softmax_backward<true>(scores, grads, item.length, keep)
                             : softmax_backward<false>(scores, grads, item.length, keep);
       }
-      multiply({buffers.scores, keys, true}, {buffers.grad_out, columns, kPanel}, item.length, rows, p.head_dim,
-               buffers.grad_values[h], columns, block > 0);
-      multiply({buffers.grad_scores, keys, true}, {buffers.queries, columns, kPanel}, item.length, rows, p.head_dim,
-               buffers.grad_keys[h], columns, block > 0);
-      multiply({buffers.grad_scores, keys, false}, {buffers.keys[h], columns, kPanel}, rows, item.length, p.head_dim,
-               buffers.out, columns);
-      store(kQueries, head, row, rows, buffers.out, p.scale);
-      if (block == blocks - 1) {
-        store(kKeys, head, 0, item.length, buffers.grad_keys[h], 1);
-        store(kValues, head, 0, item.length, buffers.grad_values[h], 1);
-      }
+      // Values and then queries are not needed any more: their gradients take their places.
+      multiply({b.scores, keys, true}, {b.grad_out[head], columns, kPanel}, item.length, rows, p.head_dim,
+               b.values[head], columns, block > 0);
+      multiply({b.grad_scores, keys, true}, {b.queries[head], columns, kPanel}, item.length, rows, p.head_dim,
+               b.grad_keys[head], columns, block > 0);
+      multiply({b.grad_scores, keys, false}, {b.keys[head], columns, kPanel}, rows, item.length, p.head_dim,
+               b.queries[head], columns);
     }
+    store(b.queries, kQueries, row, rows, p.scale);
   }
+  store(b.grad_keys, kKeys, 0, item.length, 1);
+  store(b.values, kValues, 0, item.length, 1);
 }
 
 }  // namespace

@@ -22,8 +22,8 @@ struct Arena {
   }
 };
 
-// What one thread needs for an item: packed rows of its heads, and the scores of a block of queries. A sequence of several
-// blocks of queries keeps the transposed keys and values of all heads, since all blocks need them; with a single block,
+// What one thread needs for an item: packed rows of its heads, and the scores of a block of queries. A sequence of
+// several blocks keeps the transposed keys and values of all heads, since every block needs them; with a single block,
 // one head after the other uses the same memory.
 struct Buffers {
   float *queries[kGroup], *keys[kGroup], *values[kGroup];
@@ -53,8 +53,9 @@ struct Buffers {
 };
 
 int64_t scratch_of_thread(const AttentionProblem& p, bool backward) {
+  const int64_t longest = smaller(p.max_seqlen, p.tokens);
   Arena counter{nullptr, 0};
-  Buffers(counter, smaller(p.max_seqlen, p.tokens), p.head_dim, backward);
+  Buffers(counter, longest > 0 ? longest : 0, p.head_dim, backward);
   return counter.used;
 }
 
@@ -70,7 +71,7 @@ struct Plan {
   int64_t split, groups, items;
   int64_t probabilities;  // of one head
 
-  Plan(const AttentionProblem& p, int32_t* order, int threads) : p(p), order(order), groups((p.heads + 3) / kGroup) {
+  Plan(const AttentionProblem& p, int32_t* order, int threads) : p(p), order(order), groups((p.heads + kGroup - 1) / kGroup) {
     probabilities = 0;
     for (int64_t s = 0; s < p.sequences; ++s) probabilities += length(s) * length(s);
     const int64_t largest = threads > 1 ? probabilities * p.heads / (3 * threads * kGroup) : probabilities + 1;

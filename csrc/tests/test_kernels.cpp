@@ -11,6 +11,8 @@
 
 using namespace minbert;
 
+void test_attention(Isa isa);
+
 namespace {
 
 #define CHECK(condition, ...)                                    \
@@ -235,6 +237,7 @@ int main() {
     test_surgery(isa);
     test_large_combine(isa);
     test_masks(isa);
+    test_attention(isa);
     std::printf("%s: ok\n", kIsaNames[static_cast<int>(isa)]);
   }
 }

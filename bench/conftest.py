@@ -57,15 +57,18 @@ def smoke() -> bool:
 
 @pytest.fixture
 def race(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str, float]]:
-    """`race(case, {name: function, ...}, bytes_moved={name: ...})`: median seconds of every function, in turns.
+    """`race(case, {name: function, ...}, bytes_moved={name: ...}, operations={name: ...})`: median seconds, in turns.
 
     Each round calls every function once, so that all meet the same state of the machine; the first name is ours and
     the row of pytest-benchmark's own table. `bytes_moved` adds the bandwidth; a function called "copy" makes it a
-    share of the machine's copy bandwidth.
+    share of the machine's copy bandwidth. `operations` (floating-point additions and multiplications) adds GFLOP/s.
     """
 
     def run(
-        case: str, functions: Mapping[str, Callable[[], object]], bytes_moved: Mapping[str, int] | None = None
+        case: str,
+        functions: Mapping[str, Callable[[], object]],
+        bytes_moved: Mapping[str, int] | None = None,
+        operations: Mapping[str, int] | None = None,
     ) -> dict[str, float]:
         seconds: dict[str, list[float]] = {name: [] for name in functions}
 
@@ -92,6 +95,7 @@ def race(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str, f
                     "ratio": median / medians[ours],
                     "bytes_per_second": bandwidth,
                     "share_of_copy": bandwidth / copy if bandwidth and copy else None,
+                    "operations_per_second": operations[name] / median if operations and name in operations else None,
                     "rounds": ROUNDS,
                 }
             )
@@ -133,13 +137,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     machine = _machine()
     terminalreporter.section("minbert against its peers")
     terminalreporter.line(", ".join(f"{key} {value}" for key, value in machine.items()))
-    terminalreporter.line(f"{'case':<42} {'who':<30} {'median':>11} {'ratio':>8} {'GB/s':>7} {'of copy':>8}")
+    terminalreporter.line(f"{'case':<42} {'who':<30} {'median':>11} {'ratio':>8} {'GB/s':>7} {'of copy':>8} {'GFLOP/s':>8}")
     for row in rows:
         bandwidth = f"{row['bytes_per_second'] / 1e9:7.1f}" if row["bytes_per_second"] else ""
         share = f"{row['share_of_copy']:8.0%}" if row["share_of_copy"] else ""
+        speed = f"{row['operations_per_second'] / 1e9:8.0f}" if row["operations_per_second"] else ""
         terminalreporter.line(
             f"{row['case']:<42} {row['name']:<30} {row['seconds'] * 1e3:8.2f} ms {row['ratio']:7.1f}x"
-            f" {bandwidth:>7} {share:>8}"
+            f" {bandwidth:>7} {share:>8} {speed:>8}"
         )
     if config.getoption("--minbert-results"):
         now = datetime.now(timezone.utc)

@@ -182,6 +182,39 @@ PYBIND11_MODULE(_native, module) {
       },
       Unlocked());
 
+  py::class_<AttentionProblem>(module, "AttentionProblem")
+      .def(py::init([](int dtype, Address cu_seqlens, int64_t sequences, int64_t tokens, int64_t max_seqlen,
+                       int64_t heads, int64_t head_dim, float scale, Address seed, uint32_t threshold, uint32_t site,
+                       float keep_scale) {
+        const Dropout dropout{seed ? *pointer<const int64_t>(seed) : 0, seed ? threshold : 0, site};
+        return AttentionProblem{static_cast<DType>(dtype), pointer<const int32_t>(cu_seqlens), sequences, tokens,
+                                max_seqlen, heads, head_dim, scale, dropout, keep_scale};
+      }))
+      .def("scratch", [](const AttentionProblem& problem, bool backward, int threads) {
+        return kernels(current_isa).attention_scratch(problem, backward, threads);
+      });
+
+  module.def(
+      "attention",
+      [](const AttentionProblem& problem, Address qkv, const std::vector<int64_t>& strides, Address out,
+         Address scratch, int threads) {
+        return kernels(current_isa)
+            .attention(problem, {pointer<const void>(qkv), strides[0], strides[1], strides[2]}, pointer<void>(out),
+                       pointer<void>(scratch), threads);
+      },
+      Unlocked());
+
+  module.def(
+      "attention_backward",
+      [](const AttentionProblem& problem, Address grad_out, const std::vector<int64_t>& grad_strides, Address qkv,
+         const std::vector<int64_t>& strides, Address grad_qkv, Address scratch, int threads) {
+        return kernels(current_isa)
+            .attention_backward(problem, {pointer<const void>(grad_out), grad_strides[0], grad_strides[1]},
+                                {pointer<const void>(qkv), strides[0], strides[1], strides[2]},
+                                pointer<void>(grad_qkv), pointer<void>(scratch), threads);
+      },
+      Unlocked());
+
 #ifdef MINBERT_WITH_CUDA
   module.def("cuda_dropout_mask", [](Address keep, int64_t rows, int64_t columns, Address seed, uint32_t threshold,
                                      uint32_t site, Address stream) {

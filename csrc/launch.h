@@ -79,6 +79,36 @@ struct Ascent {
 };
 using SmartAscend = void(const Ascent&, int threads) noexcept;
 
+// Attention within each sequence of a packed stream. Tensors are float32 or bfloat16, with the elements of a head next
+// to each other; other strides are in elements and may be anything.
+struct AttentionProblem {
+  DType dtype;
+  const int32_t* cu_seqlens;  // [S + 1]
+  int64_t sequences, tokens, max_seqlen, heads;
+  int64_t head_dim;  // a multiple of 8
+  float scale;       // of the scores
+  Dropout dropout;   // threshold 0 drops nothing
+  float keep_scale;  // of the probabilities that dropout keeps
+};
+struct QueriesKeysValues {
+  const void* data;  // [N, 3, H, d]
+  int64_t token_stride, part_stride, head_stride;
+};
+struct HeadRows {
+  const void* data;  // [N, H, d]
+  int64_t token_stride, head_stride;
+};
+
+// out [N, H, d], contiguous. scratch: attention_scratch bytes, aligned to 64. Returns false, having written nothing,
+// where cu_seqlens does not rise from 0 to `tokens` in steps of 1 to `max_seqlen`.
+using Attention = bool(const AttentionProblem&, QueriesKeysValues, void* out, void* scratch, int threads) noexcept;
+
+// grad_qkv [N, 3, H, d], contiguous. Nothing of the forward is needed: scores and masks are computed again.
+using AttentionBackward = bool(const AttentionProblem&, HeadRows grad_out, QueriesKeysValues, void* grad_qkv,
+                               void* scratch, int threads) noexcept;
+
+using AttentionScratch = int64_t(const AttentionProblem&, bool backward, int threads) noexcept;
+
 // The CPU kernels of one instruction set.
 struct Kernels {
   Gram* gram;
@@ -88,6 +118,9 @@ struct Kernels {
   CombineAdamW* combine_adamw;
   SmartInit* smart_init;
   SmartAscend* smart_ascend;
+  Attention* attention;
+  AttentionBackward* attention_backward;
+  AttentionScratch* attention_scratch;
 };
 
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };

@@ -2,10 +2,122 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from . import checks, reference
+from .autograd import first_order_only
+from .dispatch import runs_native
+from .native import library
 from .random import attention_dropout_mask
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/launch.h's DType
+_LARGEST_HEAD_DIM = 128
+
+
+def _problem(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seed: Tensor | None, site: int, scale: float
+) -> Any:
+    return library().AttentionProblem(
+        _DTYPES[qkv.dtype],
+        cu_seqlens.data_ptr(),
+        cu_seqlens.shape[0] - 1,
+        qkv.shape[0],
+        max_seqlen,
+        qkv.shape[2],
+        qkv.shape[3],
+        scale,
+        0 if seed is None else seed.data_ptr(),
+        reference.drop_threshold(dropout_p),
+        site,
+        1 / (1 - dropout_p),
+    )
+
+
+def _scratch(problem: Any, backward: bool, threads: int) -> Tensor:
+    return torch.empty(problem.scratch(backward, threads), dtype=torch.uint8)
+
+
+@torch.library.custom_op("minbert::attention", mutates_args=(), device_types="cpu")
+def _attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seed: Tensor | None, site: int, scale: float
+) -> Tensor:
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
+    problem, threads = _problem(qkv, cu_seqlens, max_seqlen, dropout_p, seed, site, scale), torch.get_num_threads()
+    scratch = _scratch(problem, False, threads)
+    if not library().attention(problem, qkv.data_ptr(), qkv.stride(), out.data_ptr(), scratch.data_ptr(), threads):
+        checks.cu_seqlens_values("attention", cu_seqlens, qkv.shape[0], max_seqlen)
+    return out
+
+
+@_attention.register_fake
+def _(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seed: Tensor | None, site: int, scale: float
+) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
+
+
+@torch.library.custom_op("minbert::attention_backward", mutates_args=(), device_types="cpu")
+def _attention_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    site: int,
+    scale: float,
+) -> Tensor:
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    if grad_out.stride(2) != 1:
+        grad_out = grad_out.contiguous()
+    problem, threads = _problem(qkv, cu_seqlens, max_seqlen, dropout_p, seed, site, scale), torch.get_num_threads()
+    scratch = _scratch(problem, True, threads)
+    if not library().attention_backward(
+        problem,
+        grad_out.data_ptr(),
+        grad_out.stride(),
+        qkv.data_ptr(),
+        qkv.stride(),
+        grad_qkv.data_ptr(),
+        scratch.data_ptr(),
+        threads,
+    ):
+        checks.cu_seqlens_values("attention", cu_seqlens, qkv.shape[0], max_seqlen)
+    return grad_qkv
+
+
+@_attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    site: int,
+    scale: float,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.site, ctx.scale = inputs
+    ctx.save_for_backward(qkv, cu_seqlens, seed)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, cu_seqlens, seed = ctx.saved_tensors
+    grad_qkv = _attention_backward(
+        grad_out, qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.site, ctx.scale
+    )
+    return grad_qkv, None, None, None, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_keep_for_backward)
+first_order_only(_attention_backward, "attention")
 
 
 def attention(
@@ -20,8 +132,11 @@ def attention(
 ) -> Tensor:
     """Softmax attention of every token to the tokens of its own sequence (Vaswani et al. 2017, section 3.2).
 
+    The native code takes float32 and bfloat16 with head dimensions that are multiples of 8 up to 128; the reference
+    runs for others. Nothing but the arguments is kept for the backward, which computes scores and masks again.
+
     Args:
-        qkv: float [N, 3, H, d], the tokens' queries, keys and values.
+        qkv: float [N, 3, H, d], the tokens' queries, keys and values; the d elements of a head lie next to each other.
         cu_seqlens: int32 [S + 1], cumulative sequence lengths from 0 to N.
         max_seqlen: the longest sequence's length in tokens.
         dropout_p: the probability of dropping an attention probability, in [0, 1).
@@ -34,13 +149,25 @@ def attention(
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
-    checks.tensor("attention", "qkv", qkv, ["N", 3, "H", "d"], checks.FLOATS)
+    checks.tensor("attention", "qkv", qkv, ["N", 3, "H", "d"], checks.FLOATS, contiguous=False)
+    if qkv.stride(3) != 1 and qkv.shape[3] > 1:
+        raise ValueError(
+            f"attention: qkv must be contiguous in its last dimension, got strides {list(qkv.stride())}; "
+            "call .contiguous() on it"
+        )
     checks.dropout("attention", dropout_p, seed, site, qkv.device)
     if cu_seqlens.device != qkv.device:
         raise ValueError(f"attention: cu_seqlens must be on {qkv.device} like qkv, got {cu_seqlens.device}")
-    checks.cu_seqlens("attention", cu_seqlens, qkv.shape[0], max_seqlen)
-    keep = None
-    if dropout_p > 0 and seed is not None:
-        keep = attention_dropout_mask(cu_seqlens, qkv.shape[2], dropout_p, seed, site)
+    checks.cu_seqlens_shape("attention", cu_seqlens)
     scale = qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    seed = seed if dropout_p > 0 else None
+    if (
+        runs_native("attention", qkv.device)
+        and qkv.dtype in _DTYPES
+        and qkv.shape[3] % 8 == 0
+        and qkv.shape[3] <= _LARGEST_HEAD_DIM
+    ):
+        return _attention(qkv, cu_seqlens, max_seqlen, dropout_p, seed, site, scale)
+    checks.cu_seqlens("attention", cu_seqlens, qkv.shape[0], max_seqlen)
+    keep = None if seed is None else attention_dropout_mask(cu_seqlens, qkv.shape[2], dropout_p, seed, site)
     return reference.attention(qkv, cu_seqlens, keep, dropout_p, scale)

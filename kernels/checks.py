@@ -76,11 +76,20 @@ def stream(op: str, seed: Tensor, site: int, device: torch.device) -> None:
 
 def cu_seqlens(op: str, value: Tensor, tokens: int | None = None, max_seqlen: int | None = None) -> None:
     """Check cumulative sequence lengths; their values only on the CPU, where that waits for nothing."""
+    cu_seqlens_shape(op, value)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        cu_seqlens_values(op, value, tokens, max_seqlen)
+
+
+def cu_seqlens_shape(op: str, value: Tensor) -> None:
+    """Check what is known of cumulative sequence lengths without looking at them."""
     tensor(op, "cu_seqlens", value, ["S + 1"], [torch.int32])
     if value.shape[0] < 2:
         raise ValueError(f"{op}: cu_seqlens must have at least 2 entries (one sequence), got {value.shape[0]}")
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
-        return
+
+
+def cu_seqlens_values(op: str, value: Tensor, tokens: int | None = None, max_seqlen: int | None = None) -> None:
+    """Check cumulative sequence lengths themselves."""
     bounds = value.tolist()
     if bounds[0] != 0:
         raise ValueError(f"{op}: cu_seqlens must start at 0, got {bounds[0]}")

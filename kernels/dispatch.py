@@ -14,7 +14,7 @@ CHOICES = ("auto", "reference")
 # The device types for which an op has native code.
 _NATIVE: dict[str, tuple[str, ...]] = {
     "adamw_": ("cpu",),
-    "attention": (),
+    "attention": ("cpu",),
     "attention_dropout_mask": ("cpu",),
     "bias_gelu": (),
     "combine": ("cpu",),

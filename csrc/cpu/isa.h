@@ -18,6 +18,9 @@ AttentionDropoutMask attention_dropout_mask;
 CombineAdamW combine_adamw;
 SmartInit smart_init;
 SmartAscend smart_ascend;
+Attention attention;
+AttentionBackward attention_backward;
+AttentionScratch attention_scratch;
 
 namespace {
 

@@ -69,9 +69,9 @@ inline Words counting(int64_t first, int64_t step) {
 
 inline Words all(uint64_t value) { return Words{} + value; }
 
-// The row of one query in the [length, length] blocks of up to four heads, `block` bytes apart: the four words of a
-// counter are the same element of four heads, so the counters of register i are every fourth key from the i-th on.
-inline void keep_query(uint8_t* keep, int64_t block, int64_t heads, int64_t length, int64_t query, int64_t group,
+// One query's row in the blocks of some heads of one group of four, `block` bytes apart: the four words of a counter
+// are the same element of the group's heads, so the counters of register i are every fourth key from the i-th on.
+inline void keep_query(uint8_t* keep, int64_t block, int64_t first_head, int64_t heads, int64_t length, int64_t query,
                 Dropout dropout) {
   static_assert(kDepth == 4, "keep_bytes lays four registers side by side");
   constexpr int64_t kStep = kDepth * kCounters;
@@ -80,13 +80,13 @@ inline void keep_query(uint8_t* keep, int64_t block, int64_t heads, int64_t leng
     for (int i = 0; i < kDepth; ++i) {
       c.word[0][i] = counting(key + i, kDepth);
       c.word[1][i] = all(query);
-      c.word[2][i] = all(group);
+      c.word[2][i] = all(first_head / 4);
       c.word[3][i] = all(dropout.site);
     }
     philox_vectors(c, dropout.seed);
     const int64_t count = smaller(kStep, length - key);
     for (int64_t head = 0; head < heads; ++head) {
-      const Words* word = c.word[head];
+      const Words* word = c.word[first_head % 4 + head];
       const auto bytes = keep_bytes(word[0], word[1], word[2], word[3], dropout.threshold);
       if (count == kStep)
         std::memcpy(keep + head * block + key, &bytes, kStep);

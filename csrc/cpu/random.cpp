@@ -51,8 +51,8 @@ void attention_dropout_mask(uint8_t* keep, const int32_t* cu_seqlens, int64_t se
     const int64_t first = cu_seqlens[sequence], length = cu_seqlens[sequence + 1] - first, block = length * length;
     for (int64_t head = 0; head < heads; head += 4)
       for (int64_t query = 0; query < length; ++query)
-        keep_query(start + head * block + query * length, block, smaller(4, heads - head), length, first + query,
-                   head / 4, dropout);
+        keep_query(start + head * block + query * length, block, head, smaller(4, heads - head), length, first + query,
+                   dropout);
   });
 }
 

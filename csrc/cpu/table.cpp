@@ -5,6 +5,7 @@ namespace minbert::MINBERT_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {gram,          combine,    dropout_mask, attention_dropout_mask,
-                         combine_adamw, smart_init, smart_ascend};
+                         combine_adamw, smart_init, smart_ascend, attention,
+                         attention_backward, attention_scratch};
 
 }  // namespace minbert::MINBERT_ISA

@@ -4,6 +4,8 @@
 
 using namespace minbert;
 
+void test_attention(Isa isa);
+
 namespace {
 
 void test_surgery(Isa isa) {
@@ -141,6 +143,7 @@ int main() {
     test_masks(isa);
     test_updates(isa);
     test_smart(isa);
+    test_attention(isa);
     std::printf("%s: ok\n", kIsaNames[static_cast<int>(isa)]);
   }
 }

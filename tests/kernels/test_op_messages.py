@@ -169,9 +169,9 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         "attention: qkv must be float32 or bfloat16 or float16 or float64, got int64",
     ),
     (
-        lambda: attention(qkv.transpose(0, 2), cu, 5),
+        lambda: attention(qkv.transpose(2, 3), cu, 5),
         ValueError,
-        "attention: qkv must be contiguous, got strides [4, 8, 24, 1] for shape [2, 3, 9, 4]; call .contiguous() on it",
+        "attention: qkv must be contiguous in its last dimension, got strides [24, 8, 1, 4]; call .contiguous() on it",
     ),
     (lambda: attention(qkv, cu.long(), 5), TypeError, "attention: cu_seqlens must be int32, got int64"),
     (

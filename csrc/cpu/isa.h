@@ -18,6 +18,13 @@ AttentionDropoutMask attention_dropout_mask;
 CombineAdamW combine_adamw;
 SmartInit smart_init;
 SmartAscend smart_ascend;
+DropoutForward dropout_forward;
+LayerNormForward layer_norm_forward;
+LayerNormBackward layer_norm_backward;
+GeluForward gelu_forward;
+GeluBackward gelu_backward;
+EmbeddingForward embedding_forward;
+EmbeddingBackward embedding_backward;
 
 namespace {
 

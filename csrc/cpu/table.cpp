@@ -5,6 +5,9 @@ namespace minbert::MINBERT_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {gram,          combine,    dropout_mask, attention_dropout_mask,
-                         combine_adamw, smart_init, smart_ascend};
+                         combine_adamw, smart_init, smart_ascend,
+                         dropout_forward, layer_norm_forward, layer_norm_backward,
+                         gelu_forward, gelu_backward,
+                         embedding_forward, embedding_backward};
 
 }  // namespace minbert::MINBERT_ISA

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference, rowwise
+from .autograd import first_order_only
 from .dispatch import runs_native
 from .native import library
 from .random import dropout_mask
@@ -130,7 +131,7 @@ def _gradients(ctx, d_y: Tensor, *_: Tensor) -> tuple:
 
 
 _embedding.register_autograd(_gradients, setup_context=_save)
-rowwise.first_order("embedding", _embedding_backward)
+first_order_only(_embedding_backward, "embedding")
 
 
 def embedding(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference, rowwise
+from .autograd import first_order_only
 from .dispatch import runs_native
 from .native import library
 
@@ -52,7 +53,7 @@ def _gradients(ctx, d_y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _bias_gelu.register_autograd(_gradients, setup_context=_save)
-rowwise.first_order("bias_gelu", _bias_gelu_backward)
+first_order_only(_bias_gelu_backward, "bias_gelu")
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference, rowwise
+from .autograd import first_order_only
 from .dispatch import runs_native
 from .native import library
 from .random import mask_like
@@ -104,7 +105,7 @@ def _gradients(ctx, d_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _layer_norm.register_autograd(_gradients, setup_context=_save)
-rowwise.first_order("dropout_add_layer_norm", _layer_norm_backward)
+first_order_only(_layer_norm_backward, "dropout_add_layer_norm")
 
 
 def dropout_add_layer_norm(

@@ -1,8 +1,6 @@
-"""What the row-wise ops hand to native code, and the answer to those who differentiate their backward."""
+"""What the row-wise ops hand to native code."""
 
 from __future__ import annotations
-
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -35,15 +33,3 @@ def dropout(p: float, seed: Tensor | None, site: int) -> tuple[int, int, int, fl
 def scratch(x: Tensor) -> Tensor:
     """Scratch memory for rows like those of x."""
     return torch.empty(library().row_scratch(*x.shape), dtype=torch.float32)
-
-
-def first_order(name: str, backward: torch.library.CustomOpDef) -> None:
-    """Make differentiating `backward`, the gradient of op `name`, an error that says so."""
-
-    def refuse(*_: object) -> NoReturn:
-        raise RuntimeError(
-            f"{name}: its gradient cannot be differentiated again natively; for second derivatives run it under "
-            'use_backend("reference")'
-        )
-
-    backward.register_autograd(refuse)

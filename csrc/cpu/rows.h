@@ -64,9 +64,8 @@ inline float sum_of(const Floats (&slots)[kSlots]) {
 // Chunks ------------------------------------------------------------------------------------------------------------
 
 // The scratch memory of one chunk, rows of padded(columns) floats.
-constexpr int64_t kDrawnRows = kScratchRows - 3;
 struct Scratch {
-  float* multipliers;  // kDrawnRows of them: what dropout multiplies by
+  float* multipliers;  // what dropout multiplies by, for all rows but the three below
   float* row;
   float* sums[2];  // over the chunk's rows
 };
@@ -74,7 +73,7 @@ struct Scratch {
 inline Scratch scratch_of(float* scratch, int64_t chunk, int64_t columns) {
   const int64_t width = padded(columns);
   float* start = scratch + chunk * kScratchRows * width;
-  float* row = start + kDrawnRows * width;
+  float* row = start + (kScratchRows - 3) * width;
   return {start, row, {row + width, row + 2 * width}};
 }
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -80,12 +81,32 @@ class Gradients {
   std::vector<int64_t> sizes_, first_chunk_;
 };
 
+// The row-wise kernels' arguments come in groups.
+using ActivationArguments = std::tuple<int64_t, int64_t, int>;  // rows, columns, dtype
+Activation activation(const ActivationArguments& a) {
+  return {std::get<0>(a), std::get<1>(a), static_cast<DType>(std::get<2>(a))};
+}
+
+using DropoutArguments = std::tuple<int64_t, uint32_t, uint32_t, float>;  // seed, threshold, site, scale
+Dropout dropout(const DropoutArguments& d) { return {std::get<0>(d), std::get<1>(d), std::get<2>(d), std::get<3>(d)}; }
+
+using EmbeddingArguments = std::tuple<std::vector<Address>, std::vector<Address>, int>;  // ids, tables, dtype
+Embeddings embeddings(const EmbeddingArguments& e) {
+  Embeddings result{{}, {}, static_cast<DType>(std::get<2>(e))};
+  for (int i = 0; i < 3; ++i) {
+    result.ids[i] = pointer<const int64_t>(std::get<0>(e)[i]);
+    result.tables[i] = pointer<const void>(std::get<1>(e)[i]);
+  }
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "minbert's native kernels; called by the modules of minbert.kernels, which check the arguments";
   module.attr("INTERFACE") = kInterface;
   module.attr("CHUNK") = kChunk;
+  module.attr("EMBEDDING_ROWS") = kEmbeddingRows;
 #ifdef MINBERT_WITH_CUDA
   module.attr("CUDA") = true;
 #else
@@ -212,6 +233,84 @@ PYBIND11_MODULE(_native, module) {
             .attention_backward(problem, {pointer<const void>(grad_out), grad_strides[0], grad_strides[1]},
                                 {pointer<const void>(qkv), strides[0], strides[1], strides[2]},
                                 pointer<void>(grad_qkv), pointer<void>(scratch), threads);
+      },
+      Unlocked());
+
+  module.def("row_scratch", &row_scratch, "How many floats of scratch memory the row-wise kernels take.");
+
+  module.def(
+      "dropout_forward",
+      [](const ActivationArguments& a, Address x, Address y, const DropoutArguments& d, Address scratch, int threads) {
+        kernels(current_isa)
+            .dropout_forward(activation(a), pointer<const void>(x), pointer<void>(y), dropout(d),
+                             pointer<float>(scratch), threads);
+      },
+      Unlocked());
+
+  module.def(
+      "layer_norm_forward",
+      [](const ActivationArguments& a, Address x, Address residual, Address weight, Address bias, float eps,
+         const DropoutArguments& d, Address y, Address moments, Address scratch, int threads) {
+        kernels(current_isa)
+            .layer_norm_forward(activation(a), pointer<const void>(x), pointer<const void>(residual),
+                                pointer<const float>(weight), pointer<const float>(bias), eps, dropout(d),
+                                pointer<void>(y), pointer<Moments>(moments), pointer<float>(scratch),
+                                threads);
+      },
+      Unlocked());
+
+  module.def(
+      "layer_norm_backward",
+      [](const ActivationArguments& a, Address d_y, Address x, Address residual, Address weight, Address moments, const DropoutArguments& d, Address d_x, Address d_residual, Address d_weight, Address d_bias,
+         Address scratch, int threads) {
+        kernels(current_isa)
+            .layer_norm_backward(activation(a), pointer<const void>(d_y), pointer<const void>(x),
+                                 pointer<const void>(residual), pointer<const float>(weight),
+                                 pointer<const Moments>(moments), dropout(d),
+                                 pointer<void>(d_x), pointer<void>(d_residual), pointer<float>(d_weight),
+                                 pointer<float>(d_bias), pointer<float>(scratch), threads);
+      },
+      Unlocked());
+
+  module.def(
+      "gelu_forward",
+      [](const ActivationArguments& a, Address x, Address bias, Address y, int threads) {
+        kernels(current_isa)
+            .gelu_forward(activation(a), pointer<const void>(x), pointer<const float>(bias), pointer<void>(y), threads);
+      },
+      Unlocked());
+
+  module.def(
+      "gelu_backward",
+      [](const ActivationArguments& a, Address d_y, Address x, Address bias, Address d_x, Address d_bias,
+         Address scratch, int threads) {
+        kernels(current_isa)
+            .gelu_backward(activation(a), pointer<const void>(d_y), pointer<const void>(x), pointer<const float>(bias),
+                           pointer<void>(d_x), pointer<float>(d_bias), pointer<float>(scratch), threads);
+      },
+      Unlocked());
+
+  module.def(
+      "embedding_forward",
+      [](const ActivationArguments& a, const EmbeddingArguments& e, Address weight, Address bias, float eps,
+         const DropoutArguments& d, Address y, Address moments, Address scratch, int threads) {
+        kernels(current_isa)
+            .embedding_forward(activation(a), embeddings(e), pointer<const float>(weight), pointer<const float>(bias),
+                               eps, dropout(d), pointer<void>(y), pointer<Moments>(moments),
+                               pointer<float>(scratch), threads);
+      },
+      Unlocked());
+
+  module.def(
+      "embedding_backward",
+      [](const ActivationArguments& a, const EmbeddingArguments& e, Address d_y, Address weight, Address moments, const DropoutArguments& d, Address d_total, const std::vector<Address>& d_tables,
+         Address d_weight, Address d_bias, Address scratch, int threads) {
+        float* const tables[] = {pointer<float>(d_tables[0]), pointer<float>(d_tables[1]), pointer<float>(d_tables[2])};
+        kernels(current_isa)
+            .embedding_backward(activation(a), embeddings(e), pointer<const void>(d_y), pointer<const float>(weight),
+                                pointer<const Moments>(moments), dropout(d),
+                                pointer<float>(d_total), tables, pointer<float>(d_weight), pointer<float>(d_bias),
+                                pointer<float>(scratch), threads);
       },
       Unlocked());
 

@@ -30,6 +30,7 @@ struct TaskGradients {
 struct Dropout {
   int64_t seed;
   uint32_t threshold, site;
+  float scale = 1;  // what is kept is multiplied by it: 1 / (1 - p)
 };
 
 // gram [T, T]: entry (i, j) is the sum of g_i g_j in float64. partials: [chunks, T, T], scratch.
@@ -109,6 +110,60 @@ using AttentionBackward = bool(const AttentionProblem&, HeadRows grad_out, Queri
 
 using AttentionScratch = int64_t(const AttentionProblem&, bool backward, int threads) noexcept;
 
+// An activation [N, D], float32 or bfloat16; D elements follow each other, and row after row.
+struct Activation {
+  int64_t rows, columns;
+  DType dtype;
+};
+
+// The row-wise kernels work in chunks of this many rows. What is summed over rows is summed within each chunk and then
+// over the chunks in their order, so that no result depends on the thread count. Each chunk has scratch memory of its own:
+// kScratchRows rows, padded to whole registers.
+constexpr int64_t kChunkRows = 32, kScratchRows = 7, kPadding = 32;
+static inline constexpr int64_t padded(int64_t columns) { return (columns + kPadding - 1) / kPadding * kPadding; }
+static inline constexpr int64_t row_chunks(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
+static inline constexpr int64_t row_scratch(int64_t rows, int64_t columns) {  // in floats
+  return row_chunks(rows) * kScratchRows * padded(columns);
+}
+
+// y = dropout(x). Its own backward.
+using DropoutForward = void(Activation, const void* x, void* y, Dropout, float* scratch, int threads) noexcept;
+
+// Of one row: its mean, and 1 / sqrt(variance + eps).
+struct Moments {
+  float mean, rstd;
+};
+
+// y = LayerNorm(residual + dropout(x)); moments [N] are those of residual + dropout(x), for the backward.
+using LayerNormForward = void(Activation, const void* x, const void* residual, const float* weight, const float* bias,
+                              float eps, Dropout, void* y, Moments* moments, float* scratch, int threads) noexcept;
+// d_x is not written when the dropout's threshold is 0: it equals d_residual then.
+using LayerNormBackward = void(Activation, const void* d_y, const void* x, const void* residual, const float* weight,
+                               const Moments* moments, Dropout, void* d_x, void* d_residual, float* d_weight,
+                               float* d_bias, float* scratch, int threads) noexcept;
+
+// y = GELU(x + bias).
+using GeluForward = void(Activation, const void* x, const float* bias, void* y, int threads) noexcept;
+using GeluBackward = void(Activation, const void* d_y, const void* x, const float* bias, void* d_x, float* d_bias,
+                          float* scratch, int threads) noexcept;
+
+// The words, token types and positions of N tokens, and their tables [V, D], [types, D] and [positions, D].
+struct Embeddings {
+  const int64_t* ids[3];
+  const void* tables[3];
+  DType dtype;
+};
+
+// y = dropout(LayerNorm(sum of the tokens' three rows)). Of Activation, the dtype is y's.
+using EmbeddingForward = void(Activation, const Embeddings&, const float* weight, const float* bias, float eps, Dropout,
+                              void* y, Moments* moments, float* scratch, int threads) noexcept;
+// d_total is scratch for kEmbeddingRows rows, or N if that is less. d_tables, shaped like the three tables, must hold
+// zeros.
+constexpr int64_t kEmbeddingRows = 64 * kChunkRows;
+using EmbeddingBackward = void(Activation, const Embeddings&, const void* d_y, const float* weight,
+                               const Moments* moments, Dropout, float* d_total, float* const* d_tables,
+                               float* d_weight, float* d_bias, float* scratch, int threads) noexcept;
+
 // The CPU kernels of one instruction set.
 struct Kernels {
   Gram* gram;
@@ -121,6 +176,13 @@ struct Kernels {
   Attention* attention;
   AttentionBackward* attention_backward;
   AttentionScratch* attention_scratch;
+  DropoutForward* dropout_forward;
+  LayerNormForward* layer_norm_forward;
+  LayerNormBackward* layer_norm_backward;
+  GeluForward* gelu_forward;
+  GeluBackward* gelu_backward;
+  EmbeddingForward* embedding_forward;
+  EmbeddingBackward* embedding_backward;
 };
 
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };

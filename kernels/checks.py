@@ -54,6 +54,13 @@ def tensor(
         )
 
 
+def float_dtype(op: str, dtype: torch.dtype) -> torch.dtype:
+    """Check and return the dtype that a result is to have."""
+    if dtype not in FLOATS:
+        raise TypeError(f"{op}: dtype must be {_names(FLOATS)}, got {_names([dtype])}")
+    return dtype
+
+
 def dropout(op: str, p: float, seed: Tensor | None, site: int, device: torch.device) -> None:
     """Check a dropout probability and, where elements are dropped, the random numbers' address."""
     if not 0 <= p < 1:

@@ -16,12 +16,13 @@ _NATIVE: dict[str, tuple[str, ...]] = {
     "adamw_": ("cpu",),
     "attention": ("cpu",),
     "attention_dropout_mask": ("cpu",),
-    "bias_gelu": (),
+    "bias_gelu": ("cpu",),
     "combine": ("cpu",),
     "combine_adamw_": ("cpu",),
-    "dropout_add_layer_norm": (),
+    "dropout": ("cpu",),
+    "dropout_add_layer_norm": ("cpu",),
     "dropout_mask": ("cpu", "cuda"),
-    "embedding": (),
+    "embedding": ("cpu",),
     "gram": ("cpu",),
     "smart_ascend": ("cpu",),
     "smart_init": ("cpu",),
@@ -66,7 +67,10 @@ def runs_native(op: str, device: torch.device) -> bool:
 
 
 def backends(device: torch.device | str) -> dict[str, str]:
-    """What would run for tensors on `device`: "native" or "reference" for every op ("oneDNN" for float32 layers)."""
+    """What would run for tensors on `device`: "native" or "reference" for every op ("oneDNN" for float32 layers).
+
+    The encoder's ops are native for float32 and bfloat16; float16 and float64 run the reference.
+    """
     device = torch.device(device)
     from .linear import runs_onednn  # it reads the choice from here
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, reference, rowwise
 from .dispatch import runs_native
 from .native import library
 
@@ -52,6 +52,34 @@ def _attention_dropout_mask(cu_seqlens: Tensor, heads: int, threshold: int, seed
 def _(cu_seqlens: Tensor, heads: int, threshold: int, seed: Tensor, site: int) -> Tensor:
     probabilities = torch.library.get_ctx().new_dynamic_size()
     return torch.empty(probabilities, dtype=torch.bool, device=seed.device)
+
+
+@torch.library.custom_op("minbert::dropout", mutates_args=(), device_types="cpu")
+def _dropout(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
+    y, scratch = torch.empty_like(x), rowwise.scratch(x)
+    drop = rowwise.dropout(p, seed, site)
+    library().dropout_forward(
+        rowwise.activation(x), x.data_ptr(), y.data_ptr(), drop, scratch.data_ptr(), torch.get_num_threads()
+    )
+    return y
+
+
+@_dropout.register_fake
+def _(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save_dropout(ctx, inputs: tuple[Tensor, float, Tensor, int], output: Tensor) -> None:
+    _, ctx.p, seed, ctx.site = inputs
+    ctx.save_for_backward(seed)
+
+
+def _dropout_gradients(ctx, d_y: Tensor) -> tuple[Tensor, None, None, None]:
+    (seed,) = ctx.saved_tensors
+    return _dropout(d_y.contiguous(), ctx.p, seed, ctx.site), None, None, None  # it is linear: its own gradient
+
+
+_dropout.register_autograd(_dropout_gradients, setup_context=_save_dropout)
 
 
 def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, site: int) -> Tensor:
@@ -110,4 +138,6 @@ def dropout(x: Tensor, *, p: float, seed: Tensor | None, site: int) -> Tensor:
     """
     checks.tensor("dropout", "x", x, ["N", "D"], checks.FLOATS, contiguous=False)
     checks.dropout("dropout", p, seed, site, x.device)
+    if p > 0 and seed is not None and runs_native("dropout", x.device) and rowwise.is_native(x.dtype):
+        return _dropout(x.contiguous(), p, seed, site)
     return reference.dropout(x, mask_like(x, p, seed, site), p)

@@ -141,12 +141,13 @@ def embedding(
     keep: Tensor | None,
     p: float,
     eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """BERT's embedding block: dropout(LayerNorm(word + token type + position)), [N, D] (Devlin et al. 2019)."""
     total = F.embedding(token_ids, word) + F.embedding(token_type_ids, token_type) + F.embedding(position_ids, position)
     wide = _wide(total)
     normed = F.layer_norm(wide, wide.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps)
-    return dropout(normed, keep, p).to(total.dtype)
+    return dropout(normed, keep, p).to(dtype)
 
 
 # Gradient surgery and the optimizer ------------------------------------------------------------------------------

@@ -21,6 +21,13 @@ SmartAscend smart_ascend;
 Attention attention;
 AttentionBackward attention_backward;
 AttentionScratch attention_scratch;
+DropoutForward dropout_forward;
+LayerNormForward layer_norm_forward;
+LayerNormBackward layer_norm_backward;
+GeluForward gelu_forward;
+GeluBackward gelu_backward;
+EmbeddingForward embedding_forward;
+EmbeddingBackward embedding_backward;
 
 namespace {
 

@@ -28,7 +28,7 @@ inline Words even_lanes_first(uint64_t first) {
   return lanes + first;
 }
 
-constexpr int kRowsAtOnce = 4;
+constexpr int kRowsAtOnce = 4;  // fewer would wait for their products
 
 // use(i, column, words): the four words of the kCounters counters that belong to row first_row + i and the columns from
 // `column` on, even lanes first. What depends on the column alone is done once for all rows: of three rounds, all products
@@ -49,27 +49,24 @@ inline void philox_rows(int64_t first_row, int64_t columns, uint32_t word2, uint
     const Words product1 = widening_product((product0 >> 32) ^ all(word3) ^ keys.key[0][1], kPhiloxMultiplier1);
     const Words product2 = widening_product((product1 >> 32) ^ all(product) ^ keys.key[1][0], kPhiloxMultiplier0);
     const Words share0 = product1 ^ keys.key[2][0], share2 = product2 >> 32;
-    constexpr int kAtOnce = 2;  // one row alone would wait for its products, and more do not fit into 16 registers
-    for (int first = 0; first < kRowsAtOnce; first += kAtOnce) {
-      Words word[kAtOnce][4];
-      for (int i = 0; i < kAtOnce; ++i) {
-        const Words product3 = widening_product(product0 ^ of_row[first + i][0], kPhiloxMultiplier1);
-        word[i][0] = (product3 >> 32) ^ share0;
-        word[i][1] = product3;
-        word[i][2] = share2 ^ of_row[first + i][1];
-        word[i][3] = product2;
-      }
-      for (int round = 3; round < kPhiloxRounds; ++round)
-        for (int i = 0; i < kAtOnce; ++i) {
-          const Words low = widening_product(word[i][0], kPhiloxMultiplier0);
-          const Words high = widening_product(word[i][2], kPhiloxMultiplier1);
-          word[i][0] = (high >> 32) ^ word[i][1] ^ keys.key[round][0];
-          word[i][1] = high;
-          word[i][2] = (low >> 32) ^ word[i][3] ^ keys.key[round][1];
-          word[i][3] = low;
-        }
-      for (int i = 0; i < kAtOnce; ++i) use(first + i, column, word[i]);
+    Words word[kRowsAtOnce][4];
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      const Words product3 = widening_product(product0 ^ of_row[i][0], kPhiloxMultiplier1);
+      word[i][0] = (product3 >> 32) ^ share0;
+      word[i][1] = product3;
+      word[i][2] = share2 ^ of_row[i][1];
+      word[i][3] = product2;
     }
+    for (int round = 3; round < kPhiloxRounds; ++round)
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        const Words low = widening_product(word[i][0], kPhiloxMultiplier0);
+        const Words high = widening_product(word[i][2], kPhiloxMultiplier1);
+        word[i][0] = (high >> 32) ^ word[i][1] ^ keys.key[round][0];
+        word[i][1] = high;
+        word[i][2] = (low >> 32) ^ word[i][3] ^ keys.key[round][1];
+        word[i][3] = low;
+      }
+    for (int i = 0; i < kRowsAtOnce; ++i) use(i, column, word[i]);
   }
 }
 

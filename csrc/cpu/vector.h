@@ -65,6 +65,17 @@ inline Vector<float, lanes> load_floats(const BFloat16* from) {
   return widen_bfloat16<lanes>(from);
 }
 
+// b where a < b is not true: NaN where b is.
+inline Floats smaller_or_second(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // A register of floats or doubles from as many elements of a tensor.
 template <class V>
 inline V load(const double* from) {
@@ -85,8 +96,13 @@ inline Vector<uint16_t, kFloats> narrow(Floats v, BFloat16) {
   using Bits = Vector<uint32_t, kFloats>;
   const Bits bits = (Bits)v;
   const Bits rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const Bits is_nan = (Bits)(v != v);
-  return __builtin_convertvector((is_nan & 0x7FC0) | (~is_nan & rounded), Vector<uint16_t, kFloats>);
+  const Bits result = v != v ? Bits{} + 0x7FC0 : rounded;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128i low = _mm256_castsi256_si128((__m256i)result), high = _mm256_extracti128_si256((__m256i)result, 1);
+  return (Vector<uint16_t, kFloats>)_mm_packus_epi32(low, high);
+#else
+  return __builtin_convertvector(result, Vector<uint16_t, kFloats>);
+#endif
 }
 
 inline Floats square_root(Floats v) {

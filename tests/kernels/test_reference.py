@@ -127,6 +127,7 @@ def test_gradients_agree_with_differences(op: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    kernels.set_backend("reference")
     qkv, x, vector = randn(24, 3, 5, 8).to(dtype), randn(24, 40).to(dtype), randn(40, seed=1).to(dtype)
     for half, single in [
         (kernels.attention(qkv, CU_SEQLENS, 13), kernels.attention(qkv.float(), CU_SEQLENS, 13)),

@@ -1,0 +1,35 @@
+"""What the row-wise ops hand to native code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .native import library
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/launch.h's DType
+
+
+def is_native(*dtypes: torch.dtype) -> bool:
+    """Whether native code takes tensors of these dtypes: float16 and float64 are left to the reference."""
+    return all(dtype in _DTYPES for dtype in dtypes)
+
+
+def dtype_code(tensor: Tensor) -> int:
+    return _DTYPES[tensor.dtype]
+
+
+def activation(x: Tensor) -> tuple[int, int, int]:
+    """Rows, columns and dtype of x [N, D]."""
+    return x.shape[0], x.shape[1], dtype_code(x)
+
+
+def dropout(p: float, seed: Tensor | None, site: int) -> tuple[int, int, int, float]:
+    """Seed, threshold, site and the scale of what is kept; a threshold of 0 drops nothing."""
+    return 0 if seed is None else int(seed), reference.drop_threshold(p), site, 1 / (1 - p)
+
+
+def scratch(x: Tensor) -> Tensor:
+    """Scratch memory for rows like those of x."""
+    return torch.empty(library().row_scratch(*x.shape), dtype=torch.float32)

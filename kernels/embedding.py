@@ -127,7 +127,7 @@ def _gradients(ctx, d_y: Tensor, *_: Tensor) -> tuple:
         d_y.contiguous(), ids, tables, weight, moments, ctx.p, seed, ctx.site
     )
     d_tables = [gradient.to(table.dtype) for gradient, table in zip(d_tables, tables, strict=True)]
-    return None, d_tables, d_weight, d_bias, None, None, None, None, None
+    return [None] * 3, d_tables, d_weight, d_bias, None, None, None, None, None
 
 
 _embedding.register_autograd(_gradients, setup_context=_save)

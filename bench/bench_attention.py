@@ -19,7 +19,9 @@ HEADS, SEED = 12, torch.tensor(1)
 def batch(kind: str, smoke: bool) -> list[int]:
     """Sequence lengths of one batch."""
     real = np.concatenate([lengths(task, 4 if smoke else 32, i) for i, task in enumerate(DECILES)]).tolist()
-    return {"real": real, "real and 3 long": [*real[3:], 200, 350, 500], "16 x 128": [128] * 16, "4 x 512": [512] * 4}[kind]
+    return {"real": real, "real and 3 long": [*real[3:], 200, 350, 500], "16 x 128": [128] * 16, "4 x 512": [512] * 4}[
+        kind
+    ]
 
 
 class Peer:
@@ -83,6 +85,10 @@ def test_attention(race, smoke: bool, kind: str, head_dim: int, dtype: torch.dty
         f"attention {kind}, {HEADS} x {head_dim} {str(dtype).removeprefix('torch.')}, p {dropout_p}",
         functions,
         # qkv in, the result out; qkv and the result's gradient in, qkv's gradient out
-        {"minbert forward + backward": 11 * tokens * element, "minbert forward": 4 * tokens * element, "copy": 10 * tokens * element},
+        {
+            "minbert forward + backward": 11 * tokens * element,
+            "minbert forward": 4 * tokens * element,
+            "copy": 10 * tokens * element,
+        },
         {"minbert forward + backward": 7 * product, "minbert forward": 2 * product},
     )

@@ -137,7 +137,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     machine = _machine()
     terminalreporter.section("minbert against its peers")
     terminalreporter.line(", ".join(f"{key} {value}" for key, value in machine.items()))
-    terminalreporter.line(f"{'case':<42} {'who':<30} {'median':>11} {'ratio':>8} {'GB/s':>7} {'of copy':>8} {'GFLOP/s':>8}")
+    terminalreporter.line(
+        f"{'case':<42} {'who':<30} {'median':>11} {'ratio':>8} {'GB/s':>7} {'of copy':>8} {'GFLOP/s':>8}"
+    )
     for row in rows:
         bandwidth = f"{row['bytes_per_second'] / 1e9:7.1f}" if row["bytes_per_second"] else ""
         share = f"{row['share_of_copy']:8.0%}" if row["share_of_copy"] else ""

@@ -9,7 +9,7 @@
 namespace minbert {
 
 // Raised whenever an entry point's arguments change, so that a binary left over from an older checkout is refused.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2 };
 

@@ -110,9 +110,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     qkv, cu_seqlens, seed = ctx.saved_tensors
-    grad_qkv = _attention_backward(
-        grad_out, qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.site, ctx.scale
-    )
+    grad_qkv = _attention_backward(grad_out, qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.site, ctx.scale)
     return grad_qkv, None, None, None, None, None, None
 
 

@@ -49,7 +49,7 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout_p = config.hidden_dropout_prob
 
-    def forward(self, packed: Packed, seed: Tensor | None) -> Tensor:
+    def forward(self, packed: Packed, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
         return kernels.embedding(
             packed.token_ids,
             packed.token_type_ids,
@@ -63,6 +63,7 @@ class Embeddings(nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
             seed=seed,
             site=0,
+            dtype=dtype,
         )
 
 
@@ -209,7 +210,7 @@ class Encoder(nn.Module):
         """The embedding block's output, [N, D] in `compute_dtype`; raises as `forward` does."""
         self._check(packed)
         seed = self._seed(seed)
-        return self.embeddings(packed, seed).to(self.compute_dtype)
+        return self.embeddings(packed, seed, self.compute_dtype)
 
     def encode(self, embedded: Tensor, packed: Packed, seed: Tensor | None = None) -> Tensor:
         """The layers over an embedding block's output, [N, D] to [N, D]."""

@@ -211,6 +211,11 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: embed(token_ids=ids - 1), ValueError, "embedding: token_ids must lie in [0, 3], the table's rows; got -1"),
     (lambda: embed(token_ids=ids.int()), TypeError, "embedding: token_ids must be int64, got int32"),
     (
+        lambda: embed(dtype=torch.int64),
+        TypeError,
+        "embedding: dtype must be float32 or bfloat16 or float16 or float64, got int64",
+    ),
+    (
         lambda: embed(word=torch.zeros(4, 7)),
         ValueError,
         "embedding: token_type must have shape [types, 7], got [4, 6]",

@@ -18,6 +18,12 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
+def leaf(*shape: int) -> torch.Tensor:
+    return randn(*shape).requires_grad_()
+
+
+IDS = [torch.tensor([0, 2, 2, 1]), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])]
+
 CALLS = {
     "dropout_mask": lambda: (4, 9, 1 << 30, SEED, 1),
     "attention_dropout_mask": lambda: (torch.tensor([0, 5, 9], dtype=torch.int32), 3, 1 << 30, SEED, 1),
@@ -30,6 +36,22 @@ CALLS = {
     ),
     "smart_init": lambda: (randn(4, 9), 0.1, SEED, 1),
     "smart_ascend": lambda: (*(randn(4, 9) for _ in range(3)), CU_SEQLENS, 0.1, 0.2, True, False, True),
+    "dropout": lambda: (leaf(4, 9), 0.3, SEED, 1),
+    "bias_gelu": lambda: (leaf(4, 9), leaf(9)),
+    "bias_gelu_backward": lambda: (randn(4, 9), randn(4, 9), randn(9)),
+    "dropout_add_layer_norm": lambda: (leaf(4, 9), leaf(4, 9), leaf(9), leaf(9), 1e-5, 0.3, SEED, 1),
+    "dropout_add_layer_norm_backward": lambda: (*(randn(4, 9) for _ in range(3)), randn(9), randn(4, 2), 0.3, SEED, 1),
+    "embedding": lambda: (
+        IDS,
+        [leaf(3, 9), leaf(2, 9), leaf(2, 9)],
+        *(leaf(9), leaf(9), 1e-5, 0.3, SEED, 1, torch.bfloat16),
+    ),
+    "embedding_backward": lambda: (
+        randn(4, 9),
+        IDS,
+        [randn(3, 9), randn(2, 9), randn(2, 9)],
+        *(randn(9), randn(4, 2), 0.3, SEED, 1),
+    ),
     "combine_": lambda: ([randn(4), None, randn(4), randn(3)], WEIGHTS, [torch.empty(4), torch.empty(3)]),
 }
 
@@ -57,6 +79,12 @@ def layer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return kernels.dropout(kernels.bias_gelu(hidden, bias), p=0.2, seed=SEED, site=4)
 
 
+def embedded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    ids = torch.arange(6).repeat(2)
+    drop = {"dropout_p": 0.2, "seed": SEED, "site": 3, "dtype": torch.bfloat16}
+    return kernels.embedding(ids, ids, ids, a, b, a, b[0], b[1], eps=1e-5, **drop)
+
+
 def update(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     param, exp_avg, exp_avg_sq = a.clone(), torch.zeros_like(a), torch.zeros_like(a)
     kernels.adamw_([param], [b], [exp_avg], [exp_avg_sq], step=1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
@@ -78,7 +106,7 @@ def ascent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return kernels.smart_ascend(start, a, b, cu_seqlens, eta=0.1, epsilon=0.05, norm="2", per="sequence")
 
 
-FUNCTIONS = [surgery, surgery_in_place, layer, update, fused_update, ascent]
+FUNCTIONS = [surgery, surgery_in_place, layer, embedded, update, fused_update, ascent]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -102,8 +130,10 @@ def test_compiles_with_the_default_backend(function: Callable) -> None:
     torch.testing.assert_close(torch.compile(function, fullgraph=True)(a, b), function(a, b))
 
 
-def test_compiled_code_trains_with_the_same_masks() -> None:
+@pytest.mark.parametrize("function", [layer, embedded])
+def test_compiled_code_trains_with_the_same_masks(function: Callable) -> None:
     a, b = randn(6, 16).requires_grad_(), randn(6, 16) + 1
-    (eager,) = torch.autograd.grad(layer(a, b).sum(), a)
-    (compiled,) = torch.autograd.grad(torch.compile(layer, fullgraph=True, backend="aot_eager")(a, b).sum(), a)
+    compiled_function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    (eager,) = torch.autograd.grad(function(a, b).sum(), a)
+    (compiled,) = torch.autograd.grad(compiled_function(a, b).sum(), a)
     torch.testing.assert_close(compiled, eager)

@@ -55,7 +55,8 @@ class TrainConfig:
         epochs: passes over the data, each of epoch_length steps.
         steps: stop after this many optimizer steps in all, whatever epochs says.
         batch_size: examples of each task in one step.
-        lr: peak learning rate; left out, 5e-5 for a pretrained model and 1e-3 from scratch or with a frozen encoder.
+        lr: peak learning rate; left out, 5e-5 for a pretrained model as wide as BERT-base (growing with the square of
+            how much narrower a model is), and 1e-3 from scratch or with a frozen encoder.
         seed: everything random follows from it.
         precision: arithmetic of the encoder; auto takes bf16 where the processor has it.
         device: auto, cpu, cuda or cuda:N.

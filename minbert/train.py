@@ -185,7 +185,7 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     model = MultitaskModel(encoder, tasks, pooling=config.pooling, head_dropout=config.head_dropout).to(device)
     if config.mode == "pretrain":
         model.freeze_encoder()
-    lr = config.lr or (5e-5 if config.model and config.mode == "finetune" else 1e-3)
+    lr = config.lr or default_learning_rate(config, encoder.config.hidden_size)
     config = config.replace(
         tasks=[task.name for task in tasks],
         max_length=max_length,
@@ -216,6 +216,13 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     return Workbench(
         config, tasks, source, tokenizer, model, optimizer, encoded["train"], encoded["dev"], device, max_length
     )
+
+
+def default_learning_rate(config: TrainConfig, hidden_size: int) -> float:
+    """5e-5 to fine-tune a model as wide as BERT-base, more for a narrower one; 1e-3 from scratch or for heads alone."""
+    if config.model is None or config.mode == "pretrain":
+        return 1e-3
+    return min(1e-3, 5e-5 * (768 / hidden_size) ** 2)
 
 
 def kernels_line(device: torch.device) -> str:

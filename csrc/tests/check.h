@@ -14,6 +14,7 @@ namespace minbert {
 
 void test_updates(Isa isa);
 void test_smart(Isa isa);
+void test_rows(Isa isa);
 
 namespace {
 

@@ -143,6 +143,7 @@ int main() {
     test_masks(isa);
     test_updates(isa);
     test_smart(isa);
+    test_rows(isa);
     test_attention(isa);
     std::printf("%s: ok\n", kIsaNames[static_cast<int>(isa)]);
   }

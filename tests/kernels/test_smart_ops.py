@@ -66,7 +66,8 @@ def test_init_errs_no_more_than_twice_the_reference(
         (result.double() - exact).abs().max()
         for result in (smart_init(x, sigma=0.7, seed=key, site=site), reference.smart_init(x, 0.7, key, site))
     )
-    assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.abs().max()  # the reference may be lucky by one unit
+    # Of few elements the reference may be lucky: 0.7 times a normal of at most 5.8 is rounded by half a unit of 4 at most.
+    assert error <= 2 * allowed + torch.finfo(dtype).eps * 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -168,7 +169,8 @@ def test_ascent_errs_no_more_than_twice_the_reference(isa: str, ascent) -> None:
         (result.double() - exact).abs().max()
         for result in (smart_ascend(*tensors, **options), reference.smart_ascend(*tensors, **options))
     )
-    assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.abs().max()  # the reference may be lucky by one unit
+    # Of few elements the reference may be lucky: 0.7 times a normal of at most 5.8 is rounded by half a unit of 4 at most.
+    assert error <= 2 * allowed + torch.finfo(dtype).eps * 4
 
 
 @all_choices

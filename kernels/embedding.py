@@ -187,4 +187,6 @@ def embedding(
     keep = None
     if dropout_p > 0 and seed is not None:
         keep = dropout_mask(token_ids.shape[0], columns, dropout_p, seed, site)
-    return reference.embedding(*ids, *tables, weight, bias, keep, dropout_p, eps, dtype)
+    return reference.embedding(
+        token_ids, token_type_ids, position_ids, word, token_type, position, weight, bias, keep, dropout_p, eps, dtype
+    )

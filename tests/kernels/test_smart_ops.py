@@ -66,7 +66,7 @@ def test_init_errs_no_more_than_twice_the_reference(
         (result.double() - exact).abs().max()
         for result in (smart_init(x, sigma=0.7, seed=key, site=site), reference.smart_init(x, 0.7, key, site))
     )
-    # Of few elements the reference may be lucky: 0.7 times a normal of at most 5.8 is rounded by half a unit of 4 at most.
+    # Of few elements the reference may be lucky; results lie below 8, so half a unit in the last place is 2 eps.
     assert error <= 2 * allowed + torch.finfo(dtype).eps * 4
 
 
@@ -169,8 +169,7 @@ def test_ascent_errs_no_more_than_twice_the_reference(isa: str, ascent) -> None:
         (result.double() - exact).abs().max()
         for result in (smart_ascend(*tensors, **options), reference.smart_ascend(*tensors, **options))
     )
-    # Of few elements the reference may be lucky: 0.7 times a normal of at most 5.8 is rounded by half a unit of 4 at most.
-    assert error <= 2 * allowed + torch.finfo(dtype).eps * 4
+    assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.abs().max()  # the reference may be lucky by one unit
 
 
 @all_choices

@@ -119,7 +119,7 @@ def product_seconds(sizes: dict[str, int], batch_size: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_step(race, smoke: bool, dtype: torch.dtype, capsys) -> None:
+def test_step(race, smoke: bool, dtype: torch.dtype, profiles) -> None:
     sizes, batch_size = shape(smoke), 2 if smoke else 32
     ours = our_step(sizes, batch_size, dtype)
     functions: dict[str, Callable[[], object]] = {
@@ -145,19 +145,17 @@ def test_step(race, smoke: bool, dtype: torch.dtype, capsys) -> None:
             functions[f"transformers sdpa {dtype} compiled"] = transformers_step(
                 sizes, batch_size, dtype, "sdpa", compiled=True
             )
-    race(f"plain step, 3 x {batch_size} sequences, {str(dtype).removeprefix('torch.')}", functions)
-    with capsys.disabled():
-        print(profile(ours))
+    case = f"plain step, 3 x {batch_size} sequences, {str(dtype).removeprefix('torch.')}"
+    race(case, functions)
+    profiles[case] = profile(ours)
 
 
-def profile(step: Callable[[], object]) -> str:
-    """Share of a step's time by component, from torch's profiler (each op's own time, its parts not counted twice)."""
+def profile(step: Callable[[], object]) -> dict[str, float]:
+    """A step's seconds by component, from torch's profiler (each op's own time, its parts not counted twice)."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
         step()
     seconds: dict[str, float] = defaultdict(float)
     for event in record.key_averages():
         group = next((g for g, parts in GROUPS.items() if any(part in event.key for part in parts)), "the rest")
         seconds[group] += event.self_cpu_time_total / 1e6
-    total = sum(seconds.values())
-    shares = sorted(seconds.items(), key=lambda item: -item[1])
-    return "\nstep by component: " + ", ".join(f"{name} {value / total:.0%}" for name, value in shares)
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))

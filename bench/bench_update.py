@@ -7,10 +7,11 @@ import os
 
 import pytest
 import torch
-from bench_surgery import TASKS, bert_shapes, conflicting_gradients, flattened_pcgrad, pcgrad_weights
+from bench_surgery import TASKS, bert_shapes, conflicting_gradients, flattened_pcgrad, seeded
 from torch import Tensor
 
 from minbert.kernels import adamw_, clip_weights, combine_adamw_, gram, reference
+from minbert.surgery import pcgrad_weights
 
 OPTIONS = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 MAX_NORM = 1.0
@@ -37,7 +38,7 @@ class Ours:
 
     def update(self, grads: list[list[Tensor]], ops=(gram, combine_adamw_)) -> None:
         matrix, step = ops[0](grads), ops[1]
-        weights, _ = clip_weights(matrix, pcgrad_weights(matrix), MAX_NORM)
+        weights, _ = clip_weights(matrix, pcgrad_weights(matrix, seeded()), MAX_NORM)
         step(self.params, grads, weights, *self.moments, step=1, **OPTIONS)
 
     def adamw(self, grads: list[Tensor]) -> None:
@@ -52,7 +53,7 @@ class Peer:
         self.optimizer = torch.optim.AdamW(self.params, fused=True, **OPTIONS)
 
     def update(self, grads: list[list[Tensor]]) -> None:
-        for param, grad in zip(self.params, flattened_pcgrad(grads), strict=True):
+        for param, grad in zip(self.params, flattened_pcgrad(grads, seeded()), strict=True):
             param.grad = grad.to(param.dtype)
         torch.nn.utils.clip_grad_norm_(self.params, MAX_NORM)
         self.optimizer.step()

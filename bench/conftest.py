@@ -29,6 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 SMOKE = os.environ.get("MINBERT_BENCH_SMOKE") == "1"
 ROUNDS = 1 if SMOKE else 5
 ROWS = pytest.StashKey[list[dict[str, object]]]()
+PROFILES = pytest.StashKey[dict[str, dict[str, float]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[PROFILES] = {}
     _keep_freed_memory()
 
 
@@ -53,6 +55,12 @@ def _keep_freed_memory() -> None:
 def smoke() -> bool:
     """Whether to use small data: MINBERT_BENCH_SMOKE=1."""
     return SMOKE
+
+
+@pytest.fixture
+def profiles(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
+    """Case -> component -> seconds, to stand beside the results."""
+    return request.config.stash[PROFILES]
 
 
 @pytest.fixture
@@ -148,6 +156,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             f"{row['case']:<42} {row['name']:<30} {row['seconds'] * 1e3:8.2f} ms {row['ratio']:7.1f}x"
             f" {bandwidth:>7} {share:>8} {speed:>8}"
         )
+    for case, components in config.stash[PROFILES].items():
+        total = sum(components.values())
+        shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in components.items())
+        terminalreporter.line(f"{case} by component: {shares}")
     if config.getoption("--minbert-results"):
         now = datetime.now(timezone.utc)
         record = {
@@ -156,6 +168,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             "machine": machine,
             "versions": {name: _version(name) for name in ("minbert", "torch", "torchjd", "transformers")},
             "rows": rows,
+            "profiles": config.stash[PROFILES],
         }
         path = RESULTS / f"{now:%Y-%m-%d-%H%M%S}.json"
         RESULTS.mkdir(exist_ok=True)

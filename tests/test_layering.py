@@ -16,7 +16,7 @@ ROOMS = [  # a module imports only from its own room and the rooms above
     ["packing", "hub"],
     ["tokenizer"],
     ["data", "model"],
-    ["losses", "metrics", "schedule", "optimizer"],
+    ["losses", "metrics", "schedule", "optimizer", "surgery"],
     ["config", "cli", "device"],
     ["checkpoint", "runs", "console"],
     ["report", "evaluate"],

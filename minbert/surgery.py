@@ -1,0 +1,87 @@
+"""Gradient surgery: from the Gram matrix of the task gradients to one weight for each of them.
+
+A surgery is a function `weights(gram, generator)`; whatever it is, the update is the weighted sum of the gradients. So
+no surgery reads a gradient: the T x T numbers that `minbert.kernels.gram` gives are all it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Weighting = Callable[[Tensor], Tensor]  # gram [T, T] -> weights [T], as TorchJD's weightings are
+
+
+def sum_weights(gram: Tensor) -> Tensor:
+    """The plain sum of the gradients: a weight of 1 each, float64 [T]."""
+    return gram.new_ones(len(gram))
+
+
+def mean_weights(gram: Tensor) -> Tensor:
+    """The mean of the gradients: a weight of 1 / T each, float64 [T]."""
+    return gram.new_full((len(gram),), 1 / len(gram))
+
+
+def pcgrad_weights(gram: Tensor, generator: torch.Generator | None = None, reduction: str = "sum") -> Tensor:
+    """PCGrad's weights (Yu et al. 2020, algorithm 1), by projecting coefficients of gradients instead of gradients.
+
+    Each task's gradient walks the other tasks' in a random order of its own, and where it conflicts with one (their
+    inner product is negative) loses its component along that one's original gradient.
+
+    Args:
+        gram: float64 [T, T], the inner products of the task gradients. If one of them is not finite, no gradient is
+            projected: the sum is not finite either, and whoever updates with it has to tell.
+        generator: for the T orders, each a `torch.randperm(T)`; torch's default generator when left out.
+        reduction: "sum" of the projected gradients, as in the paper, or their "mean".
+
+    Returns:
+        float64 [T], on gram's device.
+
+    Raises:
+        ValueError: gram is not square, or an unknown reduction.
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"pcgrad_weights: gram must be [T, T], got {list(gram.shape)}")
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"pcgrad_weights: reduction must be 'sum' or 'mean', got {reduction!r}")
+    tasks = len(gram)
+    products = gram.tolist()  # T is small: plain floats beat tensors
+    orders = [torch.randperm(tasks, generator=generator).tolist() for _ in range(tasks)]
+    finite = bool(gram.isfinite().all())
+    total = [0.0] * tasks
+    for i, order in enumerate(orders):
+        coefficients = [0.0] * tasks  # of task i's gradient, in terms of the original ones
+        coefficients[i] = 1.0
+        for j in order if finite else ():
+            product = sum(c * p for c, p in zip(coefficients, products[j], strict=True))
+            if j != i and product < 0 < products[j][j]:
+                coefficients[j] -= product / products[j][j]
+        total = [a + b for a, b in zip(total, coefficients, strict=True)]
+    weights = torch.tensor(total, dtype=torch.float64, device=gram.device)
+    return weights / tasks if reduction == "mean" else weights
+
+
+@dataclass(frozen=True)
+class Conflicts:
+    """How task gradients disagree (two of Yu et al.'s tragic triad), and what a surgery did about it."""
+
+    cosine: Tensor  # float64 [T, T]; NaN where a gradient is 0 or not finite
+    magnitude_similarity: Tensor  # float64 [T, T]: 2 |a| |b| / (|a|^2 + |b|^2), 1 for equal norms
+    projected_share: float  # |weighted sum - the surgery's own plain sum or mean| / |that plain sum or mean|
+
+    @classmethod
+    def of(cls, gram: Tensor, weights: Tensor, plain: Tensor) -> Conflicts:
+        """Measure them from a Gram matrix [T, T], the surgery's weights [T], and those without conflicts [T]."""
+        gram, weights, plain = (tensor.double().cpu() for tensor in (gram, weights, plain))
+        squares = gram.diagonal()
+        norms = squares.sqrt()
+        removed = weights - plain
+        share = ((removed @ gram @ removed).clamp(min=0) / (plain @ gram @ plain)).sqrt()
+        return cls(
+            gram / torch.outer(norms, norms),
+            2 * torch.outer(norms, norms) / (squares[:, None] + squares[None, :]),
+            share.item(),
+        )

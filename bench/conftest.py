@@ -7,13 +7,11 @@ MINBERT_BENCH_SMOKE=1 pytest bench/ --benchmark-only    every benchmark once on 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -23,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minbert.device import keep_freed_memory
 from minbert.kernels import native
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,16 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     config.stash[PROFILES] = {}
-    _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed: a peer that allocates gigabytes is timed for its work, not for page faults."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # malloc.h
-        mallopt(trim_threshold, -1)  # never give back
-        mallopt(mmap_max, 0)  # no allocation of its own pages
+    keep_freed_memory()
 
 
 @pytest.fixture

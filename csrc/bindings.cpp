@@ -87,8 +87,10 @@ Activation activation(const ActivationArguments& a) {
   return {std::get<0>(a), std::get<1>(a), static_cast<DType>(std::get<2>(a))};
 }
 
-using DropoutArguments = std::tuple<int64_t, uint32_t, uint32_t, float>;  // seed, threshold, site, scale
-Dropout dropout(const DropoutArguments& d) { return {std::get<0>(d), std::get<1>(d), std::get<2>(d), std::get<3>(d)}; }
+using DropoutArguments = std::tuple<int64_t, uint32_t, uint32_t, float, int64_t>;  // seed, threshold, site, scale, row
+Dropout dropout(const DropoutArguments& d) {
+  return {std::get<0>(d), std::get<1>(d), std::get<2>(d), std::get<3>(d), std::get<4>(d)};
+}
 
 using EmbeddingArguments = std::tuple<std::vector<Address>, std::vector<Address>, int>;  // ids, tables, dtype
 Embeddings embeddings(const EmbeddingArguments& e) {

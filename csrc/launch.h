@@ -9,7 +9,7 @@
 namespace minbert {
 
 // Raised whenever an entry point's arguments change, so that a binary left over from an older checkout is refused.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2 };
 
@@ -30,7 +30,8 @@ struct TaskGradients {
 struct Dropout {
   int64_t seed;
   uint32_t threshold, site;
-  float scale = 1;  // what is kept is multiplied by it: 1 / (1 - p)
+  float scale = 1;        // what is kept is multiplied by it: 1 / (1 - p)
+  int64_t first_row = 0;  // of a larger activation: which of its rows is row 0 here (row-wise kernels only)
 };
 
 // gram [T, T]: entry (i, j) is the sum of g_i g_j in float64. partials: [chunks, T, T], scratch.

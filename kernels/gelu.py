@@ -2,66 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from . import checks, reference, rowwise
+from . import checks, reference, rowwise, tasks
 from .autograd import first_order_only
 from .dispatch import runs_native
 from .native import library
 
 
 @torch.library.custom_op("minbert::bias_gelu", mutates_args=(), device_types="cpu")
-def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    y = torch.empty_like(x)
+def _bias_gelu(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
+    y, bias = torch.empty_like(x), biases[0]
     library().gelu_forward(rowwise.activation(x), x.data_ptr(), bias.data_ptr(), y.data_ptr(), torch.get_num_threads())
     return y
 
 
 @_bias_gelu.register_fake
-def _(x: Tensor, bias: Tensor) -> Tensor:
+def _(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
     return torch.empty_like(x)
 
 
 @torch.library.custom_op("minbert::bias_gelu_backward", mutates_args=(), device_types="cpu")
-def _bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    d_x, d_bias, scratch = torch.empty_like(x), torch.empty_like(bias), rowwise.scratch(x)
-    library().gelu_backward(
-        rowwise.activation(x),
-        d_y.data_ptr(),
-        x.data_ptr(),
-        bias.data_ptr(),
-        d_x.data_ptr(),
-        d_bias.data_ptr(),
-        scratch.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return d_x, d_bias
+def _bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    d_x, d_biases = torch.empty_like(x), tasks.gradients_like(bias, bounds)
+    scratch = rowwise.scratch(tasks.longest(bounds), x.shape[1])
+    for t, rows in tasks.segments(bounds):
+        library().gelu_backward(
+            rowwise.activation(x[rows]),
+            d_y[rows].data_ptr(),
+            x[rows].data_ptr(),
+            bias.data_ptr(),
+            d_x[rows].data_ptr(),
+            d_biases[t].data_ptr(),
+            scratch.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return d_x, d_biases
 
 
 @_bias_gelu_backward.register_fake
-def _(d_y: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(bias)
+def _(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    return torch.empty_like(x), tasks.gradients_like(bias, bounds)
 
 
-def _save(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx, inputs: tuple[Tensor, list[Tensor], list[int]], output: Tensor) -> None:
+    x, biases, ctx.bounds = inputs
+    ctx.save_for_backward(x, biases[0])
 
 
-def _gradients(ctx, d_y: Tensor) -> tuple[Tensor, Tensor]:
-    return _bias_gelu_backward(d_y.contiguous(), *ctx.saved_tensors)
+def _gradients(ctx, d_y: Tensor) -> tuple[Tensor, list[Tensor], None]:
+    return *_bias_gelu_backward(d_y.contiguous(), *ctx.saved_tensors, ctx.bounds), None
 
 
 _bias_gelu.register_autograd(_gradients, setup_context=_save)
 first_order_only(_bias_gelu_backward, "bias_gelu")
 
 
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+def bias_gelu(x: Tensor, bias: tasks.Parameter, *, bounds: Sequence[int] | None = None) -> Tensor:
     """GELU(x + bias) with the exact error function (Hendrycks and Gimpel 2016).
 
     Args:
         x: float [N, D].
-        bias: float [D].
+        bias: float [D], or T views of it.
+        bounds: T + 1 numbers: view t gets the gradient of rows bounds[t] to bounds[t + 1].
 
     Returns:
         [N, D], of x's dtype.
@@ -70,7 +76,8 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
         ValueError, TypeError: an argument is not as described.
     """
     checks.tensor("bias_gelu", "x", x, ["N", "D"], checks.FLOATS)
-    checks.tensor("bias_gelu", "bias", bias, x.shape[1:], checks.FLOATS, like=x)
+    (biases,), bounds = tasks.views("bias_gelu", x.shape[0], bounds, bias=bias)
+    checks.tensor("bias_gelu", "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
     if runs_native("bias_gelu", x.device) and rowwise.is_native(x.dtype):
-        return _bias_gelu(x, bias.float())
-    return reference.bias_gelu(x, bias)
+        return _bias_gelu(x, [bias.float() for bias in biases], bounds)
+    return tasks.by_segment(bounds, lambda t, rows: reference.bias_gelu(x[rows], biases[t]))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from . import checks, reference, rowwise
+from . import checks, reference, rowwise, tasks
 from .autograd import first_order_only
 from .dispatch import runs_native
 from .native import library
@@ -14,16 +16,24 @@ from .random import mask_like
 
 @torch.library.custom_op("minbert::dropout_add_layer_norm", mutates_args=(), device_types="cpu")
 def _layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, seed: Tensor | None, site: int
+    x: Tensor,
+    residual: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bounds: Sequence[int],
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
 ) -> tuple[Tensor, Tensor]:
-    y, scratch = torch.empty_like(x), rowwise.scratch(x)
+    y, scratch = torch.empty_like(x), rowwise.scratch(*x.shape)
     moments = torch.empty(x.shape[0], 2, dtype=torch.float32)  # mean and 1 / standard deviation
     library().layer_norm_forward(
         rowwise.activation(x),
         x.data_ptr(),
         residual.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
+        weights[0].data_ptr(),
+        biases[0].data_ptr(),
         eps,
         rowwise.dropout(p, seed, site),
         y.data_ptr(),
@@ -36,9 +46,17 @@ def _layer_norm(
 
 @_layer_norm.register_fake
 def _(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, seed: Tensor | None, site: int
+    x: Tensor,
+    residual: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bounds: Sequence[int],
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), weight.new_empty(x.shape[0], 2)
+    return torch.empty_like(x), weights[0].new_empty(x.shape[0], 2)
 
 
 @torch.library.custom_op("minbert::dropout_add_layer_norm_backward", mutates_args=(), device_types="cpu")
@@ -48,30 +66,33 @@ def _layer_norm_backward(
     residual: Tensor,
     weight: Tensor,
     moments: Tensor,
+    bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
     site: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """The gradients of x, residual, weight and bias; without dropout that of x is empty, for it is the residual's."""
     d_x = torch.empty_like(x) if reference.drop_threshold(p) else x.new_empty(0)
-    d_residual, scratch = torch.empty_like(x), rowwise.scratch(x)
-    d_weight, d_bias = torch.empty_like(weight), torch.empty_like(weight)
-    library().layer_norm_backward(
-        rowwise.activation(x),
-        d_y.data_ptr(),
-        x.data_ptr(),
-        residual.data_ptr(),
-        weight.data_ptr(),
-        moments.data_ptr(),
-        rowwise.dropout(p, seed, site),
-        d_x.data_ptr(),
-        d_residual.data_ptr(),
-        d_weight.data_ptr(),
-        d_bias.data_ptr(),
-        scratch.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return d_x, d_residual, d_weight, d_bias
+    d_residual = torch.empty_like(x)
+    d_weights, d_biases = (tasks.gradients_like(weight, bounds) for _ in range(2))
+    scratch = rowwise.scratch(tasks.longest(bounds), x.shape[1])
+    for t, rows in tasks.segments(bounds):
+        library().layer_norm_backward(
+            rowwise.activation(x[rows]),
+            d_y[rows].data_ptr(),
+            x[rows].data_ptr(),
+            residual[rows].data_ptr(),
+            weight.data_ptr(),
+            moments[rows].data_ptr(),
+            rowwise.dropout(p, seed, site, rows.start),
+            d_x[rows].data_ptr(),
+            d_residual[rows].data_ptr(),
+            d_weights[t].data_ptr(),
+            d_biases[t].data_ptr(),
+            scratch.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return d_x, d_residual, d_weights, d_biases
 
 
 @_layer_norm_backward.register_fake
@@ -81,27 +102,29 @@ def _(
     residual: Tensor,
     weight: Tensor,
     moments: Tensor,
+    bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
     site: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     d_x = torch.empty_like(x) if reference.drop_threshold(p) else x.new_empty(0)
-    return d_x, torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    d_weights, d_biases = (tasks.gradients_like(weight, bounds) for _ in range(2))
+    return d_x, torch.empty_like(x), d_weights, d_biases
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, residual, weight, _, _, ctx.p, seed, ctx.site = inputs
+    x, residual, weights, _, ctx.bounds, _, ctx.p, seed, ctx.site = inputs
     moments = output[1]
     ctx.mark_non_differentiable(moments)
-    ctx.save_for_backward(x, residual, weight, moments, seed)
+    ctx.save_for_backward(x, residual, weights[0], moments, seed)
 
 
-def _gradients(ctx, d_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx, d_y: Tensor, *_: Tensor) -> tuple:
     x, residual, weight, moments, seed = ctx.saved_tensors
-    d_x, d_residual, d_weight, d_bias = _layer_norm_backward(
-        d_y.contiguous(), x, residual, weight, moments, ctx.p, seed, ctx.site
+    d_x, d_residual, d_weights, d_biases = _layer_norm_backward(
+        d_y.contiguous(), x, residual, weight, moments, ctx.bounds, ctx.p, seed, ctx.site
     )
-    return d_x if d_x.numel() else d_residual, d_residual, d_weight, d_bias, None, None, None, None
+    return d_x if d_x.numel() else d_residual, d_residual, d_weights, d_biases, None, None, None, None, None
 
 
 _layer_norm.register_autograd(_gradients, setup_context=_save)
@@ -111,21 +134,23 @@ first_order_only(_layer_norm_backward, "dropout_add_layer_norm")
 def dropout_add_layer_norm(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: tasks.Parameter,
+    bias: tasks.Parameter,
     *,
     eps: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     site: int = 0,
+    bounds: Sequence[int] | None = None,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x)) over the last dimension.
 
     Args:
         x, residual: float [N, D], of one dtype.
-        weight, bias: float [D].
+        weight, bias: float [D], or T views of each.
         eps: added to the variance.
         dropout_p, seed, site: as for `dropout_mask`; `seed` is needed when dropout_p > 0.
+        bounds: T + 1 numbers: view t gets the gradient of rows bounds[t] to bounds[t + 1].
 
     Returns:
         [N, D], of x's dtype.
@@ -136,10 +161,17 @@ def dropout_add_layer_norm(
     op = "dropout_add_layer_norm"
     checks.tensor(op, "x", x, ["N", "D"], checks.FLOATS)
     checks.tensor(op, "residual", residual, x.shape, [x.dtype], like=x)
-    checks.tensor(op, "weight", weight, x.shape[1:], checks.FLOATS, like=x)
-    checks.tensor(op, "bias", bias, x.shape[1:], checks.FLOATS, like=x)
+    (weights, biases), bounds = tasks.views(op, x.shape[0], bounds, weight=weight, bias=bias)
+    checks.tensor(op, "weight", weights[0], x.shape[1:], checks.FLOATS, like=x)
+    checks.tensor(op, "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
     checks.dropout(op, dropout_p, seed, site, x.device)
     if runs_native(op, x.device) and rowwise.is_native(x.dtype):
-        return _layer_norm(x, residual, weight.float(), bias.float(), eps, dropout_p, seed, site)[0]
+        wide = [[view.float() for view in views] for views in (weights, biases)]
+        return _layer_norm(x, residual, *wide, bounds, eps, dropout_p, seed, site)[0]
     keep = mask_like(x, dropout_p, seed, site)
-    return reference.dropout_add_layer_norm(x, residual, weight, bias, keep, dropout_p, eps)
+
+    def of_task(t: int, rows: slice) -> Tensor:
+        kept = None if keep is None else keep[rows]
+        return reference.dropout_add_layer_norm(x[rows], residual[rows], weights[t], biases[t], kept, dropout_p, eps)
+
+    return tasks.by_segment(bounds, of_task)

@@ -1,4 +1,4 @@
-"""Linear layers in float32 on CPUs, by whichever of torch's two matrix libraries is faster on this machine.
+"""Linear layers; in float32 on CPUs by whichever of torch's two matrix libraries is faster on this machine.
 
 torch multiplies float32 matrices with its BLAS (MKL in the x86 wheels) and has oneDNN beside it. On some processors
 oneDNN is much the faster. Which one is measured once per machine and kept, not guessed from the vendor's name: the two
@@ -14,14 +14,16 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, tasks
+from .autograd import first_order_only
 from .cache import cache_directory
 from .dispatch import choice
 
@@ -30,55 +32,96 @@ ROUNDS = 7
 MARGIN = 1.1  # oneDNN must be this many times faster to be chosen
 
 
-@torch.library.custom_op("minbert::linear", mutates_args=(), device_types="cpu")
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _by_onednn(x, weight, bias) if _onednn_wins() else F.linear(x, weight, bias)
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias by the faster library."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and _onednn_wins():
+        return _by_onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+@torch.library.custom_op("minbert::linear", mutates_args=())
+def _linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
+    return _product(x, weights[0].to(x.dtype), biases[0].to(x.dtype) if biases else None)
 
 
 @_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
+    return x.new_empty(x.shape[0], weights[0].shape[0])
+
+
+@torch.library.custom_op("minbert::linear_backward", mutates_args=())
+def _linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bounds: Sequence[int], for_x: bool, for_weights: bool, for_biases: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The gradients of x, of each view of the weight and of each of the bias; empty where they are not asked for."""
+    d_x = _product(grad, weight.to(grad.dtype).t()) if for_x else grad.new_empty(0)
+    parts = [slice(start, end) for start, end in pairwise(bounds)]
+    d_weights = [_product(grad[rows].t(), x[rows].t()).to(weight.dtype) for rows in parts] if for_weights else []
+    d_biases = [grad[rows].sum(0, dtype=weight.dtype) for rows in parts] if for_biases else []
+    return d_x, d_weights, d_biases
+
+
+@_linear_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, bounds: Sequence[int], for_x: bool, for_weights: bool, for_biases: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    d_weights = [torch.empty_like(weight, memory_format=torch.contiguous_format) for _ in bounds[1:]]
+    d_biases = [weight.new_empty(weight.shape[0]) for _ in bounds[1:]]
+    d_x = torch.empty_like(x) if for_x else grad.new_empty(0)
+    return d_x, d_weights if for_weights else [], d_biases if for_biases else []
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
+    x, weights, _, ctx.bounds = inputs
+    ctx.save_for_backward(x, weights[0])
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
     x, weight = ctx.saved_tensors
-    for_x, for_weight, for_bias = ctx.needs_input_grad
-    return (
-        _linear(grad, weight.t(), None) if for_x else None,
-        _linear(grad.t(), x.t(), None) if for_weight else None,
-        grad.sum(0) if for_bias else None,
-    )
+    for_x, *for_params = ctx.needs_input_grad[:3]
+    for_weights, for_biases = (any(wanted) for wanted in for_params)
+    d_x, d_weights, d_biases = _linear_backward(grad, x, weight, ctx.bounds, for_x, for_weights, for_biases)
+    missing = [[None] * len(wanted) for wanted in for_params]
+    return d_x if for_x else None, d_weights or missing[0], d_biases or missing[1], None
 
 
-_linear.register_autograd(_backward, setup_context=_save)
+_linear.register_autograd(_gradients, setup_context=_save)
+first_order_only(_linear_backward, "linear")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias.
+def linear(
+    x: Tensor, weight: tasks.Parameter, bias: tasks.Parameter | None = None, *, bounds: Sequence[int] | None = None
+) -> Tensor:
+    """x @ weight.T + bias, in x's precision.
 
     Args:
         x: [N, inputs], any dtype that torch multiplies.
-        weight: [outputs, inputs].
-        bias: [outputs].
+        weight: [outputs, inputs], or T views of it, of x's dtype or float32; a float32 one is cast to x's.
+        bias: [outputs], or T views of it, of the weight's dtype.
+        bounds: T + 1 numbers: view t gets the gradient of rows bounds[t] to bounds[t + 1].
 
     Returns:
-        [N, outputs].
+        [N, outputs], of x's dtype.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
-    checks.tensor("linear", "x", x, ["N", "inputs"], checks.FLOATS, contiguous=False)
-    checks.tensor("linear", "weight", weight, ["outputs", x.shape[1]], [x.dtype], like=x, contiguous=False)
-    if bias is not None:
-        checks.tensor("linear", "bias", bias, [weight.shape[0]], [x.dtype], like=x)
-    if x.dtype == torch.float32 and x.device.type == "cpu" and choice() == "auto":
-        return _linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    op = "linear"
+    checks.tensor(op, "x", x, ["N", "inputs"], checks.FLOATS, contiguous=False)
+    given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    (weights, *rest), bounds = tasks.views(op, x.shape[0], bounds, **given)
+    biases: list[Tensor] = rest[0] if rest else []
+    dtypes = dict.fromkeys((x.dtype, torch.float32))
+    checks.tensor(op, "weight", weights[0], ["outputs", x.shape[1]], list(dtypes), like=x, contiguous=False)
+    if biases:
+        checks.tensor(op, "bias", biases[0], [weights[0].shape[0]], [weights[0].dtype], like=x)
+    if choice() == "auto":
+        return _linear(x, weights, biases, bounds)
+
+    def of_task(t: int, rows: slice) -> Tensor:
+        return F.linear(x[rows], weights[t].to(x.dtype), biases[t].to(x.dtype) if biases else None)
+
+    return tasks.by_segment(bounds, of_task)
 
 
 def runs_onednn(device: torch.device) -> bool:

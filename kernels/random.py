@@ -56,7 +56,7 @@ def _(cu_seqlens: Tensor, heads: int, threshold: int, seed: Tensor, site: int) -
 
 @torch.library.custom_op("minbert::dropout", mutates_args=(), device_types="cpu")
 def _dropout(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
-    y, scratch = torch.empty_like(x), rowwise.scratch(x)
+    y, scratch = torch.empty_like(x), rowwise.scratch(*x.shape)
     drop = rowwise.dropout(p, seed, site)
     library().dropout_forward(
         rowwise.activation(x), x.data_ptr(), y.data_ptr(), drop, scratch.data_ptr(), torch.get_num_threads()

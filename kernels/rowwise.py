@@ -25,11 +25,14 @@ def activation(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], dtype_code(x)
 
 
-def dropout(p: float, seed: Tensor | None, site: int) -> tuple[int, int, int, float]:
-    """Seed, threshold, site and the scale of what is kept; a threshold of 0 drops nothing."""
-    return 0 if seed is None else int(seed), reference.drop_threshold(p), site, 1 / (1 - p)
+def dropout(p: float, seed: Tensor | None, site: int, first_row: int = 0) -> tuple[int, int, int, float, int]:
+    """Seed, threshold, site, the scale of what is kept, and the row that the op's row 0 is of the whole activation.
+
+    A threshold of 0 drops nothing.
+    """
+    return 0 if seed is None else int(seed), reference.drop_threshold(p), site, 1 / (1 - p), first_row
 
 
-def scratch(x: Tensor) -> Tensor:
-    """Scratch memory for rows like those of x."""
-    return torch.empty(library().row_scratch(*x.shape), dtype=torch.float32)
+def scratch(rows: int, columns: int) -> Tensor:
+    """Scratch memory for an activation [rows, columns]."""
+    return torch.empty(library().row_scratch(rows, columns), dtype=torch.float32)

@@ -29,6 +29,9 @@ class Progress:
     skipped_in_a_row: int = 0
     loss_sums: dict[str, float] = field(default_factory=dict)  # over this epoch's steps
     loss_counts: dict[str, int] = field(default_factory=dict)
+    smart_shares: float = 0.0  # sum over this epoch's steps of SMART's share of the loss
+    conflicts: dict[str, list[int]] = field(default_factory=dict)  # by pair of tasks: steps with one, and steps
+    smart_warned: bool = False  # whether the user knows that SMART does nothing
     best_epoch: int = 0
     best_overall: float = -1.0
     dev: list[Scores] = field(default_factory=list)  # one entry per finished epoch
@@ -79,4 +82,8 @@ def load_optimizer(path: Path, model: MultitaskModel, optimizer: AdamW) -> None:
         if name not in params or (value.ndim and value.shape != params[name].shape):
             raise UserError(f"{path / 'optimizer.safetensors'}: {key} does not fit the model; resume with its config")
         device = params[name].device if value.ndim else torch.device("cpu")
-        optimizer.state[params[name]][entry] = value.to(device)
+        state = optimizer.state[params[name]]
+        if entry in state:  # others hold it too
+            state[entry].copy_(value)
+        else:
+            state[entry] = value.to(device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import resource
+import sys
 
 import torch
 
@@ -40,6 +42,15 @@ def resolve_precision(name: str, device: torch.device) -> str:
         features = kernels.native.cpu_features()
         fast = features["avx512_bf16"] or features["amx_bf16"]
     return "bf16" if fast else "fp32"
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: else each step's large tensors are pages that the kernel has to zero anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # malloc.h
+        mallopt(trim_threshold, -1)  # never give back
+        mallopt(mmap_max, 0)  # no allocation of its own pages
 
 
 def describe(device: torch.device, precision: str) -> str:

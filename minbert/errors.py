@@ -5,6 +5,16 @@ class UserError(Exception):
     """Bad input. The message says what is wrong, where, what was expected and what to do, in one line."""
 
 
+def require(ok: bool, option: str, expected: str, got: object) -> None:
+    """Refuse the value of an option unless it is ok.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not ok:
+        raise UserError(f"--{option.replace('_', '-')} must be {expected}, got {got}")
+
+
 def did_you_mean(word: str, known: "list[str] | tuple[str, ...]") -> str:
     """`" (did you mean 'x'?)"` for the known name nearest to `word`, or `""` when none is near."""
     import difflib

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ class AdamW(torch.optim.Optimizer):
         betas: decay rates of the two moment estimates.
         eps: added to the square root of the second moment.
         weight_decay: decay per step, in units of the learning rate.
+        average_beta: keep an average of every parameter over the steps, in the same pass over memory: it keeps this
+            share of itself and takes the rest from the new parameter (Jiang et al. 2019, section 3.2). It starts as
+            the parameter itself; `averages` gives it.
 
     Raises:
         ValueError: an argument out of range.
@@ -35,13 +38,26 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        average_beta: float | None = None,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {value}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {betas}")
+        if average_beta is not None and not 0 <= average_beta <= 1:
+            raise ValueError(f"average_beta must be between 0 and 1, got {average_beta}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.average_beta = average_beta
+        if average_beta is not None:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    self.state[param]["average"] = param.detach().clone()
+
+    @property
+    def averages(self) -> dict[Tensor, Tensor]:
+        """By parameter, its average; empty without `average_beta`."""
+        return {param: state["average"] for param, state in self.state.items() if "average" in state}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -50,28 +66,55 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.combined_step({}, torch.ones(0, dtype=torch.float64))
+        return loss
+
+    @torch.no_grad()
+    def combined_step(
+        self, shared: Mapping[Tensor, Sequence[Tensor | None]], weights: Tensor, scale: float = 1.0
+    ) -> None:
+        """Update with a weighted sum of task gradients, which is never stored.
+
+        Args:
+            shared: by parameter, its gradient for each of T tasks; one without any stays as it is.
+            weights: float64 [T].
+            scale: what the gradients of all other parameters, their `.grad`, are multiplied by.
+        """
+        own = torch.full((1,), scale, dtype=torch.float64)
         for group in self.param_groups:
-            by_step: dict[int, list[Tensor]] = defaultdict(list)
+            by_step: dict[tuple[int, bool], list[Tensor]] = defaultdict(list)
             for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"] = torch.zeros_like(param)
-                    state["exp_avg_sq"] = torch.zeros_like(param)
-                state["step"] += 1
-                by_step[int(state["step"])].append(param)
-            for count, params in by_step.items():
-                kernels.adamw_(
+                grads = shared.get(param, [param.grad])
+                if any(grad is not None for grad in grads):
+                    by_step[self._count(param), param in shared].append(param)
+            for (count, is_shared), params in by_step.items():
+                rows = [shared[param] if is_shared else [param.grad] for param in params]
+                kernels.combine_adamw_(
                     params,
-                    [param.grad for param in params if param.grad is not None],
-                    [self.state[param]["exp_avg"] for param in params],
-                    [self.state[param]["exp_avg_sq"] for param in params],
+                    list(zip(*rows, strict=True)),
+                    weights if is_shared else own,
+                    self._states(params, "exp_avg"),
+                    self._states(params, "exp_avg_sq"),
                     step=count,
                     lr=group["lr"],
                     betas=group["betas"],
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
+                    **({} if self.average_beta is None else self._average(params)),
                 )
-        return loss
+
+    def _count(self, param: Tensor) -> int:
+        """The number of this step of the parameter's, counted from 1."""
+        state = self.state[param]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        state["step"] += 1
+        return int(state["step"])
+
+    def _states(self, params: Sequence[Tensor], entry: str) -> list[Tensor]:
+        return [self.state[param][entry] for param in params]
+
+    def _average(self, params: Sequence[Tensor]) -> dict[str, Any]:
+        return {"averages": self._states(params, "average"), "momentum": self.average_beta}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ class Packed:
     position_ids: Tensor  # int64 [N]: position within its own sequence
     cu_seqlens: Tensor  # int32 [S + 1]: cumulative sequence lengths, from 0 to N
     max_seqlen: int  # the longest sequence's length in tokens
+    # Of T tasks, task t has sequences sequence_bounds[t] to [t + 1], and tokens token_bounds[t] to [t + 1].
+    sequence_bounds: tuple[int, ...] | None = None
+    token_bounds: tuple[int, ...] | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -33,7 +36,21 @@ class Packed:
             self.position_ids.to(device, non_blocking=True),
             self.cu_seqlens.to(device, non_blocking=True),
             self.max_seqlen,
+            self.sequence_bounds,
+            self.token_bounds,
         )
+
+    def by_task(self, counts: Sequence[int]) -> Packed:
+        """The same batch, a CPU one, with the tasks' bounds for their numbers of sequences.
+
+        Raises:
+            ValueError: the counts do not add up to S.
+        """
+        bounds = (0, *np.cumsum(counts).tolist())
+        if bounds[-1] != len(self.cu_seqlens) - 1:
+            raise ValueError(f"counts {list(counts)} must add up to the stream's {len(self.cu_seqlens) - 1} sequences")
+        tokens = tuple(self.cu_seqlens[list(bounds)].tolist())
+        return replace(self, sequence_bounds=bounds, token_bounds=tokens)
 
 
 def pack(token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None) -> Packed:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class Run:
         self.best = self.path / "best"
         self.last = self.path / "last"
         self.metrics = self.path / "metrics.jsonl"
+        self.board: Any = None  # a SummaryWriter, or None
 
     @contextmanager
     def opened(self, resume: bool) -> Iterator[None]:
@@ -74,7 +76,22 @@ class Run:
         """Append one line to metrics.jsonl."""
         remedy = "free some space and run the same command with --resume"
         with no_room_is_a_user_error(self.metrics, remedy), open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(_finite(record)) + "\n")
+        if self.board is not None:
+            for name, value in _flat(record):
+                self.board.add_scalar(name, value, record["step"])
+
+    def open_board(self, step: int) -> None:
+        """Write what `log` writes to tensorboard/ too, from `step` on.
+
+        Raises:
+            UserError: tensorboard is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs the package tensorboard: pip install 'minbert[tensorboard]'") from None
+        self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that a resumed run will write again, and a half-written last one."""
@@ -102,6 +119,22 @@ class Run:
         with no_room_is_a_user_error(path, "free some space and run minbert.evaluate"):
             write_atomically(path, "".join(format_predictions(task, ids, predicted)))
         return path
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for every NaN and infinity, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a nested record, named by their paths."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
 
 
 def format_predictions(task: Task, ids: Sequence[str], predicted: np.ndarray) -> list[str]:

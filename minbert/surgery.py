@@ -6,13 +6,15 @@ no surgery reads a gradient: the T x T numbers that `minbert.kernels.gram` gives
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Weighting = Callable[[Tensor], Tensor]  # gram [T, T] -> weights [T], as TorchJD's weightings are
+from minbert.errors import UserError, did_you_mean
 
 
 def sum_weights(gram: Tensor) -> Tensor:
@@ -62,6 +64,65 @@ def pcgrad_weights(gram: Tensor, generator: torch.Generator | None = None, reduc
         total = [a + b for a, b in zip(total, coefficients, strict=True)]
     weights = torch.tensor(total, dtype=torch.float64, device=gram.device)
     return weights / tasks if reduction == "mean" else weights
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """How the tasks' gradients become one update."""
+
+    name: str
+    weights: Callable[[Tensor, torch.Generator], Tensor]  # gram float64 [T, T] -> weights float64 [T]
+    plain: Callable[[Tensor], Tensor]  # its weights where nothing conflicts
+    per_task: bool = True  # whether it needs the tasks' gradients apart; if not, T is 1 whatever the tasks
+
+
+_SUM = Surgery("sum", lambda gram, generator: sum_weights(gram), sum_weights, per_task=False)
+_MEAN = Surgery("mean", lambda gram, generator: mean_weights(gram), mean_weights)
+_PCGRAD = {
+    "sum": Surgery("pcgrad", functools.partial(pcgrad_weights, reduction="sum"), sum_weights),
+    "mean": Surgery("pcgrad", functools.partial(pcgrad_weights, reduction="mean"), mean_weights),
+}
+NAMES = ("sum", "mean", "pcgrad", "gse")
+
+
+def find_surgery(name: str, reduction: str = "sum") -> list[Surgery]:
+    """The updates of one step: one for most surgeries, two for "gse".
+
+    GSE (paper 004) updates with the mean of PCGrad's gradients, and at once again with the gradient of the tasks'
+    summed loss at the new parameters.
+
+    Args:
+        name: "sum", "mean", "pcgrad", "gse", or "MODULE:NAME": a callable from Gram matrix to weights, or a class of
+            such, as TorchJD's weightings are.
+        reduction: of "pcgrad".
+
+    Raises:
+        UserError: an unknown name, or nothing callable there.
+    """
+    known = {"sum": [_SUM], "mean": [_MEAN], "pcgrad": [_PCGRAD[reduction]], "gse": [_PCGRAD["mean"], _SUM]}
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise UserError(
+            f"--surgery {name}: unknown{did_you_mean(name, NAMES)}; expected {', '.join(NAMES)}, or MODULE:NAME of a"
+            " callable from Gram matrix to weights"
+        )
+    module, _, attribute = name.partition(":")
+    try:
+        weighting = getattr(importlib.import_module(module), attribute)
+        weighting = weighting() if isinstance(weighting, type) else weighting
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"--surgery {name}: cannot be loaded ({error})") from None
+    if not callable(weighting):
+        raise UserError(f"--surgery {name}: expected a callable from Gram matrix to weights, got {weighting!r}")
+    return [Surgery(name, functools.partial(_call, weighting), sum_weights)]
+
+
+def _call(weighting: Callable[[Tensor], Tensor], gram: Tensor, generator: torch.Generator) -> Tensor:
+    """Weights of a callable that takes no generator: torch's default one follows ours meanwhile."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        return weighting(gram).to(gram)
 
 
 @dataclass(frozen=True)

@@ -6,36 +6,29 @@ import datetime
 import math
 import signal
 import time
-import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 import minbert
 from minbert import checkpoint, cli, kernels
 from minbert.checkpoint import Progress
 from minbert.config import TrainConfig
-from minbert.console import TrainingProgress, data_table, score_table
-from minbert.data import Encoded, Source, TaskSampler, encode, open_source, pack_batches, steps_per_epoch, task_at
-from minbert.device import describe, peak_memory_bytes, resolve_device, resolve_precision
+from minbert.console import TrainingProgress, score_table
+from minbert.data import TaskSampler, encode, steps_per_epoch, task_at
+from minbert.device import describe, peak_memory_bytes
 from minbert.errors import UserError
 from minbert.evaluate import evaluate, load_model
-from minbert.losses import LOSSES
 from minbert.metrics import overall
-from minbert.model import Encoder, EncoderConfig, MultitaskModel, load_heads
-from minbert.optimizer import AdamW
-from minbert.report import plot_curves
+from minbert.report import plot_run
 from minbert.runs import Run
 from minbert.schedule import learning_rate_factor
-from minbert.seeds import derive_seed
-from minbert.tasks import Task, find_tasks
-from minbert.tokenizer import Tokenizer
+from minbert.step import Parts, Taken
+from minbert.workbench import Workbench, prepare, restore
 
-DEFAULT_TASKS = ("sst", "qqp", "sts")
+SMART_SHARE_THAT_ACTS = 1e-4  # of the loss
 
 
 class Stopped(Exception):
@@ -43,22 +36,6 @@ class Stopped(Exception):
 
     def __init__(self, number: int) -> None:
         self.number = number
-
-
-@dataclass(frozen=True)
-class Workbench:
-    """All that a run works with."""
-
-    config: TrainConfig  # every choice that was left open is made
-    tasks: list[Task]
-    source: Source
-    tokenizer: Tokenizer
-    model: MultitaskModel
-    optimizer: AdamW
-    train: dict[str, Encoded]
-    dev: dict[str, Encoded]
-    device: torch.device
-    max_length: int
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -83,11 +60,12 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
         config = bench.config
         run.check_same(config) if config.resume else run.begin(config)
         progress = restore(bench, run, console)
-        samplers = [
-            TaskSampler(len(bench.train[task.name]), config.batch_size, config.seed, task.name) for task in bench.tasks
-        ]
-        sizes = [sampler.n for sampler in samplers]
-        epoch_steps = steps_per_epoch(sizes, config.batch_size, config.epoch_length)
+        if config.tensorboard:
+            run.open_board(progress.step)
+        sizes = {name: len(encoded) for name, encoded in bench.train.items()}
+        samplers = {name: TaskSampler(n, config.batch_size, config.seed, name) for name, n in sizes.items()}
+        batch_size = config.batch_size * config.accumulate
+        epoch_steps = steps_per_epoch(list(sizes.values()), batch_size, config.epoch_length)
         if config.sampling != "joint":
             epoch_steps *= len(bench.tasks)
         total_steps = config.steps or config.epochs * epoch_steps
@@ -103,25 +81,22 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
                 for group, peak in zip(bench.optimizer.param_groups, peak_rates, strict=True):
                     group["lr"] = peak * factor
 
-                losses, examples = task_losses(bench, samplers, step)
-                torch.stack(list(losses.values())).sum().backward()
-                norm = clip_gradients(bench.model, config.clip_norm)
-                values = {name: loss.item() for name, loss in losses.items()}
-                if math.isfinite(norm) and all(map(math.isfinite, values.values())):
-                    bench.optimizer.step()
-                    count_losses(progress, values)
+                first = step * config.accumulate
+                batches = [batch_at(bench, samplers, i) for i in range(first, first + config.accumulate)]
+                taken = bench.stepper.take(batches, step, step / total_steps)
+                if taken.updated:
+                    count_losses(progress, taken)
                     progress.skipped_in_a_row = 0
                 else:
-                    skip_step(progress, values, norm, config)
-                bench.optimizer.zero_grad(set_to_none=True)
+                    skip_step(progress, taken, config)
 
                 progress.step += 1
-                progress.examples += examples
+                progress.examples += taken.examples
                 progress.seconds += time.perf_counter() - started
                 epoch, rate = step // epoch_steps + 1, progress.examples / progress.seconds
                 if progress.step % config.log_steps == 0:
-                    record = {"loss": values, "lr": factor * peak_rates[0], "grad_norm": norm}
-                    run.log({"step": progress.step, "epoch": epoch, **record, "examples_per_second": rate})
+                    record = {"lr": factor * peak_rates[0], **taken.record(), "examples_per_second": rate}
+                    run.log({"step": progress.step, "epoch": epoch, **record})
                 display.update(progress.step, f"epoch {epoch}/{epochs}", rate, sum(progress.mean_losses().values()))
 
                 if progress.step % epoch_steps == 0 or progress.step == total_steps:
@@ -134,172 +109,50 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
         return finish_run(bench, run, progress, console)
 
 
-# Before the loop --------------------------------------------------------------------------------------------------
-
-
-def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
-    """Read the data, build or load the model, and settle what `config` left open. Nothing is written.
-
-    Raises:
-        UserError: bad data, a bad model directory, or options that do not fit them.
-    """
-    device = resolve_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    kernels.set_backend(config.backend)
-    precision = resolve_precision(config.precision, device)
-    console.print(f"minbert {minbert.__version__} on {describe(device, precision)}")
-    console.print(kernels_line(device))
-
-    source = open_source(config.data)
-    tasks = find_tasks(config.tasks or [name for name in DEFAULT_TASKS if name in source.tasks()] or source.tasks())
-    splits = {split: {task.name: source.load(task, split) for task in tasks} for split in ("train", "dev")}
-
-    torch.manual_seed(derive_seed(config.seed, "weights"))
-    start = run.last if config.resume and run.last.exists() else config.model
-    if start is not None:
-        tokenizer = Tokenizer.from_pretrained(start)
-        encoder = Encoder.from_pretrained(
-            start, pooler=True if config.pooling == "pooler" else None, dropout=config.dropout
-        )
-        if tokenizer.vocab_size > encoder.config.vocab_size:
-            raise UserError(
-                f"{start}: its tokenizer has {tokenizer.vocab_size} tokens but its encoder only "
-                f"{encoder.config.vocab_size}; give a directory in which they belong together"
-            )
-    else:
-        texts = [text for e in splits["train"].values() for text in (*e.texts, *(e.pairs or ()))]
-        tokenizer = Tokenizer.train(texts, config.scratch.vocab_size)
-        # BERT's 0.02 suits a width of 768: a narrow encoder learns sooner when its products start at unit scale.
-        spread = config.scratch.hidden_size**-0.5
-        shape = {**asdict(config.scratch), "vocab_size": tokenizer.vocab_size, "initializer_range": spread}
-        encoder_config = EncoderConfig(**shape).with_dropout(config.dropout or 0.0)
-        encoder = Encoder(encoder_config, pooler=config.pooling == "pooler")
-    limit = encoder.config.max_position_embeddings
-    max_length = config.max_length or limit
-    if max_length > limit:
-        raise UserError(f"--max-length {config.max_length} is more than the {limit} positions of the encoder")
-    encoder.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-
-    torch.manual_seed(derive_seed(config.seed, "heads"))
-    model = MultitaskModel(encoder, tasks, pooling=config.pooling, head_dropout=config.head_dropout).to(device)
-    if config.mode == "pretrain":
-        model.freeze_encoder()
-    lr = config.lr or default_learning_rate(config, encoder.config.hidden_size)
-    config = config.replace(
-        tasks=[task.name for task in tasks],
-        max_length=max_length,
-        precision=precision,
-        lr=lr,
-        out=str(run.path),
-    )
-    encoded = {
-        split: {name: encode(examples, tokenizer, max_length) for name, examples in by_task.items()}
-        for split, by_task in splits.items()
-    }
-    skipped = {task.name: sum(len(splits[split][task.name].skipped) for split in splits) for task in tasks}
-    console.print(f"data: {source.name}; model: {config.model or 'a small encoder from scratch'}")
-    console.print(
-        data_table(
-            [
-                (
-                    task,
-                    {split: len(encoded[split][task.name]) for split in splits},
-                    skipped[task.name],
-                    sum(encoded[split][task.name].truncated for split in splits),
-                )
-                for task in tasks
-            ]
-        )
-    )
-    optimizer = AdamW(model.parameter_groups(config.weight_decay), lr=lr)
-    return Workbench(
-        config, tasks, source, tokenizer, model, optimizer, encoded["train"], encoded["dev"], device, max_length
-    )
-
-
-def default_learning_rate(config: TrainConfig, hidden_size: int) -> float:
-    """5e-5 to fine-tune a model as wide as BERT-base, more for a narrower one; 1e-3 from scratch or for heads alone."""
-    if config.model is None or config.mode == "pretrain":
-        return 1e-3
-    return min(1e-3, 5e-5 * (768 / hidden_size) ** 2)
-
-
-def kernels_line(device: torch.device) -> str:
-    """Which ops run compiled and which in plain PyTorch; and, without compiled code, how to get it."""
-    by_backend: dict[str, list[str]] = {}
-    for op, backend in kernels.backends(device).items():
-        by_backend.setdefault(backend, []).append(op)
-    line = "kernels: " + "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in sorted(by_backend.items()))
-    missing = kernels.native.missing_reason()
-    return f"{line}\n{missing}" if missing else line
-
-
-def restore(bench: Workbench, run: Run, console: Console) -> Progress:
-    """Where the run stands: at its last checkpoint if it is resumed and has one, else at the start.
-
-    Raises:
-        UserError: the checkpoint is of another model, or the training data has changed since.
-    """
-    data = {name: zlib.crc32(encoded.token_ids.tobytes()) for name, encoded in bench.train.items()}
-    if not (bench.config.resume and run.last.exists()):
-        run.forget_after(-1)
-        return Progress(data=data)
-    progress = checkpoint.load_progress(run.last)
-    changed = [name for name in data if data[name] != progress.data.get(name)]
-    if changed:
-        raise UserError(f"the training data of {', '.join(changed)} changed since {run.path} began; start a new run")
-    load_heads(bench.model, run.last / "heads.safetensors")
-    checkpoint.load_optimizer(run.last, bench.model, bench.optimizer)
-    run.forget_after(progress.step)
-    console.print(f"resuming {run.path} after step {progress.step}")
-    return progress
-
-
 # In the loop ------------------------------------------------------------------------------------------------------
 
 
-def task_losses(bench: Workbench, samplers: Sequence[TaskSampler], step: int) -> tuple[dict[str, Tensor], int]:
-    """The loss of each task that takes part in this step, and the number of examples."""
+def batch_at(bench: Workbench, samplers: Mapping[str, TaskSampler], i: int) -> Parts:
+    """Batch i of the run, from 0: the tasks that take part, in the order of their groups, and their examples."""
     config = bench.config
-    if config.sampling == "joint":
-        parts = [(task, sampler.batch(step)) for task, sampler in zip(bench.tasks, samplers, strict=True)]
-    else:
-        index, batch = task_at(step, len(bench.tasks), config.sampling, config.seed)
-        parts = [(bench.tasks[index], samplers[index].batch(batch))]
-    packed = pack_batches([(bench.train[task.name], indices) for task, indices in parts]).to(bench.device)
-    counts = {task.name: len(indices) for task, indices in parts}
-    seed = torch.tensor(derive_seed(config.seed, "dropout", step), device=bench.device)
-    outputs = bench.model(packed, counts, seed=seed)
-    losses = {}
-    for task, indices in parts:
-        labels = torch.from_numpy(bench.train[task.name].labels[indices]).to(bench.device)  # type: ignore[index]
-        losses[task.name] = LOSSES[task.loss](outputs[task.name], labels)
-    return losses, sum(counts.values())
+    if config.sampling != "joint":
+        index, batch = task_at(i, len(bench.tasks), config.sampling, config.seed)
+        task = bench.tasks[index]
+        return [(task, samplers[task.name].batch(batch))]
+    return [(task, samplers[task.name].batch(i)) for group in bench.stepper.groups for task in group]
 
 
-def clip_gradients(model: MultitaskModel, limit: float) -> float:
-    """Scale the gradients down to norm `limit` (0: leave them), and return the norm they had."""
-    params = [param for param in model.parameters() if param.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(params, limit or math.inf).item()
-
-
-def count_losses(progress: Progress, values: dict[str, float]) -> None:
-    for name, value in values.items():
+def count_losses(progress: Progress, taken: Taken) -> None:
+    for name, value in taken.loss.items():
         progress.loss_sums[name] = progress.loss_sums.get(name, 0.0) + value
         progress.loss_counts[name] = progress.loss_counts.get(name, 0) + 1
+    progress.smart_shares += taken.smart_share
+    for pair, cosine in taken.conflicts.get("cosine", {}).items():
+        conflicts, steps = progress.conflicts.get(pair, (0, 0))
+        progress.conflicts[pair] = [conflicts + (cosine < 0), steps + 1]
 
 
-def skip_step(progress: Progress, values: dict[str, float], norm: float, config: TrainConfig) -> None:
+def warn_of_idle_smart(config: TrainConfig, progress: Progress, console: Console) -> None:
+    """Say once if SMART is on and its regulariser was next to nothing in this epoch."""
+    share = progress.smart_shares / max(1, *progress.loss_counts.values())
+    if config.smart.on and share < SMART_SHARE_THAT_ACTS and not progress.smart_warned:
+        progress.smart_warned = True
+        console.print(
+            f"warning: SMART's regulariser was {share:.1e} of the loss: it does nothing; give a larger"
+            " --smart.epsilon, --smart.eta or --smart.lambda-s"
+        )
+
+
+def skip_step(progress: Progress, taken: Taken, config: TrainConfig) -> None:
     """Count a step whose loss or gradient is not finite; give up when there were too many in a row."""
     progress.skipped += 1
     progress.skipped_in_a_row += 1
     if progress.skipped_in_a_row >= config.max_skipped:
-        shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        shown = ", ".join(f"{name} {value:g}" for name, value in taken.loss.items())
         raise UserError(
             f"the loss or gradient was not finite {progress.skipped_in_a_row} steps in a row, up to step "
-            f"{progress.step + 1} (loss {shown}, gradient norm {norm:g}); try a smaller --lr, a longer --warmup, "
-            f"a smaller --clip-norm or --precision fp32"
+            f"{progress.step + 1} (loss {shown}, gradient norm {taken.grad_norm:g}); try a smaller --lr, "
+            f"a longer --warmup, a smaller --clip-norm or --precision fp32"
         )
 
 
@@ -308,9 +161,12 @@ def finish_epoch(bench: Workbench, run: Run, progress: Progress, epoch: int, con
     scores, _ = evaluate(bench.model, bench.tasks, bench.dev, bench.device)
     total = overall(scores)
     losses = progress.mean_losses()
-    run.log({"step": progress.step, "epoch": epoch, "dev": {**scores, "overall": total}, "train_loss": losses})
+    rates = {pair: conflicts / steps for pair, (conflicts, steps) in progress.conflicts.items()}
+    record = {"dev": {**scores, "overall": total}, "train_loss": losses}
+    run.log({"step": progress.step, "epoch": epoch, **record, **({"conflict_rate": rates} if rates else {})})
+    warn_of_idle_smart(bench.config, progress, console)
     progress.dev.append(scores)
-    progress.loss_sums, progress.loss_counts = {}, {}
+    progress.loss_sums, progress.loss_counts, progress.smart_shares, progress.conflicts = {}, {}, 0.0, {}
     shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     console.print(score_table(f"train loss: {shown}", [(f"dev, epoch {epoch}", scores, total)]))
     if total > progress.best_overall:
@@ -357,7 +213,7 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, console: Console)
         _, predicted = evaluate(model, present, encoded, bench.device)
         for task in present:
             run.write_predictions(task, split, encoded[task.name].ids, predicted[task.name])
-    plot_curves(run)
+    plot_run(run)
     best = progress.dev[progress.best_epoch - 1]
     summary = {
         "dev": {**best, "overall": progress.best_overall},

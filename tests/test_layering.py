@@ -16,10 +16,12 @@ ROOMS = [  # a module imports only from its own room and the rooms above
     ["packing", "hub"],
     ["tokenizer"],
     ["data", "model"],
-    ["losses", "metrics", "schedule", "optimizer", "surgery"],
+    ["losses", "metrics", "schedule", "optimizer", "surgery", "gradients"],
+    ["smart"],
+    ["objective"],
     ["config", "cli", "device"],
-    ["checkpoint", "runs", "console"],
-    ["report", "evaluate"],
+    ["checkpoint", "runs", "console", "step"],
+    ["report", "evaluate", "workbench"],
     ["train", "predict"],
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}

@@ -14,6 +14,8 @@ from minbert.model.pooling import pool
 from minbert.model.weights import has_pooler, load_weights, save_weights
 from minbert.packing import Packed
 
+Bounds = tuple[int, ...] | None  # of each task's rows, `Packed.token_bounds`
+
 SITES_PER_LAYER = 3  # places of dropout: attention probabilities, attention output, feed-forward output
 
 
@@ -30,12 +32,13 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+    def forward(self, x: Tensor, bounds: Bounds = None) -> Tensor:
+        """The rows of x that belong to each task lie between `bounds`; None where the parameters are not split."""
+        return kernels.linear(x, self.weight, self.bias, bounds=bounds)
 
-    def without_bias(self, x: Tensor) -> Tensor:
+    def without_bias(self, x: Tensor, bounds: Bounds = None) -> Tensor:
         """x @ weight.T, for an op that adds the bias itself."""
-        return kernels.linear(x, self.weight.to(x.dtype))
+        return kernels.linear(x, self.weight, bounds=bounds)
 
 
 class Embeddings(nn.Module):
@@ -64,6 +67,7 @@ class Embeddings(nn.Module):
             seed=seed,
             site=0,
             dtype=dtype,
+            bounds=packed.token_bounds,
         )
 
 
@@ -85,19 +89,25 @@ class Layer(nn.Module):
         self.first_site = first_site
 
     def forward(self, hidden: Tensor, packed: Packed, seed: Tensor | None) -> Tensor:
+        bounds = packed.token_bounds
         context = kernels.attention(
-            self.qkv(hidden).unflatten(1, (3, self.heads, -1)),
+            self.qkv(hidden, bounds).unflatten(1, (3, self.heads, -1)),
             packed.cu_seqlens,
             packed.max_seqlen,
             dropout_p=self.attention_dropout_p if self.training else 0.0,
             seed=seed,
             site=self.first_site,
         )
-        attended = self._add_norm(self.attention_output(context.flatten(1)), hidden, self.attention_norm, seed, 1)
-        inner = kernels.bias_gelu(self.intermediate.without_bias(attended), self.intermediate.bias)
-        return self._add_norm(self.output(inner), attended, self.output_norm, seed, 2)
+        mixed = self.attention_output(context.flatten(1), bounds)
+        attended = self._add_norm(mixed, hidden, self.attention_norm, seed, 1, bounds)
+        inner = kernels.bias_gelu(
+            self.intermediate.without_bias(attended, bounds), self.intermediate.bias, bounds=bounds
+        )
+        return self._add_norm(self.output(inner, bounds), attended, self.output_norm, seed, 2, bounds)
 
-    def _add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, seed: Tensor | None, site: int) -> Tensor:
+    def _add_norm(
+        self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, seed: Tensor | None, site: int, bounds: Bounds
+    ) -> Tensor:
         return kernels.dropout_add_layer_norm(
             x,
             residual,
@@ -107,6 +117,7 @@ class Layer(nn.Module):
             dropout_p=self.hidden_dropout_p if self.training else 0.0,
             seed=seed,
             site=self.first_site + site,
+            bounds=bounds,
         )
 
 
@@ -188,11 +199,11 @@ class Encoder(nn.Module):
 
         Parameters keep their precision and are cast at use; LayerNorm's and GELU's are not cast.
         """
-        return self._compute_dtype or self.embeddings.word.dtype
+        return self._compute_dtype or self._word.dtype
 
     @compute_dtype.setter
     def compute_dtype(self, dtype: torch.dtype) -> None:
-        own = self.embeddings.word.dtype
+        own = self._word.dtype
         if dtype not in (own, torch.bfloat16):
             raise ValueError(f"compute_dtype must be {own}, as the parameters are, or torch.bfloat16; got {dtype}")
         self._compute_dtype = None if dtype == own else dtype
@@ -231,10 +242,16 @@ class Encoder(nn.Module):
         if self.pooler is None:
             raise ValueError("this encoder has no pooler; pool with 'cls', or load it with pooler=True")
         first = pool(hidden, packed, "cls")
-        return torch.tanh(self.pooler(first))
+        return torch.tanh(self.pooler(first, packed.sequence_bounds))
+
+    @property
+    def _word(self) -> Tensor:
+        """The word table, or its first view where each task has one (`minbert.gradients`)."""
+        word = self.embeddings.word
+        return word if isinstance(word, Tensor) else word[0]
 
     def _seed(self, seed: Tensor | None) -> Tensor | None:
-        return draw_seed(self.embeddings.word.device) if seed is None and self.training else seed
+        return draw_seed(self._word.device) if seed is None and self.training else seed
 
     def _check(self, packed: Packed) -> None:
         """Refuse what lies outside the embedding tables. Ids are looked at on the CPU only: on a GPU it would wait."""

@@ -67,8 +67,18 @@ class MultitaskModel(nn.Module):
                 refuses the stream.
         """
         seed = self._seed(seed)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            hidden = self.encoder(packed, seed=seed)
+        return self.from_embedded(self.embed(packed, seed), packed, counts, seed=seed)
+
+    def embed(self, packed: Packed, seed: Tensor | None = None) -> Tensor:
+        """The embedding block's output, [N, D]: what SMART perturbs."""
+        return self.encoder.embed(packed, seed)
+
+    def from_embedded(
+        self, embedded: Tensor, packed: Packed, counts: Mapping[str, int], *, seed: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """`forward` from the embedding block's output [N, D] on."""
+        seed = self._seed(seed)
+        hidden = self.encoder.encode(embedded, packed, seed)
         return self.predict(hidden, packed, counts, seed=seed)
 
     def predict(
@@ -120,7 +130,7 @@ class MultitaskModel(nn.Module):
         return [group for group in groups if group["params"]]
 
     def _seed(self, seed: Tensor | None) -> Tensor | None:
-        return draw_seed(self.encoder.embeddings.word.device) if seed is None and self.training else seed
+        return draw_seed(self.encoder._word.device) if seed is None and self.training else seed
 
 
 def save_heads(model: MultitaskModel, path: str | Path) -> None:

@@ -22,6 +22,13 @@ def leaf(*shape: int) -> torch.Tensor:
     return randn(*shape).requires_grad_()
 
 
+def views(*shape: int) -> list[torch.Tensor]:
+    """A parameter as one view for each of three tasks."""
+    parameter = randn(*shape)
+    return [parameter.detach().requires_grad_() for _ in range(3)]
+
+
+BOUNDS = [0, 1, 1, 4]  # the second task has no rows
 IDS = [torch.tensor([0, 2, 2, 1]), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])]
 
 CALLS = {
@@ -37,20 +44,23 @@ CALLS = {
     "smart_init": lambda: (randn(4, 9), 0.1, SEED, 1),
     "smart_ascend": lambda: (*(randn(4, 9) for _ in range(3)), CU_SEQLENS, 0.1, 0.2, True, False, True),
     "dropout": lambda: (leaf(4, 9), 0.3, SEED, 1),
-    "bias_gelu": lambda: (leaf(4, 9), leaf(9)),
-    "bias_gelu_backward": lambda: (randn(4, 9), randn(4, 9), randn(9)),
-    "dropout_add_layer_norm": lambda: (leaf(4, 9), leaf(4, 9), leaf(9), leaf(9), 1e-5, 0.3, SEED, 1),
-    "dropout_add_layer_norm_backward": lambda: (*(randn(4, 9) for _ in range(3)), randn(9), randn(4, 2), 0.3, SEED, 1),
+    "bias_gelu": lambda: (leaf(4, 9), views(9), BOUNDS),
+    "bias_gelu_backward": lambda: (randn(4, 9), randn(4, 9), randn(9), BOUNDS),
+    "dropout_add_layer_norm": lambda: (leaf(4, 9), leaf(4, 9), views(9), views(9), BOUNDS, 1e-5, 0.3, SEED, 1),
+    "dropout_add_layer_norm_backward": lambda: (
+        *(randn(4, 9) for _ in range(3)),
+        *(randn(9), randn(4, 2), BOUNDS, 0.3, SEED, 1),
+    ),
     "embedding": lambda: (
         IDS,
-        [leaf(3, 9), leaf(2, 9), leaf(2, 9)],
-        *(leaf(9), leaf(9), 1e-5, 0.3, SEED, 1, torch.bfloat16),
+        *(views(3, 9), views(2, 9), views(2, 9), views(9), views(9)),
+        *(BOUNDS, 1e-5, 0.3, SEED, 1, torch.bfloat16),
     ),
     "embedding_backward": lambda: (
         randn(4, 9),
         IDS,
         [randn(3, 9), randn(2, 9), randn(2, 9)],
-        *(randn(9), randn(4, 2), 0.3, SEED, 1),
+        *(randn(9), randn(4, 2), BOUNDS, 0.3, SEED, 1),
     ),
     "combine_": lambda: ([randn(4), None, randn(4), randn(3)], WEIGHTS, [torch.empty(4), torch.empty(3)]),
 }

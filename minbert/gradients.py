@@ -1,0 +1,76 @@
+"""A gradient of the shared parameters for every task (or group of tasks), from one backward.
+
+The tasks' sequences lie task after task in one packed stream, and no op mixes tokens of two sequences. So one backward
+carries the gradients of all tasks' activations, and each parameter's gradient is summed over every task's segment of
+the stream by itself: during the forward each parameter is given as one view per task, and the kernels give each view
+the gradient of its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+class TaskGradients:
+    """T gradients of a module's trainable parameters.
+
+    Attributes:
+        params: the parameters, K of them.
+        rows: for each of T tasks its K gradients, in the parameters' dtypes; None where its loss reached nothing.
+            Backward passes add to them until `clear`.
+    """
+
+    def __init__(self, module: nn.Module, tasks: int) -> None:
+        self.module = module
+        self.params = [param for param in module.parameters() if param.requires_grad]
+        self._views = [[param.detach().requires_grad_() for param in self.params] for _ in range(tasks)]
+
+    @property
+    def rows(self) -> list[list[Tensor | None]]:
+        return [[view.grad for view in row] for row in self._views]
+
+    @contextmanager
+    def attached(self, task: int | None = None) -> Iterator[None]:
+        """Let a forward in this block, and the backward of what it computes, add to the rows.
+
+        Args:
+            task: the only task in the stream; when left out all tasks are, and the stream says which rows are whose
+                (`Packed.by_task`).
+        """
+        views = self._views if task is None else [self._views[task]]
+        given = zip(*views, strict=True) if len(views) > 1 else views[0]
+        replacements = {param: value for param, value in zip(self.params, given, strict=True)}
+        with substituted(self.module, lambda param: replacements.get(param, param)):
+            yield
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        for row in self._views:
+            for view in row:
+                view.grad = None
+
+
+@contextmanager
+def substituted(module: nn.Module, replacement: Callable[[nn.Parameter], Tensor | Sequence[Tensor]]) -> Iterator[None]:
+    """Have the module's forward read `replacement(param)` in place of each parameter."""
+    places = [
+        (owner._parameters, name, param)
+        for owner in module.modules()
+        for name, param in owner._parameters.items()
+        if param is not None
+    ]
+    try:
+        for parameters, name, param in places:
+            parameters[name] = replacement(param)  # type: ignore[assignment]
+        yield
+    finally:
+        for parameters, name, param in places:
+            parameters[name] = param
+
+
+def detached(param: nn.Parameter) -> Tensor:
+    """A replacement that gets no gradient."""
+    return param.detach()

@@ -1,0 +1,215 @@
+"""Everything a run works with, made ready from its options: data, model, optimizer, and where it stands."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.console import Console
+
+import minbert
+from minbert import checkpoint, kernels
+from minbert.checkpoint import Progress
+from minbert.config import TrainConfig, task_groups
+from minbert.console import data_table
+from minbert.data import Encoded, Source, encode, open_source
+from minbert.device import describe, keep_freed_memory, resolve_device, resolve_precision
+from minbert.errors import UserError
+from minbert.gradients import TaskGradients
+from minbert.model import Encoder, EncoderConfig, MultitaskModel, load_heads
+from minbert.objective import Objective
+from minbert.optimizer import AdamW
+from minbert.runs import Run
+from minbert.seeds import derive_seed
+from minbert.smart import rounds_away
+from minbert.step import Stepper
+from minbert.surgery import find_surgery
+from minbert.tasks import Task, find_tasks
+from minbert.tokenizer import Tokenizer
+
+DEFAULT_TASKS = ("sst", "qqp", "sts")
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """All that a run works with."""
+
+    config: TrainConfig  # every choice that was left open is made
+    tasks: list[Task]
+    source: Source
+    tokenizer: Tokenizer
+    model: MultitaskModel
+    optimizer: AdamW
+    stepper: Stepper
+    train: dict[str, Encoded]
+    dev: dict[str, Encoded]
+    device: torch.device
+    max_length: int
+
+
+def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
+    """Read the data, build or load the model, and settle what `config` left open. Nothing is written.
+
+    Raises:
+        UserError: bad data, a bad model directory, or options that do not fit them.
+    """
+    device = resolve_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    kernels.set_backend(config.backend)
+    if device.type == "cpu":
+        keep_freed_memory()
+    precision = resolve_precision(config.precision, device)
+    console.print(f"minbert {minbert.__version__} on {describe(device, precision)}")
+    console.print(kernels_line(device))
+
+    source = open_source(config.data)
+    tasks = find_tasks(config.tasks or [name for name in DEFAULT_TASKS if name in source.tasks()] or source.tasks())
+    splits = {split: {task.name: source.load(task, split) for task in tasks} for split in ("train", "dev")}
+
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    start = run.last if config.resume and run.last.exists() else config.model
+    if start is not None:
+        tokenizer = Tokenizer.from_pretrained(start)
+        encoder = Encoder.from_pretrained(
+            start, pooler=True if config.pooling == "pooler" else None, dropout=config.dropout
+        )
+        if tokenizer.vocab_size > encoder.config.vocab_size:
+            raise UserError(
+                f"{start}: its tokenizer has {tokenizer.vocab_size} tokens but its encoder only "
+                f"{encoder.config.vocab_size}; give a directory in which they belong together"
+            )
+    else:
+        texts = [text for e in splits["train"].values() for text in (*e.texts, *(e.pairs or ()))]
+        tokenizer = Tokenizer.train(texts, config.scratch.vocab_size)
+        # BERT's 0.02 suits a width of 768: a narrow encoder learns sooner when its products start at unit scale.
+        spread = config.scratch.hidden_size**-0.5
+        shape = {**asdict(config.scratch), "vocab_size": tokenizer.vocab_size, "initializer_range": spread}
+        encoder_config = EncoderConfig(**shape).with_dropout(config.dropout or 0.0)
+        encoder = Encoder(encoder_config, pooler=config.pooling == "pooler")
+    limit = encoder.config.max_position_embeddings
+    max_length = config.max_length or limit
+    if max_length > limit:
+        raise UserError(f"--max-length {config.max_length} is more than the {limit} positions of the encoder")
+    encoder.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    torch.manual_seed(derive_seed(config.seed, "heads"))
+    model = MultitaskModel(encoder, tasks, pooling=config.pooling, head_dropout=config.head_dropout).to(device)
+    if config.mode == "pretrain":
+        model.freeze_encoder()
+    precision = fit_for_smart(model, config, precision, console)
+    lr = config.lr or default_learning_rate(config, encoder.config.hidden_size)
+    config = config.replace(
+        tasks=[task.name for task in tasks],
+        max_length=max_length,
+        precision=precision,
+        lr=lr,
+        out=str(run.path),
+    )
+    encoded = {
+        split: {name: encode(examples, tokenizer, max_length) for name, examples in by_task.items()}
+        for split, by_task in splits.items()
+    }
+    skipped = {task.name: sum(len(splits[split][task.name].skipped) for split in splits) for task in tasks}
+    console.print(f"data: {source.name}; model: {config.model or 'a small encoder from scratch'}")
+    console.print(
+        data_table(
+            [
+                (
+                    task,
+                    {split: len(encoded[split][task.name]) for split in splits},
+                    skipped[task.name],
+                    sum(encoded[split][task.name].truncated for split in splits),
+                )
+                for task in tasks
+            ]
+        )
+    )
+    beta = config.bregman.beta if config.bregman.mu else None
+    optimizer = AdamW(model.parameter_groups(config.weight_decay), lr=lr, average_beta=beta)
+    groups = task_groups(tasks, config.surgery_groups)
+    surgeries = find_surgery(config.surgery, config.surgery_reduction)
+    rows = len(groups) if any(surgery.per_task for surgery in surgeries) else 1
+    stepper = Stepper(
+        model,
+        Objective(model, config.smart, config.bregman, optimizer.averages),
+        optimizer,
+        TaskGradients(model.encoder, rows),
+        groups,
+        surgeries,
+        encoded["train"],
+        config.accumulate,
+        config.low_memory,
+        config.clip_norm,
+        config.seed,
+        device,
+    )
+    return Workbench(
+        config,
+        tasks,
+        source,
+        tokenizer,
+        model,
+        optimizer,
+        stepper,
+        encoded["train"],
+        encoded["dev"],
+        device,
+        max_length,
+    )
+
+
+def fit_for_smart(model: MultitaskModel, config: TrainConfig, precision: str, console: Console) -> str:
+    """Give the encoder a precision that does not round SMART's perturbations away, and return its name.
+
+    Where none may be given, say so.
+    """
+    encoder, smart = model.encoder, config.smart
+    if not smart.on or not rounds_away(model, smart, encoder.compute_dtype):
+        return precision
+    reason = f"--smart.epsilon {smart.epsilon:g} lies below what {precision} rounds the embeddings by"
+    if precision == "bf16" and smart.precision == "auto":
+        encoder.compute_dtype = torch.float32
+        console.print(f"{reason}: the steps run in fp32 (--smart.precision same keeps {precision})")
+        return "fp32"
+    console.print(f"warning: {reason}: SMART will do nothing")
+    return precision
+
+
+def default_learning_rate(config: TrainConfig, hidden_size: int) -> float:
+    """5e-5 to fine-tune a model as wide as BERT-base, more for a narrower one; 1e-3 from scratch or for heads alone."""
+    if config.model is None or config.mode == "pretrain":
+        return 1e-3
+    return min(1e-3, 5e-5 * (768 / hidden_size) ** 2)
+
+
+def kernels_line(device: torch.device) -> str:
+    """Which ops run compiled and which in plain PyTorch; and, without compiled code, how to get it."""
+    by_backend: dict[str, list[str]] = {}
+    for op, backend in kernels.backends(device).items():
+        by_backend.setdefault(backend, []).append(op)
+    line = "kernels: " + "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in sorted(by_backend.items()))
+    missing = kernels.native.missing_reason()
+    return f"{line}\n{missing}" if missing else line
+
+
+def restore(bench: Workbench, run: Run, console: Console) -> Progress:
+    """Where the run stands: at its last checkpoint if it is resumed and has one, else at the start.
+
+    Raises:
+        UserError: the checkpoint is of another model, or the training data has changed since.
+    """
+    data = {name: zlib.crc32(encoded.token_ids.tobytes()) for name, encoded in bench.train.items()}
+    if not (bench.config.resume and run.last.exists()):
+        run.forget_after(-1)
+        return Progress(data=data)
+    progress = checkpoint.load_progress(run.last)
+    changed = [name for name in data if data[name] != progress.data.get(name)]
+    if changed:
+        raise UserError(f"the training data of {', '.join(changed)} changed since {run.path} began; start a new run")
+    load_heads(bench.model, run.last / "heads.safetensors")
+    checkpoint.load_optimizer(run.last, bench.model, bench.optimizer)
+    run.forget_after(progress.step)
+    console.print(f"resuming {run.path} after step {progress.step}")
+    return progress

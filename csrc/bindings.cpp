@@ -174,13 +174,14 @@ PYBIND11_MODULE(_native, module) {
       "combine_adamw",
       [](const std::vector<Address>& rows, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
          int64_t tasks, Address weights, const std::vector<Address>& params, const std::vector<Address>& exp_avgs,
-         const std::vector<Address>& exp_avg_sqs, double keep, double beta1, double beta2, double eps, double step_size,
-         int threads) {
+         const std::vector<Address>& exp_avg_sqs, const std::vector<Address>& averages, double keep, double beta1,
+         double beta2, double eps, double step_size, double momentum, int threads) {
         const Gradients gradients(rows, sizes, dtypes);
         const auto p = pointers<void>(params), m = pointers<void>(exp_avgs), v = pointers<void>(exp_avg_sqs);
+        const auto a = pointers<void>(averages);
         kernels(current_isa)
-            .combine_adamw(gradients.view(tasks), pointer<const double>(weights), {p.data(), m.data(), v.data()},
-                           {keep, beta1, beta2, eps, step_size}, threads);
+            .combine_adamw(gradients.view(tasks), pointer<const double>(weights), {p.data(), m.data(), v.data(), a.empty() ? nullptr : a.data()},
+                           {keep, beta1, beta2, eps, step_size, momentum}, threads);
       },
       Unlocked());
 

@@ -44,11 +44,13 @@ using Combine = void(const TaskGradients&, const double* weights, void* const* o
 // AdamW's parameters and moments [K], each laid out like its gradients: float64 for float64, float32 for other gradients.
 struct AdamWState {
   void *const *params, *const *exp_avgs, *const *exp_avg_sqs;
+  void* const* averages = nullptr;  // of the parameters over the steps; none are kept where it is null
 };
 
 // One step's scalars (reference.adamw_): param = keep param - step_size exp_avg / (sqrt(exp_avg_sq) + eps).
 struct AdamWStep {
   double keep, beta1, beta2, eps, step_size;
+  double momentum = 0;  // average = momentum average + (1 - momentum) param
 };
 
 // One AdamW step, in place, with the gradient sum over t of weights[t] g_t, which is never stored. No tensor is missing in

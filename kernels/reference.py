@@ -190,11 +190,14 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    averages: Sequence[Tensor] | None = None,
+    momentum: float = 0.0,
 ) -> None:
     """One AdamW step in place (Loshchilov and Hutter 2019, algorithm 2), `step` counted from 1.
 
     The bias corrections are folded into two scalars (Kingma and Ba 2015, section 2, last paragraph); eps is
-    scaled with them, so that the result is that of the written-out form.
+    scaled with them, so that the result is that of the written-out form. Averages of the parameters, where they are
+    kept, become momentum average + (1 - momentum) param.
     """
     beta1, beta2 = betas
     correction = (1 - beta2**step) ** 0.5
@@ -205,6 +208,8 @@ def adamw_(
         exp_avg.lerp_(grad, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         param.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(eps * correction), value=-step_size)
+    for param, average in zip(params, averages or (), strict=averages is not None):
+        average.lerp_(param, 1 - momentum)
 
 
 def clip_weights(gram: Tensor, weights: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -230,15 +235,26 @@ def combine_adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    averages: Sequence[Tensor] | None = None,
+    momentum: float = 0.0,
 ) -> None:
     """`adamw_` with the gradients that `combine` gives, not rounded to a half precision in between.
 
     Parameters whose gradient is missing in every task stay as they are.
     """
     wide = [[None if grad is None else _wide(grad) for grad in row] for row in grads]
-    summed = zip(params, combine(wide, weights), exp_avgs, exp_avg_sqs, strict=True)
-    lists = list(zip(*[column for column in summed if column[1] is not None], strict=True)) or [()] * 4
-    adamw_(*lists, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    summed = combine(wide, weights)
+    present = [k for k, grad in enumerate(summed) if grad is not None]
+    adamw_(
+        *([tensors[k] for k in present] for tensors in (params, summed, exp_avgs, exp_avg_sqs)),
+        step=step,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        averages=None if averages is None else [averages[k] for k in present],
+        momentum=momentum,
+    )
 
 
 # SMART -----------------------------------------------------------------------------------------------------------

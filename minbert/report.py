@@ -46,7 +46,7 @@ def _curves(figure: Any, records: Sequence[Record]) -> None:
     measures = {"loss": "training loss", "smart": "SMART's regulariser"}
     measures = {key: label for key, label in measures.items() if any(key in record for record in steps)}
     figure.set_size_inches(5.5 * (len(measures) + 1), 4)
-    *panels, scores = figure.subplots(1, len(measures) + 1)
+    *panels, scores = figure.subplots(1, len(measures) + 1, squeeze=False)[0]
     for axes, (key, label) in zip(panels, measures.items(), strict=True):
         for name in _names(steps, key):
             points = [(record["step"], record[key][name]) for record in steps if name in record.get(key, {})]

@@ -20,7 +20,8 @@ Buffer filled(int64_t size, DType dtype, int64_t shift, uint64_t salt) {
 
 double kept(int64_t row, int64_t column, Dropout dropout) {
   const Words4 words =
-      philox({{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row), 0, dropout.site}}, dropout.seed);
+      philox({{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(dropout.first_row + row), 0, dropout.site}},
+             dropout.seed);
   return words.word[column % 4] >= dropout.threshold ? dropout.scale : 0;
 }
 
@@ -186,7 +187,7 @@ void test_rows(Isa isa) {
       for (const int64_t columns : {3, 32, 101})
         for (const uint32_t threshold : {0u, 1u << 30})
           for (const int threads : kThreadCounts) {
-            const Dropout dropout{-77, threshold, 5, threshold ? 4.0f / 3 : 1.0f};
+            const Dropout dropout{-77, threshold, 5, threshold ? 4.0f / 3 : 1.0f, rows / 2};
             const Setting setting{isa, {rows, columns, dtype}, dropout, columns % 2 ? 3 : 0, threads};
             test_layer_norm(setting);
             test_gelu(setting);

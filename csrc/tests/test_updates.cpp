@@ -4,17 +4,17 @@
 namespace minbert {
 
 void test_updates(Isa isa) {
-  const AdamWStep step{0.99, 0.9, 0.999, 1e-6, 0.01};
+  const AdamWStep step{0.99, 0.9, 0.999, 1e-6, 0.01, 0.75};
   for (const int64_t tasks : {1, 2, 3, 5})
     for (const int64_t shift : {0, 3})
       for (const int threads : kThreadCounts) {
         Problem problem(tasks, {1, 7, 33, 1025, 0, 2049, kChunk + 13}, shift);
         const int64_t tensors = static_cast<int64_t>(problem.sizes.size());
-        std::vector<Buffer> state[3];
-        std::vector<void*> addresses[3];
+        std::vector<Buffer> state[4];  // parameters, both moments, averages
+        std::vector<void*> addresses[4];
         std::vector<double> weights(tasks);
         for (int64_t t = 0; t < tasks; ++t) weights[t] = 1.0 - 0.3 * t;
-        for (int part = 0; part < 3; ++part) {
+        for (int part = 0; part < 4; ++part) {
           for (int64_t k = 0; k < tensors; ++k) {
             const DType dtype = problem.dtypes[k] == DType::float64 ? DType::float64 : DType::float32;
             state[part].emplace_back(problem.sizes[k], dtype, shift);
@@ -25,9 +25,10 @@ void test_updates(Isa isa) {
           }
           for (auto& buffer : state[part]) addresses[part].push_back(buffer.data());
         }
-        std::vector<Buffer> old[3] = {state[0], state[1], state[2]};
+        std::vector<Buffer> old[4] = {state[0], state[1], state[2], state[3]};
         kernels(isa).combine_adamw(problem.view(), weights.data(),
-                                   {addresses[0].data(), addresses[1].data(), addresses[2].data()}, step, threads);
+                                   {addresses[0].data(), addresses[1].data(), addresses[2].data(), addresses[3].data()}, step,
+                                   threads);
         for (int64_t k = 0; k < tensors; ++k) {
           const double unit = problem.dtypes[k] == DType::float64 ? 1e-14 : 2e-6;
           for (int64_t i = 0; i < problem.sizes[k]; ++i) {
@@ -37,8 +38,9 @@ void test_updates(Isa isa) {
             const double mean = step.beta1 * old[1][k].get(i) + (1 - step.beta1) * grad;
             const double square = step.beta2 * old[2][k].get(i) + (1 - step.beta2) * grad * grad;
             const double param = step.keep * old[0][k].get(i) - step.step_size * mean / (std::sqrt(square) + step.eps);
-            const double expected[] = {param, mean, square};
-            for (int part = 0; part < 3; ++part)
+            const double average = step.momentum * old[3][k].get(i) + (1 - step.momentum) * param;
+            const double expected[] = {param, mean, square, average};
+            for (int part = 0; part < 4; ++part)
               CHECK(std::abs(state[part][k].get(i) - expected[part]) <= unit * (2 + std::abs(expected[part])),
                     "%s: combine_adamw gives %g, expected %g", kIsaNames[static_cast<int>(isa)], state[part][k].get(i),
                     expected[part]);

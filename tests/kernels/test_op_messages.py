@@ -223,7 +223,7 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: update(grads=[]),
         ValueError,
-        "adamw_: the four lists must be as long as each other, got params 1, grads 0, exp_avgs 1, exp_avg_sqs 1",
+        "adamw_: the lists must be as long as each other, got grads 0, params 1, exp_avgs 1, exp_avg_sqs 1",
     ),
     (lambda: update(step=0), ValueError, "adamw_: step is counted from 1, got 0"),
     (lambda: update(grads=[torch.zeros(2)]), ValueError, "adamw_: grads[0] must have shape [3], got [2]"),
@@ -235,8 +235,7 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: fused_update(params=[]),
         ValueError,
-        "combine_adamw_: the four lists must be as long as each other, "
-        "got params 0, grads 1, exp_avgs 1, exp_avg_sqs 1",
+        "combine_adamw_: the lists must be as long as each other, got grads 1, params 0, exp_avgs 1, exp_avg_sqs 1",
     ),
     (lambda: fused_update(step=0), ValueError, "combine_adamw_: step is counted from 1, got 0"),
     (lambda: fused_update(w64[:1]), ValueError, "combine_adamw_: weights must have shape [2], got [1]"),

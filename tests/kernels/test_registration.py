@@ -38,8 +38,8 @@ CALLS = {
     "combine_adamw_": lambda: (
         [randn(4), None, randn(4), randn(3)],
         WEIGHTS,
-        *([randn(4), randn(3)] for _ in range(3)),
-        *(0.99, 0.9, 0.999, 1e-8, 0.1),
+        *([randn(4), randn(3)] for _ in range(4)),
+        *(0.99, 0.9, 0.999, 1e-8, 0.1, 0.5),
     ),
     "smart_init": lambda: (randn(4, 9), 0.1, SEED, 1),
     "smart_ascend": lambda: (*(randn(4, 9) for _ in range(3)), CU_SEQLENS, 0.1, 0.2, True, False, True),

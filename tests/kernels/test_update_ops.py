@@ -285,3 +285,42 @@ def test_gram_weights_clip_update_equals_torch_on_the_summed_gradient(isa: str, 
     assert same_bits(ours[2], idle)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.double(), other.detach(), rtol=1e-5, atol=1e-5)
+
+
+@quick
+@given(problem=problems(), momentum=st.sampled_from([0.0, 0.3, 0.75, 0.99, 1.0]))
+def test_averages_follow_the_parameters_in_the_same_pass(isa: str, problem, momentum: float) -> None:
+    state, grads, weights = problem
+    averages = [tensor.clone().mul_(-2).add_(1) for tensor in state[0]]
+    mine, without, kept = copy.deepcopy(state), copy.deepcopy(state), copy.deepcopy(averages)
+    options = {"step": 3, **OPTIONS}
+    combine_adamw_(without[0], grads, weights, *without[1:], **options)
+    combine_adamw_(mine[0], grads, weights, *mine[1:], **options, averages=kept, momentum=momentum)
+    assert all(same_bits(*pair) for pair in zip(flat(mine), flat(without), strict=True))
+    for k, (average, before, param) in enumerate(zip(kept, averages, mine[0], strict=True)):
+        if all(row[k] is None for row in grads) or momentum == 1:
+            assert same_bits(average, before)
+        elif momentum == 0:
+            assert same_bits(average, param)
+        else:
+            expected = momentum * before.double() + (1 - momentum) * param.double()
+            scale = torch.maximum(before.abs(), param.abs()).double()
+            assert ((average.double() - expected).abs() <= 2 * torch.finfo(average.dtype).eps * scale).all()
+
+
+def test_the_reference_keeps_the_same_averages(needs_native: None) -> None:
+    params, grad = [randn(300)], [randn(300, seed=1)]
+    results = []
+    for backend in ("auto", "reference"):
+        state, average = state_for([(300,)], [torch.float32]), [params[0].clone()]
+        with use_backend(backend):
+            adamw_([params[0].clone()], grad, *state[1:], step=1, **OPTIONS, averages=average, momentum=0.9)
+        results.append(average[0])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.5, float("nan")])
+def test_momentum_is_a_share(momentum: float) -> None:
+    state = state_for([(3,)], [torch.float32])
+    with pytest.raises(ValueError, match="adamw_: momentum must be between 0 and 1"):
+        adamw_(state[0], [randn(3)], *state[1:], step=1, **OPTIONS, averages=[randn(3)], momentum=momentum)

@@ -1,0 +1,204 @@
+"""Runs with SMART, surgery and the rest: what must equal plain training does, and what is watched is written down."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minbert import train
+from minbert.errors import UserError
+from minbert.runs import Run
+from minbert.step import Stepper
+
+PLAIN = ["--surgery=sum", "--smart.lambda-s=0"]
+NO_DROPOUT = ["--dropout=0", "--head-dropout=0"]
+EVERYTHING = ["--recipe=smart-gse", "--bregman.mu=0.5", "--accumulate=2", "--batch-size=4"]
+
+
+@pytest.fixture
+def weights_of(quick, tmp_path):
+    """`weights_of(options)`: the final weights of a run with them."""
+    runs = iter(range(100))
+
+    def run(*options: str) -> dict[str, torch.Tensor]:
+        out = tmp_path / f"run{next(runs)}"
+        assert train.main([*quick, f"--out={out}", *options]) == 0
+        return {**load_file(out / "last" / "model.safetensors"), **load_file(out / "last" / "heads.safetensors")}
+
+    return run
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def assert_near(one, other, start):
+    """Alike to a small share of how far training went; key biases have a gradient of 0, whose noise AdamW enlarges."""
+    for name in one:
+        if name.endswith("key.bias"):
+            continue
+        far = (other[name] - start[name]).abs().max()
+        assert (one[name] - other[name]).abs().max() <= 0.01 * far + 1e-6, name
+
+
+def test_smart_that_moves_nothing_is_plain_training_to_the_bit(weights_of):
+    still = weights_of("--surgery=sum", "--smart.lambda-s=3", "--smart.sigma=0", "--smart.eta=0")
+    assert_equal(weights_of(*PLAIN), still)
+
+
+def test_a_teacher_that_is_the_model_itself_is_plain_training_to_the_bit(weights_of):
+    assert_equal(weights_of(*PLAIN), weights_of(*PLAIN, "--bregman.mu=2", "--bregman.beta=0"))
+
+
+@pytest.mark.parametrize("smart", [0, 1])
+def test_all_surgeries_on_one_task_are_the_plain_update_to_the_bit(weights_of, smart):
+    options = ["--tasks=sst", "--steps=4", f"--smart.lambda-s={smart}"]
+    plain = weights_of(*options, "--surgery=sum")
+    for surgery in ("mean", "pcgrad"):
+        assert_equal(plain, weights_of(*options, f"--surgery={surgery}"))
+    assert_equal(plain, weights_of(*options, "--surgery=pcgrad", "--surgery-reduction=mean"))
+
+
+def test_smart_and_pcgrad_change_the_weights(weights_of):
+    plain = weights_of(*PLAIN)
+    for recipe in ("smart", "pcgrad", "smart-pcgrad", "gse", "smart-gse"):
+        other = weights_of(f"--recipe={recipe}")
+        assert any(not torch.equal(plain[name], other[name]) for name in plain), recipe
+
+
+def test_the_default_is_smart_with_pcgrad(weights_of):
+    assert_equal(weights_of("--steps=3"), weights_of("--steps=3", "--recipe=smart-pcgrad"))
+
+
+@pytest.mark.parametrize("surgery", ["sum", "pcgrad"])
+def test_task_after_task_trains_like_one_stream(weights_of, surgery):
+    """Without SMART's noise and dropout, which follow the place in the stream."""
+    options = ["--smart.lambda-s=0", f"--surgery={surgery}", *NO_DROPOUT]
+    start = weights_of(*options, "--steps=1", "--lr=1e-12")
+    assert_near(weights_of(*options, "--low-memory"), weights_of(*options), start)
+
+
+def test_two_half_batches_train_like_a_whole_one(weights_of):
+    options = ["--smart.lambda-s=0", *NO_DROPOUT]
+    start = weights_of(*options, "--steps=1", "--lr=1e-12")
+    assert_near(weights_of(*options, "--batch-size=4", "--accumulate=2"), weights_of(*options, "--batch-size=8"), start)
+
+
+def test_gse_updates_twice_in_a_step(quick, tmp_path):
+    assert train.main([*quick, "--recipe=gse", "--steps=3"]) == 0
+    state = load_file(tmp_path / "run" / "last" / "optimizer.safetensors")
+    assert {value.item() for name, value in state.items() if name.endswith(".step")} == {6.0}
+
+
+@pytest.mark.parametrize("options", [EVERYTHING, ["--low-memory", "--surgery-groups=qqp+sts,sst", "--smart.steps=2"]])
+def test_everything_at_once_repeats_itself_and_resumes_to_the_bit(weights_of, quick, tmp_path, options, monkeypatch):
+    straight, take, calls = weights_of(*options), Stepper.take, itertools.count()
+
+    def interrupted(self, batches, step, done):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return take(self, batches, step, done)
+
+    monkeypatch.setattr(Stepper, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*quick, *options])
+    assert train.main([*quick, *options, "--resume"]) == 0
+    last = tmp_path / "run" / "last"
+    assert_equal(straight, {**load_file(last / "model.safetensors"), **load_file(last / "heads.safetensors")})
+
+
+def records(run: Path) -> list[dict]:
+    return [record for record in Run(run).records() if "loss" in record]
+
+
+def test_what_is_watched_is_written_down(quick, tmp_path):
+    assert train.main([*quick, "--bregman.mu=1"]) == 0
+    first = records(tmp_path / "run")[0]
+    pairs = {"sst/qqp", "sst/sts", "qqp/sts"}
+    assert first["cosine"].keys() == first["magnitude_similarity"].keys() == pairs
+    assert all(-1 <= value <= 1 for value in first["cosine"].values())
+    assert all(0 <= value <= 1 for value in first["magnitude_similarity"].values())
+    assert first["smart"].keys() == first["bregman"].keys() == {"sst", "qqp", "sts"}
+    assert 0 < first["smart_share"] < 1
+    assert first["perturbation"] > 0
+    assert first["projected_share"] >= 0
+    assert first["seconds"].keys() == {"batch", "forward", "smart", "bregman", "backward", "update"}
+    evaluated = [record for record in Run(tmp_path / "run").records() if "dev" in record]
+    assert all(0 <= rate <= 1 for record in evaluated for rate in record["conflict_rate"].values())
+    plots = {path.name for path in (tmp_path / "run" / "plots").iterdir()}
+    assert plots == {"curves.png", "timing.png", "conflicts.png"}
+
+
+def test_a_plain_run_watches_no_conflicts(quick, tmp_path):
+    assert train.main([*quick, *PLAIN]) == 0
+    assert not {"cosine", "smart", "bregman"} & records(tmp_path / "run")[0].keys()
+    assert {path.name for path in (tmp_path / "run" / "plots").iterdir()} == {"curves.png", "timing.png"}
+
+
+def test_groups_of_tasks_share_a_gradient(quick, tmp_path):
+    assert train.main([*quick, "--steps=2", "--surgery-groups=sst+qqp,sts"]) == 0
+    assert records(tmp_path / "run")[0]["cosine"].keys() == {"sst+qqp/sts"}
+
+
+def test_torchjds_weightings_work_as_they_are(quick, tmp_path):
+    pytest.importorskip("torchjd", reason="needs torchjd, of the extra [bench]")
+    assert train.main([*quick, "--steps=3", "--surgery=torchjd.aggregation:PCGradWeighting"]) == 0
+    assert records(tmp_path / "run")[0]["cosine"]
+
+
+def test_smart_that_does_nothing_is_said_once(quick, capsys):
+    assert train.main([*quick, "--smart.epsilon=1e-5", "--smart.sigma=1e-5", "--smart.eta=1e-5"]) == 0
+    assert capsys.readouterr().out.count("warning: SMART's regulariser was") == 1
+
+
+def test_bf16_that_rounds_the_perturbation_away_gives_way_to_fp32(quick, tmp_path, capsys):
+    small = ["--precision=bf16", "--smart.epsilon=1e-4", "--steps=1"]
+    assert train.main([*quick, *small]) == 0
+    assert "the steps run in fp32" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["precision"] == "fp32"
+    assert train.main([*quick, *small, "--smart.precision=same", f"--out={tmp_path / 'same'}"]) == 0
+    assert "SMART will do nothing" in capsys.readouterr().out
+    assert json.loads((tmp_path / "same" / "summary.json").read_text())["precision"] == "bf16"
+
+
+def test_metrics_go_to_tensorboard(quick, tmp_path):
+    loader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs the extra [tensorboard]"
+    )
+    assert train.main([*quick, "--steps=2", "--tensorboard"]) == 0
+    events = loader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert {"loss/sst", "cosine/sst/qqp", "seconds/backward", "dev/overall"} <= set(events.Tags()["scalars"])
+
+
+def test_without_tensorboard_the_option_names_the_remedy(quick, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"--tensorboard needs .* pip install 'minbert\[tensorboard\]'"):
+        train.main([*quick, "--tensorboard"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--surgery=pcgard"], r"--surgery pcgard: unknown \(did you mean 'pcgrad'\?\); expected sum, mean"),
+        (["--surgery=no.such:thing"], r"--surgery no.such:thing: cannot be loaded \(No module named 'no'\)"),
+        (["--surgery=math:pi"], "--surgery math:pi: expected a callable from Gram matrix to weights, got 3.14"),
+        (["--sampling=round-robin"], "--surgery pcgrad needs a batch of every task .* give --surgery sum"),
+        (
+            ["--surgery-groups=sst+qqp"],
+            r"--surgery-groups must hold each of the tasks sst, qqp, sts once.* got sst\+qqp",
+        ),
+        (["--smart.epsilon=-1"], r"--smart.epsilon must be 0 or more, got -1"),
+        (["--bregman.beta=2"], r"--bregman.beta must be between 0 and 1, got 2"),
+        (["--accumulate=0"], "--accumulate must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_named(quick, options, message):
+    with pytest.raises(UserError, match=message):
+        train.main([*quick, *options])

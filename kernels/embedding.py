@@ -216,7 +216,7 @@ def embedding(
 
     def of_task(t: int, rows: slice) -> Tensor:
         kept = None if keep is None else keep[rows]
-        views = (of_param[t] for of_param in params)
-        return reference.embedding(*(ids[rows] for ids in all_ids), *views, kept, dropout_p, eps, dtype)
+        ids, views = [ids[rows] for ids in all_ids], [views[t] for views in params]
+        return reference.embedding(*ids, *views, kept, dropout_p, eps, dtype)  # type: ignore[call-arg, arg-type]
 
     return tasks.by_segment(bounds, of_task)

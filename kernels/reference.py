@@ -243,16 +243,19 @@ def combine_adamw_(
     Parameters whose gradient is missing in every task stay as they are.
     """
     wide = [[None if grad is None else _wide(grad) for grad in row] for row in grads]
-    summed = combine(wide, weights)
-    present = [k for k, grad in enumerate(summed) if grad is not None]
+    summed = {k: grad for k, grad in enumerate(combine(wide, weights)) if grad is not None}
+    params, exp_avgs, exp_avg_sqs = ([tensors[k] for k in summed] for tensors in (params, exp_avgs, exp_avg_sqs))
     adamw_(
-        *([tensors[k] for k in present] for tensors in (params, summed, exp_avgs, exp_avg_sqs)),
+        params,
+        list(summed.values()),
+        exp_avgs,
+        exp_avg_sqs,
         step=step,
         lr=lr,
         betas=betas,
         eps=eps,
         weight_decay=weight_decay,
-        averages=None if averages is None else [averages[k] for k in present],
+        averages=None if averages is None else [averages[k] for k in summed],
         momentum=momentum,
     )
 

@@ -40,10 +40,14 @@ class TaskGradients:
             task: the only task in the stream; when left out all tasks are, and the stream says which rows are whose
                 (`Packed.by_task`).
         """
-        views = self._views if task is None else [self._views[task]]
-        given = zip(*views, strict=True) if len(views) > 1 else views[0]
-        replacements = {param: value for param, value in zip(self.params, given, strict=True)}
-        with substituted(self.module, lambda param: replacements.get(param, param)):
+        rows = self._views if task is None else [self._views[task]]
+        views = dict(zip(self.params, zip(*rows, strict=True), strict=True)) if self.params else {}
+
+        def replacement(param: nn.Parameter) -> Tensor | Sequence[Tensor]:
+            of_param = views.get(param, (param,))
+            return of_param if len(of_param) > 1 else of_param[0]
+
+        with substituted(self.module, replacement):
             yield
 
     def clear(self) -> None:

@@ -84,7 +84,7 @@ def _conflicts(figure: Any, steps: Sequence[Record]) -> None:
     extent = (first, max(last, first + 1), len(pairs) - 0.5, -0.5)
     image = axes.imshow(cosines, aspect="auto", cmap="coolwarm_r", vmin=-1, vmax=1, interpolation="none", extent=extent)
     axes.set(xlabel="step", yticks=range(len(pairs)), yticklabels=pairs)
-    figure.colorbar(image, label="cosine of the task gradients (red: they conflict)")
+    figure.colorbar(image, label="cosine (red: conflict)")
 
 
 def _number(value: float | None) -> float:

@@ -138,7 +138,8 @@ def perturb(
         perturbed.requires_grad_()
         with torch.enable_grad(), substituted(model, detached):
             moved = model.from_embedded(perturbed, packed, counts, seed=dropout_seed)
-            (slope,) = torch.autograd.grad(sum(divergences(moved, clean).values()), perturbed)
+            apart = torch.stack(list(divergences(moved, clean).values())).sum()
+            (slope,) = torch.autograd.grad(apart, perturbed)
         perturbed = kernels.smart_ascend(
             perturbed.detach(),
             x,

@@ -163,6 +163,7 @@ class Stepper:
         updated = math.isfinite(norm) and math.isfinite(total)
         if updated:
             scale = self.clip_norm / norm if 0 < self.clip_norm < norm else 1.0
+            shared: dict[Tensor, Sequence[Tensor | None]]
             shared = dict(zip(self.gradients.params, zip(*rows, strict=True), strict=True))
             self.optimizer.combined_step(shared, weights * scale, scale)
         conflicts = Conflicts.of(gram, weights, surgery.plain(gram)) if self._split else None

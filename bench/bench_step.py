@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
 import torch
-from batches import DECILES, joint_batch, sequences
-from torch import Tensor, nn
+from batches import joint_batch
+from peers import TASKS, Padded, labels, shape
 
 from minbert.device import resolve_precision
 from minbert.kernels import use_backend
 from minbert.losses import LOSSES
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.optimizer import AdamW
-from minbert.tasks import find_tasks
 
-TASKS = find_tasks(list(DECILES))
 # Whose time an op is, in the profile: the first group that a part of its name belongs to.
 GROUPS = {
     "matrix products": ("minbert::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn"),
@@ -29,20 +26,6 @@ GROUPS = {
     "embedding": ("minbert::embedding", "embedding"),
     "optimizer and clipping": ("minbert::adamw", "_foreach", "addcdiv", "addcmul", "lerp", "sqrt"),
 }
-
-
-def shape(smoke: bool) -> dict[str, int]:
-    """The 22.7M-parameter encoder of the design's measurements; a very small one for a smoke run."""
-    if smoke:
-        return {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64,
-                "vocab_size": 200}  # fmt: skip
-    return {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536,
-            "vocab_size": 30522}  # fmt: skip
-
-
-def labels(batch_size: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {task.name: torch.randint(task.top + 1, (batch_size,), generator=generator).float() for task in TASKS}
 
 
 def our_step(sizes: dict[str, int], batch_size: int, dtype: torch.dtype) -> Callable[[], object]:
@@ -58,41 +41,6 @@ def our_step(sizes: dict[str, int], batch_size: int, dtype: torch.dtype) -> Call
         outputs = model(packed, counts)
         torch.stack([LOSSES[task.loss](outputs[task.name], targets[task.name]) for task in TASKS]).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def transformers_step(
-    sizes: dict[str, int], batch_size: int, dtype: torch.dtype, attention: str, compiled: bool = False
-) -> Callable[[], object]:
-    """A batch of each task padded to its longest sequence, through transformers' BERT, losses summed."""
-    import transformers
-
-    torch.manual_seed(0)
-    encoder = transformers.BertModel(transformers.BertConfig(**sizes, attn_implementation=attention))
-    encoder.train()
-    heads = nn.ModuleDict({task.name: nn.Linear(sizes["hidden_size"], task.outputs) for task in TASKS})
-    params = [*encoder.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(params, lr=1e-5, weight_decay=0.01, fused=True)
-    targets, batches = labels(batch_size), {}
-    for i, name in enumerate(DECILES):
-        rows = [torch.tensor(row) for row in sequences(name, batch_size, sizes["vocab_size"], 100 * i)]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        batches[name] = {"input_ids": ids, "attention_mask": (ids != 0).long()}
-    run = torch.compile(encoder) if compiled else encoder
-    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
-
-    def step() -> None:
-        losses = []
-        with autocast:
-            for task in TASKS:
-                pooled = nn.functional.dropout(run(**batches[task.name]).last_hidden_state[:, 0], 0.1)
-                output = heads[task.name](pooled).squeeze(-1)
-                losses.append(LOSSES[task.loss](output, targets[task.name]))
-        torch.stack(losses).sum().backward()
-        torch.nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -141,13 +89,11 @@ def test_step(race, smoke: bool, dtype: torch.dtype, profiles) -> None:
         for precision in precisions:
             name = str(precision).removeprefix("torch.")
             for attention in ("eager", "sdpa"):
-                functions[f"transformers {attention} {name}"] = transformers_step(
-                    sizes, batch_size, precision, attention
-                )
+                functions[f"transformers {attention} {name}"] = Padded(sizes, batch_size, precision, attention).plain
         if not smoke:
-            functions[f"transformers sdpa {dtype} compiled"] = transformers_step(
+            functions[f"transformers sdpa {dtype} compiled"] = Padded(
                 sizes, batch_size, dtype, "sdpa", compiled=True
-            )
+            ).plain
     case = f"plain step, 3 x {batch_size} sequences, {str(dtype).removeprefix('torch.')}"
     race(case, functions)
     profiles[case] = profile(ours)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from peers import flattened_pcgrad, seeded
 from torch import Tensor
 
 from minbert.kernels import combine, gram, reference
@@ -34,31 +35,6 @@ def conflicting_gradients(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> 
             row = [new - 0.5 * old for new, old in zip(row, grads[-1], strict=True)]
         grads.append(row)
     return [[tensor.to(dtype) for tensor in row] for row in grads]
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def flattened_pcgrad(grads: list[list[Tensor]], generator: torch.Generator | None = None) -> list[Tensor]:
-    """The way of Pytorch-PCGrad: flatten, project vector by vector in O(T^2) passes, merge by a mask, unflatten."""
-    flat = [torch.cat([tensor.flatten() for tensor in row]) for row in grads]
-    has_grad = [torch.cat([torch.ones_like(tensor).flatten() for tensor in row]) for row in grads]
-    projected = [row.clone() for row in flat]
-    for i, row in enumerate(projected):
-        for j in torch.randperm(len(flat), generator=generator).tolist():
-            product = torch.dot(row, flat[j])
-            if j != i and product < 0:
-                row -= product * flat[j] / flat[j].norm() ** 2
-    shared = torch.stack(has_grad).prod(0).bool()
-    merged = torch.zeros_like(flat[0])
-    merged[shared] = torch.stack([row[shared] for row in projected]).sum(0)
-    merged[~shared] = torch.stack([row[~shared] for row in projected]).sum(0)
-    result, start = [], 0
-    for tensor in grads[0]:
-        result.append(merged[start : start + tensor.numel()].view_as(tensor).clone())
-        start += tensor.numel()
-    return result
 
 
 def torchjd_pcgrad(grads: list[list[Tensor]]) -> Callable[[], object] | None:

@@ -7,7 +7,8 @@ import os
 
 import pytest
 import torch
-from bench_surgery import TASKS, bert_shapes, conflicting_gradients, flattened_pcgrad, seeded
+from bench_surgery import TASKS, bert_shapes, conflicting_gradients
+from peers import flattened_pcgrad, seeded
 from torch import Tensor
 
 from minbert.kernels import adamw_, clip_weights, combine_adamw_, gram, reference

@@ -29,6 +29,7 @@ SMOKE = os.environ.get("MINBERT_BENCH_SMOKE") == "1"
 ROUNDS = 1 if SMOKE else 5
 ROWS = pytest.StashKey[list[dict[str, object]]]()
 PROFILES = pytest.StashKey[dict[str, dict[str, float]]]()
+MEMORY = pytest.StashKey[dict[str, dict[str, int]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     config.stash[PROFILES] = {}
+    config.stash[MEMORY] = {}
     keep_freed_memory()
 
 
@@ -51,6 +53,12 @@ def smoke() -> bool:
 def profiles(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
     """Case -> component -> seconds, to stand beside the results."""
     return request.config.stash[PROFILES]
+
+
+@pytest.fixture
+def memory(request: pytest.FixtureRequest) -> dict[str, dict[str, int]]:
+    """Case -> who -> peak bytes, to stand beside the results."""
+    return request.config.stash[MEMORY]
 
 
 @pytest.fixture
@@ -130,7 +138,7 @@ def _commit() -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows = config.stash[ROWS]
-    if not rows:
+    if not rows and not config.stash[MEMORY]:
         return
     machine = _machine()
     terminalreporter.section("minbert against its peers")
@@ -150,6 +158,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         total = sum(components.values())
         shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in components.items())
         terminalreporter.line(f"{case} by component: {shares}")
+    for case, peaks in config.stash[MEMORY].items():
+        for who, size in peaks.items():
+            terminalreporter.line(f"{case:<42} {who:<30} {size / 2**20:8.0f} MiB at its peak")
     if config.getoption("--minbert-results"):
         now = datetime.now(timezone.utc)
         record = {
@@ -159,6 +170,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             "versions": {name: _version(name) for name in ("minbert", "torch", "torchjd", "transformers")},
             "rows": rows,
             "profiles": config.stash[PROFILES],
+            "peak_bytes": config.stash[MEMORY],
         }
         path = RESULTS / f"{now:%Y-%m-%d-%H%M%S}.json"
         RESULTS.mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ from minbert.data.formats import Examples
 from minbert.seeds import derive_seed
 
 TASKS: dict[str, Callable[[Dice], tuple[tuple[str, ...], float]]] = {"sst": review, "qqp": questions, "sts": scenes}
-SIZES = {"train": 6000, "dev": 800, "test": 800}
+SIZES = {"train": 4000, "dev": 800, "test": 800}
 SHARES = ("train", "train", "train", "dev", "test")  # of all sentences
 
 

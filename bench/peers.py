@@ -1,0 +1,139 @@
+"""What people use today, stated again: transformers' padded BERT, Pytorch-PCGrad's and smart-pytorch's algorithms."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from batches import DECILES, sequences
+from torch import Tensor, nn
+
+from minbert.losses import DIVERGENCES, LOSSES
+from minbert.tasks import Task, find_tasks
+
+TASKS = find_tasks(list(DECILES))
+SIGMA, ETA = 1e-5, 1e-3  # smart-pytorch's defaults
+
+
+def shape(smoke: bool) -> dict[str, int]:
+    """The 22.7M-parameter encoder of the design's measurements; a very small one for a smoke run."""
+    if smoke:
+        return {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64,
+                "vocab_size": 200}  # fmt: skip
+    return {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536,
+            "vocab_size": 30522}  # fmt: skip
+
+
+def labels(batch_size: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {task.name: torch.randint(task.top + 1, (batch_size,), generator=generator).float() for task in TASKS}
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def flattened_pcgrad(grads: list[list[Tensor]], generator: torch.Generator | None = None) -> list[Tensor]:
+    """The way of Pytorch-PCGrad: flatten, project vector by vector in O(T^2) passes, merge by a mask, unflatten."""
+    flat = [torch.cat([tensor.flatten() for tensor in row]) for row in grads]
+    has_grad = [torch.cat([torch.ones_like(tensor).flatten() for tensor in row]) for row in grads]
+    projected = [row.clone() for row in flat]
+    for i, row in enumerate(projected):
+        for j in torch.randperm(len(flat), generator=generator).tolist():
+            product = torch.dot(row, flat[j])
+            if j != i and product < 0:
+                row -= product * flat[j] / flat[j].norm() ** 2
+    shared = torch.stack(has_grad).prod(0).bool()
+    merged = torch.zeros_like(flat[0])
+    merged[shared] = torch.stack([row[shared] for row in projected]).sum(0)
+    merged[~shared] = torch.stack([row[~shared] for row in projected]).sum(0)
+    result, start = [], 0
+    for tensor in grads[0]:
+        result.append(merged[start : start + tensor.numel()].view_as(tensor).clone())
+        start += tensor.numel()
+    return result
+
+
+class Padded:
+    """transformers' BERT with a linear head for each task, on a batch of each task padded to its longest sequence.
+
+    A call of `plain`, `pcgrad`, `smart` or `smart_pcgrad` is a whole step: losses, gradients, clipping, fused AdamW.
+    """
+
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+        attention: str = "sdpa",
+        compiled: bool = False,
+    ) -> None:
+        import transformers
+
+        torch.manual_seed(0)
+        encoder = transformers.BertModel(transformers.BertConfig(**sizes, attn_implementation=attention)).train()
+        self.words = encoder.embeddings.word_embeddings
+        self.encoder = torch.compile(encoder) if compiled else encoder
+        self.heads = nn.ModuleDict({task.name: nn.Linear(sizes["hidden_size"], task.outputs) for task in TASKS})
+        self.params = [*encoder.parameters(), *self.heads.parameters()]
+        self.optimizer = torch.optim.AdamW(self.params, lr=1e-5, weight_decay=0.01, fused=True)
+        self.autocast = contextlib.nullcontext if dtype == torch.float32 else lambda: torch.autocast("cpu", dtype)
+        self.targets, self.ids, self.masks = labels(batch_size), {}, {}
+        for i, name in enumerate(DECILES):
+            rows = [torch.tensor(row) for row in sequences(name, batch_size, sizes["vocab_size"], 100 * i)]
+            self.ids[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            self.masks[name] = (self.ids[name] != 0).long()
+
+    def output(self, task: Task, words: Tensor) -> Tensor:
+        """The task's outputs from its words' embeddings."""
+        with self.autocast():
+            hidden = self.encoder(inputs_embeds=words, attention_mask=self.masks[task.name]).last_hidden_state
+            return self.heads[task.name](F.dropout(hidden[:, 0], 0.1)).squeeze(-1).float()
+
+    def loss(self, task: Task, smart: bool) -> Tensor:
+        words = self.words(self.ids[task.name])
+        output = self.output(task, words)
+        loss = LOSSES[task.loss](output, self.targets[task.name])
+        return loss + self.regulariser(task, words, output) if smart else loss
+
+    def regulariser(self, task: Task, words: Tensor, output: Tensor) -> Tensor:
+        """smart-pytorch's: one ascent step from normal noise, rescaled to infinity norm 1 for each token."""
+        noise = (SIGMA * torch.randn_like(words)).requires_grad_()
+        apart = DIVERGENCES[task.loss](self.output(task, words + noise), output.detach())
+        (slope,) = torch.autograd.grad(apart, noise)
+        moved = noise + ETA * slope
+        worst = (moved / (moved.abs().amax(-1, keepdim=True) + 1e-6)).detach()
+        return DIVERGENCES[task.loss](self.output(task, words + worst), output)
+
+    def summed(self, smart: bool) -> None:
+        torch.stack([self.loss(task, smart) for task in TASKS]).sum().backward()
+        self.update()
+
+    def projected(self, smart: bool) -> None:
+        """As Pytorch-PCGrad goes: a backward for each task, gradients of parameters it does not reach set to 0."""
+        rows = []
+        for task in TASKS:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.loss(task, smart).backward()
+            rows.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.params])
+        for param, grad in zip(self.params, flattened_pcgrad(rows), strict=True):
+            param.grad = grad
+        self.update()
+
+    def update(self) -> None:
+        nn.utils.clip_grad_norm_([p for p in self.params if p.grad is not None], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def plain(self) -> None:
+        self.summed(smart=False)
+
+    def smart(self) -> None:
+        self.summed(smart=True)
+
+    def pcgrad(self) -> None:
+        self.projected(smart=False)
+
+    def smart_pcgrad(self) -> None:
+        self.projected(smart=True)

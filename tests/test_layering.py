@@ -1,4 +1,4 @@
-"""Imports go one way: csrc -> kernels -> packing, tokenizer, data, model -> losses -> train and the commands."""
+"""Imports go one way: csrc -> kernels -> packing, tokenizer, data, model -> losses -> step -> train and the commands."""
 
 from __future__ import annotations
 

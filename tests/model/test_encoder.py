@@ -224,3 +224,18 @@ def test_compute_dtype_other_than_the_parameters_or_bfloat16_is_refused(tiny_con
         ValueError, match=r"compute_dtype must be torch.float64, .* or torch.bfloat16; got torch.float16"
     ):
         encoder.compute_dtype = torch.float16
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_whole_encoder_compiles_as_one_graph_forward_and_backward(tiny_config, packed, dynamic):
+    encoder = Encoder(tiny_config).train()
+    seed = torch.tensor(3)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    results = []
+    for way in (encoder, compiled):
+        encoder.zero_grad()
+        hidden = way(packed, seed=seed)
+        hidden.square().sum().backward()
+        results.append([hidden.detach(), *(param.grad for param in encoder.parameters())])
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Imports go one way: csrc -> kernels -> packing, tokenizer, data, model -> losses -> step -> train and the commands."""
+"""Imports go one way: csrc -> kernels -> packing, data, model -> losses -> smart, surgery -> step -> train, commands."""
 
 from __future__ import annotations
 

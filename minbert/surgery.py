@@ -16,6 +16,8 @@ from torch import Tensor
 
 from minbert.errors import UserError, did_you_mean
 
+Weighting = Callable[[Tensor], Tensor]  # gram [T, T] -> weights [T], as TorchJD's weightings are
+
 
 def sum_weights(gram: Tensor) -> Tensor:
     """The plain sum of the gradients: a weight of 1 each, float64 [T]."""
@@ -118,7 +120,7 @@ def find_surgery(name: str, reduction: str = "sum") -> list[Surgery]:
     return [Surgery(name, functools.partial(_call, weighting), sum_weights)]
 
 
-def _call(weighting: Callable[[Tensor], Tensor], gram: Tensor, generator: torch.Generator) -> Tensor:
+def _call(weighting: Weighting, gram: Tensor, generator: torch.Generator) -> Tensor:
     """Weights of a callable that takes no generator: torch's default one follows ours meanwhile."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())

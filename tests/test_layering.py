@@ -1,4 +1,4 @@
-"""Imports go one way: csrc -> kernels -> packing, data, model -> losses -> smart, surgery -> step -> train, commands."""
+"""Imports go one way: csrc -> kernels -> packing, data, model -> losses -> smart, surgery -> step -> train."""
 
 from __future__ import annotations
 

@@ -61,12 +61,16 @@ class PCGrad:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"PCGrad: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         checks.choice("PCGrad", "reduction", reduction, tuple(_PLAIN))
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"PCGrad: generator must be a torch.Generator or None, got {type(generator).__name__}")
         if weighting is not None and generator is not None:
             raise ValueError("PCGrad: generator is for PCGrad's own weighting; leave it out when giving a weighting")
         self.optimizer = optimizer
         self.conflicts: Conflicts | None = None
         self._plain = _PLAIN[reduction]
-        self._weighting = weighting or partial(pcgrad_weights, generator=generator, reduction=reduction)
+        if weighting is None:
+            weighting = partial(pcgrad_weights, generator=generator, reduction=reduction)
+        self._weighting = weighting
         self._shared = None if shared is None else self._known(shared)
 
     def pc_backward(self, losses: Iterable[Tensor]) -> None:
@@ -84,6 +88,8 @@ class PCGrad:
                 as before.
         """
         parameters = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError("PCGrad.pc_backward: the optimizer needs a parameter that requires gradients, got none")
         grads = _gradients(_scalars(losses), parameters)
         if self._shared is None:
             shared = [sum(grad is not None for grad in column) > 1 for column in zip(*grads, strict=True)]
@@ -123,6 +129,8 @@ class PCGrad:
 
     def _known(self, shared: Iterable[Tensor]) -> set[Tensor]:
         """`shared` as a set (tensors hash by identity), all of it the optimizer's."""
+        if isinstance(shared, Tensor):
+            raise TypeError("PCGrad: shared must be a list of parameters, got one tensor; write [parameter]")
         chosen, known = list(shared), set(self._parameters())
         for index, parameter in enumerate(chosen):
             if not isinstance(parameter, Tensor):
@@ -143,8 +151,9 @@ class PCGrad:
 
 
 def _scalars(losses: Iterable[Tensor]) -> list[Tensor]:
-    if isinstance(losses, Tensor) and losses.ndim == 0:
-        raise TypeError("PCGrad.pc_backward: losses must be a list of scalar tensors, got one tensor; write [loss]")
+    if not isinstance(losses, Iterable) or (isinstance(losses, Tensor) and losses.ndim == 0):
+        got = type(losses).__name__
+        raise TypeError(f"PCGrad.pc_backward: losses must be a list of scalar tensors, got one {got}; write [loss]")
     listed = list(losses)
     if not listed:
         raise ValueError("PCGrad.pc_backward: losses must hold one scalar tensor per task, got none")

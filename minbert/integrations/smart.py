@@ -80,11 +80,13 @@ class SMARTLoss(nn.Module):
             raise ValueError(f"SMARTLoss: num_steps must be a whole number, 0 or more, got {num_steps}")
         for name, value in (("step_size", step_size), ("epsilon", epsilon), ("noise_var", noise_var)):
             checks.number("SMARTLoss", name, value)
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"SMARTLoss: generator must be a torch.Generator or None, got {type(generator).__name__}")
         checks.choice("SMARTLoss", "projection", projection, ("ball", "unit"))
         checks.choice("SMARTLoss", "per", per, ("token", "sequence"))
         self.eval_fn = eval_fn
         self.loss_fn = loss_fn
-        self.loss_last_fn = loss_last_fn or loss_fn
+        self.loss_last_fn = loss_fn if loss_last_fn is None else loss_last_fn
         self.norm = _norm_of(norm_fn)
         self.num_steps = num_steps
         self.step_size = step_size
@@ -197,6 +199,8 @@ def _real_tokens(embed: Tensor, mask: Tensor | None) -> Tensor:
         )
     if mask is None:
         return torch.ones(embed.shape[:-1], dtype=torch.bool, device=embed.device)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"SMARTLoss: mask must be a tensor [batch, tokens], got {type(mask).__name__}")
     if embed.ndim == 2 or mask.shape != embed.shape[:-1]:
         raise ValueError(
             f"SMARTLoss: mask must be [batch, tokens] like embeddings [batch, tokens, D], got {list(mask.shape)} for "

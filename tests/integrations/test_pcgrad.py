@@ -360,6 +360,10 @@ def test_messages_of_construction() -> None:
         PCGrad(inner, reduction="max")
     with pytest.raises(ValueError, match=r"shared\[1\], of shape \[3\], is no parameter of the optimizer; give"):
         PCGrad(inner, shared=[parameter, stranger])
+    with pytest.raises(TypeError, match=r"shared must be a list of parameters, got one tensor; write \[parameter\]"):
+        PCGrad(inner, shared=parameter)
+    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None, got int"):
+        PCGrad(inner, generator=1)
     with pytest.raises(TypeError, match=r"shared\[0\] must be a parameter, got str"):
         PCGrad(inner, shared=["trunk.weight"])
     with pytest.raises(ValueError, match="leave it out when giving a weighting"):
@@ -371,7 +375,8 @@ def test_messages_of_losses() -> None:
     optimizer = PCGrad(torch.optim.SGD([parameter]))
     loss = parameter.sum()
     for wrong, error, message in [
-        (loss, TypeError, r"losses must be a list of scalar tensors, got one tensor; write \[loss\]"),
+        (loss, TypeError, r"losses must be a list of scalar tensors, got one Tensor; write \[loss\]"),
+        (None, TypeError, r"losses must be a list of scalar tensors, got one NoneType; write \[loss\]"),
         ([], ValueError, "losses must hold one scalar tensor per task, got none"),
         ([loss, 1.0], TypeError, r"losses\[1\] must be a scalar tensor, got float"),
         ([parameter * 2], ValueError, r"losses\[0\] must be a scalar, got shape \[2\]; take its mean"),
@@ -384,6 +389,9 @@ def test_messages_of_losses() -> None:
         with pytest.raises(error, match=message):
             optimizer.pc_backward(wrong)
         assert parameter.grad is None
+    parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="the optimizer needs a parameter that requires gradients, got none"):
+        optimizer.pc_backward([torch.ones((), requires_grad=True)])
 
 
 def test_messages_of_gradients_and_weights() -> None:

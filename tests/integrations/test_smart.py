@@ -230,6 +230,7 @@ def test_messages_of_construction() -> None:
         ({"epsilon": -1e-6}, ValueError, "epsilon must be finite and at least 0, got -1e-06"),
         ({"noise_var": math.nan}, ValueError, "noise_var must be finite and at least 0, got nan"),
         ({"projection": "sphere"}, ValueError, "projection must be one of 'ball', 'unit', got 'sphere'"),
+        ({"generator": 1}, TypeError, r"generator must be a torch\.Generator or None, got int"),
         ({"per": "batch"}, ValueError, "per must be one of 'token', 'sequence', got 'batch'"),
         (
             {"norm_fn": lambda x: x.norm(dim=-1)},
@@ -261,6 +262,7 @@ def test_messages_of_calls() -> None:
             ValueError,
             r"mask must be \[batch, tokens\] .* got \[3, 3\] for \[3, 7,",
         ),
+        ({}, (embed, state, MASK.tolist()), TypeError, r"mask must be a tensor \[batch, tokens\], got list"),
         ({}, (embed, state, MASK & False), ValueError, "mask must hold a real token, got none"),
         ({}, (embed, state, None, CU_SEQLENS), ValueError, "cu_seqlens is for packed .*; give padded ones a mask"),
         ({"per": "sequence"}, (embed[0], state[0]), ValueError, r"needs cu_seqlens, int32 \[S \+ 1\], for packed"),

@@ -17,7 +17,7 @@ ROOMS = [  # a module imports only from its own room and the rooms above
     ["tokenizer"],
     ["data", "model"],
     ["losses", "metrics", "schedule", "optimizer", "surgery", "gradients"],
-    ["smart"],
+    ["smart", "integrations"],
     ["objective"],
     ["config", "cli", "device"],
     ["checkpoint", "runs", "console", "step"],

@@ -1,0 +1,22 @@
+"""Every example in docs/examples runs as it stands, is short, and prints something."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_example_runs(path: Path, tmp_path: Path) -> None:
+    if path.stem.startswith("transformers") and find_spec("transformers") is None:
+        pytest.skip("needs transformers, of the extra [test]")
+    done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 3
+    assert not list(tmp_path.iterdir())

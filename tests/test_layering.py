@@ -17,11 +17,11 @@ ROOMS = [  # a module imports only from its own room and the rooms above
     ["tokenizer"],
     ["data", "model"],
     ["losses", "metrics", "schedule", "optimizer", "surgery"],
-    ["integrations"],
     ["config", "cli", "device"],
     ["checkpoint", "runs", "console"],
     ["report", "evaluate"],
     ["train", "predict"],
+    ["integrations"],
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from minbert.kernels import checks, combine, gram
-from minbert.surgery import Conflicts, Weighting, mean_weights, pcgrad_weights, sum_weights
+from minbert.surgery import Conflicts, mean_weights, pcgrad_weights, sum_weights
 
+Weighting = Callable[[Tensor], Tensor]  # gram float64 [T, T] -> weights [T]
 Gradients = list[list[Tensor | None]]  # one row per task, one column per parameter; None where a loss does not reach
 
 _PLAIN: dict[str, Weighting] = {"sum": sum_weights, "mean": mean_weights}

@@ -22,7 +22,7 @@ from minbert.objective import Objective
 from minbert.optimizer import AdamW
 from minbert.runs import Run
 from minbert.seeds import derive_seed
-from minbert.smart import rounds_away
+from minbert.smart import embedding_scale, rounds_away
 from minbert.step import Stepper
 from minbert.surgery import find_surgery
 from minbert.tasks import Task, find_tasks
@@ -113,6 +113,7 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     }
     skipped = {task.name: sum(len(splits[split][task.name].skipped) for split in splits) for task in tasks}
     console.print(f"data: {source.name}; model: {config.model or 'a small encoder from scratch'}")
+    console.print(method_line(config, model))
     console.print(
         data_table(
             [
@@ -175,6 +176,19 @@ def fit_for_smart(model: MultitaskModel, config: TrainConfig, precision: str, co
         return "fp32"
     console.print(f"warning: {reason}: SMART will do nothing")
     return precision
+
+
+def method_line(config: TrainConfig, model: MultitaskModel) -> str:
+    """What is added to the task losses, and how the tasks' gradients become one update."""
+    parts = [f"surgery {config.surgery}" if config.mode == "finetune" else "no surgery: the encoder is frozen"]
+    smart, scale = config.smart, embedding_scale(model)
+    if smart.on:
+        epsilon = smart.epsilon * scale if smart.relative else smart.epsilon
+        radius = f"epsilon {epsilon:.2g} where embeddings have a root mean square of {scale:.2g}"
+        parts.append(f"SMART with lambda_s {smart.lambda_s}, {radius}")
+    if config.bregman.mu:
+        parts.append(f"Bregman proximal point with mu {config.bregman.mu}")
+    return f"method: {'; '.join(parts)}"
 
 
 def default_learning_rate(config: TrainConfig, hidden_size: int) -> float:

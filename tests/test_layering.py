@@ -17,12 +17,13 @@ ROOMS = [  # a module imports only from its own room and the rooms above
     ["tokenizer"],
     ["data", "model"],
     ["losses", "metrics", "schedule", "optimizer", "surgery", "gradients"],
-    ["smart", "integrations"],
+    ["smart"],
     ["objective"],
     ["config", "cli", "device"],
     ["checkpoint", "runs", "console", "step"],
     ["report", "evaluate", "workbench"],
     ["train", "predict"],
+    ["integrations"],
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 

@@ -18,7 +18,7 @@ def kl_loss(input: Tensor, target: Tensor, reduction: str = "batchmean") -> Tens
 
 
 def sym_kl_loss(input: Tensor, target: Tensor, reduction: str = "sum", alpha: float = 1.0) -> Tensor:
-    """alpha KL(target | input) + KL(input | target), SMART's divergence for classification (Jiang et al. 2019, sec. 2).
+    """alpha KL(target | input) + KL(input | target), SMART's for classification (Jiang et al. 2019, section 3).
 
     Differentiated in full; smart-pytorch treats the probabilities that weigh each logarithm as constants.
     """

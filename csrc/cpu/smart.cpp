@@ -41,14 +41,24 @@ inline void for_each_register(int64_t length, const Body& body) {
 template <class Element>
 void add_noise(const Element* x, Element* out, int64_t first_row, int64_t rows, int64_t columns, float sigma,
                const Keys& keys, uint32_t site, bool streamed) {
-  philox_rows(first_row, columns, 1, site, keys, [&](int64_t row, int64_t column, const Words* word) {
-    if (row >= rows) return;
-    Floats z[2];
-    normals(word, z[0], z[1]);
-    for (int i = 0; i < 2; ++i) {
-      const int64_t count = smaller(kFloats, columns - column - i * kFloats);
-      const int64_t at = row * columns + column + i * kFloats;
-      if (count > 0) write(out + at, read(x + at, count) + sigma * z[i], count, streamed);
+  Polar noise[kRowsAtOnce];
+  philox_rows(first_row, columns, 1, site, keys, [&](int64_t last, int64_t column, const Words* word) {
+    noise[last] = polar(word);
+    if (last + 1 < kRowsAtOnce) return;
+    Floats z[2][kRowsAtOnce];
+    normals(noise, z[0], z[1]);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = row * columns + column, left = columns - column;
+      if (left >= 2 * kFloats) {
+        Floats result[2];
+        load_several(x + at, result);
+        for (int i = 0; i < 2; ++i) result[i] += sigma * z[i][row];
+        streamed ? store_several<true>(out + at, result) : store_several<false>(out + at, result);
+      } else {
+        const int64_t first = smaller(kFloats, left), second = left - first;
+        write(out + at, read(x + at, first) + sigma * z[0][row], first, false);
+        if (second > 0) write(out + at + kFloats, read(x + at + kFloats, second) + sigma * z[1][row], second, false);
+      }
     }
   });
 }
@@ -202,7 +212,7 @@ void smart_init(const void* x, void* out, DType dtype, int64_t rows, int64_t col
   const auto run = [&](auto element) {
     using Element = decltype(element);
     const int64_t bytes = rows * columns * static_cast<int64_t>(sizeof(Element));
-    const bool streamed = pays_to_stream(out, bytes) && columns % kFloats == 0;
+    const bool streamed = pays_to_stream(out, bytes) && bytes / rows % kVectorBytes == 0;
     parallel(threads, (rows + kRows - 1) / kRows, 8 * bytes, [&](int64_t index) {
       const int64_t end = smaller(rows, (index + 1) * kRows);
       for (int64_t row = index * kRows; row < end; row += kRowsAtOnce)

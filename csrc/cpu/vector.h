@@ -92,16 +92,18 @@ inline V load(const Element* from) {
 // What is stored for a register: rounded to nearest even, NaN stays NaN.
 inline Floats narrow(Floats v, float) { return v; }
 inline Doubles narrow(Doubles v, double) { return v; }
-inline Vector<uint16_t, kFloats> narrow(Floats v, BFloat16) {
+inline Vector<uint32_t, kFloats> bfloat16_bits(Floats v) {
   using Bits = Vector<uint32_t, kFloats>;
   const Bits bits = (Bits)v;
-  const Bits rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const Bits result = v != v ? Bits{} + 0x7FC0 : rounded;
+  return ((bits + 0x7FFF + ((bits >> 16) & 1)) | (Bits)(v != v)) >> 16;
+}
+inline Vector<uint16_t, kFloats> narrow(Floats v, BFloat16) {
+  const auto bits = bfloat16_bits(v);
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  const __m128i low = _mm256_castsi256_si128((__m256i)result), high = _mm256_extracti128_si256((__m256i)result, 1);
+  const __m128i low = _mm256_castsi256_si128((__m256i)bits), high = _mm256_extracti128_si256((__m256i)bits, 1);
   return (Vector<uint16_t, kFloats>)_mm_packus_epi32(low, high);
 #else
-  return __builtin_convertvector(result, Vector<uint16_t, kFloats>);
+  return __builtin_convertvector(bits, Vector<uint16_t, kFloats>);
 #endif
 }
 
@@ -144,6 +146,46 @@ inline void stream(void* to, V v) {
 #endif
   std::memcpy(to, &v, sizeof(V));
 }
+
+// Several registers at once. Two of bfloat16 fill one register of AVX2 as they lie in memory: loading them takes three
+// instructions and packing them two, where one by one they take four and six.
+template <int count, class Element>
+inline void load_several(const Element* from, Floats (&v)[count]) {
+  for (int i = 0; i < count; ++i) v[i] = load<Floats>(from + i * kFloats);
+}
+template <bool streamed, int count, class Element>
+inline void store_several(Element* to, const Floats (&v)[count]) {
+  for (int i = 0; i < count; ++i) {
+    const auto result = narrow(v[i], Element{});
+    if (streamed)
+      stream(to + i * kFloats, result);
+    else
+      std::memcpy(to + i * kFloats, &result, sizeof(result));
+  }
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <int count>
+inline void load_several(const BFloat16* from, Floats (&v)[count]) {
+  static_assert(count % 2 == 0, "registers come in pairs");
+  for (int i = 0; i < count; i += 2) {
+    const __m256i halves = _mm256_permute4x64_epi64(load_raw<__m256i>(from + i * kFloats), 0b11011000);
+    v[i] = (Floats)_mm256_unpacklo_epi16(_mm256_setzero_si256(), halves);
+    v[i + 1] = (Floats)_mm256_unpackhi_epi16(_mm256_setzero_si256(), halves);
+  }
+}
+template <bool streamed, int count>
+inline void store_several(BFloat16* to, const Floats (&v)[count]) {
+  static_assert(count % 2 == 0, "registers come in pairs");
+  for (int i = 0; i < count; i += 2) {
+    const __m256i both = _mm256_packus_epi32((__m256i)bfloat16_bits(v[i]), (__m256i)bfloat16_bits(v[i + 1]));
+    const __m256i result = _mm256_permute4x64_epi64(both, 0b11011000);
+    if (streamed)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i * kFloats), result);
+    else
+      std::memcpy(to + i * kFloats, &result, sizeof(result));
+  }
+}
+#endif
 
 constexpr int64_t kStreamedBytes = int64_t{16} << 20;  // an output beyond this leaves the caches before anybody reads it
 

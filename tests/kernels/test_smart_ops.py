@@ -16,6 +16,7 @@ from minbert.kernels import reference, smart_ascend, smart_init, use_backend
 SEED = torch.tensor(20)
 DTYPES = (torch.float32, torch.bfloat16)
 CHOICES = list(itertools.product(("inf", "2"), ("token", "sequence"), ("ball", "unit")))
+NOISE = 2.0**-20  # normals err by two float32 units of the largest, which lie between 4 and 8; the reference by four
 CU_SEQLENS = torch.tensor([0, 1, 6, 19, 40], dtype=torch.int32)
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 all_choices = pytest.mark.parametrize(("norm", "per", "projection"), CHOICES, ids=["-".join(c) for c in CHOICES])
@@ -56,18 +57,15 @@ def inputs(
     seed=st.integers(-(2**63), 2**63 - 1),
     site=st.integers(0, 2**32 - 1),
 )
-def test_init_errs_no_more_than_twice_the_reference(
+def test_init_is_the_exact_sum_but_for_the_noise_and_one_rounding(
     isa: str, rows: int, columns: int, shift: int, dtype: torch.dtype, seed: int, site: int
 ) -> None:
     x = (randn(rows * columns + shift, dtype=torch.float64) * 0.01).to(dtype)[shift:].view(rows, columns)
     key = torch.tensor(seed)
     exact = reference.smart_init(x.double(), 0.7, key, site)
-    error, allowed = (
-        (result.double() - exact).abs().max()
-        for result in (smart_init(x, sigma=0.7, seed=key, site=site), reference.smart_init(x, 0.7, key, site))
-    )
-    # Of few elements the reference may be lucky; results lie below 8, so half a unit in the last place is 2 eps.
-    assert error <= 2 * allowed + torch.finfo(dtype).eps * 4
+    error = (smart_init(x, sigma=0.7, seed=key, site=site).double() - exact).abs()
+    rounding = torch.finfo(dtype).eps / 2 * exact.abs()
+    assert (error <= rounding + 0.7 * NOISE).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -303,10 +301,16 @@ def test_large_results_are_written_whole(isa: str, columns: int) -> None:
     cu_seqlens = torch.arange(0, 6001, 25, dtype=torch.int32)
     result = smart_ascend(x + 0.25, x, torch.ones_like(x), cu_seqlens, eta=0.25, epsilon=1.0)
     assert torch.equal(result, x + 0.5)
-    noise = smart_init(torch.zeros_like(x), sigma=1.0, seed=SEED, site=0)
-    small = smart_init(torch.zeros(20, columns), sigma=1.0, seed=SEED, site=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [768, 771, 776])
+def test_large_noise_is_written_whole(isa: str, columns: int, dtype: torch.dtype) -> None:
+    """As above; of 776 columns of bfloat16 the rows lie at multiples of 16 bytes, but not of 32."""
+    noise = smart_init(torch.zeros(12000, columns, dtype=dtype), sigma=1.0, seed=SEED, site=0)
+    small = smart_init(torch.zeros(20, columns, dtype=dtype), sigma=1.0, seed=SEED, site=0)
     assert same_bits(noise[:20], small)
-    assert noise[-20:].std().item() == pytest.approx(1, abs=0.05)
+    assert noise[-20:].float().std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_results_never_require_gradients(isa: str) -> None:

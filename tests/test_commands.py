@@ -88,3 +88,11 @@ def test_transformers_loads_the_encoder_of_a_run(run):
         expected = theirs(torch.tensor([ids])).last_hidden_state[0]
         actual = Encoder.from_pretrained(run / "best")(pack([ids]))
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
+def test_idle_threads_sleep_unless_the_user_says_otherwise(given, expected):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    command = [sys.executable, "-c", "import minbert, os; print(os.environ['OMP_WAIT_POLICY'])"]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == expected

@@ -1,4 +1,5 @@
 # The developers' menu. Run it inside the environment that `pip install -e '.[test,bench,dev]'` made.
+SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 .PHONY: help test bench lint format sanitize wheel clean
 
 help:       ## this list
@@ -10,16 +11,18 @@ test:       ## all tests
 bench:      ## all benchmarks, with ratios to their peers
 	python -m pytest bench/ --benchmark-only
 
-lint:       ## ruff and mypy
+lint:       ## ruff, clang-format and mypy
 	ruff check .
 	ruff format --check .
+	clang-format --dry-run --Werror $(SOURCES)
 	rm -rf build/types && mkdir -p build/types/minbert
 	ln -s $(CURDIR)/minbert/* build/types/minbert/ && ln -s $(CURDIR)/kernels build/types/minbert/kernels
 	cd build/types && mypy --config-file $(CURDIR)/pyproject.toml -p minbert
 
-format:     ## let ruff rewrite what it can
+format:     ## let ruff and clang-format rewrite what they can
 	ruff check --fix .
 	ruff format .
+	clang-format -i $(SOURCES)
 
 sanitize:   ## the C++ checks under AddressSanitizer + UndefinedBehaviorSanitizer, then ThreadSanitizer
 	cmake -S . -B build/asan -G Ninja -DMINBERT_TESTS=ON -DMINBERT_SANITIZE=address,undefined

@@ -71,8 +71,8 @@ class Gradients {
   }
 
   TaskGradients view(int64_t tasks) const {
-    return {tasks,         static_cast<int64_t>(sizes_.size()), data_.data(), dtypes_.data(),
-            sizes_.data(), first_chunk_.data()};
+    return {
+        tasks, static_cast<int64_t>(sizes_.size()), data_.data(), dtypes_.data(), sizes_.data(), first_chunk_.data()};
   }
 
  private:
@@ -180,7 +180,8 @@ PYBIND11_MODULE(_native, module) {
         const auto p = pointers<void>(params), m = pointers<void>(exp_avgs), v = pointers<void>(exp_avg_sqs);
         const auto a = pointers<void>(averages);
         kernels(current_isa)
-            .combine_adamw(gradients.view(tasks), pointer<const double>(weights), {p.data(), m.data(), v.data(), a.empty() ? nullptr : a.data()},
+            .combine_adamw(gradients.view(tasks), pointer<const double>(weights),
+                           {p.data(), m.data(), v.data(), a.empty() ? nullptr : a.data()},
                            {keep, beta1, beta2, eps, step_size, momentum}, threads);
       },
       Unlocked());
@@ -199,9 +200,19 @@ PYBIND11_MODULE(_native, module) {
       "smart_ascend",
       [](Address perturbed, Address x, Address grad, Address out, int dtype, Address cu_seqlens, int64_t groups,
          int64_t tokens, int64_t columns, float eta, float epsilon, bool infinity_norm, bool onto_ball, int threads) {
-        const Ascent ascent{pointer<const void>(perturbed), pointer<const void>(x), pointer<const void>(grad),
-                            pointer<void>(out), static_cast<DType>(dtype), pointer<const int32_t>(cu_seqlens), groups,
-                            tokens, columns, eta, epsilon, infinity_norm, onto_ball};
+        const Ascent ascent{pointer<const void>(perturbed),
+                            pointer<const void>(x),
+                            pointer<const void>(grad),
+                            pointer<void>(out),
+                            static_cast<DType>(dtype),
+                            pointer<const int32_t>(cu_seqlens),
+                            groups,
+                            tokens,
+                            columns,
+                            eta,
+                            epsilon,
+                            infinity_norm,
+                            onto_ball};
         kernels(current_isa).smart_ascend(ascent, threads);
       },
       Unlocked());
@@ -211,8 +222,16 @@ PYBIND11_MODULE(_native, module) {
                        int64_t heads, int64_t head_dim, float scale, Address seed, uint32_t threshold, uint32_t site,
                        float keep_scale) {
         const Dropout dropout{seed ? *pointer<const int64_t>(seed) : 0, seed ? threshold : 0, site};
-        return AttentionProblem{static_cast<DType>(dtype), pointer<const int32_t>(cu_seqlens), sequences, tokens,
-                                max_seqlen, heads, head_dim, scale, dropout, keep_scale};
+        return AttentionProblem{static_cast<DType>(dtype),
+                                pointer<const int32_t>(cu_seqlens),
+                                sequences,
+                                tokens,
+                                max_seqlen,
+                                heads,
+                                head_dim,
+                                scale,
+                                dropout,
+                                keep_scale};
       }))
       .def("scratch", [](const AttentionProblem& problem, bool backward, int threads) {
         return kernels(current_isa).attention_scratch(problem, backward, threads);
@@ -234,8 +253,8 @@ PYBIND11_MODULE(_native, module) {
          const std::vector<int64_t>& strides, Address grad_qkv, Address scratch, int threads) {
         return kernels(current_isa)
             .attention_backward(problem, {pointer<const void>(grad_out), grad_strides[0], grad_strides[1]},
-                                {pointer<const void>(qkv), strides[0], strides[1], strides[2]},
-                                pointer<void>(grad_qkv), pointer<void>(scratch), threads);
+                                {pointer<const void>(qkv), strides[0], strides[1], strides[2]}, pointer<void>(grad_qkv),
+                                pointer<void>(scratch), threads);
       },
       Unlocked());
 
@@ -257,21 +276,21 @@ PYBIND11_MODULE(_native, module) {
         kernels(current_isa)
             .layer_norm_forward(activation(a), pointer<const void>(x), pointer<const void>(residual),
                                 pointer<const float>(weight), pointer<const float>(bias), eps, dropout(d),
-                                pointer<void>(y), pointer<Moments>(moments), pointer<float>(scratch),
-                                threads);
+                                pointer<void>(y), pointer<Moments>(moments), pointer<float>(scratch), threads);
       },
       Unlocked());
 
   module.def(
       "layer_norm_backward",
-      [](const ActivationArguments& a, Address d_y, Address x, Address residual, Address weight, Address moments, const DropoutArguments& d, Address d_x, Address d_residual, Address d_weight, Address d_bias,
-         Address scratch, int threads) {
+      [](const ActivationArguments& a, Address d_y, Address x, Address residual, Address weight, Address moments,
+         const DropoutArguments& d, Address d_x, Address d_residual, Address d_weight, Address d_bias, Address scratch,
+         int threads) {
         kernels(current_isa)
             .layer_norm_backward(activation(a), pointer<const void>(d_y), pointer<const void>(x),
                                  pointer<const void>(residual), pointer<const float>(weight),
-                                 pointer<const Moments>(moments), dropout(d),
-                                 pointer<void>(d_x), pointer<void>(d_residual), pointer<float>(d_weight),
-                                 pointer<float>(d_bias), pointer<float>(scratch), threads);
+                                 pointer<const Moments>(moments), dropout(d), pointer<void>(d_x),
+                                 pointer<void>(d_residual), pointer<float>(d_weight), pointer<float>(d_bias),
+                                 pointer<float>(scratch), threads);
       },
       Unlocked());
 
@@ -299,29 +318,29 @@ PYBIND11_MODULE(_native, module) {
          const DropoutArguments& d, Address y, Address moments, Address scratch, int threads) {
         kernels(current_isa)
             .embedding_forward(activation(a), embeddings(e), pointer<const float>(weight), pointer<const float>(bias),
-                               eps, dropout(d), pointer<void>(y), pointer<Moments>(moments),
-                               pointer<float>(scratch), threads);
+                               eps, dropout(d), pointer<void>(y), pointer<Moments>(moments), pointer<float>(scratch),
+                               threads);
       },
       Unlocked());
 
   module.def(
       "embedding_backward",
-      [](const ActivationArguments& a, const EmbeddingArguments& e, Address d_y, Address weight, Address moments, const DropoutArguments& d, Address d_total, const std::vector<Address>& d_tables,
-         Address d_weight, Address d_bias, Address scratch, int threads) {
+      [](const ActivationArguments& a, const EmbeddingArguments& e, Address d_y, Address weight, Address moments,
+         const DropoutArguments& d, Address d_total, const std::vector<Address>& d_tables, Address d_weight,
+         Address d_bias, Address scratch, int threads) {
         float* const tables[] = {pointer<float>(d_tables[0]), pointer<float>(d_tables[1]), pointer<float>(d_tables[2])};
         kernels(current_isa)
             .embedding_backward(activation(a), embeddings(e), pointer<const void>(d_y), pointer<const float>(weight),
-                                pointer<const Moments>(moments), dropout(d),
-                                pointer<float>(d_total), tables, pointer<float>(d_weight), pointer<float>(d_bias),
-                                pointer<float>(scratch), threads);
+                                pointer<const Moments>(moments), dropout(d), pointer<float>(d_total), tables,
+                                pointer<float>(d_weight), pointer<float>(d_bias), pointer<float>(scratch), threads);
       },
       Unlocked());
 
 #ifdef MINBERT_WITH_CUDA
   module.def("cuda_dropout_mask", [](Address keep, int64_t rows, int64_t columns, Address seed, uint32_t threshold,
                                      uint32_t site, Address stream) {
-    const char* error = cuda_dropout_mask(pointer<uint8_t>(keep), rows, columns, pointer<const int64_t>(seed), threshold,
-                                          site, pointer<void>(stream));
+    const char* error = cuda_dropout_mask(pointer<uint8_t>(keep), rows, columns, pointer<const int64_t>(seed),
+                                          threshold, site, pointer<void>(stream));
     if (error) throw std::runtime_error(std::string("dropout_mask: CUDA reports: ") + error);
   });
 #endif

@@ -41,7 +41,8 @@ using Gram = void(const TaskGradients&, double* partials, double* gram, int thre
 // one of the g_t[k] itself; it may not overlap one otherwise. Accumulates in float32 (float64 for float64).
 using Combine = void(const TaskGradients&, const double* weights, void* const* out, int threads) noexcept;
 
-// AdamW's parameters and moments [K], each laid out like its gradients: float64 for float64, float32 for other gradients.
+// AdamW's parameters and moments [K], each laid out like its gradients: float64 for float64, float32 for other
+// gradients.
 struct AdamWState {
   void *const *params, *const *exp_avgs, *const *exp_avg_sqs;
   void* const* averages = nullptr;  // of the parameters over the steps; none are kept where it is null
@@ -53,11 +54,12 @@ struct AdamWStep {
   double momentum = 0;  // average = momentum average + (1 - momentum) param
 };
 
-// One AdamW step, in place, with the gradient sum over t of weights[t] g_t, which is never stored. No tensor is missing in
-// every task.
+// One AdamW step, in place, with the gradient sum over t of weights[t] g_t, which is never stored. No tensor is missing
+// in every task.
 using CombineAdamW = void(const TaskGradients&, const double* weights, AdamWState, AdamWStep, int threads) noexcept;
 
-// keep [rows, columns], bytes 0 or 1: element (row, column) reads word column % 4 of counter (column / 4, row, 0, site).
+// keep [rows, columns], bytes 0 or 1: element (row, column) reads word column % 4 of counter (column / 4, row, 0,
+// site).
 using DropoutMask = void(uint8_t* keep, int64_t rows, int64_t columns, Dropout, int threads) noexcept;
 
 // keep: one [H, length, length] block per sequence, end to end. Probability (head, query, key) reads word head % 4 of
@@ -120,8 +122,8 @@ struct Activation {
 };
 
 // The row-wise kernels work in chunks of this many rows. What is summed over rows is summed within each chunk and then
-// over the chunks in their order, so that no result depends on the thread count. Each chunk has scratch memory of its own:
-// kScratchRows rows, padded to whole registers.
+// over the chunks in their order, so that no result depends on the thread count. Each chunk has scratch memory of its
+// own: kScratchRows rows, padded to whole registers.
 constexpr int64_t kChunkRows = 32, kScratchRows = 7, kPadding = 32;
 static inline constexpr int64_t padded(int64_t columns) { return (columns + kPadding - 1) / kPadding * kPadding; }
 static inline constexpr int64_t row_chunks(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
@@ -164,8 +166,8 @@ using EmbeddingForward = void(Activation, const Embeddings&, const float* weight
 // zeros.
 constexpr int64_t kEmbeddingRows = 64 * kChunkRows;
 using EmbeddingBackward = void(Activation, const Embeddings&, const void* d_y, const float* weight,
-                               const Moments* moments, Dropout, float* d_total, float* const* d_tables,
-                               float* d_weight, float* d_bias, float* scratch, int threads) noexcept;
+                               const Moments* moments, Dropout, float* d_total, float* const* d_tables, float* d_weight,
+                               float* d_bias, float* scratch, int threads) noexcept;
 
 // The CPU kernels of one instruction set.
 struct Kernels {

@@ -11,8 +11,8 @@ inline Register interpolate(Register from, Register to, double share) {
   return share < 0.5 ? to - static_cast<Scalar>(share) * apart : from + static_cast<Scalar>(1 - share) * apart;
 }
 
-// Moments, parameter and its average of one register (Loshchilov and Hutter 2019, algorithm 2), the bias corrections folded into the
-// step's scalars.
+// Moments, parameter and its average of one register (Loshchilov and Hutter 2019, algorithm 2), the bias corrections
+// folded into the step's scalars.
 template <class Register, class Scalar>
 inline void update(Register grad, Scalar* param, Scalar* exp_avg, Scalar* exp_avg_sq, Scalar* average,
                    const AdamWStep& step) {
@@ -47,7 +47,7 @@ void update_chunk(const TaskGradients& g, const Chunk& chunk, const double* weig
       update(total[i], p + i * kLanes, m + i * kLanes, v + i * kLanes, a ? a + i * kLanes : nullptr, step);
   };
   int64_t at = 0;
-  for (; at + kStep <= chunk.length; at += kStep) 
+  for (; at + kStep <= chunk.length; at += kStep)
     update_step(at, param + at, exp_avg + at, exp_avg_sq + at, average ? average + at : nullptr);
   if (at < chunk.length) {
     const int64_t bytes = (chunk.length - at) * static_cast<int64_t>(sizeof(Scalar));

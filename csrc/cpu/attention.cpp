@@ -13,8 +13,8 @@ enum Part { kQueries, kKeys, kValues };
 
 // An item's tokens from `row` on, `rows` of them.
 template <class Element>
-Heads<const Element> heads_of(const AttentionProblem& p, QueriesKeysValues qkv, Part part, const Item& item, int64_t row,
-                              int64_t rows) {
+Heads<const Element> heads_of(const AttentionProblem& p, QueriesKeysValues qkv, Part part, const Item& item,
+                              int64_t row, int64_t rows) {
   const Element* const data = static_cast<const Element*>(qkv.data) + (item.first_token + row) * qkv.token_stride +
                               part * qkv.part_stride + item.first_head * qkv.head_stride;
   return {data, qkv.token_stride, qkv.head_stride, rows, item.heads, p.head_dim};
@@ -22,18 +22,22 @@ Heads<const Element> heads_of(const AttentionProblem& p, QueriesKeysValues qkv, 
 
 template <class Element>
 Heads<const Element> heads_of(const AttentionProblem& p, HeadRows x, const Item& item, int64_t row, int64_t rows) {
-  const Element* const data = static_cast<const Element*>(x.data) + (item.first_token + row) * x.token_stride +
-                              item.first_head * x.head_stride;
+  const Element* const data =
+      static_cast<const Element*>(x.data) + (item.first_token + row) * x.token_stride + item.first_head * x.head_stride;
   return {data, x.token_stride, x.head_stride, rows, item.heads, p.head_dim};
 }
 
 // The same of a contiguous tensor [N, parts, H, d] that is written.
 template <class Element>
-Heads<Element> heads_of(const AttentionProblem& p, Element* x, int64_t parts, int64_t part, const Item& item, int64_t row,
-                        int64_t rows) {
+Heads<Element> heads_of(const AttentionProblem& p, Element* x, int64_t parts, int64_t part, const Item& item,
+                        int64_t row, int64_t rows) {
   const int64_t token = item.first_token + row, stride = p.heads * p.head_dim;
-  return {x + (token * parts + part) * stride + item.first_head * p.head_dim, parts * stride, p.head_dim, rows,
-          item.heads, p.head_dim};
+  return {x + (token * parts + part) * stride + item.first_head * p.head_dim,
+          parts * stride,
+          p.head_dim,
+          rows,
+          item.heads,
+          p.head_dim};
 }
 
 void draw_masks(const AttentionProblem& p, const Item& item, int64_t row, int64_t rows, int64_t keys, uint8_t* keep) {
@@ -66,8 +70,9 @@ void attend(const AttentionProblem& p, QueriesKeysValues qkv, Element* out, cons
       multiply({b.scores, keys, false}, {b.values[head], columns, kPanel}, rows, item.length, p.head_dim,
                b.queries[head], columns);  // the queries have done their part
     }
-    unpack(b.queries, columns, [&](int64_t head, int64_t i) { return factors[head][i]; },
-           heads_of(p, out, 1, 0, item, row, rows));
+    unpack(
+        b.queries, columns, [&](int64_t head, int64_t i) { return factors[head][i]; },
+        heads_of(p, out, 1, 0, item, row, rows));
   }
 }
 

@@ -71,7 +71,8 @@ struct Plan {
   int64_t split, groups, items;
   int64_t probabilities;  // of one head
 
-  Plan(const AttentionProblem& p, int32_t* order, int threads) : p(p), order(order), groups((p.heads + kGroup - 1) / kGroup) {
+  Plan(const AttentionProblem& p, int32_t* order, int threads)
+      : p(p), order(order), groups((p.heads + kGroup - 1) / kGroup) {
     probabilities = 0;
     for (int64_t s = 0; s < p.sequences; ++s) probabilities += length(s) * length(s);
     const int64_t largest = threads > 1 ? probabilities * p.heads / (3 * threads * kGroup) : probabilities + 1;

@@ -35,8 +35,8 @@ inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
 // result before. They come in the order of the counters, of which even lanes lie first.
 //
 // The radius is sqrt(-2 log u) with u = 2^e (1 + s), 1 + s in [sqrt(1/2), sqrt(2)): a minimax fit of our own to
-// -2 log(1 + s) / s, off by 2e-8 of it before rounding. Cosine and sine are those of the angle from the nearest half turn,
-// which decides on the sign: fits again, off by 4e-8 before rounding.
+// -2 log(1 + s) / s, off by 2e-8 of it before rounding. Cosine and sine are those of the angle from the nearest half
+// turn, which decides on the sign: fits again, off by 4e-8 before rounding.
 template <int count>
 inline void normals(const Polar (&from)[count], Floats (&low)[count], Floats (&high)[count]) {
   constexpr int32_t kSqrtHalf = 0x3F3504F3;  // the bits of sqrt(1/2)

@@ -30,9 +30,12 @@ const Element* row(const TaskGradients& g, int64_t task, const Chunk& chunk) {
 template <class F>
 void with_element(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::float32: return f(float{});
-    case DType::bfloat16: return f(BFloat16{});
-    case DType::float64: return f(double{});
+    case DType::float32:
+      return f(float{});
+    case DType::bfloat16:
+      return f(BFloat16{});
+    case DType::float64:
+      return f(double{});
   }
 }
 
@@ -53,7 +56,8 @@ struct AccumulatorOf<double> {
   using type = Doubles;
 };
 
-// total += the weighted sum of the elements from `at` on, as many as `total` holds; zeros follow a chunk's last element.
+// total += the weighted sum of the elements from `at` on, as many as `total` holds; zeros follow a chunk's last
+// element.
 template <class Element, class Accumulator, int depth>
 inline void add_weighted(const TaskGradients& g, const Chunk& chunk, const double* weights, int64_t at,
                          Accumulator (&total)[depth]) {

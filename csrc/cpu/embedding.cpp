@@ -26,14 +26,15 @@ void forward_rows(int64_t begin, int64_t end, int64_t columns, const Embeddings&
   const auto ahead = [&](int64_t row, int64_t column) {
     if (row < end) prefetch(TokenRows<Table>(e, row, columns).from[0] + column);
   };
-  over_rows<dropped>(begin, end, columns, dropout, scratch.multipliers, ahead, [&](int64_t row, const float* multipliers) {
-    const Moments of_row = moments_of(columns, eps, scratch.row, TokenRows<Table>(e, row, columns));
-    Element* const to = y + row * columns;
-    moments[row] = of_row;
-    normalise(columns, of_row, scratch.row, weight, bias, [=](int64_t at, int64_t count, Floats value) {
-      store_first<streamed>(to + at, dropped ? value * load<Floats>(multipliers + at) : value, count);
-    });
-  });
+  over_rows<dropped>(
+      begin, end, columns, dropout, scratch.multipliers, ahead, [&](int64_t row, const float* multipliers) {
+        const Moments of_row = moments_of(columns, eps, scratch.row, TokenRows<Table>(e, row, columns));
+        Element* const to = y + row * columns;
+        moments[row] = of_row;
+        normalise(columns, of_row, scratch.row, weight, bias, [=](int64_t at, int64_t count, Floats value) {
+          store_first<streamed>(to + at, dropped ? value * load<Floats>(multipliers + at) : value, count);
+        });
+      });
   if (streamed) end_streams();
 }
 
@@ -46,18 +47,19 @@ void backward_rows(int64_t begin, int64_t end, int64_t columns, const Embeddings
     if (row < end) prefetch(TokenRows<Table>(e, row, columns).from[0] + column);
     prefetch(d_y + row * columns + column);
   };
-  over_rows<dropped>(begin, end, columns, dropout, scratch.multipliers, ahead, [&](int64_t row, const float* multipliers) {
-    const Element* const from = d_y + row * columns;
-    float* const to = d_total + (row - first_row) * columns;
-    normalise_backward(
-        columns, moments[row], weight, scratch.row, scratch.sums[0], scratch.sums[1],
-        TokenRows<Table>(e, row, columns),
-        [=](int64_t at, int64_t count) {
-          const Floats gradient = load_first(from + at, count);
-          return dropped ? gradient * load<Floats>(multipliers + at) : gradient;
-        },
-        [=](int64_t at, int64_t count, Floats gradient) { store_first(to + at, gradient, count); });
-  });
+  over_rows<dropped>(begin, end, columns, dropout, scratch.multipliers, ahead,
+                     [&](int64_t row, const float* multipliers) {
+                       const Element* const from = d_y + row * columns;
+                       float* const to = d_total + (row - first_row) * columns;
+                       normalise_backward(
+                           columns, moments[row], weight, scratch.row, scratch.sums[0], scratch.sums[1],
+                           TokenRows<Table>(e, row, columns),
+                           [=](int64_t at, int64_t count) {
+                             const Floats gradient = load_first(from + at, count);
+                             return dropped ? gradient * load<Floats>(multipliers + at) : gradient;
+                           },
+                           [=](int64_t at, int64_t count, Floats gradient) { store_first(to + at, gradient, count); });
+                     });
 }
 
 void add_to(float* to, const float* from, int64_t count) {
@@ -93,17 +95,17 @@ void embedding_forward(Activation a, const Embeddings& e, const float* weight, c
   with_rows(a, dropout, y, [&](auto element, auto dropped, auto streamed) {
     with_activation(e.dtype, [&](auto table) {
       over_chunks(threads, 0, a.rows, bytes_of(a) * 3, [&](int64_t chunk, int64_t begin, int64_t end) {
-        forward_rows<dropped.kValue, streamed.kValue, decltype(table)>(
-            begin, end, a.columns, e, weight, bias, eps, dropout, static_cast<decltype(element)*>(y), moments,
-            scratch_of(scratch, chunk, a.columns));
+        forward_rows<dropped.kValue, streamed.kValue, decltype(table)>(begin, end, a.columns, e, weight, bias, eps,
+                                                                       dropout, static_cast<decltype(element)*>(y),
+                                                                       moments, scratch_of(scratch, chunk, a.columns));
       });
     });
   });
 }
 
-void embedding_backward(Activation a, const Embeddings& e, const void* d_y, const float* weight,
-                        const Moments* moments, Dropout dropout, float* d_total, float* const* d_tables,
-                        float* d_weight, float* d_bias, float* scratch, int threads) noexcept {
+void embedding_backward(Activation a, const Embeddings& e, const void* d_y, const float* weight, const Moments* moments,
+                        Dropout dropout, float* d_total, float* const* d_tables, float* d_weight, float* d_bias,
+                        float* scratch, int threads) noexcept {
   for (int64_t first = 0; first < a.rows; first += kEmbeddingRows) {
     const int64_t last = smaller(a.rows, first + kEmbeddingRows);
     with_rows(a, dropout, nullptr, [&](auto element, auto dropped, auto) {

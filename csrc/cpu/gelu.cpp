@@ -23,8 +23,8 @@ inline void gelu_slope(const Floats (&z)[count], Floats (&slope)[count], float) 
 
 // For results that are rounded to bfloat16. Not memory but multiplying bounds these loops: there is no division and no
 // exponential. With a = |z|, the tails Phi(-a) and Phi(-a) - a phi(a) are p(a)^16 and (root - a) p(a)^8, where the
-// polynomials p, fits of our own, reach 0 at kBeyond. The first is off by 2^-13 of itself for a < 4 (bfloat16 keeps 2^-9),
-// and the second, because the bias' gradient is a float32 sum of it, by 2^-17; beyond, by 3e-9 and 1e-8.
+// polynomials p, fits of our own, reach 0 at kBeyond. The first is off by 2^-13 of itself for a < 4 (bfloat16 keeps
+// 2^-9), and the second, because the bias' gradient is a float32 sum of it, by 2^-17; beyond, by 3e-9 and 1e-8.
 constexpr float kBeyond = 8.5f;
 
 // p(|z|)^(2^squarings); `a` receives |z|.
@@ -54,7 +54,7 @@ inline void gelu(const Floats (&z)[count], Floats (&y)[count], BFloat16) {
 template <int count>
 inline void gelu_slope(const Floats (&z)[count], Floats (&slope)[count], BFloat16) {
   constexpr float kRoot = 0.75179154f;
-  constexpr float p[] = {-0x1.2e912cp-22f, 0x1.f58836p-18f,  -0x1.fabfe2p-15f, -0x1.ee9014p-16f, 0x1.31f1a8p-9f,
+  constexpr float p[] = {-0x1.2e912cp-22f, 0x1.f58836p-18f, -0x1.fabfe2p-15f, -0x1.ee9014p-16f, 0x1.31f1a8p-9f,
                          -0x1.760472p-9f,  -0x1.76770ap-5f, -0x1.0258c8p-5f,  0x1.e68d30p-1f};
   Floats a[count], power[count];
   power_of_polynomial<3>(z, p, a, power);

@@ -47,7 +47,8 @@ template <class Body>
 void parallel(int threads, int64_t count, int64_t work, const Body& body) {
   constexpr int64_t kWorkOfOneThread = 1 << 17;
   parallel_for(
-      static_cast<int>(smaller(threads, 1 + work / kWorkOfOneThread)), count, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, &body);
+      static_cast<int>(smaller(threads, 1 + work / kWorkOfOneThread)), count,
+      [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, &body);
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 namespace minbert::MINBERT_ISA {
 namespace {
 
-// One row of residual + dropout(x). (What the loops use, here and below, lies in objects of their own: of variables that
-// they share with others, the compiler would have to believe that every store changes them.)
+// One row of residual + dropout(x). (What the loops use, here and below, lies in objects of their own: of variables
+// that they share with others, the compiler would have to believe that every store changes them.)
 template <bool dropped, class Element>
 struct TotalOf {
   const Element *x, *residual;
@@ -21,44 +21,47 @@ struct TotalOf {
 
 template <bool dropped, bool streamed, class Element>
 void forward_rows(int64_t begin, int64_t end, int64_t columns, const Element* x, const Element* residual,
-                  const float* weight, const float* bias, float eps, const Dropout& dropout, Element* y, Moments* moments, const Scratch& scratch) {
+                  const float* weight, const float* bias, float eps, const Dropout& dropout, Element* y,
+                  Moments* moments, const Scratch& scratch) {
   const auto ahead = [&](int64_t row, int64_t column) {
     prefetch(x + row * columns + column);
     prefetch(residual + row * columns + column);
   };
-  over_rows<dropped>(begin, end, columns, dropout, scratch.multipliers, ahead, [&](int64_t row, const float* multipliers) {
-    const TotalOf<dropped, Element> total{x + row * columns, residual + row * columns, multipliers};
-    Element* const to = y + row * columns;
-    const Moments of_row = moments_of(columns, eps, scratch.row, total);
-    moments[row] = of_row;
-    normalise(columns, of_row, scratch.row, weight, bias,
-              [=](int64_t at, int64_t count, Floats value) { store_first<streamed>(to + at, value, count); });
-  });
+  over_rows<dropped>(
+      begin, end, columns, dropout, scratch.multipliers, ahead, [&](int64_t row, const float* multipliers) {
+        const TotalOf<dropped, Element> total{x + row * columns, residual + row * columns, multipliers};
+        Element* const to = y + row * columns;
+        const Moments of_row = moments_of(columns, eps, scratch.row, total);
+        moments[row] = of_row;
+        normalise(columns, of_row, scratch.row, weight, bias,
+                  [=](int64_t at, int64_t count, Floats value) { store_first<streamed>(to + at, value, count); });
+      });
   if (streamed) end_streams();
 }
 
 template <bool dropped, bool streamed, class Element>
 void backward_rows(int64_t begin, int64_t end, int64_t columns, const Element* d_y, const Element* x,
-                   const Element* residual, const float* weight, const Moments* moments,
-                   const Dropout& dropout, Element* d_x, Element* d_residual, const Scratch& scratch) {
+                   const Element* residual, const float* weight, const Moments* moments, const Dropout& dropout,
+                   Element* d_x, Element* d_residual, const Scratch& scratch) {
   for (float* sums : scratch.sums) std::memset(sums, 0, padded(columns) * sizeof(float));
   const auto ahead = [&](int64_t row, int64_t column) {
     prefetch(x + row * columns + column);
     prefetch(residual + row * columns + column);
     prefetch(d_y + row * columns + column);
   };
-  over_rows<dropped>(begin, end, columns, dropout, scratch.multipliers, ahead, [&](int64_t row, const float* multipliers) {
-    const TotalOf<dropped, Element> total{x + row * columns, residual + row * columns, multipliers};
-    const Element* const from = d_y + row * columns;
-    Element *const to = d_residual + row * columns, *const to_x = dropped ? d_x + row * columns : nullptr;
-    normalise_backward(
-        columns, moments[row], weight, scratch.row, scratch.sums[0], scratch.sums[1], total,
-        [=](int64_t at, int64_t count) { return load_first(from + at, count); },
-        [=](int64_t at, int64_t count, Floats gradient) {
-          store_first<streamed>(to + at, gradient, count);
-          if (dropped) store_first<streamed>(to_x + at, gradient * load<Floats>(multipliers + at), count);
-        });
-  });
+  over_rows<dropped>(
+      begin, end, columns, dropout, scratch.multipliers, ahead, [&](int64_t row, const float* multipliers) {
+        const TotalOf<dropped, Element> total{x + row * columns, residual + row * columns, multipliers};
+        const Element* const from = d_y + row * columns;
+        Element *const to = d_residual + row * columns, *const to_x = dropped ? d_x + row * columns : nullptr;
+        normalise_backward(
+            columns, moments[row], weight, scratch.row, scratch.sums[0], scratch.sums[1], total,
+            [=](int64_t at, int64_t count) { return load_first(from + at, count); },
+            [=](int64_t at, int64_t count, Floats gradient) {
+              store_first<streamed>(to + at, gradient, count);
+              if (dropped) store_first<streamed>(to_x + at, gradient * load<Floats>(multipliers + at), count);
+            });
+      });
   if (streamed) end_streams();
 }
 
@@ -84,8 +87,7 @@ void dropout_forward(Activation a, const void* x, void* y, Dropout dropout, floa
 }
 
 void layer_norm_forward(Activation a, const void* x, const void* residual, const float* weight, const float* bias,
-                        float eps, Dropout dropout, void* y, Moments* moments, float* scratch,
-                        int threads) noexcept {
+                        float eps, Dropout dropout, void* y, Moments* moments, float* scratch, int threads) noexcept {
   with_rows(a, dropout, y, [&](auto element, auto dropped, auto streamed) {
     using Element = decltype(element);
     over_chunks(threads, 0, a.rows, bytes_of(a) * 3, [&](int64_t chunk, int64_t begin, int64_t end) {
@@ -97,8 +99,8 @@ void layer_norm_forward(Activation a, const void* x, const void* residual, const
 }
 
 void layer_norm_backward(Activation a, const void* d_y, const void* x, const void* residual, const float* weight,
-                         const Moments* moments, Dropout dropout, void* d_x, void* d_residual,
-                         float* d_weight, float* d_bias, float* scratch, int threads) noexcept {
+                         const Moments* moments, Dropout dropout, void* d_x, void* d_residual, float* d_weight,
+                         float* d_bias, float* scratch, int threads) noexcept {
   with_rows(a, dropout, d_residual, [&](auto element, auto dropped, auto streamed) {
     using Element = decltype(element);
     over_chunks(threads, 0, a.rows, bytes_of(a) * 5, [&](int64_t chunk, int64_t begin, int64_t end) {

@@ -35,8 +35,8 @@ void normalise(int64_t columns, Moments row, const float* kept, const float* wei
   });
 }
 
-// From the row and the gradient of its layer norm, both with zeros after `count`: write(at, count, gradient of the row),
-// and what the row adds to d_weight and d_bias (padded). `x` (padded) is scratch.
+// From the row and the gradient of its layer norm, both with zeros after `count`: write(at, count, gradient of the
+// row), and what the row adds to d_weight and d_bias (padded). `x` (padded) is scratch.
 template <class Read, class ReadGradient, class Write>
 void normalise_backward(int64_t columns, Moments row, const float* weight, float* x, float* d_weight, float* d_bias,
                         const Read& read, const ReadGradient& read_gradient, const Write& write) {

@@ -15,10 +15,11 @@ inline void normal(const Floats (&z)[count], Floats (&density)[count], Floats (&
   using Bits = Vector<uint32_t, kFloats>;
   constexpr float kBeyond = 13.27f;  // where exp(-a^2 / 2) is 2^-127: below what the exponent holds, so it becomes 0
   constexpr float kRound = 0x1.8p23f + 127;  // adding it leaves n + 127, the exponent's bits, in the low bits
-  constexpr float kTail[] = {-0x1.b08ee6p-4f, 0x1.8abdf8p-2f,  -0x1.586058p-2f, -0x1.954618p-1f, 0x1.54ee14p+1f,
-                             -0x1.e4d42cp+1f, 0x1.a2350cp+1f, -0x1.cb94dcp+0f, 0.5f};
-  constexpr float kPower[] = {0x1.41fbc6p-13f, 0x1.5f3e58p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f,
-                              0x1.ebfbdcp-3f,  0x1.62e430p-1f,  1.0f};
+  constexpr float kTail[] = {-0x1.b08ee6p-4f, 0x1.8abdf8p-2f,  -0x1.586058p-2f,
+                             -0x1.954618p-1f, 0x1.54ee14p+1f,  -0x1.e4d42cp+1f,
+                             0x1.a2350cp+1f,  -0x1.cb94dcp+0f, 0.5f};
+  constexpr float kPower[] = {
+      0x1.41fbc6p-13f, 0x1.5f3e58p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e430p-1f, 1.0f};
   Floats w[count], s[count], shifted[count], r[count], p[count], q[count];
   for (int i = 0; i < count; ++i) {
     const Floats a = smaller_or_second(Floats{} + kBeyond, (Floats)((Bits)z[i] & 0x7FFFFFFF));

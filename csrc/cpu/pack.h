@@ -35,8 +35,9 @@ inline void store_row(Element* to, int64_t left, Floats v) {
     std::memcpy(to, &stored, left * sizeof(Element));
 }
 
-// Head h times `factor` to the rows of to[h], of `stride` floats, head_dim rounded up to whole registers. Memory is read
-// in its order, token after token: head after head, it would come in pieces too short for the hardware to fetch ahead.
+// Head h times `factor` to the rows of to[h], of `stride` floats, head_dim rounded up to whole registers. Memory is
+// read in its order, token after token: head after head, it would come in pieces too short for the hardware to fetch
+// ahead.
 template <class Element>
 void pack(Heads<const Element> from, float factor, float* const* to, int64_t stride) {
   for (int64_t token = 0; token < from.tokens; ++token)

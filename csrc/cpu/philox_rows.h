@@ -31,8 +31,8 @@ inline Words even_lanes_first(uint64_t first) {
 constexpr int kRowsAtOnce = 4;  // fewer would wait for their products
 
 // use(i, column, words): the four words of the kCounters counters that belong to row first_row + i and the columns from
-// `column` on, even lanes first. What depends on the column alone is done once for all rows: of three rounds, all products
-// but one.
+// `column` on, even lanes first. What depends on the column alone is done once for all rows: of three rounds, all
+// products but one.
 template <class Use>
 inline void philox_rows(int64_t first_row, int64_t columns, uint32_t word2, uint32_t word3, const Keys& keys,
                         const Use& use) {

@@ -56,8 +56,8 @@ inline Words dropped(Words word, uint32_t threshold) {
 
 // The bytes of a mask, lane after lane and within a lane word after word.
 inline Vector<uint32_t, kCounters> keep_bytes(Words a, Words b, Words c, Words d, uint32_t threshold) {
-  const Words bytes = dropped(a, threshold) | dropped(b, threshold) << 8 | dropped(c, threshold) << 16 |
-                      dropped(d, threshold) << 24;
+  const Words bytes =
+      dropped(a, threshold) | dropped(b, threshold) << 8 | dropped(c, threshold) << 16 | dropped(d, threshold) << 24;
   return __builtin_convertvector(bytes ^ 0x01010101, Vector<uint32_t, kCounters>);
 }
 
@@ -72,7 +72,7 @@ inline Words all(uint64_t value) { return Words{} + value; }
 // One query's row in the blocks of some heads of one group of four, `block` bytes apart: the four words of a counter
 // are the same element of the group's heads, so the counters of register i are every fourth key from the i-th on.
 inline void keep_query(uint8_t* keep, int64_t block, int64_t first_head, int64_t heads, int64_t length, int64_t query,
-                Dropout dropout) {
+                       Dropout dropout) {
   static_assert(kDepth == 4, "keep_bytes lays four registers side by side");
   constexpr int64_t kStep = kDepth * kCounters;
   for (int64_t key = 0; key < length; key += kStep) {

@@ -37,9 +37,8 @@ template <bool transposed, int vectors, int rows>
 void tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c, int64_t c_stride,
           bool accumulate) {
   Floats sum[rows][vectors];
-  MINBERT_UNROLL for (int i = 0; i < rows; ++i)
-    MINBERT_UNROLL for (int v = 0; v < vectors; ++v)
-      sum[i][v] = accumulate ? load<Floats>(c + i * c_stride + v * kFloats) : Floats{};
+  MINBERT_UNROLL for (int i = 0; i < rows; ++i) MINBERT_UNROLL for (int v = 0; v < vectors; ++v) sum[i][v] =
+      accumulate ? load<Floats>(c + i * c_stride + v * kFloats) : Floats{};
   for (int64_t k = 0; k < depth; ++k) {
     Floats right[vectors];
     MINBERT_UNROLL for (int v = 0; v < vectors; ++v) right[v] = load<Floats>(b + k * b_stride + v * kFloats);
@@ -48,8 +47,7 @@ void tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, in
       MINBERT_UNROLL for (int v = 0; v < vectors; ++v) sum[i][v] += left * right[v];
     }
   }
-  MINBERT_UNROLL for (int i = 0; i < rows; ++i)
-    MINBERT_UNROLL for (int v = 0; v < vectors; ++v)
+  MINBERT_UNROLL for (int i = 0; i < rows; ++i) MINBERT_UNROLL for (int v = 0; v < vectors; ++v)
       std::memcpy(c + i * c_stride + v * kFloats, &sum[i][v], sizeof(Floats));
 }
 

@@ -155,8 +155,7 @@ class Group {
   template <class Norm>
   void step_and_rescale(bool only_from_outside) const {
     Norm norm;
-    for_each_register(length_,
-                      [&](int64_t at, int64_t count) { norm.add(moved(at, count) - read(x_ + at, count)); });
+    for_each_register(length_, [&](int64_t at, int64_t count) { norm.add(moved(at, count) - read(x_ + at, count)); });
     const float distance = norm.value();
     const bool rescales = only_from_outside ? distance > epsilon_ : distance > 0 && __builtin_isfinite(distance);
     const Rescaling rescale = rescales ? Rescaling(distance, epsilon_) : Rescaling();

@@ -75,10 +75,10 @@ void gram_of_chunk(const TaskGradients& g, const Chunk& chunk, double* gram) {
     for (int64_t i = 0; i < tasks; i += kTile) {
       const Element *left[kTile], *right[kTile];
       const int64_t lefts = read_tile(i, left);
-      kOnDiagonal<Element>[lefts - 1](left, left, length, gram + i * tasks + i, tasks);
+      kOnDiagonal<Element>[lefts - 1](left, left, length, gram + i* tasks + i, tasks);
       for (int64_t j = i + kTile; j < tasks; j += kTile) {
         const int64_t rights = read_tile(j, right);
-        kOffDiagonal<Element>[rights - 1](left, right, length, gram + i * tasks + j, tasks);
+        kOffDiagonal<Element>[rights - 1](left, right, length, gram + i* tasks + j, tasks);
       }
     }
   }
@@ -127,9 +127,8 @@ void gram(const TaskGradients& g, double* partials, double* gram, int threads) n
   const int64_t chunks = g.first_chunk[g.tensors], entries = g.tasks * g.tasks;
   parallel(threads, chunks, g.tasks * gradient_bytes(g), [&](int64_t index) {
     const Chunk chunk = find_chunk(g, index);
-    with_element(g.dtypes[chunk.tensor], [&](auto element) {
-      gram_of_chunk<decltype(element)>(g, chunk, partials + index * entries);
-    });
+    with_element(g.dtypes[chunk.tensor],
+                 [&](auto element) { gram_of_chunk<decltype(element)>(g, chunk, partials + index * entries); });
   });
   std::memset(gram, 0, entries * sizeof(double));
   for (int64_t chunk = 0; chunk < chunks; ++chunk)

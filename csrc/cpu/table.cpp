@@ -4,11 +4,22 @@
 namespace minbert::MINBERT_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {gram,          combine,    dropout_mask, attention_dropout_mask,
-                         combine_adamw, smart_init, smart_ascend, attention,
-                         attention_backward, attention_scratch,
-                         dropout_forward, layer_norm_forward, layer_norm_backward,
-                         gelu_forward, gelu_backward,
-                         embedding_forward, embedding_backward};
+const Kernels kernels = {gram,
+                         combine,
+                         dropout_mask,
+                         attention_dropout_mask,
+                         combine_adamw,
+                         smart_init,
+                         smart_ascend,
+                         attention,
+                         attention_backward,
+                         attention_scratch,
+                         dropout_forward,
+                         layer_norm_forward,
+                         layer_norm_backward,
+                         gelu_forward,
+                         gelu_backward,
+                         embedding_forward,
+                         embedding_backward};
 
 }  // namespace minbert::MINBERT_ISA

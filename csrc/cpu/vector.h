@@ -18,7 +18,7 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(bytes)));
 };
 template <class T, int lanes>
-using Vector = typename VectorOf<T, lanes * static_cast<int>(sizeof(T))>::type;
+using Vector = typename VectorOf<T, lanes* static_cast<int>(sizeof(T))>::type;
 
 constexpr int kFloats = kVectorBytes / 4, kDoubles = kVectorBytes / 8;
 using Floats = Vector<float, kFloats>;
@@ -45,12 +45,12 @@ template <int lanes>
 inline Vector<float, lanes> widen_bfloat16(const BFloat16* from) {
   using Result = Vector<float, lanes>;
 #if defined(__AVX512F__)
-  if constexpr (lanes == 16)
-    return (Result)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_raw<__m256i>(from)), 16);
+  if constexpr (lanes == 16) return (Result)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_raw<__m256i>(from)), 16);
 #endif
 #if defined(__AVX2__)
   if constexpr (lanes == 8) return (Result)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_raw<__m128i>(from)), 16);
-  if constexpr (lanes == 4) return (Result)_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)from)), 16);
+  if constexpr (lanes == 4)
+    return (Result)_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)from)), 16);
 #endif
   const auto bits = load_raw<Vector<uint16_t, lanes>>(from);
   return (Result)(__builtin_convertvector(bits, Vector<uint32_t, lanes>) << 16);
@@ -187,7 +187,8 @@ inline void store_several(BFloat16* to, const Floats (&v)[count]) {
 }
 #endif
 
-constexpr int64_t kStreamedBytes = int64_t{16} << 20;  // an output beyond this leaves the caches before anybody reads it
+constexpr int64_t kStreamedBytes = int64_t{16}
+                                   << 20;  // an output beyond this leaves the caches before anybody reads it
 
 // Makes streamed stores visible before whatever the thread stores next.
 inline void end_streams() {

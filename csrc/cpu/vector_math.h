@@ -8,8 +8,8 @@ namespace {
 
 inline Floats all_lanes(float value) { return Floats{} + value; }
 
-// e^x with an error below 1.2 units in the last place, 0.9 with fused products: 2^n times a polynomial in r = x - n ln 2, |r| <= ln 2 / 2. What
-// would be subnormal becomes 0.
+// e^x with an error below 1.2 units in the last place, 0.9 with fused products: 2^n times a polynomial in r = x - n ln
+// 2, |r| <= ln 2 / 2. What would be subnormal becomes 0.
 inline Floats exp(Floats x) {
   using Bits = Vector<uint32_t, kFloats>;
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits

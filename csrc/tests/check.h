@@ -18,14 +18,14 @@ void test_rows(Isa isa);
 
 namespace {
 
-#define CHECK(condition, ...)                                    \
-  do {                                                           \
-    if (!(condition)) {                                          \
-      std::fprintf(stderr, "%s:%d: ", __FILE__, __LINE__);       \
-      std::fprintf(stderr, __VA_ARGS__);                         \
-      std::fprintf(stderr, " (%s is false)\n", #condition);      \
-      std::exit(1);                                              \
-    }                                                            \
+#define CHECK(condition, ...)                               \
+  do {                                                      \
+    if (!(condition)) {                                     \
+      std::fprintf(stderr, "%s:%d: ", __FILE__, __LINE__);  \
+      std::fprintf(stderr, __VA_ARGS__);                    \
+      std::fprintf(stderr, " (%s is false)\n", #condition); \
+      std::exit(1);                                         \
+    }                                                       \
   } while (false)
 
 [[maybe_unused]] const int kThreadCounts[] = {1, 3};
@@ -41,7 +41,8 @@ inline int64_t width(DType dtype) { return dtype == DType::float64 ? 8 : dtype =
 // One task's gradient for one tensor, `shift` elements past an aligned address.
 class Buffer {
  public:
-  Buffer(int64_t size, DType dtype, int64_t shift) : dtype_(dtype), shift_(shift), bytes_((size + shift) * width(dtype)) {}
+  Buffer(int64_t size, DType dtype, int64_t shift)
+      : dtype_(dtype), shift_(shift), bytes_((size + shift) * width(dtype)) {}
 
   void* data() { return bytes_.data() + shift_ * width(dtype_); }
 

@@ -1,5 +1,5 @@
-// Attention and its gradients against plain loops in float64: lengths around the blocks and panels, odd numbers of heads,
-// tensors that are views of wider ones, and scratch memory of exactly the size that was asked for.
+// Attention and its gradients against plain loops in float64: lengths around the blocks and panels, odd numbers of
+// heads, tensors that are views of wider ones, and scratch memory of exactly the size that was asked for.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -82,7 +82,8 @@ void attend(const Case& c, Numbers& out, Numbers& grad) {
           for (int64_t i = 0; i < p.head_dim; ++i) score += at(0, query, head, i) * at(1, first + key, head, i);
           sum += probability[key] = std::exp(p.scale * score);
           const Words4 words = philox({{static_cast<uint32_t>(key), static_cast<uint32_t>(query),
-                                        static_cast<uint32_t>(head / 4), p.dropout.site}}, p.dropout.seed);
+                                        static_cast<uint32_t>(head / 4), p.dropout.site}},
+                                      p.dropout.seed);
           scale[key] = words.word[head % 4] >= p.dropout.threshold ? p.keep_scale : 0;
         }
         for (int64_t key = 0; key < length; ++key) {
@@ -123,11 +124,21 @@ void test_case(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, i
   int64_t longest = 0;
   for (int64_t s = 0; s < sequences; ++s)
     if (cu_seqlens[s + 1] - cu_seqlens[s] > longest) longest = cu_seqlens[s + 1] - cu_seqlens[s];
-  const AttentionProblem problem{dtype, cu_seqlens.data(), sequences, tokens, longest, heads, head_dim, 0.4f,
+  const AttentionProblem problem{dtype,
+                                 cu_seqlens.data(),
+                                 sequences,
+                                 tokens,
+                                 longest,
+                                 heads,
+                                 head_dim,
+                                 0.4f,
                                  {int64_t{-5} * (int64_t{1} << 33) + 99, dropout ? 1u << 30 : 0u, 17},
                                  dropout ? 1 / 0.75f : 1.0f};
   const int64_t gap = views ? 5 : 0, row = heads * head_dim + gap;
-  Case c{problem, {nullptr, 3 * row + gap, row, head_dim}, {nullptr, row, head_dim}, {dtype, tokens * (3 * row + gap) - 2 * gap},
+  Case c{problem,
+         {nullptr, 3 * row + gap, row, head_dim},
+         {nullptr, row, head_dim},
+         {dtype, tokens * (3 * row + gap) - 2 * gap},
          {dtype, tokens * row - gap}};
   for (int64_t i = 0; i < tokens * (3 * row + gap) - 2 * gap; ++i) c.qkv.set(i, static_cast<float>(number(i)));
   for (int64_t i = 0; i < tokens * row - gap; ++i) c.grad_out.set(i, static_cast<float>(number(i + (1 << 24))));
@@ -143,8 +154,8 @@ void test_case(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, i
       const int64_t size = kernels(isa).attention_scratch(problem, backward, threads);
       void* const scratch = std::aligned_alloc(64, size);
       std::memset(scratch, 0xFF, size);
-      const bool valid = backward ? kernels(isa).attention_backward(problem, c.grad_strides, c.strides, grad.bytes.data(),
-                                                                    scratch, threads)
+      const bool valid = backward ? kernels(isa).attention_backward(problem, c.grad_strides, c.strides,
+                                                                    grad.bytes.data(), scratch, threads)
                                   : kernels(isa).attention(problem, c.strides, out.bytes.data(), scratch, threads);
       if (!valid) std::fprintf(stderr, "attention refuses good lengths\n"), std::exit(1);
       std::free(scratch);
@@ -160,8 +171,8 @@ void test_case(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, i
 void test_bad_lengths(Isa isa) {
   const std::vector<std::vector<int32_t>> bad = {{1, 9}, {0, 8}, {0, 7, 5, 9}, {0, 5, 5, 9}, {0, 9}};
   for (const auto& cu_seqlens : bad) {
-    const AttentionProblem problem{DType::float32, cu_seqlens.data(), static_cast<int64_t>(cu_seqlens.size()) - 1, 9, 7,
-                                   1, 8, 1, {0, 0, 0}, 1};
+    const AttentionProblem problem{
+        DType::float32, cu_seqlens.data(), static_cast<int64_t>(cu_seqlens.size()) - 1, 9, 7, 1, 8, 1, {0, 0, 0}, 1};
     if (kernels(isa).attention(problem, {nullptr, 24, 8, 8}, nullptr, nullptr, 1) ||
         kernels(isa).attention_backward(problem, {nullptr, 8, 8}, {nullptr, 24, 8, 8}, nullptr, nullptr, 1))
       std::fprintf(stderr, "attention takes bad lengths\n"), std::exit(1);

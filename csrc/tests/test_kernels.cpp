@@ -44,7 +44,9 @@ void test_surgery(Isa isa) {
           for (int64_t at = 0; at < problem.sizes[k]; ++at) results[k].set(at, NAN);
         kernels(isa).combine(problem.view(), weights.data(), out.data(), threads);
         for (int64_t k = 0; k < tensors; ++k) {
-          const double unit = problem.dtypes[k] == DType::float64 ? 1e-15 : problem.dtypes[k] == DType::float32 ? 1e-6 : 8e-3;
+          const double unit = problem.dtypes[k] == DType::float64   ? 1e-15
+                              : problem.dtypes[k] == DType::float32 ? 1e-6
+                                                                    : 8e-3;
           for (int64_t at = 0; at < problem.sizes[k]; ++at) {
             double sum = 0, size = 0;
             for (int64_t t = 0; t < tasks; ++t)
@@ -89,8 +91,8 @@ void test_masks(Isa isa) {
         kernels(isa).dropout_mask(keep.data(), rows, columns, dropout, threads);
         for (int64_t row = 0; row < rows; ++row)
           for (int64_t column = 0; column < columns; ++column) {
-            const Words4 words = philox({{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row), 0, dropout.site}},
-                                        dropout.seed);
+            const Words4 words = philox(
+                {{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row), 0, dropout.site}}, dropout.seed);
             CHECK(keep[row * columns + column] == (words.word[column % 4] >= dropout.threshold),
                   "%s: dropout_mask at (%d, %d)", kIsaNames[static_cast<int>(isa)], static_cast<int>(row),
                   static_cast<int>(column));
@@ -114,7 +116,8 @@ void test_masks(Isa isa) {
           for (int32_t query = cu_seqlens[s]; query < cu_seqlens[s + 1]; ++query)
             for (int32_t key = 0; key < cu_seqlens[s + 1] - cu_seqlens[s]; ++key) {
               const Words4 words = philox({{static_cast<uint32_t>(key), static_cast<uint32_t>(query),
-                                            static_cast<uint32_t>(head / 4), dropout.site}}, dropout.seed);
+                                            static_cast<uint32_t>(head / 4), dropout.site}},
+                                          dropout.seed);
               CHECK(*at++ == (words.word[head % 4] >= dropout.threshold), "%s: attention_dropout_mask",
                     kIsaNames[static_cast<int>(isa)]);
             }

@@ -164,8 +164,7 @@ void test_embedding(const Setting& s) {
   for (int64_t i = 0; i < size; ++i) {
     keep[i] = s.dropout.threshold ? kept(i / columns, i % columns, s.dropout) : 1;
     under_dropout[i] *= keep[i];
-    for (int part = 0; part < 3; ++part)
-      total[i] += tables[part].get(ids[part][i / columns] * columns + i % columns);
+    for (int part = 0; part < 3; ++part) total[i] += tables[part].get(ids[part][i / columns] * columns + i % columns);
   }
   LayerNorm expected(total, read(weight, columns), read(bias, columns), under_dropout, rows, columns, eps);
   for (int64_t i = 0; i < size; ++i) expected.y[i] *= keep[i];

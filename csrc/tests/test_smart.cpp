@@ -41,7 +41,8 @@ struct Norm {
   double value() const { return infinity ? total : std::sqrt(total); }
 };
 
-void test_ascent_of(Isa isa, DType dtype, int64_t columns, bool infinity, bool per_sequence, bool onto_ball, int threads) {
+void test_ascent_of(Isa isa, DType dtype, int64_t columns, bool infinity, bool per_sequence, bool onto_ball,
+                    int threads) {
   const std::vector<int32_t> cu_seqlens = {0, 1, 8, 24, 57};
   const int64_t tokens = cu_seqlens.back(), size = tokens * columns;
   const int64_t groups = per_sequence ? static_cast<int64_t>(cu_seqlens.size()) - 1 : tokens;
@@ -53,17 +54,19 @@ void test_ascent_of(Isa isa, DType dtype, int64_t columns, bool infinity, bool p
     grad.set(i, i / columns == 5 ? NAN : 1e-20 * number(2 * size + i));
     out.set(i, NAN);
   }
-  kernels(isa).smart_ascend({perturbed.data(), x.data(), grad.data(), out.data(), dtype,
-                             per_sequence ? cu_seqlens.data() : nullptr, groups, tokens, columns,
-                             static_cast<float>(eta), static_cast<float>(epsilon), infinity, onto_ball},
-                            threads);
+  kernels(isa).smart_ascend(
+      {perturbed.data(), x.data(), grad.data(), out.data(), dtype, per_sequence ? cu_seqlens.data() : nullptr, groups,
+       tokens, columns, static_cast<float>(eta), static_cast<float>(epsilon), infinity, onto_ball},
+      threads);
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = (per_sequence ? cu_seqlens[group] : group) * columns;
     const int64_t end = (per_sequence ? cu_seqlens[group + 1] : group + 1) * columns;
     Norm steepness{infinity}, distance{infinity};
     bool finite = true;
     for (int64_t i = begin; i < end; ++i) steepness.add(grad.get(i)), finite = finite && std::isfinite(grad.get(i));
-    const auto moved = [&](int64_t i) { return perturbed.get(i) + (finite ? eta * grad.get(i) / steepness.value() : 0); };
+    const auto moved = [&](int64_t i) {
+      return perturbed.get(i) + (finite ? eta * grad.get(i) / steepness.value() : 0);
+    };
     for (int64_t i = begin; i < end; ++i) distance.add(moved(i) - x.get(i));
     for (int64_t i = begin; i < end; ++i) {
       const double offset = moved(i) - x.get(i);

@@ -27,8 +27,8 @@ void test_updates(Isa isa) {
         }
         std::vector<Buffer> old[4] = {state[0], state[1], state[2], state[3]};
         kernels(isa).combine_adamw(problem.view(), weights.data(),
-                                   {addresses[0].data(), addresses[1].data(), addresses[2].data(), addresses[3].data()}, step,
-                                   threads);
+                                   {addresses[0].data(), addresses[1].data(), addresses[2].data(), addresses[3].data()},
+                                   step, threads);
         for (int64_t k = 0; k < tensors; ++k) {
           const double unit = problem.dtypes[k] == DType::float64 ? 1e-14 : 2e-6;
           for (int64_t i = 0; i < problem.sizes[k]; ++i) {

@@ -3,9 +3,9 @@
 import os
 import sys
 
-if "torch" not in sys.modules:
-    # torch's OpenMP threads spin while they wait, unless they are told not to before torch is loaded. Where something
-    # else keeps the cores busy, spinning makes a step ten times slower; where nothing does, it gains nothing.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    # torch's OpenMP threads (libgomp's) spin while they wait, for as long as this says when torch is loaded. By default
+    # that is so long that a step takes ten times as long where something else keeps the cores busy.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"

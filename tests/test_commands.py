@@ -92,9 +92,13 @@ def test_transformers_loads_the_encoder_of_a_run(run):
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
-def test_idle_threads_sleep_unless_the_user_says_otherwise(given, expected):
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": given} if given else {}
-    command = [sys.executable, "-c", "import minbert, os; print(os.environ['OMP_WAIT_POLICY'])"]
-    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == expected
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_idle_threads_spin_briefly_unless_the_user_says_otherwise(given, expected):
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    command = [sys.executable, "-c", "import minbert, os; print(os.environ.get('GOMP_SPINCOUNT'))"]
+    result = subprocess.run(command, env={**environment, **given}, capture_output=True, text=True)
+    assert result.stdout.strip() == expected

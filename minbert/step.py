@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -54,8 +54,8 @@ class Taken:
     conflicts: dict[str, dict[str, float]]  # measure -> pair of tasks -> value; empty for one gradient
     projected_share: float
     updated: bool  # whether loss and gradient were finite; if not, nothing has changed
-    examples: int
-    seconds: dict[str, float]
+    examples: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
 
     def record(self) -> dict[str, Any]:
         """What metrics.jsonl says of it."""
@@ -103,7 +103,7 @@ class Stepper:
             step: its number, from 0.
             done: share of all steps that are done.
         """
-        clock, taken = Clock(), []
+        clock, updates = Clock(), []
         for number, surgery in enumerate(self.surgeries):
             self.gradients.clear()
             self.optimizer.zero_grad(set_to_none=True)
@@ -112,10 +112,11 @@ class Stepper:
                 for micro, batch in enumerate(batches)
                 for row, parts in self._streams(batch)
             ]
-            taken.append(self._update(found, surgery, derive_seed(self.seed, "surgery", step, number), clock))
+            updates.append(self._update(found, surgery, derive_seed(self.seed, "surgery", step, number)))
+            clock.lap("update")
         examples = sum(len(indices) for batch in batches for _, indices in batch)
-        updated = all(one["updated"] for one in taken)
-        return Taken(**{**taken[0], "updated": updated}, examples=examples, seconds=clock.seconds)
+        updated = all(update.updated for update in updates)
+        return replace(updates[0], updated=updated, examples=examples, seconds=clock.seconds)
 
     def _streams(self, batch: Parts) -> list[tuple[int | None, Parts]]:
         """The streams in which a batch goes through the model, each with its only row of gradients; None for all."""
@@ -150,7 +151,7 @@ class Stepper:
         clock.lap("backward")
         return losses
 
-    def _update(self, found: Sequence[Losses], surgery: Surgery, seed: int, clock: Clock) -> dict[str, Any]:
+    def _update(self, found: Sequence[Losses], surgery: Surgery, seed: int) -> Taken:
         """Surgery, clipping and AdamW; without a finite loss and gradient, nothing changes."""
         rows = self.gradients.rows
         gram = kernels.gram(rows)
@@ -158,7 +159,6 @@ class Stepper:
         own = [param.grad for param in self.model.heads.parameters() if param.grad is not None]
         squares = (weights @ gram @ weights).clamp(min=0) + sum(grad.double().square().sum() for grad in own)
         norm = squares.sqrt().item()
-        kinds = {kind: _means([getattr(losses, kind) for losses in found]) for kind in ("task", "smart", "bregman")}
         total = sum(losses.total.item() for losses in found) / self.accumulate
         updated = math.isfinite(norm) and math.isfinite(total)
         if updated:
@@ -167,19 +167,18 @@ class Stepper:
             shared = dict(zip(self.gradients.params, zip(*rows, strict=True), strict=True))
             self.optimizer.combined_step(shared, weights * scale, scale)
         conflicts = Conflicts.of(gram, weights, surgery.plain(gram)) if self._split else None
-        clock.lap("update")
         sizes = [losses.perturbation.item() for losses in found if losses.perturbation is not None]
-        return {
-            "loss": kinds["task"],
-            "smart": kinds["smart"],
-            "bregman": kinds["bregman"],
-            "smart_share": sum(losses.smart_term.item() for losses in found) / self.accumulate / (total or math.nan),
-            "perturbation": sum(sizes) / max(len(sizes), 1),
-            "grad_norm": norm,
-            "conflicts": self._by_pair(conflicts) if conflicts else {},
-            "projected_share": conflicts.projected_share if conflicts else 0.0,
-            "updated": updated,
-        }
+        return Taken(
+            loss=_means([losses.task for losses in found]),
+            smart=_means([losses.smart for losses in found]),
+            bregman=_means([losses.bregman for losses in found]),
+            smart_share=sum(losses.smart_term.item() for losses in found) / self.accumulate / (total or math.nan),
+            perturbation=sum(sizes) / max(len(sizes), 1),
+            grad_norm=norm,
+            conflicts=self._by_pair(conflicts) if conflicts else {},
+            projected_share=conflicts.projected_share if conflicts else 0.0,
+            updated=updated,
+        )
 
     def _by_pair(self, conflicts: Conflicts) -> dict[str, dict[str, float]]:
         names = ["+".join(task.name for task in group) for group in self.groups]

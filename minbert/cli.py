@@ -7,7 +7,7 @@ import dataclasses
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ class Parser(jsonargparse.ArgumentParser):
 
     def __init__(self, command: str, config: type, **kwargs: Any) -> None:
         super().__init__(prog=f"python -m minbert.{command}", exit_on_error=False, allow_abbrev=False, **kwargs)
-        self.kinds = {f"--{f.name}": str(f.type) for f in dataclasses.fields(config)}  # type of each option, as text
+        self.kinds = dict(_kinds(config))  # type of each option, as text
         self.add_class_arguments(config, None)
 
     def parse(self, arguments: Sequence[str]) -> jsonargparse.Namespace:
@@ -82,6 +82,14 @@ class Parser(jsonargparse.ArgumentParser):
             expected = re.sub(r"Literal\[(.*?)\]", r"one of \1", kind.replace(" | None", "")).replace("|", "or")
             return f"--{wrong[1].replace('_', '-')}: expected {expected}, got {wrong[2].strip()!r}"
         return " ".join(message.split())
+
+
+def _kinds(config: type, prefix: str = "--") -> Iterator[tuple[str, str]]:
+    """The options of a record and of the records in it, and their types as text."""
+    for option in dataclasses.fields(config):
+        yield prefix + option.name, str(option.type)
+        if dataclasses.is_dataclass(option.default_factory):
+            yield from _kinds(option.default_factory, f"{prefix}{option.name}.")  # type: ignore[arg-type]
 
 
 def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -> Config:

@@ -197,6 +197,9 @@ def test_without_tensorboard_the_option_names_the_remedy(quick, monkeypatch):
         (["--smart.epsilon=-1"], r"--smart.epsilon must be 0 or more, got -1"),
         (["--bregman.beta=2"], r"--bregman.beta must be between 0 and 1, got 2"),
         (["--accumulate=0"], "--accumulate must be at least 1, got 0"),
+        (["--smart.norm=3"], r"--smart.norm: expected one of 'inf', '2', got '3'"),
+        (["--smart.lambda-s=much"], r"--smart.lambda-s: expected float or dict\[str, float\], got 'much'"),
+        (["--smart.nrom=2"], r"unknown option --smart.nrom \(did you mean '--smart.norm'\?\)"),
     ],
 )
 def test_bad_options_are_named(quick, options, message):

@@ -108,9 +108,9 @@ class Stepper:
             self.gradients.clear()
             self.optimizer.zero_grad(set_to_none=True)
             found = [
-                self._backward(parts, row, derive_seed(self.seed, "step", step, number, micro), done, clock)
+                self._backward(parts, row, derive_seed(self.seed, "step", step, number, micro, stream), done, clock)
                 for micro, batch in enumerate(batches)
-                for row, parts in self._streams(batch)
+                for stream, (row, parts) in enumerate(self._streams(batch))
             ]
             updates.append(self._update(found, surgery, derive_seed(self.seed, "surgery", step, number)))
             clock.lap("update")

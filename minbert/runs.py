@@ -45,7 +45,11 @@ class Run:
             recover(self.best)
             if self.last.exists():
                 verify(self.last)
-            yield
+            try:
+                yield
+            finally:
+                if self.board is not None:
+                    self.board.close()
 
     def begin(self, config: TrainConfig) -> None:
         """Record the options of a new run.

@@ -38,11 +38,6 @@ def symmetrised_binary_kl(logits: Tensor, other: Tensor) -> Tensor:
     return ((p.sigmoid() - q.sigmoid()) * (p - q)).mean()
 
 
-def squared_difference(scores: Tensor, other: Tensor) -> Tensor:
-    """scores and other, both [n]."""
-    return (_wide(scores) - _wide(other)).square().mean()
-
-
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
@@ -56,5 +51,5 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": symmetrised_kl,
     "binary_cross_entropy": symmetrised_binary_kl,
-    "mean_squared_error": squared_difference,
+    "mean_squared_error": mean_squared_error,
 }

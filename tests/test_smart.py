@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minbert.errors import UserError
-from minbert.losses import DIVERGENCES, squared_difference, symmetrised_binary_kl, symmetrised_kl
+from minbert.losses import DIVERGENCES, mean_squared_error, symmetrised_binary_kl, symmetrised_kl
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.objective import Batch, Objective
 from minbert.packing import pack
@@ -200,7 +200,7 @@ def test_a_teacher_pulls_and_gets_no_gradient(model, batch):
 
 
 @pytest.mark.parametrize(
-    ("divergence", "shape"), [(symmetrised_kl, (4, 5)), (symmetrised_binary_kl, (4,)), (squared_difference, (4,))]
+    ("divergence", "shape"), [(symmetrised_kl, (4, 5)), (symmetrised_binary_kl, (4,)), (mean_squared_error, (4,))]
 )
 def test_divergences_are_symmetric_and_0_only_for_equal_outputs(divergence, shape):
     one, other = torch.randn(2, *shape, dtype=torch.float64)

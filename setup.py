@@ -67,7 +67,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["minbert", "minbert.*"]), "minbert.kernels"],
+    packages=[*find_packages(include=["minbert", "minbert.*"]), "minbert.kernels", "minbert.kernels.triton"],
     ext_modules=[Extension("minbert.kernels._native", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .dispatch import runs_native
+from .dispatch import compiled
 from .native import library
 from .surgery import native_arguments
 
@@ -131,7 +131,7 @@ def adamw_(
     if not params:
         return
     fits = all(_STATE.get(grad.dtype) == param.dtype for param, grad in zip(params, grads, strict=True))
-    if fits and runs_native("adamw_", params[0].device):
+    if fits and compiled("adamw_", params[0].device):
         scalars = _scalars(step, lr, betas, eps, weight_decay)
         weights = torch.ones(1, dtype=torch.float64)
         _combine_adamw_(grads, weights, params, exp_avgs, exp_avg_sqs, averages or [], *scalars, momentum)
@@ -200,7 +200,7 @@ def combine_adamw_(
     device = columns[present[0]].device  # type: ignore[union-attr]
     if weights.device not in (device, torch.device("cpu")):
         raise ValueError(f"{op}: weights must be on {device} like the gradients, got {weights.device}")
-    if runs_native(op, device):
+    if compiled(op, device):
         _combine_adamw_(
             [row[k] for row in grads for k in present],
             weights,

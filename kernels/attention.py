@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks, reference
 from .autograd import first_order_only
-from .dispatch import runs_native
+from .dispatch import compiled
 from .native import library
 from .random import attention_dropout_mask
 
@@ -160,7 +160,7 @@ def attention(
     scale = qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     seed = seed if dropout_p > 0 else None
     if (
-        runs_native("attention", qkv.device)
+        compiled("attention", qkv.device)
         and qkv.dtype in _DTYPES
         and qkv.shape[3] % 8 == 0
         and qkv.shape[3] <= _LARGEST_HEAD_DIM

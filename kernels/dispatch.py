@@ -1,4 +1,4 @@
-"""Which backend runs an op: native code or the PyTorch reference."""
+"""Which backend runs an op: compiled code or the PyTorch reference."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from contextlib import contextmanager
 
 import torch
 
-from . import native
+from . import native, triton
 
 CHOICES = ("auto", "reference")
 
-# The device types for which an op has native code.
-_NATIVE: dict[str, tuple[str, ...]] = {
-    "adamw_": ("cpu",),
-    "attention": ("cpu",),
-    "attention_dropout_mask": ("cpu",),
-    "bias_gelu": ("cpu",),
-    "combine": ("cpu",),
-    "combine_adamw_": ("cpu",),
-    "dropout": ("cpu",),
-    "dropout_add_layer_norm": ("cpu",),
-    "dropout_mask": ("cpu", "cuda"),
-    "embedding": ("cpu",),
-    "gram": ("cpu",),
-    "smart_ascend": ("cpu",),
-    "smart_init": ("cpu",),
+# What compiled code an op has for a type of device: "native" is C++ or CUDA C++ (csrc/), "triton" is kernels/triton/.
+_COMPILED: dict[str, dict[str, str]] = {
+    "adamw_": {"cpu": "native"},
+    "attention": {"cpu": "native"},
+    "attention_dropout_mask": {"cpu": "native"},
+    "bias_gelu": {"cpu": "native"},
+    "combine": {"cpu": "native"},
+    "combine_adamw_": {"cpu": "native"},
+    "dropout": {"cpu": "native"},
+    "dropout_add_layer_norm": {"cpu": "native"},
+    "dropout_mask": {"cpu": "native", "cuda": "native"},
+    "embedding": {"cpu": "native"},
+    "gram": {"cpu": "native"},
+    "smart_ascend": {"cpu": "native"},
+    "smart_init": {"cpu": "native"},
 }
 
 _choice = "auto"
@@ -37,7 +37,7 @@ def choice() -> str:
 
 
 def set_backend(name: str) -> None:
-    """Choose the backend for all ops: "auto" (native code where there is some) or "reference" (plain PyTorch).
+    """Choose the backend for all ops: "auto" (compiled code where there is some) or "reference" (plain PyTorch).
 
     Raises:
         ValueError: another name.
@@ -59,20 +59,24 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-def runs_native(op: str, device: torch.device) -> bool:
-    """Whether `op` runs native code for tensors on `device`."""
-    if _choice == "reference" or device.type not in _NATIVE[op]:
-        return False
-    return native.cuda_available() if device.type == "cuda" else native.available()
+def compiled(op: str, device: torch.device) -> str | None:
+    """What runs `op` for tensors on `device`: "native" or "triton", or None where only the reference does."""
+    kind = _COMPILED[op].get(device.type)
+    if _choice == "reference" or kind is None:
+        return None
+    if kind == "triton":
+        return kind if triton.available() else None
+    found = native.cuda_available() if device.type == "cuda" else native.available()
+    return kind if found else None
 
 
 def backends(device: torch.device | str) -> dict[str, str]:
-    """What would run for tensors on `device`: "native" or "reference" for every op ("oneDNN" for float32 layers).
+    """What would run for tensors on `device`: "native", "triton", "reference", or "oneDNN" (float32 layers on CPUs).
 
-    The encoder's ops are native for float32 and bfloat16; float16 and float64 run the reference.
+    The encoder's ops are compiled for float32 and bfloat16, on GPUs for float16 too; other dtypes run the reference.
     """
     device = torch.device(device)
     from .linear import runs_onednn  # it reads the choice from here
 
-    found = {op: "native" if runs_native(op, device) else "reference" for op in _NATIVE}
+    found = {op: compiled(op, device) or "reference" for op in _COMPILED}
     return {**found, "linear": "oneDNN" if runs_onednn(device) else "reference"}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks, reference, rowwise, tasks
 from .autograd import first_order_only
-from .dispatch import runs_native
+from .dispatch import compiled
 from .native import library
 from .random import dropout_mask
 
@@ -207,7 +207,7 @@ def embedding(
     checks.dropout(op, dropout_p, seed, site, word.device)
     dtype = checks.float_dtype(op, dtype or word.dtype)
     all_ids = [token_ids, token_type_ids, position_ids]
-    if runs_native(op, word.device) and rowwise.is_native(word.dtype, dtype):
+    if compiled(op, word.device) and rowwise.is_native(word.dtype, dtype):
         wide = [[view.float() for view in views] for views in params[3:]]
         return _embedding(all_ids, *params[:3], *wide, bounds, eps, dropout_p, seed, site, dtype)[0]
     keep = None

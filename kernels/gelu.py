@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks, reference, rowwise, tasks
 from .autograd import first_order_only
-from .dispatch import runs_native
+from .dispatch import compiled
 from .native import library
 
 
@@ -78,6 +78,6 @@ def bias_gelu(x: Tensor, bias: tasks.Parameter, *, bounds: Sequence[int] | None 
     checks.tensor("bias_gelu", "x", x, ["N", "D"], checks.FLOATS)
     (biases,), bounds = tasks.views("bias_gelu", x.shape[0], bounds, bias=bias)
     checks.tensor("bias_gelu", "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
-    if runs_native("bias_gelu", x.device) and rowwise.is_native(x.dtype):
+    if compiled("bias_gelu", x.device) and rowwise.is_native(x.dtype):
         return _bias_gelu(x, [bias.float() for bias in biases], bounds)
     return tasks.by_segment(bounds, lambda t, rows: reference.bias_gelu(x[rows], biases[t]))

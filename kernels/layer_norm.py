@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks, reference, rowwise, tasks
 from .autograd import first_order_only
-from .dispatch import runs_native
+from .dispatch import compiled
 from .native import library
 from .random import mask_like
 
@@ -165,7 +165,7 @@ def dropout_add_layer_norm(
     checks.tensor(op, "weight", weights[0], x.shape[1:], checks.FLOATS, like=x)
     checks.tensor(op, "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
     checks.dropout(op, dropout_p, seed, site, x.device)
-    if runs_native(op, x.device) and rowwise.is_native(x.dtype):
+    if compiled(op, x.device) and rowwise.is_native(x.dtype):
         wide = [[view.float() for view in views] for views in (weights, biases)]
         return _layer_norm(x, residual, *wide, bounds, eps, dropout_p, seed, site)[0]
     keep = mask_like(x, dropout_p, seed, site)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference, rowwise
-from .dispatch import runs_native
+from .dispatch import compiled
 from .native import library
 
 
@@ -96,7 +96,7 @@ def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, site: int) -> 
     checks.dropout("dropout_mask", p, seed, site, seed.device)
     if rows < 1 or columns < 1:
         raise ValueError(f"dropout_mask: rows and columns must be at least 1, got {rows} and {columns}")
-    if runs_native("dropout_mask", seed.device):
+    if compiled("dropout_mask", seed.device):
         return _dropout_mask(rows, columns, reference.drop_threshold(p), seed, site)
     return reference.dropout_mask(rows, columns, p, seed, site)
 
@@ -116,7 +116,7 @@ def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tenso
     checks.cu_seqlens("attention_dropout_mask", cu_seqlens)
     if heads < 1:
         raise ValueError(f"attention_dropout_mask: heads must be at least 1, got {heads}")
-    if runs_native("attention_dropout_mask", seed.device):
+    if compiled("attention_dropout_mask", seed.device):
         return _attention_dropout_mask(cu_seqlens, heads, reference.drop_threshold(p), seed, site)
     return reference.attention_dropout_mask(cu_seqlens, heads, p, seed, site)
 
@@ -138,6 +138,6 @@ def dropout(x: Tensor, *, p: float, seed: Tensor | None, site: int) -> Tensor:
     """
     checks.tensor("dropout", "x", x, ["N", "D"], checks.FLOATS, contiguous=False)
     checks.dropout("dropout", p, seed, site, x.device)
-    if p > 0 and seed is not None and runs_native("dropout", x.device) and rowwise.is_native(x.dtype):
+    if p > 0 and seed is not None and compiled("dropout", x.device) and rowwise.is_native(x.dtype):
         return _dropout(x.contiguous(), p, seed, site)
     return reference.dropout(x, mask_like(x, p, seed, site), p)

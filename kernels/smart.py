@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .dispatch import runs_native
+from .dispatch import compiled
 from .native import library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/launch.h's DType, what the native code takes
@@ -93,7 +93,7 @@ def smart_init(x: Tensor, *, sigma: float, seed: Tensor, site: int) -> Tensor:
     checks.stream("smart_init", seed, site, x.device)
     if sigma == 0:
         return x.clone()
-    if x.dtype in _DTYPES and runs_native("smart_init", x.device):
+    if x.dtype in _DTYPES and compiled("smart_init", x.device):
         return _smart_init(x, sigma, seed, site)
     return reference.smart_init(x, sigma, seed, site)
 
@@ -143,7 +143,7 @@ def smart_ascend(
     checks.choice(op, "norm", norm, ("inf", "2"))
     checks.choice(op, "per", per, ("token", "sequence"))
     checks.choice(op, "projection", projection, ("ball", "unit"))
-    if perturbed.dtype in _DTYPES and runs_native(op, perturbed.device):
+    if perturbed.dtype in _DTYPES and compiled(op, perturbed.device):
         return _smart_ascend(
             perturbed, x, grad, cu_seqlens, eta, epsilon, norm == "inf", per == "sequence", projection == "ball"
         )

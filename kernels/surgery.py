@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .dispatch import runs_native
+from .dispatch import compiled
 from .native import library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # csrc/launch.h's DType
@@ -70,7 +70,7 @@ def gram(grads: Sequence[Sequence[Tensor | None]]) -> Tensor:
     if not present:
         return torch.zeros(len(grads), len(grads), dtype=torch.float64)
     device = columns[present[0]].device  # type: ignore[union-attr]
-    if runs_native("gram", device):
+    if compiled("gram", device):
         return _gram([row[k] for row in grads for k in present], len(grads))
     return reference.gram(grads)
 
@@ -112,7 +112,7 @@ def combine(
         checks.same("combine", f"out[{k}]", target, column, "the gradients there")
         results[k] = target
 
-    if runs_native("combine", device):
+    if compiled("combine", device):
         _combine_([row[k] for row in grads for k, _ in present], weights, [results[k] for k, _ in present])
     else:
         for target, value in zip(results, reference.combine(grads, weights), strict=True):

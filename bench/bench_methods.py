@@ -56,7 +56,7 @@ def ours(method: str, sizes: dict[str, int], batch_size: int) -> Callable[[], ob
         device=torch.device("cpu"),
     )
     batch = [(task, np.arange(batch_size)) for task in TASKS]
-    return lambda: stepper.take([batch], 0, 1.0)
+    return lambda: stepper.take([batch], 0, 1.0).taken()
 
 
 def theirs(method: str, sizes: dict[str, int], batch_size: int) -> Callable[[], object]:

@@ -68,6 +68,8 @@ class TrainConfig:
             each task is its own.
         low_memory: run task after task instead of all in one stream.
         accumulate: batches of each task in one update.
+        cuda_graphs: on a GPU, replay forward and backward as CUDA graphs, with batches padded to few different numbers
+            of tokens; only where a step is one stream and one batch.
         smart: smoothness-inducing adversarial regularisation; --smart.lambda-s 0 turns it off.
         bregman: momentum Bregman proximal point method; off unless --bregman.mu is given.
         sampling: joint takes a batch of every task in each step; round-robin and shuffled take one task a step.
@@ -108,6 +110,7 @@ class TrainConfig:
     surgery_groups: list[str] | None = None
     low_memory: bool = False
     accumulate: int = 1
+    cuda_graphs: bool = True
     smart: SmartConfig = field(default_factory=SmartConfig)
     bregman: BregmanConfig = field(default_factory=BregmanConfig)
     sampling: Literal["joint", "round-robin", "shuffled"] = "joint"

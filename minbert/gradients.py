@@ -32,6 +32,11 @@ class TaskGradients:
     def rows(self) -> list[list[Tensor | None]]:
         return [[view.grad for view in row] for row in self._views]
 
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors whose `.grad` the gradients are."""
+        return [view for row in self._views for view in row]
+
     @contextmanager
     def attached(self, task: int | None = None) -> Iterator[None]:
         """Let a forward in this block, and the backward of what it computes, add to the rows.
@@ -52,9 +57,8 @@ class TaskGradients:
 
     def clear(self) -> None:
         """Forget all gradients."""
-        for row in self._views:
-            for view in row:
-                view.grad = None
+        for leaf in self.leaves:
+            leaf.grad = None
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -20,15 +20,29 @@ from minbert.tasks import TASKS
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one or several tasks, task after task in one stream."""
+    """Sequences of one or several tasks, task after task in one stream, and what else differs from step to step."""
 
     packed: Packed
     labels: Mapping[str, Tensor]  # by task, in the stream's order
+    seeds: Tensor  # int64 [3]: of dropout, of dropout in perturbed passes with masks of their own, of the noise
+    smart_weights: Tensor  # float32 [tasks]: lambda_s of each
 
     @property
     def counts(self) -> dict[str, int]:
         """Each task's number of sequences."""
         return {name: len(labels) for name, labels in self.labels.items()}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that `with_tensors` knows."""
+        return [*self.packed.tensors, *self.labels.values(), self.seeds, self.smart_weights]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
+        """The same batch in other memory, on another device for one."""
+        *rest, seeds, smart_weights = tensors
+        cut = len(rest) - len(self.labels)
+        labels = dict(zip(self.labels, rest[cut:], strict=True))
+        return Batch(self.packed.with_tensors(rest[:cut]), labels, seeds, smart_weights)
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,12 @@ class Losses:
     total: Tensor  # of all tasks, weighted
     smart_term: Tensor  # SMART's part of it
     perturbation: Tensor | None = None  # mean over the tokens of the perturbation's infinity norm
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Losses:
+        """The same with every tensor replaced."""
+        by_task = [{k: function(v) for k, v in of.items()} for of in (self.task, self.smart, self.bregman)]
+        size = None if self.perturbation is None else function(self.perturbation)
+        return Losses(*by_task, function(self.total), function(self.smart_term), size)
 
 
 class Objective:
@@ -61,33 +81,38 @@ class Objective:
     ) -> None:
         self.model, self.smart, self.bregman, self.teacher = model, smart, bregman, teacher
 
+    def batch(self, packed: Packed, labels: Mapping[str, Tensor], *, seed: int, done: float = 1.0) -> Batch:
+        """A batch of the CPU's tensors.
+
+        Args:
+            seed: what dropout and noise follow.
+            done: share of all steps that are done.
+        """
+        seeds = [derive_seed(seed, name) for name in ("dropout", "smart dropout", "smart noise")]
+        weights = [self.smart.weight(name, done) for name in labels]
+        return Batch(packed, labels, torch.tensor(seeds), torch.tensor(weights, dtype=torch.float32))
+
     def __call__(
         self,
         batch: Batch,
         tracked: Callable[[], AbstractContextManager[None]],
         *,
-        seed: int,
-        done: float = 1.0,
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> Losses:
         """Losses of one batch; the clean pass serves the task losses and the regularisers alike.
 
         Args:
             tracked: gives a context in which a forward's parameters are those to differentiate with respect to.
-            seed: what dropout and noise follow.
-            done: share of all steps that are done.
             on_phase: called at the end of each phase, "forward" and "smart", with its name.
         """
-        model, counts, device = self.model, batch.counts, batch.packed.token_ids.device
-        dropout_seed, other_seed, noise_seed = (
-            torch.tensor(derive_seed(seed, name), device=device) for name in ("dropout", "smart dropout", "smart noise")
-        )
+        model, counts = self.model, batch.counts
+        dropout_seed, other_seed, noise_seed = batch.seeds
         with tracked():
             embedded = model.embed(batch.packed, dropout_seed)
             outputs = model.from_embedded(embedded, batch.packed, counts, seed=dropout_seed)
         task = {name: LOSSES[TASKS[name].loss](output, batch.labels[name]) for name, output in outputs.items()}
         terms = list(task.values())
-        smart, smart_terms, bregman, size = {}, [torch.zeros((), device=device)], {}, None
+        smart, smart_terms, bregman, size = {}, [batch.smart_weights.new_zeros(())], {}, None
         on_phase("forward")
         if self.smart.on:
             adversary = dropout_seed if self.smart.masks == "shared" else other_seed
@@ -98,7 +123,7 @@ class Objective:
             with tracked():
                 moved = model.from_embedded(at(embedded, perturbed), batch.packed, counts, seed=adversary)
             smart = divergences(moved, outputs)
-            smart_terms = [self.smart.weight(name, done) * value for name, value in smart.items()]
+            smart_terms = [weight * smart[name] for name, weight in zip(counts, batch.smart_weights, strict=True)]
             on_phase("smart")
         if self.bregman.mu:
             bregman = divergences(outputs, self._by_teacher(batch, dropout_seed))

@@ -71,16 +71,27 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def combined_step(
-        self, shared: Mapping[Tensor, Sequence[Tensor | None]], weights: Tensor, scale: float = 1.0
-    ) -> None:
+        self,
+        shared: Mapping[Tensor, Sequence[Tensor | None]],
+        weights: Tensor,
+        scale: Tensor | None = None,
+        *,
+        skip_unless: Tensor | None = None,
+    ) -> list[Tensor]:
         """Update with a weighted sum of task gradients, which is never stored.
 
         Args:
             shared: by parameter, its gradient for each of T tasks; one without any stays as it is.
             weights: float64 [T].
-            scale: what the gradients of all other parameters, their `.grad`, are multiplied by.
+            scale: what the gradients of all other parameters, their `.grad`, are multiplied by: float64 [1].
+            skip_unless: a float64 scalar: where it is 0, no parameter and no moment changes. The steps are counted all
+                the same; who learns that it was 0 calls `uncount`.
+
+        Returns:
+            the parameters that it counted a step for.
         """
-        own = torch.full((1,), scale, dtype=torch.float64)
+        own = torch.ones(1, dtype=torch.float64) if scale is None else scale
+        counted: list[Tensor] = []
         for group in self.param_groups:
             by_step: dict[tuple[int, bool], list[Tensor]] = defaultdict(list)
             for param in group["params"]:
@@ -88,6 +99,9 @@ class AdamW(torch.optim.Optimizer):
                 if any(grad is not None for grad in grads):
                     by_step[self._count(param), param in shared].append(param)
             for (count, is_shared), params in by_step.items():
+                counted += params
+                if skip_unless is not None and not skip_unless:  # TEMPORARY
+                    continue
                 rows = [shared[param] if is_shared else [param.grad] for param in params]
                 kernels.combine_adamw_(
                     params,
@@ -102,6 +116,13 @@ class AdamW(torch.optim.Optimizer):
                     weight_decay=group["weight_decay"],
                     **({} if self.average_beta is None else self._average(params)),
                 )
+
+        return counted
+
+    def uncount(self, params: Iterable[Tensor]) -> None:
+        """Take back the count of one step for each."""
+        for param in params:
+            self.state[param]["step"] -= 1
 
     def _count(self, param: Tensor) -> int:
         """The number of this step of the parameter's, counted from 1."""

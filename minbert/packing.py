@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# Batches for CUDA graphs come in buckets of these numbers of tokens: small enough to waste little, large enough to be
+# met again soon. A task's 32 sequences of the real data have 900 tokens, give or take 70.
+TOKEN_BUCKET = 128
+SHORTEST_BUCKET = 32  # of the longest sequence's
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,7 @@ class Packed:
     position_ids: Tensor  # int64 [N]: position within its own sequence
     cu_seqlens: Tensor  # int32 [S + 1]: cumulative sequence lengths, from 0 to N
     max_seqlen: int  # the longest sequence's length in tokens
+    padding: int = 0  # sequences that each task has after its own, for round numbers of tokens (`dummies`)
     # Of T tasks, task t has sequences sequence_bounds[t] to [t + 1], and tokens token_bounds[t] to [t + 1].
     sequence_bounds: tuple[int, ...] | None = None
     token_bounds: tuple[int, ...] | None = None
@@ -28,17 +34,21 @@ class Packed:
         """Tokens in each sequence, int32 [S]."""
         return self.cu_seqlens.diff()
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that `with_tensors` knows."""
+        return [getattr(self, name) for name in self._tensor_names()]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Packed:
+        """The same batch in other memory, on another device for one."""
+        return replace(self, **dict(zip(self._tensor_names(), tensors, strict=True)))
+
+    def _tensor_names(self) -> list[str]:
+        return [field.name for field in fields(self) if isinstance(getattr(self, field.name), Tensor)]
+
     def to(self, device: torch.device | str) -> Packed:
         """The same batch on `device`, copied without waiting for the copy to end."""
-        return Packed(
-            self.token_ids.to(device, non_blocking=True),
-            self.token_type_ids.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            self.cu_seqlens.to(device, non_blocking=True),
-            self.max_seqlen,
-            self.sequence_bounds,
-            self.token_bounds,
-        )
+        return self.with_tensors([tensor.to(device, non_blocking=True) for tensor in self.tensors])
 
     def by_task(self, counts: Sequence[int]) -> Packed:
         """The same batch, a CPU one, with the tasks' bounds for their numbers of sequences.
@@ -77,7 +87,9 @@ def pack(token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[i
     return pack_flat(np.concatenate([np.asarray(row, np.int64) for row in token_ids]), types, lengths)
 
 
-def pack_flat(token_ids: np.ndarray, token_type_ids: np.ndarray, lengths: np.ndarray) -> Packed:
+def pack_flat(
+    token_ids: np.ndarray, token_type_ids: np.ndarray, lengths: np.ndarray, max_seqlen: int = 0, padding: int = 0
+) -> Packed:
     """`pack` for sequences that already lie end to end: ids [N], types [N], lengths [S] (all positive)."""
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
@@ -86,5 +98,21 @@ def pack_flat(token_ids: np.ndarray, token_type_ids: np.ndarray, lengths: np.nda
         torch.from_numpy(np.ascontiguousarray(token_type_ids, np.int64)),
         torch.from_numpy(position_ids),
         torch.from_numpy(cu_seqlens.astype(np.int32)),
-        int(lengths.max()),
+        max(max_seqlen, int(lengths.max())),
+        padding=padding,
     )
+
+
+def length_bucket(longest: int, limit: int) -> int:
+    """The power of 2 from `SHORTEST_BUCKET` on that holds `longest` tokens, or `limit` if that is less."""
+    return min(limit, max(SHORTEST_BUCKET, 1 << (longest - 1).bit_length()))
+
+
+def dummies(tokens: int, max_seqlen: int) -> np.ndarray:
+    """Lengths of the sequences that bring `tokens` to a multiple of `TOKEN_BUCKET`.
+
+    Their number depends on max_seqlen alone, none is empty, and none is longer than it.
+    """
+    count = -(-(TOKEN_BUCKET - 1) // (max_seqlen - 1))
+    spare = -(tokens + count) % TOKEN_BUCKET + count
+    return np.full(count, spare // count) + (np.arange(count) < spare % count)

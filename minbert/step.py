@@ -1,14 +1,14 @@
-"""One training step: losses, backward, surgery, clipping and AdamW, for however many tasks, batches and updates."""
+"""One training step: losses, backward, surgery, clipping and AdamW, for however many tasks, batches and updates.
+
+Nothing here waits for a GPU: a step is handed over, and what it did is read later (`Pending`).
+"""
 
 from __future__ import annotations
 
-import functools
-import math
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import combinations
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,56 +20,17 @@ from minbert.gradients import TaskGradients
 from minbert.model import MultitaskModel
 from minbert.objective import Batch, Losses, Objective
 from minbert.optimizer import AdamW
+from minbert.pending import Clock, Pending
+from minbert.replay import Replay
 from minbert.seeds import derive_seed
-from minbert.surgery import Conflicts, Surgery
+from minbert.surgery import Surgery
 from minbert.tasks import Task
+from minbert.transfer import Readings, moved
 
 Parts = Sequence[tuple[Task, np.ndarray]]  # tasks, and which of their examples
 
 
 @dataclass
-class Clock:
-    """Seconds by phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    last: float = field(default_factory=time.perf_counter)
-
-    def lap(self, phase: str) -> None:
-        """What has passed since the last lap was spent on `phase`."""
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
-        self.last = now
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What a step did. Losses are means over its batches, of its first update."""
-
-    loss: dict[str, float]
-    smart: dict[str, float]
-    bregman: dict[str, float]
-    smart_share: float  # of the whole loss; 0 without SMART
-    perturbation: float  # mean over tokens of its infinity norm
-    grad_norm: float  # of all gradients after surgery, before clipping
-    conflicts: dict[str, dict[str, float]]  # measure -> pair of tasks -> value; empty for one gradient
-    projected_share: float
-    updated: bool  # whether loss and gradient were finite; if not, nothing has changed
-    examples: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase
-
-    def record(self) -> dict[str, Any]:
-        """What metrics.jsonl says of it."""
-        kept: dict[str, Any] = {"loss": self.loss, "grad_norm": self.grad_norm}
-        if self.smart:
-            kept |= {"smart": self.smart, "smart_share": self.smart_share, "perturbation": self.perturbation}
-        if self.bregman:
-            kept["bregman"] = self.bregman
-        if self.conflicts:
-            kept |= {**self.conflicts, "projected_share": self.projected_share}
-        return {**kept, "seconds": self.seconds}
-
-
-@dataclass(frozen=True)
 class Stepper:
     """What takes the steps of a run.
 
@@ -80,6 +41,8 @@ class Stepper:
         low_memory: whether each group goes through the model alone, rather than all in one stream.
         clip_norm: gradients are scaled down to this norm; 0 leaves them.
         seed: what dropout, noise and the order of surgery follow.
+        bucket_to: replay CUDA graphs, with batches in buckets of token counts; no sequence may be longer than this.
+            None does neither.
     """
 
     model: MultitaskModel
@@ -94,16 +57,25 @@ class Stepper:
     clip_norm: float
     seed: int
     device: torch.device
+    bucket_to: int | None = None
+    _replay: Replay | None = field(default=None, init=False)
+    _unsettled: tuple[Readings, list[Tensor]] | None = field(default=None, init=False)  # the last update
 
-    def take(self, batches: Sequence[Parts], step: int, done: float) -> Taken:
-        """Update the model once, or as often as surgery says.
+    def __post_init__(self) -> None:
+        if self.bucket_to is not None:
+            leaves = [*self.gradients.leaves, *self.model.heads.parameters()]
+            self._replay = Replay(partial(self._differentiate, row=None), leaves, self.device)
+
+    def take(self, batches: Sequence[Parts], step: int, done: float) -> Pending:
+        """Have the device update the model once, or as often as surgery says.
 
         Args:
             batches: `accumulate` of them.
             step: its number, from 0.
             done: share of all steps that are done.
         """
-        clock, updates = Clock(), []
+        clock, updates = Clock(self.device), []
+        allowed = torch.ones((), dtype=torch.float64, device=self.device)
         for number, surgery in enumerate(self.surgeries):
             self.gradients.clear()
             self.optimizer.zero_grad(set_to_none=True)
@@ -112,11 +84,11 @@ class Stepper:
                 for micro, batch in enumerate(batches)
                 for stream, (row, parts) in enumerate(self._streams(batch))
             ]
-            updates.append(self._update(found, surgery, derive_seed(self.seed, "surgery", step, number)))
+            allowed = self._update(found, surgery, derive_seed(self.seed, "surgery", step, number), allowed, updates)
             clock.lap("update")
         examples = sum(len(indices) for batch in batches for _, indices in batch)
-        updated = all(update.updated for update in updates)
-        return replace(updates[0], updated=updated, examples=examples, seconds=clock.seconds)
+        names = ["+".join(task.name for task in group) for group in self.groups] if self._split else []
+        return Pending(updates, self.surgeries[0], names, examples, clock, self._settle)
 
     def _streams(self, batch: Parts) -> list[tuple[int | None, Parts]]:
         """The streams in which a batch goes through the model, each with its only row of gradients; None for all."""
@@ -131,69 +103,71 @@ class Stepper:
 
     def _backward(self, parts: Parts, row: int | None, seed: int, done: float, clock: Clock) -> Losses:
         """Add the gradients of one stream."""
-        packed = pack_batches([(self.data[task.name], indices) for task, indices in parts])
+        packed = pack_batches([(self.data[task.name], indices) for task, indices in parts], self.bucket_to)
         if row is None and self._split:
             names = [{task.name for task in group} for group in self.groups]
-            packed = packed.by_task([sum(len(i) for task, i in parts if task.name in group) for group in names])
-        labels = {
-            task.name: torch.from_numpy(self.data[task.name].labels[indices]).to(self.device)  # type: ignore[index]
-            for task, indices in parts
-        }
+            sizes = [[len(i) + packed.padding for task, i in parts if task.name in group] for group in names]
+            packed = packed.by_task([sum(of_group) for of_group in sizes])
+        labels = {task.name: torch.from_numpy(self.data[task.name].labels[i]) for task, i in parts}  # type: ignore[index]
+        batch = self.objective.batch(packed, labels, seed=seed, done=done)
         clock.lap("batch")
-        losses = self.objective(
-            Batch(packed.to(self.device), labels),
-            functools.partial(self.gradients.attached, row),
-            seed=seed,
-            done=done,
-            on_phase=clock.lap,
-        )
-        (losses.total / self.accumulate).backward()
+        if self._replay is not None:
+            losses = self._replay(batch)
+        else:
+            batch = batch.with_tensors(moved(batch.tensors, self.device))
+            losses = self._differentiate(batch, row, clock.lap)
         clock.lap("backward")
         return losses
 
-    def _update(self, found: Sequence[Losses], surgery: Surgery, seed: int) -> Taken:
-        """Surgery, clipping and AdamW; without a finite loss and gradient, nothing changes."""
+    def _differentiate(
+        self, batch: Batch, row: int | None, on_phase: Callable[[str], None] = lambda name: None
+    ) -> Losses:
+        losses = self.objective(batch, partial(self.gradients.attached, row), on_phase=on_phase)
+        (losses.total / self.accumulate).backward()
+        return losses
+
+    def _update(
+        self, found: Sequence[Losses], surgery: Surgery, seed: int, allowed: Tensor, updates: list[Readings]
+    ) -> Tensor:
+        """Surgery, clipping and AdamW; without a finite loss and gradient, or where it is not allowed, nothing changes.
+
+        Returns:
+            whether anything did, 1 or 0.
+        """
         rows = self.gradients.rows
         gram = kernels.gram(rows)
         weights = surgery.weights(gram, torch.Generator().manual_seed(seed))
         own = [param.grad for param in self.model.heads.parameters() if param.grad is not None]
-        squares = (weights @ gram @ weights).clamp(min=0) + sum(grad.double().square().sum() for grad in own)
-        norm = squares.sqrt().item()
-        total = sum(losses.total.item() for losses in found) / self.accumulate
-        updated = math.isfinite(norm) and math.isfinite(total)
-        if updated:
-            scale = self.clip_norm / norm if 0 < self.clip_norm < norm else 1.0
-            shared: dict[Tensor, Sequence[Tensor | None]]
-            shared = dict(zip(self.gradients.params, zip(*rows, strict=True), strict=True))
-            self.optimizer.combined_step(shared, weights * scale, scale)
-        conflicts = Conflicts.of(gram, weights, surgery.plain(gram)) if self._split else None
-        sizes = [losses.perturbation.item() for losses in found if losses.perturbation is not None]
-        return Taken(
-            loss=_means([losses.task for losses in found]),
-            smart=_means([losses.smart for losses in found]),
-            bregman=_means([losses.bregman for losses in found]),
-            smart_share=sum(losses.smart_term.item() for losses in found) / self.accumulate / (total or math.nan),
-            perturbation=sum(sizes) / max(len(sizes), 1),
-            grad_norm=norm,
-            conflicts=self._by_pair(conflicts) if conflicts else {},
-            projected_share=conflicts.projected_share if conflicts else 0.0,
-            updated=updated,
-        )
+        squares = kernels.gram([own])[0, 0]
+        total = torch.stack([losses.total for losses in found]).sum()
+        norm = ((weights @ gram @ weights).clamp(min=0) + squares).sqrt()
+        updated = norm.isfinite() * total.isfinite() * allowed
+        scale = (self.clip_norm / norm).clamp(max=1) if self.clip_norm else torch.ones_like(norm)
+        self._settle()
+        shared = dict(zip(self.gradients.params, zip(*rows, strict=True), strict=True))
+        counted = self.optimizer.combined_step(shared, weights * scale, scale[None], skip_unless=updated)
 
-    def _by_pair(self, conflicts: Conflicts) -> dict[str, dict[str, float]]:
-        names = ["+".join(task.name for task in group) for group in self.groups]
-        pairs = list(combinations(range(len(names)), 2))
-        measures = {"cosine": conflicts.cosine, "magnitude_similarity": conflicts.magnitude_similarity}
-        return {
-            measure: {f"{names[i]}/{names[j]}": values[i, j].item() for i, j in pairs}
-            for measure, values in measures.items()
-        }
+        numbers: dict[Hashable, list[Tensor]] = defaultdict(list)
+        for losses in found:
+            for kind, by_task in (("loss", losses.task), ("smart", losses.smart), ("bregman", losses.bregman)):
+                for name, value in by_task.items():
+                    numbers[kind, name].append(value)
+            numbers["smart"].append(losses.smart_term)
+            numbers["total"].append(losses.total)
+            if losses.perturbation is not None:
+                numbers["perturbation"].append(losses.perturbation)
+        of_update = {"gram": gram, "weights": weights, "norm": norm, "updated": updated}
+        updates.append(Readings({**{name: torch.stack(of) for name, of in numbers.items()}, **of_update}))
+        self._unsettled = updates[-1], counted
+        return updated
 
+    def _settle(self) -> None:
+        """Have the optimizer forget the last update if it changed nothing.
 
-def _means(found: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """By task, the mean over the streams it was in."""
-    values: dict[str, list[float]] = {}
-    for losses in found:
-        for name, loss in losses.items():
-            values.setdefault(name, []).append(loss.item())
-    return {name: sum(each) / len(each) for name, each in values.items()}
+        On a GPU this waits for that update while the backward of the next one runs already.
+        """
+        if self._unsettled is not None:
+            readings, counted = self._unsettled
+            self._unsettled = None
+            if not readings.read()["updated"][0]:
+                self.optimizer.uncount(counted)

@@ -6,6 +6,7 @@ import datetime
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
@@ -22,10 +23,11 @@ from minbert.device import describe, peak_memory_bytes
 from minbert.errors import UserError
 from minbert.evaluate import evaluate, load_model
 from minbert.metrics import overall
+from minbert.pending import Pending, Taken
 from minbert.report import plot_run
 from minbert.runs import Run
 from minbert.schedule import learning_rate_factor
-from minbert.step import Parts, Taken
+from minbert.step import Parts
 from minbert.workbench import Workbench, prepare, restore
 
 SMART_SHARE_THAT_ACTS = 1e-4  # of the loss
@@ -73,39 +75,51 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
         peak_rates = [group["lr"] for group in bench.optimizer.param_groups]
         bench.model.train()
 
+        ahead = (
+            0 if bench.device.type == "cpu" else 1
+        )  # steps that a GPU is given before the one before it is looked at
+        pending: deque[tuple[int, float, Pending]] = deque()
+
         with TrainingProgress(console, total_steps, progress.step) as display:
-            while progress.step < total_steps:
+            for step in range(progress.step, total_steps):
                 started = time.perf_counter()
-                step = progress.step
                 factor = learning_rate_factor(step, total_steps, config.warmup, config.schedule)
                 for group, peak in zip(bench.optimizer.param_groups, peak_rates, strict=True):
                     group["lr"] = peak * factor
 
                 first = step * config.accumulate
                 batches = [batch_at(bench, samplers, i) for i in range(first, first + config.accumulate)]
-                taken = bench.stepper.take(batches, step, step / total_steps)
-                if taken.updated:
-                    count_losses(progress, taken)
-                    progress.skipped_in_a_row = 0
-                else:
-                    skip_step(progress, taken, config)
+                pending.append((step, factor, bench.stepper.take(batches, step, step / total_steps)))
 
-                progress.step += 1
-                progress.examples += taken.examples
-                progress.seconds += time.perf_counter() - started
-                epoch, rate = step // epoch_steps + 1, progress.examples / progress.seconds
-                if progress.step % config.log_steps == 0:
-                    record = {"lr": factor * peak_rates[0], **taken.record(), "examples_per_second": rate}
-                    run.log({"step": progress.step, "epoch": epoch, **record})
-                display.update(progress.step, f"epoch {epoch}/{epochs}", rate, sum(progress.mean_losses().values()))
+                ends_epoch = (step + 1) % epoch_steps == 0 or step + 1 == total_steps
+                stops = stop.number if step + 1 < total_steps else 0
+                saves = ends_epoch or (step + 1) % config.checkpoint_steps == 0 or stops
+                while len(pending) > (0 if saves else ahead):
+                    done, its_factor, waiting = pending.popleft()
+                    taken = waiting.taken()
+                    if taken.updated:
+                        count_losses(progress, taken)
+                        progress.skipped_in_a_row = 0
+                    else:
+                        skip_step(progress, taken, config)
+                    progress.step = done + 1
+                    progress.examples += taken.examples
+                    progress.seconds += time.perf_counter() - started
+                    started = time.perf_counter()
+                    epoch, rate = done // epoch_steps + 1, progress.examples / progress.seconds
+                    if progress.step % config.log_steps == 0:
+                        record = {"lr": its_factor * peak_rates[0], **taken.record(), "examples_per_second": rate}
+                        run.log({"step": progress.step, "epoch": epoch, **record})
+                    shown = sum(progress.mean_losses().values())
+                    display.update(progress.step, f"epoch {epoch}/{epochs}", rate, shown)
 
-                if progress.step % epoch_steps == 0 or progress.step == total_steps:
+                if ends_epoch:
                     finish_epoch(bench, run, progress, epoch, console)
-                elif progress.step % config.checkpoint_steps == 0 or stop.number:
+                elif saves:
                     checkpoint.save(run.last, bench.model, bench.tokenizer, bench.optimizer, progress)
-                if stop.number and progress.step < total_steps:
+                if stops:
                     console.print(f"stopped after step {progress.step}; the same command with --resume goes on")
-                    raise Stopped(stop.number)
+                    raise Stopped(stops)
         return finish_run(bench, run, progress, console)
 
 

@@ -132,6 +132,7 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     groups = task_groups(tasks, config.surgery_groups)
     surgeries = find_surgery(config.surgery, config.surgery_reduction)
     rows = len(groups) if any(surgery.per_task for surgery in surgeries) else 1
+    replays = device.type == "cuda" and config.cuda_graphs and config.accumulate == 1 and not config.low_memory
     stepper = Stepper(
         model,
         Objective(model, config.smart, config.bregman, optimizer.averages),
@@ -145,6 +146,7 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
         config.clip_norm,
         config.seed,
         device,
+        bucket_to=max_length if replays else None,
     )
     return Workbench(
         config,

@@ -41,7 +41,8 @@ def model():
 def batch():
     generator = torch.Generator().manual_seed(0)
     packed = pack([torch.randint(1, 50, (n,), generator=generator).tolist() for n in (7, 1, 40, 33, 2, 13)])
-    return Batch(packed, {"sst": torch.tensor([0.0, 4, 2]), "qqp": torch.ones(1), "sts": torch.tensor([1.0, 4.5])})
+    labels = {"sst": torch.tensor([0.0, 4, 2]), "qqp": torch.ones(1), "sts": torch.tensor([1.0, 4.5])}
+    return Batch(packed, labels, torch.arange(3), torch.ones(3))
 
 
 def search(model, batch, config):
@@ -105,7 +106,7 @@ def test_the_embeddings_scale_is_that_of_their_elements(model, batch):
 
 def losses(model, batch, smart=OFF, bregman=NO_TEACHER, teacher=None, seed=0, **options):
     objective = Objective(model, smart, bregman, teacher)
-    return objective(batch, contextlib.nullcontext, seed=seed, **options)
+    return objective(objective.batch(batch.packed, batch.labels, seed=seed, **options), contextlib.nullcontext)
 
 
 def gradients(model, found):

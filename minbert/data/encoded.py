@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from minbert.data.formats import Examples
 from minbert.kernels.cache import cache_directory
-from minbert.packing import Packed, pack_flat
+from minbert.packing import Packed, dummies, length_bucket, pack_flat
 
 FORMAT = "minbert-encoded-1"  # part of every cache file's name: a new layout leaves old files alone
 
@@ -59,11 +59,23 @@ class Encoded:
         return pack_batches([(self, indices)])
 
 
-def pack_batches(parts: Sequence[tuple[Encoded, np.ndarray]]) -> Packed:
-    """Pack a batch of each of several tasks into one stream: task after task, each a contiguous segment."""
+def pack_batches(parts: Sequence[tuple[Encoded, np.ndarray]], bucket_to: int | None = None) -> Packed:
+    """Pack a batch of each of several tasks into one stream: task after task, each a contiguous segment.
+
+    Args:
+        bucket_to: give streams few different shapes: round the longest length up, to this at most, and each task's
+            tokens with sequences of padding after its own.
+    """
     gathered = [_gather(encoded, indices) for encoded, indices in parts]
+    longest = max(int(lengths.max()) for _, _, lengths in gathered)
+    padding = 0
+    if bucket_to is not None:
+        longest = length_bucket(longest, bucket_to)
+        added = [dummies(int(lengths.sum()), longest) for _, _, lengths in gathered]
+        padding = len(added[0])
+        gathered = [_padded(*arrays, extra) for arrays, extra in zip(gathered, added, strict=True)]
     token_ids, token_type_ids, lengths = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
-    return pack_flat(token_ids, token_type_ids, lengths)
+    return pack_flat(token_ids, token_type_ids, lengths, longest, padding)
 
 
 def _gather(encoded: Encoded, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,6 +84,14 @@ def _gather(encoded: Encoded, indices: np.ndarray) -> tuple[np.ndarray, np.ndarr
     ends = np.cumsum(lengths)
     tokens = np.arange(ends[-1]) + np.repeat(encoded.offsets[indices] - (ends - lengths), lengths)
     return encoded.token_ids[tokens], encoded.token_type_ids[tokens], lengths
+
+
+def _padded(
+    ids: np.ndarray, types: np.ndarray, lengths: np.ndarray, extra: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same with further sequences of these lengths, all of them token 0."""
+    zeros = np.zeros(extra.sum(), ids.dtype)
+    return np.append(ids, zeros), np.append(types, zeros.astype(types.dtype)), np.append(lengths, extra)
 
 
 def encode(

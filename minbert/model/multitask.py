@@ -91,10 +91,14 @@ class MultitaskModel(nn.Module):
                 f"no head for task {unknown[0]!r}{did_you_mean(unknown[0], known)}; heads: {', '.join(known)}"
             )
         sequences = len(packed.cu_seqlens) - 1
-        if sum(counts.values()) != sequences:
-            raise ValueError(f"counts {dict(counts)} must add up to the {sequences} sequences of the packed stream")
+        sizes = [size for count in counts.values() for size in (count, packed.padding)]
+        if sum(sizes) != sequences:
+            padding = f", with {packed.padding} of padding for each task" if packed.padding else ""
+            raise ValueError(
+                f"counts {dict(counts)} must add up to the {sequences} sequences of the packed stream{padding}"
+            )
         seed = self._seed(seed)
-        pooled = self.encoder.pool(hidden, packed, self.pooling).split(list(counts.values()))
+        pooled = self.encoder.pool(hidden, packed, self.pooling).split(sizes)[::2]
         return {
             name: self.heads[name](rows, seed=seed, site=self._sites[name])
             for name, rows in zip(counts, pooled, strict=True)

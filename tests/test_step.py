@@ -1,0 +1,226 @@
+"""A training step hands its work to the device without waiting for it, and says afterwards what was done."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minbert import replay as replay_module
+from minbert.data import Encoded, pack_batches
+from minbert.gradients import TaskGradients
+from minbert.kernels import checks
+from minbert.model import Encoder, EncoderConfig, MultitaskModel
+from minbert.objective import Objective
+from minbert.optimizer import AdamW
+from minbert.packing import TOKEN_BUCKET, dummies, length_bucket
+from minbert.replay import Captured, Replay
+from minbert.smart import BregmanConfig, SmartConfig
+from minbert.step import Stepper
+from minbert.surgery import find_surgery
+from minbert.tasks import find_tasks
+from minbert.transfer import ALIGNMENT, Layout, Readings, gathered
+
+TASKS = find_tasks(["sst", "qqp", "sts"])
+SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+CPU = torch.device("cpu")
+
+
+def examples(n: int, seed: int) -> Encoded:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 40, n)
+    ids = rng.integers(1, 60, lengths.sum()).astype(np.int32)
+    labels = rng.integers(0, 2, n).astype(np.float32)
+    return Encoded(ids, np.zeros(len(ids), np.uint8), np.cumsum([0, *lengths]), labels, [""] * n, 0)
+
+
+DATA = {task.name: examples(40, i) for i, task in enumerate(TASKS)}
+
+
+def stepper(surgery: str = "pcgrad", weight: float = 1.0, mu: float = 0.0, dropout: float = 0.1, **options) -> Stepper:
+    torch.manual_seed(0)
+    config = EncoderConfig(**SIZES, max_position_embeddings=64).with_dropout(dropout)
+    model = MultitaskModel(Encoder(config), TASKS, head_dropout=dropout).train()
+    optimizer = AdamW(model.parameter_groups(0.01), lr=1e-2, average_beta=0.9 if mu else None)
+    objective = Objective(model, SmartConfig(lambda_s=weight), BregmanConfig(mu=mu), optimizer.averages)
+    gradients = TaskGradients(model.encoder, 1 if surgery == "sum" else len(TASKS))
+    groups = [[task] for task in TASKS]
+    settings = {"accumulate": 1, "low_memory": False, "clip_norm": 1.0, "seed": 0, "device": CPU, **options}
+    return Stepper(model, objective, optimizer, gradients, groups, find_surgery(surgery), DATA, **settings)
+
+
+def parts(*, n: int = 8, step: int = 0):
+    return [(task, np.arange(step * n, (step + 1) * n)) for task in TASKS]
+
+
+class Waits(TorchDispatchMode):
+    """Refuses every op that would have the host wait for a GPU's numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.name() not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"surgery": "sum"}, {"surgery": "gse", "mu": 0.5}, {"low_memory": True}])
+def test_a_step_is_handed_over_without_looking_at_a_number(options, monkeypatch):
+    steps = stepper(**options)
+    steps.take([parts()], 0, 0.0).taken()
+    monkeypatch.setattr(steps, "_settle", lambda: None)  # which waits, for the update before
+    monkeypatch.setattr(Encoder, "_check", lambda self, packed: None)  # looks at ids, on CPUs only
+    for check in ("ids", "cu_seqlens_values"):  # likewise
+        monkeypatch.setattr(checks, check, lambda *arguments: None)
+    with Waits():
+        pending = steps.take([parts(step=1)], 1, 0.5)
+    assert pending.taken().updated
+
+
+def test_the_watch_for_waiting_sees_them():
+    with Waits(), pytest.raises(AssertionError):
+        torch.ones(()).item()
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_counts_for_nothing():
+    steps = stepper("gse")
+    steps.take([parts()], 0, 0.0).taken()
+    with torch.no_grad():
+        for param in steps.model.heads["sst"].parameters():
+            param.fill_(math.inf)
+    before = {name: param.clone() for name, param in steps.model.named_parameters()}
+    assert not steps.take([parts(step=1)], 1, 0.5).taken().updated
+    for name, param in steps.model.named_parameters():
+        assert torch.equal(param, before[name]), name
+        assert steps.optimizer.state[param]["step"] == 2  # both updates of the first step
+
+
+# Buckets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_seqlen", [3, 32, 64, 100, 128, 512])
+def test_padding_makes_round_numbers_of_few_short_sequences(max_seqlen):
+    counts = set()
+    for tokens in range(1, 3 * TOKEN_BUCKET):
+        extra = dummies(tokens, max_seqlen)
+        assert (tokens + extra.sum()) % TOKEN_BUCKET == 0
+        assert 1 <= extra.min() <= extra.max() <= max_seqlen
+        assert extra.sum() < TOKEN_BUCKET + len(extra)
+        counts.add(len(extra))
+    assert len(counts) == 1
+
+
+def test_length_buckets_hold_the_longest():
+    assert [length_bucket(n, 300) for n in (1, 32, 33, 64, 129, 257, 300)] == [32, 32, 64, 64, 256, 300, 300]
+
+
+@pytest.mark.parametrize("surgery", ["sum", "pcgrad"])
+def test_padding_changes_no_loss_and_no_gradient(surgery):
+    found = []
+    for bucket_to in (None, 64):
+        steps = stepper(surgery, weight=0.0, dropout=0.0)
+        packed = pack_batches([(DATA[task.name], indices) for task, indices in parts()], bucket_to)
+        assert bucket_to is None or all(n % TOKEN_BUCKET == 0 for n in [len(packed.token_ids)])
+        if surgery != "sum":
+            packed = packed.by_task([len(indices) + packed.padding for _, indices in parts()])
+        labels = {task.name: torch.from_numpy(DATA[task.name].labels[indices]) for task, indices in parts()}
+        losses = steps.objective(steps.objective.batch(packed, labels, seed=0), partial(steps.gradients.attached, None))
+        losses.total.backward()
+        found.append(([losses.total.detach()], *steps.gradients.rows))
+    for padded, plain in zip(*found, strict=True):
+        for one, other in zip(padded, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+# Replays ----------------------------------------------------------------------------------------------------------
+
+
+class Graph:
+    """What a CUDA graph does, by computing again and writing to the addresses of the first time."""
+
+    def __init__(self, compute, batch, leaves):
+        self.compute, self.batch, self.leaves = compute, batch, leaves
+        self.losses, self.grads = self._run()
+
+    def _run(self):
+        for leaf in self.leaves:
+            leaf.grad = None
+        losses = self.compute(self.batch).map(torch.Tensor.detach)
+        return losses, [leaf.grad for leaf in self.leaves]
+
+    def replay(self):
+        losses, grads = self._run()
+        written = [grad for grad in self.grads if grad is not None]
+        for old, new in zip(written, [grad for grad in grads if grad is not None], strict=True):
+            old.copy_(new)
+        values = iter([*losses.task.values(), losses.total, losses.smart_term])
+        for old in [*self.losses.task.values(), self.losses.total, self.losses.smart_term]:
+            old.copy_(next(values))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that were captured, where no GPU is."""
+    made = []
+
+    def capture(self, batch):
+        layout = Layout(batch.tensors)
+        buffer = torch.zeros(layout.size, dtype=torch.uint8)
+        views = layout.views(buffer)
+        for view, tensor in zip(views, batch.tensors, strict=True):
+            view.copy_(tensor)  # a GPU's capture computes nothing; this one needs a batch that makes sense
+        graph = Graph(self.compute, batch.with_tensors(views), self.leaves)
+        buffer.zero_()
+        made.append(graph)
+        return Captured(graph, layout, buffer, graph.losses, graph.grads)
+
+    monkeypatch.setattr(Replay, "_capture", capture)
+    return made
+
+
+def test_replayed_steps_train_like_those_that_are_computed(graphs):
+    straight, replayed = stepper(bucket_to=64), stepper(bucket_to=64)
+    straight._replay = None
+    for step in range(4):
+        batches = [parts(step=0 if step < 3 else 1)]  # one shape three times
+        wanted = straight.take(batches, step, step / 4).taken()
+        got = replayed.take(batches, step, step / 4).taken()
+        assert got.loss == pytest.approx(wanted.loss)
+    assert len(graphs) == 1
+    theirs = dict(straight.model.named_parameters())
+    for name, param in replayed.model.named_parameters():
+        torch.testing.assert_close(param, theirs[name], rtol=1e-5, atol=1e-7)
+
+
+def test_shapes_beyond_the_most_graphs_are_computed(graphs, monkeypatch):
+    monkeypatch.setattr(replay_module, "MOST_GRAPHS", 0)
+    steps = stepper(bucket_to=64)
+    for step in range(3):
+        assert steps.take([parts()], step, 0.0).taken().updated
+    assert not graphs
+
+
+# Transfers --------------------------------------------------------------------------------------------------------
+
+
+def test_one_buffer_holds_tensors_of_any_dtype_to_the_bit():
+    tensors = [
+        torch.arange(5),
+        torch.tensor(2.5),
+        torch.ones(3, 7, dtype=torch.bfloat16),
+        torch.empty(0),
+        torch.tensor([True]),
+    ]
+    layout = Layout(tensors)
+    buffer = gathered(tensors, layout, pinned=False)
+    for view, tensor in zip(layout.views(buffer), tensors, strict=True):
+        assert view.dtype == tensor.dtype
+        assert torch.equal(view, tensor)
+        assert (view.data_ptr() - buffer.data_ptr()) % ALIGNMENT == 0 or not tensor.numel()
+    assert buffer.numel() == layout.size
+
+
+def test_readings_come_back_by_name():
+    readings = Readings({("loss", "sst"): torch.tensor([1.5, 2.5]), "gram": torch.eye(2, dtype=torch.float64)})
+    assert readings.read() == {("loss", "sst"): [1.5, 2.5], "gram": [1.0, 0.0, 0.0, 1.0]}

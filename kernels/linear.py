@@ -51,28 +51,41 @@ def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], bounds: Se
 
 @torch.library.custom_op("minbert::linear_backward", mutates_args=())
 def _linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bounds: Sequence[int], for_x: bool, for_weights: bool, for_biases: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bounds: Sequence[int],
+    for_x: bool,
+    for_weights: bool,
+    bias: torch.dtype | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The gradients of x, of each view of the weight and of each of the bias; empty where they are not asked for."""
+    """The gradients of x, of each view of the weight, of each of the bias in its dtype; empty where not asked for."""
     d_x = _product(grad, weight.to(grad.dtype).t()) if for_x else grad.new_empty(0)
     parts = [slice(start, end) for start, end in pairwise(bounds)]
     d_weights = [_product(grad[rows].t(), x[rows].t()).to(weight.dtype) for rows in parts] if for_weights else []
-    d_biases = [grad[rows].sum(0, dtype=weight.dtype) for rows in parts] if for_biases else []
+    d_biases = [grad[rows].sum(0, dtype=bias) for rows in parts] if bias else []
     return d_x, d_weights, d_biases
 
 
 @_linear_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, bounds: Sequence[int], for_x: bool, for_weights: bool, for_biases: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bounds: Sequence[int],
+    for_x: bool,
+    for_weights: bool,
+    bias: torch.dtype | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     d_weights = [torch.empty_like(weight, memory_format=torch.contiguous_format) for _ in bounds[1:]]
-    d_biases = [weight.new_empty(weight.shape[0]) for _ in bounds[1:]]
+    d_biases = [weight.new_empty(weight.shape[0], dtype=bias) for _ in bounds[1:]]
     d_x = torch.empty_like(x) if for_x else grad.new_empty(0)
-    return d_x, d_weights if for_weights else [], d_biases if for_biases else []
+    return d_x, d_weights if for_weights else [], d_biases if bias else []
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weights, _, ctx.bounds = inputs
+    x, weights, biases, ctx.bounds = inputs
+    ctx.bias = biases[0].dtype if biases else None
     ctx.save_for_backward(x, weights[0])
 
 
@@ -80,7 +93,8 @@ def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
     x, weight = ctx.saved_tensors
     for_x, *for_params = ctx.needs_input_grad[:3]
     for_weights, for_biases = (any(wanted) for wanted in for_params)
-    d_x, d_weights, d_biases = _linear_backward(grad, x, weight, ctx.bounds, for_x, for_weights, for_biases)
+    bias = ctx.bias if for_biases else None
+    d_x, d_weights, d_biases = _linear_backward(grad, x, weight, ctx.bounds, for_x, for_weights, bias)
     missing = [[None] * len(wanted) for wanted in for_params]
     return d_x if for_x else None, d_weights or missing[0], d_biases or missing[1], None
 
@@ -97,7 +111,7 @@ def linear(
     Args:
         x: [N, inputs], any dtype that torch multiplies.
         weight: [outputs, inputs], or T views of it, of x's dtype or float32; a float32 one is cast to x's.
-        bias: [outputs], or T views of it, of the weight's dtype.
+        bias: [outputs], or T views of it, likewise.
         bounds: T + 1 numbers: view t gets the gradient of rows bounds[t] to bounds[t + 1].
 
     Returns:
@@ -114,7 +128,7 @@ def linear(
     dtypes = dict.fromkeys((x.dtype, torch.float32))
     checks.tensor(op, "weight", weights[0], ["outputs", x.shape[1]], list(dtypes), like=x, contiguous=False)
     if biases:
-        checks.tensor(op, "bias", biases[0], [weights[0].shape[0]], [weights[0].dtype], like=x)
+        checks.tensor(op, "bias", biases[0], [weights[0].shape[0]], list(dtypes), like=x)
     if choice() == "auto":
         return _linear(x, weights, biases, bounds)
 

@@ -8,7 +8,7 @@ the gradient of its own rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -17,16 +17,22 @@ from torch import Tensor, nn
 class TaskGradients:
     """T gradients of a module's trainable parameters.
 
+    Args:
+        tasks: T.
+        copies: by parameter, a copy in a half precision that forwards read in its place; its gradients then have that
+            precision too.
+
     Attributes:
         params: the parameters, K of them.
-        rows: for each of T tasks its K gradients, in the parameters' dtypes; None where its loss reached nothing.
+        rows: for each of T tasks its K gradients, in the dtypes of what forwards read; None where its loss reached nothing.
             Backward passes add to them until `clear`.
     """
 
-    def __init__(self, module: nn.Module, tasks: int) -> None:
+    def __init__(self, module: nn.Module, tasks: int, copies: Mapping[Tensor, Tensor] | None = None) -> None:
         self.module = module
         self.params = [param for param in module.parameters() if param.requires_grad]
-        self._views = [[param.detach().requires_grad_() for param in self.params] for _ in range(tasks)]
+        read = [(copies or {}).get(param, param) for param in self.params]
+        self._views = [[tensor.detach().requires_grad_() for tensor in read] for _ in range(tasks)]
 
     @property
     def rows(self) -> list[list[Tensor | None]]:
@@ -79,6 +85,6 @@ def substituted(module: nn.Module, replacement: Callable[[nn.Parameter], Tensor 
             parameters[name] = param
 
 
-def detached(param: nn.Parameter) -> Tensor:
+def detached(param: Tensor) -> Tensor:
     """A replacement that gets no gradient."""
     return param.detach()

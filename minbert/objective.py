@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minbert.gradients import substituted
+from minbert.gradients import detached, substituted
 from minbert.losses import LOSSES
 from minbert.model import MultitaskModel
 from minbert.packing import Packed
@@ -70,6 +70,7 @@ class Objective:
         model: what is trained.
         smart, bregman: what is added to the task losses.
         teacher: the average of each parameter's earlier values; needed when `bregman` is on.
+        copies: of some parameters, in a half precision, for passes that differentiate nothing with respect to them.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class Objective:
         smart: SmartConfig,
         bregman: BregmanConfig,
         teacher: Mapping[Tensor, Tensor] | None = None,
+        copies: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         self.model, self.smart, self.bregman, self.teacher = model, smart, bregman, teacher
+        self.copies = copies or {}
 
     def batch(self, packed: Packed, labels: Mapping[str, Tensor], *, seed: int, done: float = 1.0) -> Batch:
         """A batch of the CPU's tensors.
@@ -117,7 +120,14 @@ class Objective:
         if self.smart.on:
             adversary = dropout_seed if self.smart.masks == "shared" else other_seed
             perturbed = perturb(
-                model, embedded, batch.packed, outputs, self.smart, dropout_seed=adversary, noise_seed=noise_seed
+                model,
+                embedded,
+                batch.packed,
+                outputs,
+                self.smart,
+                dropout_seed=adversary,
+                noise_seed=noise_seed,
+                read=lambda param: detached(self.copies.get(param, param)),
             )
             size = (perturbed - embedded.detach()).abs().amax(1).float().mean()
             with tracked():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minbert import kernels
 from minbert.errors import require
@@ -115,6 +115,7 @@ def perturb(
     *,
     dropout_seed: Tensor | None,
     noise_seed: Tensor,
+    read: Callable[[nn.Parameter], Tensor] = detached,
 ) -> Tensor:
     """The worst perturbation of the embeddings that T_x steps of projected gradient ascent find (algorithm 1).
 
@@ -125,6 +126,7 @@ def perturb(
         outputs: the model's outputs for it, by task.
         dropout_seed: what dropout follows in the perturbed passes.
         noise_seed: what the noise follows that the search starts from.
+        read: what the passes read in place of each parameter.
 
     Returns:
         the perturbed embeddings [N, D].
@@ -136,7 +138,7 @@ def perturb(
     perturbed = kernels.smart_init(x, sigma=config.sigma * unit, seed=noise_seed, site=NOISE_SITE)
     for _ in range(config.steps):
         perturbed.requires_grad_()
-        with torch.enable_grad(), substituted(model, detached):
+        with torch.enable_grad(), substituted(model, read):
             moved = model.from_embedded(perturbed, packed, counts, seed=dropout_seed)
             apart = torch.stack(list(divergences(moved, clean).values())).sum()
             (slope,) = torch.autograd.grad(apart, perturbed)

@@ -127,17 +127,19 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
             ]
         )
     )
-    beta = config.bregman.beta if config.bregman.mu else None
-    optimizer = AdamW(model.parameter_groups(config.weight_decay), lr=lr, average_beta=beta)
     groups = task_groups(tasks, config.surgery_groups)
     surgeries = find_surgery(config.surgery, config.surgery_reduction)
     rows = len(groups) if any(surgery.per_task for surgery in surgeries) else 1
-    replays = device.type == "cuda" and config.cuda_graphs and config.accumulate == 1 and not config.low_memory
+    one_stream = config.accumulate == 1 and not config.low_memory
+    # Gradients of copies are in half precision: fit for what one backward gives, not to sum up several.
+    copies = model.encoder.copies() if one_stream or (config.accumulate == 1 and rows > 1) else {}
+    beta = config.bregman.beta if config.bregman.mu else None
+    optimizer = AdamW(model.parameter_groups(config.weight_decay), lr=lr, average_beta=beta, copies=copies)
     stepper = Stepper(
         model,
-        Objective(model, config.smart, config.bregman, optimizer.averages),
+        Objective(model, config.smart, config.bregman, optimizer.averages, copies),
         optimizer,
-        TaskGradients(model.encoder, rows),
+        TaskGradients(model.encoder, rows, copies),
         groups,
         surgeries,
         encoded["train"],
@@ -146,7 +148,7 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
         config.clip_norm,
         config.seed,
         device,
-        bucket_to=max_length if replays else None,
+        bucket_to=max_length if device.type == "cuda" and config.cuda_graphs and one_stream else None,
     )
     return Workbench(
         config,

@@ -111,6 +111,18 @@ def test_an_unwritable_cache_is_no_error(monkeypatch, tmp_path):
     assert module._onednn_wins.__wrapped__() is True
 
 
+def test_a_bfloat16_weight_may_have_a_float32_bias():
+    x, weight, bias, grad = inputs(6, 8, 3)
+    half = [x.bfloat16(), weight.bfloat16(), bias]
+    y, d_x, d_weight, d_bias = gradients(kernels.linear, half, grad.bfloat16())
+    assert [tensor.dtype for tensor in (y, d_x, d_weight, d_bias)] == [*[torch.bfloat16] * 3, torch.float32]
+    cast = gradients(kernels.linear, [half[0], half[1].float(), bias], grad.bfloat16())
+    assert torch.equal(y, cast[0])
+    assert torch.equal(d_x, cast[1])
+    assert torch.equal(d_weight, cast[2].bfloat16())
+    assert torch.equal(d_bias, cast[3])
+
+
 def test_opcheck():
     x, weight, bias, _ = inputs(5, 8, 3)
     x, weight, bias = (tensor.requires_grad_() for tensor in (x, weight, bias))
@@ -119,7 +131,7 @@ def test_opcheck():
     torch.library.opcheck(module._linear, (turned[0], [turned[1]], [], [0, 5]))
     views = [[parameter.detach().requires_grad_() for _ in range(2)] for parameter in (weight, bias)]
     torch.library.opcheck(module._linear, (x, *views, [0, 2, 5]))
-    for wanted in ((True, True, True), (False, True, False)):
+    for wanted in ((True, True, torch.float32), (False, True, None)):
         arguments = torch.ones(5, 3), x.detach(), weight.detach(), [0, 2, 5], *wanted
         torch.library.opcheck(module._linear_backward, arguments)
 

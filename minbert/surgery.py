@@ -117,14 +117,26 @@ def find_surgery(name: str, reduction: str = "sum") -> list[Surgery]:
         raise UserError(f"--surgery {name}: cannot be loaded ({error})") from None
     if not callable(weighting):
         raise UserError(f"--surgery {name}: expected a callable from Gram matrix to weights, got {weighting!r}")
-    return [Surgery(name, functools.partial(_call, weighting), sum_weights)]
+    return [Surgery(name, functools.partial(_call, name, weighting), sum_weights)]
 
 
-def _call(weighting: Weighting, gram: Tensor, generator: torch.Generator) -> Tensor:
-    """Weights of a callable that takes no generator: torch's default one follows ours meanwhile."""
+def _call(name: str, weighting: Weighting, gram: Tensor, generator: torch.Generator) -> Tensor:
+    """Weights of a callable that takes no generator: torch's default one follows ours meanwhile.
+
+    Raises:
+        UserError: it raised, or gave something else than one number for each task.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        return weighting(gram).to(gram)
+        try:
+            weights = weighting(gram)
+        except Exception as error:
+            problem = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(f"--surgery {name}: {problem}, for a Gram matrix {list(gram.shape)}") from error
+    if not isinstance(weights, Tensor) or weights.shape != gram.shape[:1]:
+        got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise UserError(f"--surgery {name}: must return a tensor of {len(gram)} weights, got {got}")
+    return weights.to(gram)
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,13 @@ def test_without_tensorboard_the_option_names_the_remedy(quick, monkeypatch):
         (["--surgery=pcgard"], r"--surgery pcgard: unknown \(did you mean 'pcgrad'\?\); expected sum, mean"),
         (["--surgery=no.such:thing"], r"--surgery no.such:thing: cannot be loaded \(No module named 'no'\)"),
         (["--surgery=math:pi"], "--surgery math:pi: expected a callable from Gram matrix to weights, got 3.14"),
+        (["--surgery=torch:linalg.inv"], "--surgery torch:linalg.inv: cannot be loaded"),
+        (
+            ["--surgery=torch:diag_embed"],
+            r"--surgery torch:diag_embed: must return a tensor of 3 weights, got \[3, 3, 3\]",
+        ),
+        (["--surgery=math:floor"], r"--surgery math:floor: raised TypeError: .*, for a Gram matrix \[3, 3\]"),
+        (["--surgery=builtins:len"], "--surgery builtins:len: must return a tensor of 3 weights, got int"),
         (["--sampling=round-robin"], "--surgery pcgrad needs a batch of every task .* give --surgery sum"),
         (
             ["--surgery-groups=sst+qqp"],

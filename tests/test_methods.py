@@ -194,7 +194,7 @@ def test_without_tensorboard_the_option_names_the_remedy(quick, monkeypatch):
             ["--surgery=torch:diag_embed"],
             r"--surgery torch:diag_embed: must return a tensor of 3 weights, got \[3, 3, 3\]",
         ),
-        (["--surgery=math:floor"], r"--surgery math:floor: raised TypeError: .*, for a Gram matrix \[3, 3\]"),
+        (["--surgery=math:floor"], r"--surgery math:floor: raised \w+: .*, for a Gram matrix \[3, 3\]"),
         (["--surgery=builtins:len"], "--surgery builtins:len: must return a tensor of 3 weights, got int"),
         (["--sampling=round-robin"], "--surgery pcgrad needs a batch of every task .* give --surgery sum"),
         (

@@ -79,7 +79,7 @@ class Pending:
             "updated"; and one number for each stream: (loss, smart or bregman, task), "total", "smart", "perturbation".
         surgery: the first update's.
         groups: names of the rows of gradients, where there are several.
-        settle: is called once the device is done with the step.
+        settle: is called before what the step did is told.
     """
 
     updates: Sequence[Readings]

@@ -88,7 +88,7 @@ class Stepper:
             clock.lap("update")
         examples = sum(len(indices) for batch in batches for _, indices in batch)
         names = ["+".join(task.name for task in group) for group in self.groups] if self._split else []
-        return Pending(updates, self.surgeries[0], names, examples, clock, self._settle)
+        return Pending(updates, self.surgeries[0], names, examples, clock, partial(self._settle, updates))
 
     def _streams(self, batch: Parts) -> list[tuple[int | None, Parts]]:
         """The streams in which a batch goes through the model, each with its only row of gradients; None for all."""
@@ -161,12 +161,12 @@ class Stepper:
         self._unsettled = updates[-1], counted
         return updated
 
-    def _settle(self) -> None:
-        """Have the optimizer forget the last update if it changed nothing.
+    def _settle(self, updates: Sequence[Readings] | None = None) -> None:
+        """Have the optimizer forget the last update (if it is one of `updates`) when it changed nothing.
 
-        On a GPU this waits for that update while the backward of the next one runs already.
+        On a GPU this waits for that update. Before the next one, the backward in between is under way by then.
         """
-        if self._unsettled is not None:
+        if self._unsettled is not None and (updates is None or self._unsettled[0] in updates):
             readings, counted = self._unsettled
             self._unsettled = None
             if not readings.read()["updated"][0]:

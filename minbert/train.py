@@ -75,9 +75,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
         peak_rates = [group["lr"] for group in bench.optimizer.param_groups]
         bench.model.train()
 
-        ahead = (
-            0 if bench.device.type == "cpu" else 1
-        )  # steps that a GPU is given before the one before it is looked at
+        ahead = int(bench.device.type == "cuda")  # a GPU is given the next step before the last one is looked at
         pending: deque[tuple[int, float, Pending]] = deque()
 
         with TrainingProgress(console, total_steps, progress.step) as display:

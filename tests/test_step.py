@@ -69,7 +69,7 @@ class Waits(TorchDispatchMode):
 def test_a_step_is_handed_over_without_looking_at_a_number(options, monkeypatch):
     steps = stepper(**options)
     steps.take([parts()], 0, 0.0).taken()
-    monkeypatch.setattr(steps, "_settle", lambda: None)  # which waits, for the update before
+    monkeypatch.setattr(steps, "_settle", lambda updates=None: None)  # which waits, for the update before
     monkeypatch.setattr(Encoder, "_check", lambda self, packed: None)  # looks at ids, on CPUs only
     for check in ("ids", "cu_seqlens_values"):  # likewise
         monkeypatch.setattr(checks, check, lambda *arguments: None)
@@ -94,6 +94,20 @@ def test_a_step_that_is_not_finite_changes_nothing_and_counts_for_nothing():
     for name, param in steps.model.named_parameters():
         assert torch.equal(param, before[name]), name
         assert steps.optimizer.state[param]["step"] == 2  # both updates of the first step
+
+
+def test_what_a_step_did_can_be_asked_for_after_the_next_was_handed_over(monkeypatch):
+    """As on a GPU, whose host must then not wait for the next."""
+    steps, alike, read = stepper(), stepper(), []
+    reading = Readings.read
+    monkeypatch.setattr(Readings, "read", lambda self: read.append(self) or reading(self))
+    pending = [steps.take([parts(step=i)], i, 0.0) for i in range(3)]
+    assert read == [step.updates[0] for step in pending[:2]]  # each before the update after it
+    read.clear()
+    pending[1].taken()
+    assert read == [pending[1].updates[0]]
+    for i in range(3):
+        assert alike.take([parts(step=i)], i, 0.0).taken().loss == pending[i].taken().loss
 
 
 # Buckets ----------------------------------------------------------------------------------------------------------

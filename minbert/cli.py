@@ -7,8 +7,7 @@ import dataclasses
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from importlib import resources
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ import jsonargparse
 import yaml
 
 from minbert.errors import UserError, did_you_mean
+from minbert.recipes import recipe
 
 Config = TypeVar("Config")
 
@@ -107,22 +107,18 @@ def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -
     for options in [_options_in(Path(file), parser) for file in files]:
         chosen = chosen or ([options["recipe"]] if options.get("recipe") else [])
     if chosen:
-        parser.default_config_files = [str(recipe_path(chosen[-1]))]
+        parser.set_defaults(dict(_flat(recipe(chosen[-1]), parser.kinds)))
     values = parser.parse(sorted(words, key=lambda word: not word.startswith("--config=")))
     return config(**{field.name: values[field.name] for field in dataclasses.fields(config)})  # type: ignore[arg-type]
 
 
-def recipe_path(name: str) -> Path:
-    """The YAML file of a recipe.
-
-    Raises:
-        UserError: there is no recipe of that name.
-    """
-    folder = Path(str(resources.files("minbert.recipes")))
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
-        raise UserError(f"unknown recipe {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
-    return folder / f"{name}.yaml"
+def _flat(options: Mapping[str, Any], known: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Options by their dotted names: those of records one by one, a dictionary that is itself a value whole."""
+    for name, value in options.items():
+        if isinstance(value, Mapping) and any(option.startswith(f"--{prefix}{name}.") for option in known):
+            yield from _flat(value, known, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _options_in(path: Path, parser: Parser) -> dict[str, Any]:

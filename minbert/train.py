@@ -118,7 +118,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
                 if stops:
                     console.print(f"stopped after step {progress.step}; the same command with --resume goes on")
                     raise Stopped(stops)
-        return finish_run(bench, run, progress, console)
+        return finish_run(bench, run, progress, epoch_steps, console)
 
 
 # In the loop ------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class StopSignal:
 # After the loop ---------------------------------------------------------------------------------------------------
 
 
-def finish_run(bench: Workbench, run: Run, progress: Progress, console: Console) -> dict[str, object]:
+def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int, console: Console) -> dict[str, object]:
     """Write the best epoch's predictions, the plots and summary.json; show the dev table of all epochs."""
     model, _ = load_model(run.best, bench.config, bench.device)
     for split in ("dev", "test"):
@@ -231,6 +231,7 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, console: Console)
         "dev": {**best, "overall": progress.best_overall},
         "best_epoch": progress.best_epoch,
         "steps": progress.step,
+        "steps_per_epoch": epoch_steps,
         "skipped_steps": progress.skipped,
         "examples": progress.examples,
         "seconds": progress.seconds,

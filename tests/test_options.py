@@ -24,7 +24,7 @@ def test_command_line_beats_file_beats_recipe(tmp_path, monkeypatch):
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     (recipes / "fast.yaml").write_text("epochs: 9\nbatch_size: 3\nseed: 4\n")
-    monkeypatch.setattr("minbert.cli.resources.files", lambda package: recipes)
+    monkeypatch.setattr("minbert.recipes.FOLDER", recipes)
     config = parse("--seed", "6", "--recipe", "fast", "--config", str(tmp_path / "mine.yaml"))
     assert (config.batch_size, config.epochs, config.lr, config.seed) == (3, 7, 0.25, 6)
     (tmp_path / "mine.yaml").write_text("recipe: fast\n")

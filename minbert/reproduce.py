@@ -1,0 +1,233 @@
+"""Train the rows of a paper's tables and print them beside the published figures: `python -m minbert.reproduce 000`.
+
+Every row and seed is a run of `python -m minbert.train --recipe PAPER/ROW` in a process of its own. What is done is not
+done again, what was interrupted goes on, and a row that fails leaves the others their turn.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from minbert import cli
+from minbert.errors import UserError, did_you_mean
+from minbert.files import write_atomically, write_json
+from minbert.recipes import Paper, Row, paper
+from minbert.tasks import TASKS
+
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
+HOURS = "hours an epoch"
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Train the rows of a paper's tables and print them beside the published figures.
+
+    Args:
+        rows: rows to train, by their names; all when left out. `--rows list` prints the names.
+        seeds: one run of each row for every seed; the table then has their mean and standard deviation.
+        data: as for minbert.train.
+        model: likewise.
+        options: YAML file of further options of minbert.train, for all rows, over those of the recipes.
+        epochs: in place of the paper's.
+        steps: likewise, whatever the epochs.
+        out: directory of the runs; runs/PAPER when left out.
+    """
+
+    rows: list[str] | None = None
+    seeds: list[int] | None = None
+    data: str | None = None
+    model: str | None = None
+    options: str | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the runs of a row."""
+
+    row: Row
+    summaries: Sequence[Mapping[str, Any]]  # of the seeds that are done
+    failures: Sequence[str]
+
+    def found(self) -> dict[str, list[float]]:
+        """Our scores by column, as `columns` names them: one for each seed."""
+        found: dict[str, list[float]] = {}
+        for summary in self.summaries:
+            scores = {name: next(iter(score.values())) for name, score in summary["dev"].items() if name in TASKS}
+            if len(scores) > 1:
+                scores["overall"] = summary["dev"]["overall"]
+            for name, score in scores.items():
+                found.setdefault(f"dev {name}", []).append(score)
+            found.setdefault(HOURS, []).append(
+                summary["seconds"] / summary["steps"] * summary["steps_per_epoch"] / 3600
+            )
+        return found
+
+    def published(self) -> dict[str, float]:
+        """The paper's, likewise."""
+        scores = {f"{split} {name}": score for split, by in self.row.published.items() for name, score in by.items()}
+        return scores if self.row.hours is None else {**scores, HOURS: self.row.hours}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = cli.Parser("reproduce", ReproduceConfig, description=(ReproduceConfig.__doc__ or "").split("\n")[0])
+    parser.add_argument("paper", type=str, help="the paper's number: 000 to 004")
+    options = parser.parse(arguments)
+    console = Console(soft_wrap=True)
+    found = paper(options.paper)
+    if options.rows == ["list"]:
+        for row in found.rows.values():
+            console.print(f"{row.name}: {row.title}", highlight=False)
+        return 0
+    rows = chosen(found, options.rows)
+    seeds, out = options.seeds or [0], Path(options.out or f"runs/{found.number}")
+    shared = common_words(options)
+    outcomes = [Outcome(row, [], []) for row in rows]
+    for i, row in enumerate(rows):
+        summaries, failures = [], []
+        for seed in seeds:
+            number = i * len(seeds) + seeds.index(seed) + 1
+            console.rule(f"{number} of {len(rows) * len(seeds)}: {found.number}/{row.name}, seed {seed}", align="left")
+            directory = out / row.name / f"seed-{seed}"
+            problem = train(found, row, seed, directory, shared)
+            if problem is None:
+                summaries.append(json.loads((directory / "summary.json").read_text(encoding="utf-8")))
+            else:
+                console.print(f"{found.number}/{row.name}, seed {seed}: {problem}", highlight=False)
+                failures.append(f"seed {seed}: {problem}")
+        outcomes[i] = Outcome(row, summaries, failures)
+        write_results(out, found, outcomes)
+    console.print(table(found, outcomes))
+    console.print(f"written to {out / 'table.md'} and {out / 'table.json'}")
+    return int(any(outcome.failures for outcome in outcomes))
+
+
+def chosen(found: Paper, names: Sequence[str] | None) -> list[Row]:
+    """The rows of these names.
+
+    Raises:
+        UserError: the paper has no such row.
+    """
+    for name in names or ():
+        if name not in found.rows:
+            raise UserError(
+                f"--rows: paper {found.number} has no row {name!r}{did_you_mean(name, list(found.rows))};"
+                f" rows: {', '.join(found.rows)}"
+            )
+    return [found.rows[name] for name in names or found.rows]
+
+
+def common_words(options: Any) -> list[str]:
+    """Options of minbert.train that all rows share."""
+    words = [f"--{name}={getattr(options, name)}" for name in ("data", "model", "epochs", "steps")]
+    words = [word for word in words if not word.endswith("=None")]
+    return [*words, f"--config={options.options}"] if options.options else words
+
+
+def train(found: Paper, row: Row, seed: int, directory: Path, shared: Sequence[str]) -> str | None:
+    """Have a run done that is not done yet.
+
+    Returns:
+        what went wrong, in one line; None if nothing did.
+
+    Raises:
+        KeyboardInterrupt: it was stopped. It has saved itself, and the same command goes on.
+    """
+    if (directory / "summary.json").exists():
+        return None
+    words = [f"--recipe={found.number}/{row.name}", f"--seed={seed}", f"--out={directory}", *shared]
+    if (directory / "config.yaml").exists():
+        words.append("--resume")
+    run = subprocess.Popen([sys.executable, "-m", "minbert.train", *words], stderr=subprocess.PIPE, text=True)
+    try:
+        _, errors = run.communicate()
+    except KeyboardInterrupt:
+        run.wait()  # the terminal has told it too
+        raise
+    if run.returncode in STOPPED:
+        raise KeyboardInterrupt
+    if run.returncode == 0:
+        return None
+    last = [line for line in errors.splitlines() if line.strip()][-1:] or [f"exit code {run.returncode}"]
+    return last[0].removeprefix("error: ")
+
+
+# The table --------------------------------------------------------------------------------------------------------
+
+
+def columns(outcomes: Sequence[Outcome]) -> list[str]:
+    """What is compared: dev scores, then test scores and hours where the paper has them."""
+    present = {name for outcome in outcomes for name in (*outcome.published(), *outcome.found())}
+    if not any(HOURS in outcome.published() for outcome in outcomes):
+        present.discard(HOURS)
+    order = [f"{split} {name}" for split in ("dev", "test") for name in (*TASKS, "overall")]
+    return [name for name in (*order, HOURS) if name in present]
+
+
+def cells(outcome: Outcome, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Of each column the published figure and ours."""
+    published, found = outcome.published(), outcome.found()
+    return [
+        (f"{published[name]:.3f}" if name in published else "", _mean(found[name]) if name in found else "")
+        for name in names
+    ]
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
+def table(found: Paper, outcomes: Sequence[Outcome]) -> Table:
+    """Rows of the paper's table, each figure beside ours."""
+    names = columns(outcomes)
+    shown = Table(box=box.SIMPLE_HEAD, title=found.title, title_justify="left", title_style="bold")
+    shown.add_column("published, ours")
+    for name in names:
+        shown.add_column(name, justify="right")
+        shown.add_column("", justify="left")
+    for outcome in outcomes:
+        failed = f" ({len(outcome.failures)} failed)" if outcome.failures else ""
+        shown.add_row(outcome.row.title + failed, *(cell for pair in cells(outcome, names) for cell in pair))
+    return shown
+
+
+def write_results(out: Path, found: Paper, outcomes: Sequence[Outcome]) -> None:
+    """Write table.md and table.json: what is done so far."""
+    names = columns(outcomes)
+    head = ["", *(f"{name}: {whose}" for name in names for whose in ("published", "ours"))]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for outcome in outcomes:
+        row = [outcome.row.title, *(cell for pair in cells(outcome, names) for cell in pair)]
+        lines.append(f"| {' | '.join(row)} |")
+    failures = [f"- {outcome.row.title}: {failure}" for outcome in outcomes for failure in outcome.failures]
+    text = "\n".join([f"# {found.title}", "", *lines, "", *failures]).rstrip() + "\n"
+    write_atomically(out / "table.md", text)
+    record = {
+        outcome.row.name: {
+            "title": outcome.row.title,
+            "published": outcome.published(),
+            "ours": outcome.found(),
+            "failures": list(outcome.failures),
+        }
+        for outcome in outcomes
+    }
+    write_json(out / "table.json", record)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -24,7 +24,7 @@ class TaskGradients:
 
     Attributes:
         params: the parameters, K of them.
-        rows: for each of T tasks its K gradients, in the dtypes of what forwards read; None where its loss reached nothing.
+        rows: for each of T tasks its K gradients, in the dtypes of what forwards read; None where its loss reached none.
             Backward passes add to them until `clear`.
     """
 

@@ -95,6 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     rows = chosen(found, options.rows)
     seeds, out = options.seeds or [0], Path(options.out or f"runs/{found.number}")
+    out.mkdir(parents=True, exist_ok=True)
     shared = common_words(options)
     outcomes = [Outcome(row, [], []) for row in rows]
     for i, row in enumerate(rows):

@@ -1,5 +1,6 @@
 # The developers' menu. Run it inside the environment that `pip install -e '.[test,bench,dev]'` made.
-SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/tests/on_host/*.cpp \
+	csrc/tests/on_host/cuda/*.h)
 .PHONY: help test bench lint format sanitize wheel clean
 
 help:       ## this list

@@ -102,6 +102,48 @@ Embeddings embeddings(const EmbeddingArguments& e) {
   return result;
 }
 
+using StartArguments = std::tuple<Address, Address, int, int64_t, int64_t, float, Address, Address, uint32_t>;
+NormalStart normal_start(const StartArguments& arguments) {
+  const auto& [x, out, dtype, rows, columns, sigma, scale, seed, site] = arguments;
+  return {pointer<const void>(x),
+          pointer<void>(out),
+          static_cast<DType>(dtype),
+          rows,
+          columns,
+          sigma,
+          pointer<const float>(scale),
+          pointer<const int64_t>(seed),
+          site};
+}
+
+using AscentArguments = std::tuple<Address, Address, Address, Address, int, Address, int64_t, int64_t, int64_t, float,
+                                   float, Address, bool, bool>;
+Ascent ascent(const AscentArguments& arguments) {
+  const auto& [perturbed, x, grad, out, dtype, cu_seqlens, groups, tokens, columns, eta, epsilon, scale, infinity_norm,
+               onto_ball] = arguments;
+  return {pointer<const void>(perturbed),
+          pointer<const void>(x),
+          pointer<const void>(grad),
+          pointer<void>(out),
+          static_cast<DType>(dtype),
+          pointer<const int32_t>(cu_seqlens),
+          groups,
+          tokens,
+          columns,
+          eta,
+          epsilon,
+          pointer<const float>(scale),
+          infinity_norm,
+          onto_ball};
+}
+
+#ifdef MINBERT_WITH_CUDA
+// Raises what a CUDA kernel's launch reports.
+void launched(const char* op, const char* error) {
+  if (error) throw std::runtime_error(std::string(op) + ": CUDA reports: " + error);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -188,34 +230,12 @@ PYBIND11_MODULE(_native, module) {
 
   module.def(
       "smart_init",
-      [](Address x, Address out, int dtype, int64_t rows, int64_t columns, float sigma, int64_t seed, uint32_t site,
-         int threads) {
-        kernels(current_isa)
-            .smart_init(pointer<const void>(x), pointer<void>(out), static_cast<DType>(dtype), rows, columns, sigma,
-                        seed, site, threads);
-      },
+      [](const StartArguments& start, int threads) { kernels(current_isa).smart_init(normal_start(start), threads); },
       Unlocked());
 
   module.def(
       "smart_ascend",
-      [](Address perturbed, Address x, Address grad, Address out, int dtype, Address cu_seqlens, int64_t groups,
-         int64_t tokens, int64_t columns, float eta, float epsilon, bool infinity_norm, bool onto_ball, int threads) {
-        const Ascent ascent{pointer<const void>(perturbed),
-                            pointer<const void>(x),
-                            pointer<const void>(grad),
-                            pointer<void>(out),
-                            static_cast<DType>(dtype),
-                            pointer<const int32_t>(cu_seqlens),
-                            groups,
-                            tokens,
-                            columns,
-                            eta,
-                            epsilon,
-                            infinity_norm,
-                            onto_ball};
-        kernels(current_isa).smart_ascend(ascent, threads);
-      },
-      Unlocked());
+      [](const AscentArguments& a, int threads) { kernels(current_isa).smart_ascend(ascent(a), threads); }, Unlocked());
 
   py::class_<AttentionProblem>(module, "AttentionProblem")
       .def(py::init([](int dtype, Address cu_seqlens, int64_t sequences, int64_t tokens, int64_t max_seqlen,
@@ -339,9 +359,14 @@ PYBIND11_MODULE(_native, module) {
 #ifdef MINBERT_WITH_CUDA
   module.def("cuda_dropout_mask", [](Address keep, int64_t rows, int64_t columns, Address seed, uint32_t threshold,
                                      uint32_t site, Address stream) {
-    const char* error = cuda_dropout_mask(pointer<uint8_t>(keep), rows, columns, pointer<const int64_t>(seed),
-                                          threshold, site, pointer<void>(stream));
-    if (error) throw std::runtime_error(std::string("dropout_mask: CUDA reports: ") + error);
+    launched("dropout_mask", cuda_dropout_mask(pointer<uint8_t>(keep), rows, columns, pointer<const int64_t>(seed),
+                                               threshold, site, pointer<void>(stream)));
+  });
+  module.def("cuda_smart_init", [](const StartArguments& start, Address stream) {
+    launched("smart_init", cuda_smart_init(normal_start(start), pointer<void>(stream)));
+  });
+  module.def("cuda_smart_ascend", [](const AscentArguments& a, Address stream) {
+    launched("smart_ascend", cuda_smart_ascend(ascent(a), pointer<void>(stream)));
   });
 #endif
 }

@@ -9,9 +9,9 @@
 namespace minbert {
 
 // Raised whenever an entry point's arguments change, so that a binary left over from an older checkout is refused.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
-enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2 };
+enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };  // float16: on GPUs alone
 
 // Gradient surgery works in chunks of this many elements of one tensor. They do not depend on the thread count: nor do,
 // therefore, the results.
@@ -67,20 +67,33 @@ using DropoutMask = void(uint8_t* keep, int64_t rows, int64_t columns, Dropout, 
 using AttentionDropoutMask = void(uint8_t* keep, const int32_t* cu_seqlens, int64_t sequences, int64_t heads, Dropout,
                                   int threads) noexcept;
 
-// out = x + sigma z, all [rows, columns] of float32 or bfloat16, with standard normals z: element (row, column) reads
-// the words of counter (column / 4, row, 1, site) as reference.normal states. `out` may not overlap x.
-using SmartInit = void(const void* x, void* out, DType, int64_t rows, int64_t columns, float sigma, int64_t seed,
-                       uint32_t site, int threads) noexcept;
+// out = x + sigma z, all [rows, columns] of float32 or bfloat16 (CUDA: float16 too), with standard normals z: element
+// (row, column) reads the words of counter (column / 4, row, 1, site) as reference.normal states. `out` may not overlap
+// x. sigma is in units of `scale`, one number, or of 1 where that is null; it is read where the kernel runs, as the
+// seed.
+struct NormalStart {
+  const void* x;
+  void* out;
+  DType dtype;
+  int64_t rows, columns;
+  float sigma;
+  const float* scale;
+  const int64_t* seed;
+  uint32_t site;
+};
+using SmartInit = void(const NormalStart&, int threads) noexcept;
 
-// perturbed, x, grad and out: [N, columns] of float32 or bfloat16; out overlaps none of the others. A group is a token
-// where cu_seqlens is null and else one of the S sequences; `groups` is N or S. reference.smart_ascend states the rest.
+// perturbed, x, grad and out: [N, columns] of one of the dtypes above; out overlaps none of the others. A group is a
+// token where cu_seqlens is null and else one of the S sequences; `groups` is N or S. reference.smart_ascend states the
+// rest.
 struct Ascent {
   const void *perturbed, *x, *grad;
   void* out;
   DType dtype;
   const int32_t* cu_seqlens;
   int64_t groups, tokens, columns;
-  float eta, epsilon;
+  float eta, epsilon;  // in units of `scale`, as above
+  const float* scale;
   bool infinity_norm, onto_ball;  // else the L2 norm; else rescaled to the norm epsilon
 };
 using SmartAscend = void(const Ascent&, int threads) noexcept;
@@ -201,8 +214,11 @@ bool supports(Isa) noexcept;               // compiled in, and this processor ru
 Isa best_isa() noexcept;                   // the widest supported one
 const Kernels& kernels(Isa isa) noexcept;  // isa must be supported
 
-// CUDA, on a stream of the caller's current device. The seed is read on the device. Returns null, or what went wrong.
+// CUDA, on a stream of the caller's current device. Seeds and scales are read there. Each returns null, or what went
+// wrong, and launches one kernel.
 const char* cuda_dropout_mask(uint8_t* keep, int64_t rows, int64_t columns, const int64_t* seed, uint32_t threshold,
                               uint32_t site, void* stream) noexcept;
+const char* cuda_smart_init(const NormalStart&, void* stream) noexcept;
+const char* cuda_smart_ascend(const Ascent&, void* stream) noexcept;
 
 }  // namespace minbert

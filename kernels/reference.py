@@ -280,12 +280,21 @@ def normal(rows: int, columns: int, seed: Tensor, site: int, dtype: torch.dtype)
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).reshape(rows, -1)[:, :columns]
 
 
-def smart_init(x: Tensor, sigma: float, seed: Tensor, site: int) -> Tensor:
-    """x + sigma `normal`, the start of SMART's ascent; x [N, D] (Jiang et al. 2019, algorithm 1)."""
+def _in_units(length: float, scale: Tensor | None, like: Tensor) -> Tensor:
+    """A length in units of `scale`, or of 1, as a scalar."""
+    return length * (like.new_ones(()) if scale is None else scale.to(like.dtype))
+
+
+def smart_init(x: Tensor, sigma: float, seed: Tensor, site: int, scale: Tensor | None = None) -> Tensor:
+    """x + sigma `normal`, the start of SMART's ascent; x [N, D] (Jiang et al. 2019, algorithm 1).
+
+    sigma is in units of `scale`, a scalar tensor, where there is one.
+    """
     if sigma == 0:
         return x.clone()
     wide = _wide(x)
-    return (wide + sigma * normal(x.shape[0], x.shape[1], seed, site, wide.dtype)).to(x.dtype)
+    noise = normal(x.shape[0], x.shape[1], seed, site, wide.dtype)
+    return (wide + _in_units(sigma, scale, wide) * noise).to(x.dtype)
 
 
 def smart_ascend(
@@ -298,10 +307,12 @@ def smart_ascend(
     norm: str,
     per: str,
     projection: str,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """One projected step of SMART's gradient ascent (Jiang et al. 2019, algorithm 1); [N, D] all.
 
-    A group is a token or a sequence. Within each group:
+    eta and epsilon are in units of `scale`, a scalar tensor, where there is one. A group is a token or a sequence.
+    Within each group:
 
     1. moved = perturbed + eta grad / |grad|, and just perturbed where eta is 0 or |grad| is 0 or not finite.
     2. "ball": the nearest point to `moved` with |point - x| <= epsilon. In the infinity norm every element is clamped
@@ -312,17 +323,18 @@ def smart_ascend(
     L2 norms are summed in float64, so that no square overflows or vanishes.
     """
     start, centre, slope = _wide(perturbed), _wide(x), _wide(grad)
+    step, radius = _in_units(eta, scale, start), _in_units(epsilon, scale, start)
     steepness = _group_norms(slope, cu_seqlens, norm, per)
-    moves = (steepness > 0) & steepness.isfinite() & (eta != 0)
-    moved = torch.where(moves, start + slope / steepness * eta, start)
+    moves = (steepness > 0) & steepness.isfinite() & (step != 0)
+    moved = torch.where(moves, start + slope / steepness * step, start)
     if projection == "ball" and norm == "inf":
-        low, high = centre - epsilon, centre + epsilon
+        low, high = centre - radius, centre + radius
         result = torch.where(moved < low, low, moved)
         result = torch.where(result > high, high, result)
     else:
         distance = _group_norms(moved - centre, cu_seqlens, norm, per)
-        rescales = distance > epsilon if projection == "ball" else (distance > 0) & distance.isfinite()
-        result = torch.where(rescales, centre + (moved - centre) / distance * epsilon, moved)
+        rescales = distance > radius if projection == "ball" else (distance > 0) & distance.isfinite()
+        result = torch.where(rescales, centre + (moved - centre) / distance * radius, moved)
     return result.to(perturbed.dtype)
 
 

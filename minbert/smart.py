@@ -94,15 +94,20 @@ class BregmanConfig:
         require(0 <= self.beta <= 1, "bregman.beta", "between 0 and 1", self.beta)
 
 
-def embedding_scale(model: MultitaskModel) -> float:
-    """The root mean square of the embedding block's output before dropout: known from its LayerNorm's parameters."""
+def embedding_scale(model: MultitaskModel) -> Tensor:
+    """The root mean square of the embedding block's output before dropout: known from its LayerNorm's parameters.
+
+    Returns:
+        a float32 scalar on the model's device.
+    """
     norm = model.encoder.embeddings.norm
-    return math.sqrt(norm.weight.detach().double().square().mean() + norm.bias.detach().double().square().mean())
+    both = torch.cat((norm.weight.detach(), norm.bias.detach()))
+    return (torch.linalg.vector_norm(both, dtype=torch.float64) / math.sqrt(len(norm.weight))).float()
 
 
 def rounds_away(model: MultitaskModel, config: SmartConfig, dtype: torch.dtype) -> bool:
     """Whether arithmetic in `dtype` rounds embeddings by more than the radius within which they are perturbed."""
-    scale = embedding_scale(model)
+    scale = embedding_scale(model).item()
     return config.epsilon * (scale if config.relative else 1.0) < scale * torch.finfo(dtype).eps / 2
 
 
@@ -134,8 +139,8 @@ def perturb(
     x = embedded.detach()
     clean = {name: output.detach() for name, output in outputs.items()}
     counts = {name: len(output) for name, output in outputs.items()}
-    unit = embedding_scale(model) if config.relative else 1.0
-    perturbed = kernels.smart_init(x, sigma=config.sigma * unit, seed=noise_seed, site=NOISE_SITE)
+    scale = embedding_scale(model) if config.relative else None
+    perturbed = kernels.smart_init(x, sigma=config.sigma, seed=noise_seed, site=NOISE_SITE, scale=scale)
     for _ in range(config.steps):
         perturbed.requires_grad_()
         with torch.enable_grad(), substituted(model, read):
@@ -147,11 +152,12 @@ def perturb(
             x,
             slope,
             packed.cu_seqlens,
-            eta=config.eta * unit,
-            epsilon=config.epsilon * unit,
+            eta=config.eta,
+            epsilon=config.epsilon,
             norm=config.norm,
             per=config.per,
             projection=config.projection,
+            scale=scale,
         )
     return perturbed
 

@@ -1,4 +1,5 @@
 // SMART's perturbations (Jiang et al. 2019, algorithm 1): the normal start, and one projected step of gradient ascent.
+#include "ascent_math.h"
 #include "cpu/box_muller.h"
 
 namespace minbert::MINBERT_ISA {
@@ -102,23 +103,6 @@ class L2Norm {
   Doubles total_[2] = {};
 };
 
-// Multiplies vectors of one norm so that they get another, without a division: a power of two first, which is exact and
-// brings the norm near 1 however large or small it is, and then the factor that is left.
-struct Rescaling {
-  float power = 0, factor = 0;
-
-  Rescaling() = default;
-  Rescaling(float norm, float wanted) {
-    int32_t bits;
-    std::memcpy(&bits, &norm, sizeof(bits));
-    const int32_t exponent = 254 - (bits >> 23);  // of 1 / norm, as its bits hold it
-    bits = (exponent > 0 ? exponent : 1) << 23;
-    std::memcpy(&power, &bits, sizeof(power));
-    factor = wanted / (norm * power);
-  }
-  Floats operator()(Floats v) const { return v * power * factor; }
-};
-
 // One group of an ascent: a range of elements.
 template <class Element>
 class Group {
@@ -129,8 +113,8 @@ class Group {
         grad_(static_cast<const Element*>(ascent.grad) + begin),
         out_(static_cast<Element*>(ascent.out) + begin),
         length_(length),
-        eta_(ascent.eta),
-        epsilon_(ascent.epsilon),
+        eta_(ascent.eta * unit_of(ascent.scale)),
+        epsilon_(ascent.epsilon * unit_of(ascent.scale)),
         streamed_(pays_to_stream(out_, ascent.tokens * ascent.columns * sizeof(Element))) {}
 
   template <class Norm>
@@ -138,17 +122,14 @@ class Group {
     Norm norm;
     for_each_register(length_, [&](int64_t at, int64_t count) { norm.add(read(grad_ + at, count)); });
     const float steepness = norm.value();
-    moves_ = eta_ != 0 && steepness > 0 && __builtin_isfinite(steepness);
+    moves_ = eta_ != 0 && has_direction(steepness);
     if (moves_) step_ = Rescaling(steepness, eta_);
   }
 
   void step_and_clamp() const {
     for_each_register(length_, [&](int64_t at, int64_t count) {
-      const Floats centre = read(x_ + at, count), low = centre - epsilon_, high = centre + epsilon_;
-      Floats result = moved(at, count);
-      result = result < low ? low : result;
-      result = result > high ? high : result;
-      write(out_ + at, result, count, streamed_);
+      const Floats centre = read(x_ + at, count);
+      write(out_ + at, clamped(moved(at, count), centre - epsilon_, centre + epsilon_), count, streamed_);
     });
   }
 
@@ -157,7 +138,7 @@ class Group {
     Norm norm;
     for_each_register(length_, [&](int64_t at, int64_t count) { norm.add(moved(at, count) - read(x_ + at, count)); });
     const float distance = norm.value();
-    const bool rescales = only_from_outside ? distance > epsilon_ : distance > 0 && __builtin_isfinite(distance);
+    const bool rescales = only_from_outside ? distance > epsilon_ : has_direction(distance);
     const Rescaling rescale = rescales ? Rescaling(distance, epsilon_) : Rescaling();
     for_each_register(length_, [&](int64_t at, int64_t count) {
       Floats result = moved(at, count);
@@ -205,22 +186,24 @@ constexpr int64_t kRows = 16;  // tokens that one thread takes at a time
 
 }  // namespace
 
-void smart_init(const void* x, void* out, DType dtype, int64_t rows, int64_t columns, float sigma, int64_t seed,
-                uint32_t site, int threads) noexcept {
-  const Keys keys(seed);
+void smart_init(const NormalStart& start, int threads) noexcept {
+  const Keys keys(*start.seed);
+  const int64_t rows = start.rows, columns = start.columns;
+  const float sigma = start.sigma * unit_of(start.scale);
   const auto run = [&](auto element) {
     using Element = decltype(element);
     const int64_t bytes = rows * columns * static_cast<int64_t>(sizeof(Element));
-    const bool streamed = pays_to_stream(out, bytes) && bytes / rows % kVectorBytes == 0;
+    const bool streamed = pays_to_stream(start.out, bytes) && bytes / rows % kVectorBytes == 0;
     parallel(threads, (rows + kRows - 1) / kRows, 8 * bytes, [&](int64_t index) {
       const int64_t end = smaller(rows, (index + 1) * kRows);
       for (int64_t row = index * kRows; row < end; row += kRowsAtOnce)
-        add_noise(static_cast<const Element*>(x) + row * columns, static_cast<Element*>(out) + row * columns, row,
-                  smaller(kRowsAtOnce, end - row), columns, sigma, keys, site, streamed);
+        add_noise(static_cast<const Element*>(start.x) + row * columns,
+                  static_cast<Element*>(start.out) + row * columns, row, smaller(kRowsAtOnce, end - row), columns,
+                  sigma, keys, start.site, streamed);
       end_streams();
     });
   };
-  dtype == DType::float32 ? run(float{}) : run(BFloat16{});
+  start.dtype == DType::float32 ? run(float{}) : run(BFloat16{});
 }
 
 void smart_ascend(const Ascent& ascent, int threads) noexcept {

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from minbert.errors import UserError, require
+from minbert.errors import UserError, did_you_mean, require
 from minbert.smart import BregmanConfig, SmartConfig
 from minbert.surgery import find_surgery
-from minbert.tasks import Task, find_tasks
+from minbert.tasks import TASKS, Task, find_tasks
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,10 @@ class TrainConfig:
         resume: continue the run in --out from its last checkpoint.
         epochs: passes over the data, each of epoch_length steps.
         steps: stop after this many optimizer steps in all, whatever epochs says.
-        batch_size: examples of each task in one step.
+        batch_size: examples of each task in one step, or a number for each, such as {sst: 2, qqp: 20, sts: 2}.
         lr: peak learning rate; left out, 5e-5 for a pretrained model as wide as BERT-base (growing with the square of
             how much narrower a model is), and 1e-3 from scratch or with a frozen encoder.
+        head_lr: peak learning rate of the heads; lr when left out.
         seed: everything random follows from it.
         precision: arithmetic of the encoder; auto takes bf16 where the processor has it.
         device: auto, cpu, cuda or cuda:N.
@@ -72,8 +73,28 @@ class TrainConfig:
             of tokens; only where a step is one stream and one batch.
         smart: smoothness-inducing adversarial regularisation; --smart.lambda-s 0 turns it off.
         bregman: momentum Bregman proximal point method; off unless --bregman.mu is given.
-        sampling: joint takes a batch of every task in each step; round-robin and shuffled take one task a step.
-        epoch_length: steps of an epoch follow the smallest task, the largest, or are this many batches per task.
+        loss_weights: what a task's loss is multiplied by, such as {sst: 2}; 1 where left out.
+        optimizers: shared has one AdamW for all tasks; per-task gives each task moments, step counts and a learning
+            rate schedule of its own (for one task a step).
+        sampling: joint takes a batch of every task in each step, the others one task a step: round-robin in turn,
+            sequential all of an epoch's batches of one task and then of the next, shuffled those of all tasks in a
+            random order, proportional draws the task of every step.
+        sampling_alpha: proportional draws a task with n examples in proportion to n^alpha: 0 draws all tasks alike; a
+            temperature T is an alpha of 1/T.
+        sampling_alpha_end: alpha of the last epoch, reached in even steps, such as 0.2 after 1 (Stickland and Murray
+            2019, "annealed sampling"); left out, alpha stays.
+        sampling_weights: how many times as often a task takes a step, such as {sst: 2}; 1 where left out.
+        epoch_length: batches of each task in an epoch follow the smallest task, the largest, each task itself, or are
+            this many.
+        epoch_times: how many times as many batches as epoch_length says.
+        swap_pairs: pair tasks, such as sts, whose training pairs are doubled by each pair with its sentences swapped,
+            and whose batch size is doubled with them.
+        augmented: files of further training examples by task, such as {sst: FILE}: tab-separated with the columns of
+            the task's training file, or a JSON object with them on each line; a row without a label takes that of the
+            training example whose id it has.
+        reviews: file of reviews with 1 to 5 stars, which adds the task yelp to the others: JSON objects on lines, or
+            CSV with a header, with stars and text. Never evaluated.
+        reviews_per_star: reviews drawn for each number of stars.
         pooling: how a sequence becomes one vector.
         max_length: tokens kept of each example; the model's position limit when left out.
         dropout: dropout of the encoder; when left out, a pretrained model's own, and none from scratch.
@@ -97,8 +118,9 @@ class TrainConfig:
     resume: bool = False
     epochs: int = 3
     steps: int | None = None
-    batch_size: int = 32
+    batch_size: int | dict[str, int] = 32
     lr: float | None = None
+    head_lr: float | None = None
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
@@ -113,8 +135,18 @@ class TrainConfig:
     cuda_graphs: bool = True
     smart: SmartConfig = field(default_factory=SmartConfig)
     bregman: BregmanConfig = field(default_factory=BregmanConfig)
-    sampling: Literal["joint", "round-robin", "shuffled"] = "joint"
-    epoch_length: Literal["smallest", "largest"] | int = "smallest"
+    loss_weights: dict[str, float] | None = None
+    optimizers: Literal["shared", "per-task"] = "shared"
+    sampling: Literal["joint", "round-robin", "sequential", "shuffled", "proportional"] = "joint"
+    sampling_alpha: float = 1.0
+    sampling_alpha_end: float | None = None
+    sampling_weights: dict[str, float] | None = None
+    epoch_length: Literal["smallest", "largest", "each"] | int = "smallest"
+    epoch_times: int = 1
+    swap_pairs: list[str] | None = None
+    augmented: dict[str, str] | None = None
+    reviews: str | None = None
+    reviews_per_star: int = 500
     pooling: Literal["cls", "mean", "max", "pooler"] = "cls"
     max_length: int | None = None
     dropout: float | None = None
@@ -132,20 +164,28 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.tasks is not None:
             find_tasks(self.tasks)
-        for name in ("epochs", "batch_size", "max_skipped", "checkpoint_steps", "log_steps", "accumulate"):
+        counts = ("epochs", "max_skipped", "checkpoint_steps", "log_steps", "accumulate", "epoch_times")
+        for name in (*counts, "reviews_per_star"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        sizes = self.batch_size if isinstance(self.batch_size, dict) else {None: self.batch_size}
+        for task, size in sizes.items():
+            require(size >= 1, f"batch_size{f'.{task}' if task else ''}", "at least 1", size)
         for name in ("steps", "threads"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
         require(self.max_length is None or self.max_length >= 4, "max_length", "at least 4", self.max_length)
-        require(self.lr is None or 0 < self.lr < 1, "lr", "between 0 and 1", self.lr)
+        for name in ("lr", "head_lr"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < 1, name, "between 0 and 1", value)
         for name in ("weight_decay", "clip_norm"):
             require(0 <= getattr(self, name) < float("inf"), name, "0 or more", getattr(self, name))
         for name in ("dropout", "head_dropout", "warmup"):
             value = getattr(self, name)
             require(value is None or 0 <= value < 1, name, "at least 0 and below 1", value)
         if isinstance(self.epoch_length, int):
-            require(self.epoch_length >= 1, "epoch_length", "smallest, largest or at least 1", self.epoch_length)
+            require(self.epoch_length >= 1, "epoch_length", "smallest, largest, each or at least 1", self.epoch_length)
+        self._check_sampling()
+        self._check_tasks_named()
         surgeries = find_surgery(self.surgery, self.surgery_reduction)
         if self.sampling != "joint" and any(surgery.per_task for surgery in surgeries):
             raise UserError(
@@ -156,6 +196,64 @@ class TrainConfig:
             task_groups(find_tasks(self.tasks), self.surgery_groups)
         require(0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1", self.seed)
         require(not (self.resume and self.out is None), "out", "given with --resume: it names the run", None)
+
+    def _check_sampling(self) -> None:
+        """Refuse options that the way of sampling has no use for."""
+        if self.sampling == "joint":
+            for name, unwanted, instead in (
+                ("optimizers", self.optimizers == "per-task", "--optimizers shared"),
+                ("epoch_length", self.epoch_length == "each", "--epoch-length smallest or largest"),
+                ("sampling_weights", self.sampling_weights, "--loss-weights to weigh a task's loss"),
+            ):
+                if unwanted:
+                    raise UserError(
+                        f"--{name.replace('_', '-')} {getattr(self, name)} needs one task a step, and --sampling joint"
+                        f" takes all of them in each; give {instead}, or another --sampling"
+                    )
+        for name in ("sampling_alpha", "sampling_alpha_end"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < float("inf"), name, "0 or more", value)
+        if self.sampling != "proportional" and (self.sampling_alpha, self.sampling_alpha_end) != (1.0, None):
+            raise UserError(
+                f"--sampling-alpha does nothing with --sampling {self.sampling}; give --sampling proportional"
+            )
+
+    def _check_tasks_named(self) -> None:
+        """Refuse unknown tasks, and values out of range, in the options that say something of each task."""
+        sizes = self.batch_size if isinstance(self.batch_size, dict) else {}
+        weights = {"loss_weights": self.loss_weights or {}, "sampling_weights": self.sampling_weights or {}}
+        named: dict[str, Iterable[str]] = {**weights, "batch_size": sizes, "augmented": self.augmented or {}}
+        for option, tasks in {**named, "swap_pairs": self.swap_pairs or []}.items():
+            for task in tasks:
+                if task not in TASKS:
+                    raise UserError(
+                        f"--{option.replace('_', '-')}: unknown task {task!r}{did_you_mean(task, list(TASKS))};"
+                        f" known: {', '.join(TASKS)}"
+                    )
+        if self.tasks is not None and "yelp" in self.tasks and self.reviews is None:
+            raise UserError("the task yelp is trained on reviews; give them with --reviews FILE")
+        if self.tasks == ["yelp"]:
+            raise UserError("the task yelp only helps others: it has no dev split; add a task")
+        for option, values in weights.items():
+            for task, value in values.items():
+                require(0 < value < float("inf"), f"{option}.{task}", "more than 0", value)
+        for task in self.swap_pairs or []:
+            if not TASKS[task].is_pair:
+                pairs = ", ".join(name for name, known in TASKS.items() if known.is_pair)
+                raise UserError(
+                    f"--swap-pairs {task}: its examples are single sentences; the tasks with pairs: {pairs}"
+                )
+
+    def batch_size_of(self, task: str) -> int:
+        """Examples of a task in one step.
+
+        Raises:
+            UserError: there is a batch size for each task, but none for this one.
+        """
+        size = self.batch_size.get(task) if isinstance(self.batch_size, dict) else self.batch_size
+        if size is None:
+            raise UserError(f"--batch-size has none for {task}; give it one, or one number for all tasks")
+        return 2 * size if task in (self.swap_pairs or []) else size
 
     def replace(self, **changes: Any) -> TrainConfig:
         return dataclasses.replace(self, **changes)

@@ -71,6 +71,7 @@ class Objective:
         smart, bregman: what is added to the task losses.
         teacher: the average of each parameter's earlier values; needed when `bregman` is on.
         copies: of some parameters, in a half precision, for passes that differentiate nothing with respect to them.
+        weights: what each task's loss is multiplied by (its regularisers are not); 1 where left out.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class Objective:
         bregman: BregmanConfig,
         teacher: Mapping[Tensor, Tensor] | None = None,
         copies: Mapping[Tensor, Tensor] | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
+        self.weights = weights or {}
         self.model, self.smart, self.bregman, self.teacher = model, smart, bregman, teacher
         self.copies = copies or {}
 
@@ -114,7 +117,7 @@ class Objective:
             embedded = model.embed(batch.packed, dropout_seed)
             outputs = model.from_embedded(embedded, batch.packed, counts, seed=dropout_seed)
         task = {name: LOSSES[TASKS[name].loss](output, batch.labels[name]) for name, output in outputs.items()}
-        terms = list(task.values())
+        terms = [self.weights.get(name, 1.0) * loss for name, loss in task.items()]
         smart, smart_terms, bregman, size = {}, [batch.smart_weights.new_zeros(())], {}, None
         on_phase("forward")
         if self.smart.on:

@@ -50,7 +50,7 @@ class AdamW(torch.optim.Optimizer):
         if average_beta is not None and not 0 <= average_beta <= 1:
             raise ValueError(f"average_beta must be between 0 and 1, got {average_beta}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.average_beta, self.copies = average_beta, copies or {}
+        self.average_beta, self.copies, self._set = average_beta, copies or {}, ""
         if average_beta is not None:
             for group in self.param_groups:
                 for param in group["params"]:
@@ -90,7 +90,7 @@ class AdamW(torch.optim.Optimizer):
                 the same; who learns that it was 0 calls `uncount`.
 
         Returns:
-            the parameters that it counted a step for.
+            the step counts that it added one to.
         """
         own = torch.ones(1, dtype=torch.float64) if scale is None else scale
         counted: list[Tensor] = []
@@ -101,7 +101,7 @@ class AdamW(torch.optim.Optimizer):
                 if any(grad is not None for grad in grads):
                     by_step[self._count(param), param in shared, param in self.copies].append(param)
             for (count, is_shared, is_copied), params in by_step.items():
-                counted += params
+                counted += self._states(params, self._entry("step"))
                 if skip_unless is not None and not skip_unless:  # TEMPORARY
                     continue
                 rows = [shared[param] if is_shared else [param.grad] for param in params]
@@ -109,8 +109,8 @@ class AdamW(torch.optim.Optimizer):
                     params,
                     list(zip(*rows, strict=True)),
                     weights if is_shared else own,
-                    self._states(params, "exp_avg"),
-                    self._states(params, "exp_avg_sq"),
+                    self._states(params, self._entry("exp_avg")),
+                    self._states(params, self._entry("exp_avg_sq")),
                     step=count,
                     lr=group["lr"],
                     betas=group["betas"],
@@ -122,20 +122,30 @@ class AdamW(torch.optim.Optimizer):
 
         return counted
 
-    def uncount(self, params: Iterable[Tensor]) -> None:
-        """Take back the count of one step for each."""
-        for param in params:
-            self.state[param]["step"] -= 1
+    def uncount(self, counts: Iterable[Tensor]) -> None:
+        """Take back one step from each of these counts."""
+        for count in counts:
+            count -= 1
+
+    def select(self, name: str) -> None:
+        """Have the next steps use moments and step counts of this name, as an optimizer of its own would.
+
+        They start at zero, and stand in the state as `exp_avg@name` and so on; averages are one for all names.
+        """
+        self._set = f"@{name}"
+
+    def _entry(self, name: str) -> str:
+        return name + self._set
 
     def _count(self, param: Tensor) -> int:
         """The number of this step of the parameter's, counted from 1."""
-        state = self.state[param]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(param)
-            state["exp_avg_sq"] = torch.zeros_like(param)
-        state["step"] += 1
-        return int(state["step"])
+        state, step = self.state[param], self._entry("step")
+        if step not in state:
+            state[step] = torch.zeros((), dtype=torch.float32)
+            state[self._entry("exp_avg")] = torch.zeros_like(param)
+            state[self._entry("exp_avg_sq")] = torch.zeros_like(param)
+        state[step] += 1
+        return int(state[step])
 
     def _states(self, params: Sequence[Tensor], entry: str) -> list[Tensor]:
         return [self.state[param][entry] for param in params]

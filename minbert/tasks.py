@@ -36,6 +36,7 @@ class Task:
     glue: Glue | None = None
     head: str = "linear"
     headline: bool = True  # whether the overall score counts it
+    evaluated: bool = True  # whether it has a dev split; an auxiliary task is only trained on
 
     @property
     def is_pair(self) -> bool:
@@ -114,6 +115,19 @@ _ALL = (
         predictions="sst2",
         predicted="Predicted_Sentiment",
         glue=Glue("SST-2", ("sentence",), "label", "sst2"),
+    ),
+    Task(  # its data: minbert/data/reviews.py
+        name="yelp",
+        title="5-star reviews",
+        columns=("text",),
+        label="stars",
+        top=4,
+        loss="cross_entropy",
+        metric="accuracy",
+        predictions="yelp",
+        predicted="Predicted_Stars",
+        headline=False,
+        evaluated=False,
     ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -18,7 +18,7 @@ from minbert import checkpoint, cli, kernels
 from minbert.checkpoint import Progress
 from minbert.config import TrainConfig
 from minbert.console import TrainingProgress, score_table
-from minbert.data import TaskSampler, encode, steps_per_epoch, task_at
+from minbert.data import Plan, TaskSampler, encode, plan
 from minbert.device import describe, peak_memory_bytes
 from minbert.errors import UserError
 from minbert.evaluate import evaluate, load_model
@@ -65,12 +65,10 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
         if config.tensorboard:
             run.open_board(progress.step)
         sizes = {name: len(encoded) for name, encoded in bench.train.items()}
-        samplers = {name: TaskSampler(n, config.batch_size, config.seed, name) for name, n in sizes.items()}
-        batch_size = config.batch_size * config.accumulate
-        epoch_steps = steps_per_epoch(list(sizes.values()), batch_size, config.epoch_length)
-        if config.sampling != "joint":
-            epoch_steps *= len(bench.tasks)
-        total_steps = config.steps or config.epochs * epoch_steps
+        batch_sizes = {name: config.batch_size_of(name) for name in sizes}
+        samplers = {name: TaskSampler(n, batch_sizes[name], config.seed, name) for name, n in sizes.items()}
+        planned = plan_run(config, sizes, batch_sizes)
+        epoch_steps, total_steps = planned.epoch_steps, planned.steps
         epochs = math.ceil(total_steps / epoch_steps)
         peak_rates = [group["lr"] for group in bench.optimizer.param_groups]
         bench.model.train()
@@ -81,12 +79,17 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
         with TrainingProgress(console, total_steps, progress.step) as display:
             for step in range(progress.step, total_steps):
                 started = time.perf_counter()
-                factor = learning_rate_factor(step, total_steps, config.warmup, config.schedule)
+                turns = planned.at(step)
+                position, length = step, total_steps
+                if config.optimizers == "per-task":
+                    ((name, position),) = turns.items()
+                    length = planned.steps_of(name)
+                    bench.optimizer.select(name)
+                factor = learning_rate_factor(position, length, config.warmup, config.schedule)
                 for group, peak in zip(bench.optimizer.param_groups, peak_rates, strict=True):
                     group["lr"] = peak * factor
 
-                first = step * config.accumulate
-                batches = [batch_at(bench, samplers, i) for i in range(first, first + config.accumulate)]
+                batches = [batch_at(bench, samplers, turns, micro) for micro in range(config.accumulate)]
                 pending.append((step, factor, bench.stepper.take(batches, step, step / total_steps)))
 
                 ends_epoch = (step + 1) % epoch_steps == 0 or step + 1 == total_steps
@@ -124,14 +127,33 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
 # In the loop ------------------------------------------------------------------------------------------------------
 
 
-def batch_at(bench: Workbench, samplers: Mapping[str, TaskSampler], i: int) -> Parts:
-    """Batch i of the run, from 0: the tasks that take part, in the order of their groups, and their examples."""
-    config = bench.config
-    if config.sampling != "joint":
-        index, batch = task_at(i, len(bench.tasks), config.sampling, config.seed)
-        task = bench.tasks[index]
-        return [(task, samplers[task.name].batch(batch))]
-    return [(task, samplers[task.name].batch(i)) for group in bench.stepper.groups for task in group]
+def plan_run(config: TrainConfig, sizes: Mapping[str, int], batch_sizes: Mapping[str, int]) -> Plan:
+    """Which tasks take each step, from the examples of each and those in a batch of it."""
+    end = config.sampling_alpha_end
+    return plan(
+        sizes,
+        {name: size * config.accumulate for name, size in batch_sizes.items()},
+        order=config.sampling,
+        length=config.epoch_length,
+        times=config.epoch_times,
+        weights=config.sampling_weights,
+        alphas=(config.sampling_alpha, config.sampling_alpha if end is None else end),
+        seed=config.seed,
+        epochs=config.epochs,
+        steps=config.steps,
+    )
+
+
+def batch_at(bench: Workbench, samplers: Mapping[str, TaskSampler], turns: Mapping[str, int], micro: int) -> Parts:
+    """A batch of a step: the tasks that take it, in the order of their groups, and their examples.
+
+    Args:
+        turns: those tasks, and how many steps each took before.
+        micro: which of the step's accumulated batches, from 0.
+    """
+    tasks = [task for group in bench.stepper.groups for task in group if task.name in turns]
+    accumulate = bench.config.accumulate
+    return [(task, samplers[task.name].batch(turns[task.name] * accumulate + micro)) for task in tasks]
 
 
 def count_losses(progress: Progress, taken: Taken) -> None:
@@ -170,7 +192,8 @@ def skip_step(progress: Progress, taken: Taken, config: TrainConfig) -> None:
 
 def finish_epoch(bench: Workbench, run: Run, progress: Progress, epoch: int, console: Console) -> None:
     """Score the dev split, show it, and save: best/ first, so that last/ never knows of a best/ that is not there."""
-    scores, _ = evaluate(bench.model, bench.tasks, bench.dev, bench.device)
+    evaluated = [task for task in bench.tasks if task.name in bench.dev]
+    scores, _ = evaluate(bench.model, evaluated, bench.dev, bench.device)
     total = overall(scores)
     losses = progress.mean_losses()
     rates = {pair: conflicts / steps for pair, (conflicts, steps) in progress.conflicts.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,7 +14,7 @@ from minbert import checkpoint, kernels
 from minbert.checkpoint import Progress
 from minbert.config import TrainConfig, task_groups
 from minbert.console import data_table
-from minbert.data import Encoded, Source, encode, open_source
+from minbert.data import Encoded, Examples, Source, WithReviews, encode, joined, open_source, read_augmented, swapped
 from minbert.device import describe, keep_freed_memory, resolve_device, resolve_precision
 from minbert.errors import UserError
 from minbert.gradients import TaskGradients
@@ -64,9 +65,9 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     console.print(f"minbert {minbert.__version__} on {describe(device, precision)}")
     console.print(kernels_line(device))
 
-    source = open_source(config.data)
-    tasks = find_tasks(config.tasks or [name for name in DEFAULT_TASKS if name in source.tasks()] or source.tasks())
-    splits = {split: {task.name: source.load(task, split) for task in tasks} for split in ("train", "dev")}
+    source, tasks = open_tasks(config)
+    dev = {task.name: source.load(task, "dev") for task in tasks if task.evaluated}
+    splits = {"train": {task.name: training_examples(task, source, config, dev) for task in tasks}, "dev": dev}
 
     torch.manual_seed(derive_seed(config.seed, "weights"))
     start = run.last if config.resume and run.last.exists() else config.model
@@ -111,7 +112,6 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
         split: {name: encode(examples, tokenizer, max_length) for name, examples in by_task.items()}
         for split, by_task in splits.items()
     }
-    skipped = {task.name: sum(len(splits[split][task.name].skipped) for split in splits) for task in tasks}
     console.print(f"data: {source.name}; model: {config.model or 'a small encoder from scratch'}")
     console.print(method_line(config, model))
     console.print(
@@ -119,9 +119,9 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
             [
                 (
                     task,
-                    {split: len(encoded[split][task.name]) for split in splits},
-                    skipped[task.name],
-                    sum(encoded[split][task.name].truncated for split in splits),
+                    {split: len(encoded[split].get(task.name, ())) for split in splits},
+                    sum(len(of[task.name].skipped) for of in splits.values() if task.name in of),
+                    sum(of[task.name].truncated for of in encoded.values() if task.name in of),
                 )
                 for task in tasks
             ]
@@ -134,10 +134,13 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     # Gradients of copies are in half precision: fit for what one backward gives, not to sum up several.
     copies = model.encoder.copies() if one_stream or (config.accumulate == 1 and rows > 1) else {}
     beta = config.bregman.beta if config.bregman.mu else None
-    optimizer = AdamW(model.parameter_groups(config.weight_decay), lr=lr, average_beta=beta, copies=copies)
+    params = model.parameter_groups(config.weight_decay)
+    for group in params:
+        group["lr"] = config.head_lr if config.head_lr and group["name"].startswith("heads.") else lr
+    optimizer = AdamW(params, lr=lr, average_beta=beta, copies=copies)
     stepper = Stepper(
         model,
-        Objective(model, config.smart, config.bregman, optimizer.averages, copies),
+        Objective(model, config.smart, config.bregman, optimizer.averages, copies, config.loss_weights),
         optimizer,
         TaskGradients(model.encoder, rows, copies),
         groups,
@@ -163,6 +166,37 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
         device,
         max_length,
     )
+
+
+def open_tasks(config: TrainConfig) -> tuple[Source, list[Task]]:
+    """Where the data is, and the tasks to train on it.
+
+    Raises:
+        UserError: no such data or task, or an option that is about a task which is not trained.
+    """
+    source = open_source(config.data)
+    names = config.tasks or [name for name in DEFAULT_TASKS if name in source.tasks()] or source.tasks()
+    if config.reviews is not None:
+        source = WithReviews(source, config.reviews, config.reviews_per_star, config.seed)
+        names = names if WithReviews.task in names else [*names, WithReviews.task]
+    tasks = find_tasks(names)
+    for option in ("loss_weights", "sampling_weights", "swap_pairs", "augmented"):
+        for name in getattr(config, option) or ():
+            if name not in names:
+                raise UserError(f"--{option.replace('_', '-')} names {name}; the tasks of this run: {', '.join(names)}")
+    for name in names:
+        config.batch_size_of(name)
+    return source, tasks
+
+
+def training_examples(task: Task, source: Source, config: TrainConfig, dev: Mapping[str, Examples]) -> Examples:
+    """A task's training examples, and those that its options add."""
+    examples = source.load(task, "train")
+    file = (config.augmented or {}).get(task.name)
+    if file is not None:
+        held_out = set(dev[task.name].ids) if task.name in dev else ()
+        examples = joined(examples, read_augmented(file, task, examples, held_out))
+    return joined(examples, swapped(examples)) if task.name in (config.swap_pairs or ()) else examples
 
 
 def fit_for_smart(model: MultitaskModel, config: TrainConfig, precision: str, console: Console) -> str:

@@ -78,6 +78,31 @@ def test_state_moves_to_torch_and_back():
         torch.testing.assert_close(param, twin, rtol=1e-6, atol=1e-6)
 
 
+def test_selected_moments_are_those_of_an_optimizer_of_its_own():
+    (one, *_), (other, *_) = models()
+    mine, theirs = AdamW([one], lr=0.01), {name: AdamW([other], lr=0.01) for name in "ab"}
+    for step, name in enumerate("aabaabb"):
+        set_gradients([one], [other], step, 1.0)
+        mine.select(name)
+        mine.step()
+        theirs[name].step()
+        assert torch.equal(one, other)
+    assert mine.state[one]["step@a"] == 4
+    assert mine.state[one]["step@b"] == 3
+
+
+def test_a_step_is_taken_back_where_it_was_counted():
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = AdamW([param])
+    param.grad = torch.ones(2)
+    optimizer.select("a")
+    counted = optimizer.combined_step({}, torch.ones(0, dtype=torch.float64))
+    optimizer.select("b")
+    optimizer.step()
+    optimizer.uncount(counted)
+    assert (optimizer.state[param]["step@a"], optimizer.state[param]["step@b"]) == (0, 1)
+
+
 def test_closure_and_parameters_without_a_gradient():
     param, idle = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     optimizer = AdamW([param, idle], lr=0.1)

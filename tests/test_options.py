@@ -31,6 +31,15 @@ def test_command_line_beats_file_beats_recipe(tmp_path, monkeypatch):
     assert parse("--config", str(tmp_path / "mine.yaml")).batch_size == 3
 
 
+@pytest.mark.parametrize("words", [["--batch-size={sst: 2, sts: 8}"], ["--batch-size.sst=2", "--batch-size.sts", "8"]])
+def test_a_number_for_each_task(words):
+    config = parse(*words, "--tasks=sst,sts", "--swap-pairs=sts")
+    assert config.batch_size == {"sst": 2, "sts": 8}
+    assert (config.batch_size_of("sst"), config.batch_size_of("sts")) == (2, 16)
+    with pytest.raises(UserError, match="--batch-size has none for qqp"):
+        config.batch_size_of("qqp")
+
+
 @pytest.mark.parametrize("words", [["--tasks", "sst,sts"], ["--tasks", "sst", "sts"], ["--tasks=[sst,sts]"]])
 def test_lists_can_be_spelt_three_ways(words):
     assert parse(*words, "--seed", "1").tasks == ["sst", "sts"]
@@ -79,6 +88,20 @@ def test_help_documents_every_option(capsys):
         (["--lr", "nan"], ["--lr", "nan"]),
         (["--clip-norm", "inf"], ["--clip-norm", "inf"]),
         (["--warmup", "1"], ["--warmup", "below 1"]),
+        (["--batch-size.sts=0"], ["--batch-size.sts", "at least 1", "0"]),
+        (["--batch-size.stt=2"], ["--batch-size", "'stt'", "did you mean 'sts'"]),
+        (["--loss-weights={sst: -1}"], ["--loss-weights.sst", "more than 0"]),
+        (["--epoch-length", "each"], ["--epoch-length each", "--sampling joint"]),
+        (["--optimizers", "per-task"], ["--optimizers per-task", "--sampling joint"]),
+        (["--sampling-weights={sst: 2}"], ["--sampling-weights", "--loss-weights"]),
+        (["--sampling=shuffled", "--surgery=sum", "--sampling-alpha=0.5"], ["--sampling-alpha", "proportional"]),
+        (["--sampling=sequental"], ["--sampling", "sequential", "'sequental'"]),
+        (["--epoch-times", "0"], ["--epoch-times", "at least 1"]),
+        (["--head-lr", "2"], ["--head-lr", "between 0 and 1"]),
+        (["--swap-pairs", "sst"], ["--swap-pairs sst", "single sentences", "qqp, sts"]),
+        (["--augmented.sts5=x"], ["--augmented", "'sts5'", "did you mean 'sts'"]),
+        (["--tasks", "sst,yelp"], ["yelp", "--reviews FILE"]),
+        (["--tasks", "yelp", "--reviews", "x"], ["yelp", "no dev split"]),
         (["--scratch.hidden-size", "0"], ["--scratch.hidden-size", "positive", "0"]),
         (["--tasks", "sst,stts"], ["'stts'", "did you mean 'sts'"]),
         (["--tasks", "sst,sst"], ["different", "sst"]),

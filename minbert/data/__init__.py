@@ -1,22 +1,27 @@
 """Reading, generating, encoding and sampling the tasks' data."""
 
+from minbert.data.augmentation import joined, read_augmented, swapped
 from minbert.data.encoded import Encoded, encode, pack_batches
 from minbert.data.formats import Examples, Skipped, read_examples, read_glue
-from minbert.data.sampling import TaskSampler, steps_per_epoch, task_at, token_budget_batches
-from minbert.data.sources import Source, open_source
+from minbert.data.sampling import Plan, TaskSampler, plan, token_budget_batches
+from minbert.data.sources import Source, WithReviews, open_source
 
 __all__ = [
     "Encoded",
     "Examples",
+    "Plan",
     "Skipped",
     "Source",
     "TaskSampler",
+    "WithReviews",
     "encode",
+    "joined",
     "open_source",
     "pack_batches",
+    "plan",
+    "read_augmented",
     "read_examples",
     "read_glue",
-    "steps_per_epoch",
-    "task_at",
+    "swapped",
     "token_budget_batches",
 ]

@@ -1,12 +1,13 @@
-"""Readers of the two file formats: CS224N's quoted tab-separated files and GLUE's plain ones.
+"""Readers of file formats: CS224N's quoted tab-separated files, GLUE's plain ones, and JSON objects on lines.
 
-In both, every physical line is one row, the first is the header, and columns are found by name. A bad row is left out
-and noted with its line; a bad file is a `UserError`. Blank lines are ignored.
+Every physical line is one row, but for the header of tab-separated files, and columns are found by name. A bad row is
+left out and noted with its line; a bad file is a `UserError`. Blank lines are ignored.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,10 @@ class Examples:
 
 
 class Row(NamedTuple):
-    """A row as it was found: the fields a task needs, or the problem that kept them from being told apart."""
+    """A row as it was found: the fields a task needs, or the problem that kept them from being told apart.
+
+    Without an id of its own it has none, and `collect` numbers it.
+    """
 
     line: int
     id: str = ""
@@ -105,7 +109,7 @@ def collect(where: str, rows: Iterable[Row], task: Task, labelled: bool) -> Exam
             if not all(texts):
                 raise ValueError("empty text")
             if labelled:
-                labels.append(_label(row.label.strip(), task))
+                labels.append(label_of(row.label.strip(), task))
             kept.append(row._replace(texts=texts))
         except ValueError as error:
             skipped.append(Skipped(where, row.line, str(error)))
@@ -115,12 +119,42 @@ def collect(where: str, rows: Iterable[Row], task: Task, labelled: bool) -> Exam
         first = skipped[0]
         raise UserError(f"{where}: none of its {len(skipped)} rows is usable; line {first.line}: {first.reason}")
     return Examples(
-        [row.id for row in kept],
+        [row.id or str(row.line - 2) for row in kept],
         [row.texts[0] for row in kept],
         [row.texts[1] for row in kept] if task.is_pair else None,
         np.array(labels, np.float32) if labelled else None,
         skipped,
     )
+
+
+def read_rows(path: str | Path, task: Task) -> Iterable[Row]:
+    """The rows of a tab-separated file as `read_examples` takes it, or of JSON objects on lines with the same names.
+
+    Labels and ids may be missing.
+
+    Raises:
+        UserError: the file cannot be read, is empty, is not UTF-8, or lacks a column.
+    """
+    lines = _lines(Path(path))
+    if next(filter(str.strip, lines)).lstrip().startswith("{"):
+        return (_json_row(number, line, task) for number, line in enumerate(lines, 1) if line.strip())
+    rows, _ = _table(Path(path), lines, task.columns, task.label, _split_quoted, "optional")
+    return rows
+
+
+def _json_row(number: int, line: str, task: Task) -> Row:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        return Row(number, problem=f"not JSON ({error})")
+    if not isinstance(record, dict):
+        return Row(number, problem=f"expected a JSON object, got a {type(record).__name__}")
+    texts = [text for text in map(record.get, task.columns) if isinstance(text, str)]
+    if len(texts) < len(task.columns):
+        found = ", ".join(map(_short, record)) or "nothing"
+        return Row(number, problem=f"expected text for {' and '.join(task.columns)}; found {found}")
+    identity, label = (record.get(name) for name in ("id", task.label))
+    return Row(number, "" if identity is None else str(identity), texts, "" if label is None else str(label))
 
 
 def _read(
@@ -131,7 +165,19 @@ def _read(
     split: Callable[[str], list[str]],
     labels: Labels,
 ) -> Examples:
-    lines = _lines(path)
+    rows, labelled = _table(path, _lines(path), columns, label, split, labels)
+    return collect(str(path), rows, task, labelled)
+
+
+def _table(
+    path: Path,
+    lines: list[str],
+    columns: tuple[str, ...],
+    label: str,
+    split: Callable[[str], list[str]],
+    labels: Labels,
+) -> tuple[Iterable[Row], bool]:
+    """The rows under a header, and whether they have labels."""
     try:
         header = [name.strip() for name in split(lines[0])]
     except ValueError as error:
@@ -159,12 +205,12 @@ def _read(
                 continue
             yield Row(
                 number + 2,
-                str(number) if id_index is None else fields[id_index].strip(),
+                "" if id_index is None else fields[id_index].strip(),
                 [fields[index] for index in text_indices],
                 "" if label_index is None else fields[label_index],
             )
 
-    return collect(str(path), rows(), task, labelled)
+    return rows(), labelled
 
 
 def _lines(path: Path) -> list[str]:
@@ -194,8 +240,12 @@ def _split_plain(line: str) -> list[str]:
     return line.split("\t")
 
 
-def _label(text: str, task: Task) -> float:
-    """The label's value; ValueError says what is wrong with it."""
+def label_of(text: str, task: Task) -> float:
+    """The label's value.
+
+    Raises:
+        ValueError: it is no label of the task.
+    """
     if not text:
         raise ValueError("no label")
     try:

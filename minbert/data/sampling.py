@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from minbert.seeds import derive_seed
+
+EpochLength = Literal["smallest", "largest", "each"] | int
 
 
 @dataclass(frozen=True)
@@ -43,34 +45,127 @@ class TaskSampler:
         return np.concatenate(parts)
 
 
-def task_at(step: int, tasks: int, mode: Literal["round-robin", "shuffled"], seed: int) -> tuple[int, int]:
-    """The task that takes step `step` (from 0) when one does at a time, and the number of that task's batch.
+@dataclass(frozen=True)
+class Plan:
+    """Which tasks take each step of a run, and how many steps each has taken before."""
 
-    Every cycle of `tasks` steps visits each task once: in the fixed order, or in one shuffled anew for each cycle.
+    names: tuple[str, ...]
+    epoch_steps: int
+    steps: int
+    turns: np.ndarray | None = None  # [steps]: the task of each step, as an index of `names`; None: all take every step
+
+    def at(self, step: int) -> dict[str, int]:
+        """The tasks that take step `step` (from 0), each with the number of steps it took before."""
+        if self.turns is None:
+            return dict.fromkeys(self.names, step)
+        return {self.names[self.turns[step]]: int(self._numbers[step])}
+
+    def steps_of(self, name: str) -> int:
+        """How many of the run's steps the task takes."""
+        return self.steps if self.turns is None else int((self.turns == self.names.index(name)).sum())
+
+    @functools.cached_property
+    def _numbers(self) -> np.ndarray:
+        """[steps]: how many steps before this one its task took."""
+        assert self.turns is not None
+        numbers = np.empty(len(self.turns), np.int64)
+        for index in range(len(self.names)):
+            taken = np.flatnonzero(self.turns == index)
+            numbers[taken] = np.arange(len(taken))
+        return numbers
+
+
+def plan(
+    sizes: Mapping[str, int],
+    batch_sizes: Mapping[str, int],
+    *,
+    order: str = "joint",
+    length: EpochLength = "smallest",
+    times: int = 1,
+    weights: Mapping[str, float] | None = None,
+    alphas: tuple[float, float] = (1.0, 1.0),
+    seed: int = 0,
+    epochs: int = 1,
+    steps: int | None = None,
+) -> Plan:
+    """Plan a run from its options alone, so that a step's batches never depend on what ran before.
+
+    Args:
+        sizes: examples of each task, in the tasks' order.
+        batch_sizes: examples of each task in a step that it takes.
+        order: `joint`, where every task takes every step, or a name in `ORDERS`.
+        length: see `epoch_counts`.
+        times: how many times as long an epoch is.
+        weights: how many times as often a task takes a step; 1 where left out.
+        alphas: exponent of the sizes in the first and in the last epoch, with even steps between; for `proportional`.
+        epochs: their number, unless `steps` is given.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: an unknown order.
     """
-    cycle, slot = divmod(step, tasks)
-    if mode == "round-robin":
-        return slot, cycle
-    if mode == "shuffled":
-        return int(_permutation(tasks, derive_seed(seed, "cycle", cycle))[slot]), cycle
-    raise ValueError(f"mode must be 'round-robin' or 'shuffled', got {mode!r}")
+    names = tuple(sizes)
+    counts = epoch_counts([sizes[name] for name in names], [batch_sizes[name] for name in names], length, times)
+    if order == "joint":
+        return Plan(names, max(counts), steps or epochs * max(counts))
+    if order not in ORDERS:
+        raise ValueError(f"order must be 'joint' or one of {', '.join(ORDERS)}, got {order!r}")
+    factors = [(weights or {}).get(name, 1.0) for name in names]
+    counts = [max(1, round(count * factor)) for count, factor in zip(counts, factors, strict=True)]
+    total = steps or epochs * sum(counts)
+    epochs = -(-total // sum(counts))
+    turns = []
+    for epoch in range(epochs):
+        alpha = alphas[0] + (alphas[1] - alphas[0]) * epoch / max(1, epochs - 1)
+        odds = np.array([factor * sizes[name] ** alpha for name, factor in zip(names, factors, strict=True)])
+        turns.append(ORDERS[order](np.array(counts), odds / odds.sum(), derive_seed(seed, "turns", epoch)))
+    return Plan(names, sum(counts), total, np.concatenate(turns)[:total])
 
 
-def steps_per_epoch(sizes: Sequence[int], batch_size: int, epoch_length: Literal["smallest", "largest"] | int) -> int:
-    """Joint steps (a batch of each task) in one epoch: those it takes to see the smallest or the largest task once.
+def epoch_counts(sizes: Sequence[int], batch_sizes: Sequence[int], length: EpochLength, times: int = 1) -> list[int]:
+    """Batches of each task in an epoch.
 
     Args:
         sizes: examples of each task.
-        batch_size: examples of each task in a step.
-        epoch_length: `smallest`, `largest`, or the number of steps itself.
+        batch_sizes: examples in a batch of each task.
+        length: as many as show the task that is through first (`smallest`) or last (`largest`) all of its examples,
+            as many for each task as show it all of its own (`each`), or this number.
+        times: as many times more (paper 004, section 4.5).
     """
-    if isinstance(epoch_length, int):
-        return epoch_length
-    size = {"smallest": min, "largest": max}[epoch_length](sizes)
-    return -(-size // batch_size)
+    own = [-(-size // batch_size) for size, batch_size in zip(sizes, batch_sizes, strict=True)]
+    if length != "each":
+        own = [length if isinstance(length, int) else {"smallest": min, "largest": max}[length](own)] * len(own)
+    return [times * count for count in own]
+
+
+def _sequential(counts: np.ndarray, odds: np.ndarray, seed: int) -> np.ndarray:
+    """Task after task: all steps of the first one, then all of the next (papers 001, section 5.3, and 003)."""
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def _round_robin(counts: np.ndarray, odds: np.ndarray, seed: int) -> np.ndarray:
+    """One step of each task in turn (paper 002, section 4.4); a task that has had its share is passed over."""
+    rounds = np.concatenate([np.arange(count) for count in counts])
+    return _sequential(counts, odds, seed)[np.argsort(rounds, kind="stable")]
+
+
+def _shuffled(counts: np.ndarray, odds: np.ndarray, seed: int) -> np.ndarray:
+    """All steps of all tasks in a random order (paper 003, section 3)."""
+    return _sequential(counts, odds, seed)[_permutation(int(counts.sum()), seed)]
+
+
+def _proportional(counts: np.ndarray, odds: np.ndarray, seed: int) -> np.ndarray:
+    """Every step's task drawn by itself, with these odds (Stickland and Murray 2019)."""
+    draws = np.random.PCG64(seed).random_raw(int(counts.sum())) / 2.0**64
+    return np.searchsorted(np.cumsum(odds)[:-1], draws, side="right")
+
+
+# By name: from each task's steps in an epoch [T], its odds [T] (their sum is 1) and a seed to the task of every step.
+ORDERS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
+    "sequential": _sequential,
+    "round-robin": _round_robin,
+    "shuffled": _shuffled,
+    "proportional": _proportional,
+}
 
 
 def token_budget_batches(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:

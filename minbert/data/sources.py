@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from minbert.data import demo
 from minbert.data.formats import Examples, Row, collect, read_examples, read_glue
+from minbert.data.reviews import read_reviews
 from minbert.errors import UserError
 from minbert.tasks import TASKS, Task
 
@@ -107,6 +108,27 @@ class FolderSource:
             if (self._directory / name).exists():
                 return name, read
         return None
+
+
+class WithReviews:
+    """A source, and reviews with stars as the train split of one more task."""
+
+    task = "yelp"
+
+    def __init__(self, source: Source, path: str, per_star: int, seed: int) -> None:
+        self.name = f"{source.name} and {path}"
+        self._source, self._path, self._per_star, self._seed = source, path, per_star, seed
+
+    def tasks(self) -> list[str]:
+        return [*self._source.tasks(), self.task]
+
+    def splits(self, task: Task) -> list[str]:
+        return ["train"] if task.name == self.task else self._source.splits(task)
+
+    def load(self, task: Task, split: str) -> Examples:
+        if task.name == self.task and split == "train":
+            return read_reviews(self._path, self._per_star, self._seed)
+        return self._source.load(task, split)
 
 
 def _candidates(task: Task, split: str) -> dict[str, Callable[..., Examples]]:

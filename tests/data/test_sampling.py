@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
+import string
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minbert.data import TaskSampler, steps_per_epoch, task_at, token_budget_batches
+from minbert.data import Plan, TaskSampler, plan, token_budget_batches
+from minbert.data.sampling import ORDERS
 
 small = st.integers(1, 40)
 
@@ -64,28 +67,99 @@ def test_nothing_to_sample_is_refused():
         TaskSampler(0, 4, 0, "sst")
 
 
-@given(tasks=st.integers(1, 6), seed=st.integers(0, 2**63 - 1), mode=st.sampled_from(["round-robin", "shuffled"]))
-def test_every_cycle_gives_each_task_its_next_batch(tasks, seed, mode):
-    for cycle in range(4):
-        turns = [task_at(cycle * tasks + slot, tasks, mode, seed) for slot in range(tasks)]
-        assert sorted(turns) == [(task, cycle) for task in range(tasks)]
+tasks = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 20)), min_size=1, max_size=5)  # sizes, batch sizes
 
 
-def test_round_robin_keeps_its_order_and_shuffled_does_not():
-    def orders(mode):
-        return {tuple(task_at(cycle * 4 + slot, 4, mode, 0)[0] for slot in range(4)) for cycle in range(30)}
-
-    assert orders("round-robin") == {(0, 1, 2, 3)}
-    assert len(orders("shuffled")) > 10
-    with pytest.raises(ValueError, match="'round-robin' or 'shuffled', got 'joint'"):
-        task_at(0, 4, "joint", 0)
+def planned(pairs, order, **options):
+    """A plan for tasks named a, b, ... of these sizes and batch sizes."""
+    names = string.ascii_lowercase
+    sizes, batch_sizes = ({names[i]: pair[k] for i, pair in enumerate(pairs)} for k in (0, 1))
+    return plan(sizes, batch_sizes, order=order, **options)
 
 
-def test_an_epoch_follows_the_smallest_or_largest_task_or_a_number():
-    assert steps_per_epoch([100, 33], 32, "smallest") == 2
-    assert steps_per_epoch([100, 33], 32, "largest") == 4
-    assert steps_per_epoch([96, 64], 32, "largest") == 3
-    assert steps_per_epoch([100, 33], 32, 7) == 7
+def turns(of: Plan, start: int = 0, stop: int | None = None) -> list[str]:
+    """The tasks of the steps, one a step."""
+    return ["".join(of.at(step)) for step in range(start, of.steps if stop is None else stop)]
+
+
+@given(pairs=tasks, order=st.sampled_from(["joint", *ORDERS]), seed=st.integers(0, 2**63 - 1))
+def test_a_task_counts_its_own_steps_from_0(pairs, order, seed):
+    of = planned(pairs, order, seed=seed, epochs=3)
+    counted = collections.Counter()
+    for step in range(of.steps):
+        for name, number in of.at(step).items():
+            assert number == counted[name]
+            counted[name] += 1
+    assert {name: of.steps_of(name) for name in of.names} == {name: counted[name] for name in of.names}
+
+
+@given(pairs=tasks, order=st.sampled_from(["sequential", "round-robin", "shuffled"]), seed=st.integers(0, 99))
+def test_an_epoch_shows_each_task_as_often_as_its_length_says(pairs, order, seed):
+    own = [-(-size // batch_size) for size, batch_size in pairs]
+    for length, expected in (("smallest", min(own)), ("largest", max(own)), (3, 3), ("each", None)):
+        of = planned(pairs, order, length=length, seed=seed, epochs=2)
+        assert of.epoch_steps == (sum(own) if expected is None else expected * len(own))
+        for epoch in range(2):
+            counts = collections.Counter(turns(of, epoch * of.epoch_steps, (epoch + 1) * of.epoch_steps))
+            assert [counts[name] for name in of.names] == (own if expected is None else [expected] * len(own))
+
+
+def test_the_orders_are_what_their_names_say():
+    pairs = [(4, 2), (3, 1), (1, 1)]
+    assert "".join(turns(planned(pairs, "sequential", length="each", epochs=2))) == "aabbbc" * 2
+    assert "".join(turns(planned(pairs, "round-robin", length="each", epochs=2))) == "abcabb" * 2
+    assert "".join(turns(planned(pairs, "round-robin", length=2))) == "abcabc"
+    shuffled = planned([(40, 2), (30, 1)], "shuffled", length="each", epochs=2)
+    first, second = turns(shuffled, 0, 50), turns(shuffled, 50, 100)
+    assert first != second
+    assert first != sorted(first)
+    assert planned(pairs, "joint", length="largest").at(2) == {"a": 2, "b": 2, "c": 2}
+    with pytest.raises(
+        ValueError, match="'joint' or one of sequential, round-robin, shuffled, proportional, got 'any'"
+    ):
+        planned(pairs, "any")
+
+
+@pytest.mark.parametrize("order", ["joint", *ORDERS])
+def test_times_as_many_batches_make_an_epoch(order):
+    once, thrice = (planned([(10, 2), (30, 3)], order, times=times) for times in (1, 3))
+    assert thrice.epoch_steps == 3 * once.epoch_steps == (15 if order == "joint" else 30)
+
+
+def test_a_task_of_twice_the_weight_takes_twice_the_steps():
+    counts = collections.Counter(turns(planned([(8, 1), (4, 1)], "shuffled", length="each", weights={"b": 2.0})))
+    assert counts == {"a": 8, "b": 8}
+    drawn = collections.Counter(turns(planned([(8, 1), (4, 1)], "proportional", weights={"b": 2.0}, steps=4000)))
+    assert abs(drawn["a"] - 2000) < 6 * np.sqrt(4000 / 4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_tasks_are_drawn_in_proportion_to_a_power_of_their_sizes(alpha):
+    sizes = np.array([100, 400, 2500])
+    of = planned([(size, 8) for size in sizes], "proportional", alphas=(alpha, alpha), steps=20000)
+    odds = sizes**alpha / (sizes**alpha).sum()
+    counts = np.array([of.steps_of(name) for name in of.names])
+    assert np.all(np.abs(counts - 20000 * odds) < 6 * np.sqrt(20000 * odds * (1 - odds)))
+
+
+def test_annealing_goes_from_the_sizes_shares_to_those_of_the_last_alpha_in_even_steps():
+    sizes, length = np.array([100, 1600]), 20000
+    of = planned([(100, 1), (1600, 1)], "proportional", length=length // 2, alphas=(1.0, 0.0), epochs=3)
+    for epoch, alpha in enumerate((1.0, 0.5, 0.0)):
+        share = (sizes**alpha / (sizes**alpha).sum())[0]
+        drawn = turns(of, epoch * length, (epoch + 1) * length).count("a")
+        assert abs(drawn - length * share) < 6 * np.sqrt(length * share * (1 - share))
+
+
+@pytest.mark.parametrize("order", ["joint", *ORDERS])
+def test_a_longer_run_begins_as_a_shorter_one(order):
+    short, long = (planned([(20, 2), (50, 3)], order, seed=7, steps=steps) for steps in (30, 300))
+    assert [long.at(step) for step in range(30)] == [short.at(step) for step in range(30)]
+
+
+def test_the_plan_is_the_same_on_every_machine():
+    assert "".join(turns(planned([(4, 1), (3, 1)], "shuffled", length="each"))) == "baaabab"
+    assert "".join(turns(planned([(4, 1), (3, 1)], "proportional", length="each"))) == "aabaabb"
 
 
 @given(st.lists(st.integers(1, 60), max_size=50), st.integers(1, 100))

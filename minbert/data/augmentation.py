@@ -1,0 +1,83 @@
+"""More training examples out of those that are there: pairs swapped, and sentences written anew elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from minbert.data.formats import Examples, Skipped, label_of, read_rows
+from minbert.errors import UserError
+from minbert.tasks import Task
+
+
+def joined(*parts: Examples) -> Examples:
+    """The examples of one task, part after part; all parts have labels."""
+    pairs = [part.pairs for part in parts if part.pairs is not None]
+    return Examples(
+        [identity for part in parts for identity in part.ids],
+        [text for part in parts for text in part.texts],
+        [text for texts in pairs for text in texts] if pairs else None,
+        np.concatenate([part.labels for part in parts if part.labels is not None]),
+        [row for part in parts for row in part.skipped],
+    )
+
+
+def swapped(examples: Examples) -> Examples:
+    """Pairs with their sentences in the other order: likeness is symmetric (paper 000, section 3.4)."""
+    assert examples.pairs is not None, "only pairs can be swapped"
+    return Examples(examples.ids, examples.pairs, examples.texts, examples.labels)
+
+
+def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: Collection[str] = ()) -> Examples:
+    """Read further training examples, such as back-translations or paraphrases of those there are (paper 002, 4.6).
+
+    The file is tab-separated with the columns of the task's training file, or has a JSON object with them on each line.
+    A row takes its label from its original, the training example with its id; without one it needs a label itself.
+    Rows with an empty text, and rows that say what their original says, are left out and noted.
+
+    Args:
+        path: the file.
+        task: whose columns and labels to expect.
+        originals: the task's training examples.
+        held_out: ids of examples that must not be trained on.
+
+    Raises:
+        UserError: the file cannot be read, or a row of it is not usable, by its line.
+    """
+    labels = dict(zip(originals.ids, [] if originals.labels is None else originals.labels.tolist(), strict=True))
+    columns = zip(*filter(None, (originals.texts, originals.pairs)), strict=True)
+    texts = dict(zip(originals.ids, columns, strict=True))
+    kept, skipped = [], []
+    for row in read_rows(path, task):
+        where = f"{path}, line {row.line}"
+        if row.problem:
+            raise UserError(f"{where}: {row.problem}")
+        if row.id in held_out and row.id not in labels:
+            raise UserError(
+                f"{where}: {row.id} is an example of the dev split; train on sentences made from train alone"
+            )
+        own = labels.get(row.id)
+        try:
+            label = label_of(row.label.strip(), task) if row.label.strip() or own is None else own
+        except ValueError as error:
+            raise UserError(f"{where}: {error}, nor a training example with the id {row.id!r}") from None
+        if own is not None and not np.isclose(label, own):
+            raise UserError(f"{where}: label {label:g} differs from its original's, {own:g} (id {row.id})")
+        sentences = tuple(text.strip() for text in row.texts)
+        if not all(sentences):
+            skipped.append(Skipped(str(path), row.line, "empty text"))
+        elif sentences == texts.get(row.id):
+            skipped.append(Skipped(str(path), row.line, "the same as its original"))
+        else:
+            kept.append((row.id, sentences, label))
+    if not kept:
+        raise UserError(f"{path} has no example that is not in the training data already")
+    return Examples(
+        [identity for identity, _, _ in kept],
+        [sentences[0] for _, sentences, _ in kept],
+        [sentences[1] for _, sentences, _ in kept] if task.is_pair else None,
+        np.array([label for _, _, label in kept], np.float32),
+        skipped,
+    )

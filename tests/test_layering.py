@@ -23,7 +23,7 @@ ROOMS = [  # a module imports only from its own room and the rooms above
     ["pending", "replay"],
     ["checkpoint", "runs", "console", "step"],
     ["report", "evaluate", "workbench"],
-    ["train", "predict", "reproduce"],
+    ["train", "predict", "reproduce", "augment"],
     ["integrations"],
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}

@@ -1,0 +1,198 @@
+"""Write training sentences anew by translating them there and back: `python -m minbert.augment`, for `--augmented`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from minbert import cli
+from minbert.console import SECONDS_BETWEEN_LINES
+from minbert.data import Examples, open_source
+from minbert.device import resolve_device
+from minbert.errors import UserError, require
+from minbert.files import no_room_is_a_user_error
+from minbert.seeds import derive_seed
+from minbert.tasks import Task, find_tasks
+
+NEEDS = "python -m minbert.augment needs transformers and sentencepiece: pip install 'minbert[augment]'"
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Write each training sentence of a task anew by translating it there and back (paper 002, section 4.6).
+
+    Args:
+        model: directory or hub name of a translation model (sequence to sequence), such as Helsinki-NLP/opus-mt-en-de.
+        out: file to write, a JSON object on each line, for --augmented of minbert.train. The same command goes on with
+            a file that was left unfinished.
+        back_model: model that translates back, such as Helsinki-NLP/opus-mt-de-en; left out, what --model writes is
+            taken as it is: it is a paraphraser then.
+        data: directory of CS224N files or GLUE folders, or a hub name; the built-in demo corpus when left out.
+        task: whose training sentences; of pairs both are written anew.
+        batch_size: sentences in a batch.
+        beams: width of the beam search.
+        temperature: draw words at this temperature in place of the beam search.
+        max_length: tokens of a translation at most.
+        seed: what the draws follow.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    model: str
+    out: str
+    back_model: str | None = None
+    data: str | None = None
+    task: str = "sst"
+    batch_size: int = 32
+    beams: int = 4
+    temperature: float | None = None
+    max_length: int = 256
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "beams", "max_length"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        heat = self.temperature
+        require(heat is None or 0 < heat < float("inf"), "temperature", "more than 0", heat)
+
+    @property
+    def origin(self) -> str:
+        """What every row says of how it was made."""
+        models = " and ".join(filter(None, (self.model, self.back_model)))
+        search = f"{self.beams} beams" if self.temperature is None else f"temperature {self.temperature:g}"
+        return f"{models}, {search}, at most {self.max_length} tokens, seed {self.seed}"
+
+
+class Translator:
+    """A sequence-to-sequence model of transformers and its tokenizer.
+
+    Raises:
+        UserError: transformers or sentencepiece is not installed, or there is no such model.
+    """
+
+    def __init__(self, name: str, config: AugmentConfig, device: torch.device) -> None:
+        try:
+            import transformers
+
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            self.model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name).to(device).eval()
+        except ImportError:
+            raise UserError(NEEDS) from None
+        except Exception as error:  # a missing file, an unknown kind of model, a lost connection: each raises its own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UserError(f"{name}: not a translation model that transformers loads ({reason})") from None
+        self.options: dict[str, Any] = {"max_new_tokens": config.max_length, "num_beams": config.beams}
+        if config.temperature is not None:
+            drawn = {"num_beams": 1, "do_sample": True, "temperature": config.temperature, "top_k": 0}
+            self.options = {**self.options, **drawn}
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str], seed: int) -> list[str]:
+        """Their translations, as many; words that are drawn follow the seed."""
+        torch.manual_seed(seed)
+        inputs = self.tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True).to(self.model.device)
+        inputs.pop("token_type_ids", None)
+        return self.tokenizer.batch_decode(self.model.generate(**inputs, **self.options), skip_special_tokens=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = cli.Parser("augment", AugmentConfig, description="Translate training sentences there and back.")
+    options = vars(parser.parse(arguments))
+    augment(AugmentConfig(**{name: options[name] for name in AugmentConfig.__dataclass_fields__}), Console())
+    return 0
+
+
+def augment(config: AugmentConfig, console: Console) -> None:
+    """Write `config.out`, or what is missing of it.
+
+    Sentences of like length go together. A batch is written as soon as it is done, so stopping loses at most one.
+
+    Raises:
+        UserError: bad input, or the file holds something else.
+    """
+    (task,) = find_tasks([config.task])
+    examples = open_source(config.data).load(task, "train")
+    order = sorted(range(len(examples)), key=lambda i: len(examples.texts[i]))
+    rows = [_row(task, examples, i, config.origin) for i in order]
+    out = Path(config.out)
+    done, size = finished(out, rows, config.batch_size)
+    left = range(done, len(rows), config.batch_size)
+    if left:
+        device = resolve_device(config.device)
+        names = filter(None, (config.model, config.back_model))
+        translators = [Translator(name, config, device) for name in names]
+    started, shown = time.monotonic(), time.monotonic()
+    try:
+        with no_room_is_a_user_error(out, "free some space and run the same command again"), open(out, "ab") as file:
+            file.truncate(size)
+            for start in track(left, "translating", console=console, transient=True, disable=not console.is_terminal):
+                batch = rows[start : start + config.batch_size]
+                for column in task.columns:
+                    texts = [row[column] for row in batch]
+                    for number, translate in enumerate(translators):
+                        texts = translate(texts, derive_seed(config.seed, "augment", start, column, number))
+                    batch = [{**row, column: text.strip()} for row, text in zip(batch, texts, strict=True)]
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in batch).encode())
+                file.flush()
+                done = start + len(batch)
+                if not console.is_terminal and time.monotonic() - shown > SECONDS_BETWEEN_LINES:
+                    shown = time.monotonic()
+                    seconds = (shown - started) / (done - left.start) * (len(rows) - done)
+                    console.print(f"{done} of {len(rows)} translated, {seconds:.0f} s left")
+    except KeyboardInterrupt:
+        console.print(f"{done} of {len(rows)} are in {out}; the same command goes on")
+        raise
+    console.print(f"{len(rows)} in {out}; train with --augmented.{task.name} {out}", soft_wrap=True)
+
+
+def finished(out: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -> tuple[int, int]:
+    """How many of the rows, in whole batches, the file holds already, and in how many bytes.
+
+    Raises:
+        UserError: it holds something else, or cannot be read or written.
+    """
+    try:
+        if not out.exists() and out.parent.is_dir():
+            return 0, 0
+        with open(out, "r+b") as file:
+            lines = file.read().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    for number, line in enumerate(lines, 1):
+        row = rows[number - 1] if number <= len(rows) else {}
+        begun = json.dumps({"id": row.get("id")}, ensure_ascii=False)[:-1].encode()
+        if number == len(lines) and not line.endswith(b"\n") and begun[: len(line)] == line[: len(begun)]:
+            lines.pop()  # cut short
+            break
+        try:
+            found = json.loads(line)
+            origin, identity = found["by"], found["id"]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"--out {out}, line {number}: not a row that minbert.augment wrote; choose another"
+            ) from None
+        if (origin, identity) != (row.get("by"), row.get("id")):
+            raise UserError(f"--out {out}, line {number}: made from other data or by {origin}; choose another file")
+    done = len(lines) if len(lines) == len(rows) else len(lines) // batch_size * batch_size
+    return done, sum(map(len, lines[:done]))
+
+
+def _row(task: Task, examples: Examples, index: int, origin: str) -> dict[str, Any]:
+    """An example under its columns' names, as a row of the file to be written anew."""
+    assert examples.labels is not None, "training examples have labels"
+    label = float(examples.labels[index])
+    texts = (examples.texts[index], *([examples.pairs[index]] if examples.pairs else []))
+    columns = dict(zip(task.columns, texts, strict=True))
+    return {"id": examples.ids[index], **columns, task.label: int(label) if label.is_integer() else label, "by": origin}
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -69,6 +69,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
         samplers = {name: TaskSampler(n, batch_sizes[name], config.seed, name) for name, n in sizes.items()}
         planned = plan_run(config, sizes, batch_sizes)
         epoch_steps, total_steps = planned.epoch_steps, planned.steps
+        own_steps = {name: planned.steps_of(name) for name in sizes}
         epochs = math.ceil(total_steps / epoch_steps)
         peak_rates = [group["lr"] for group in bench.optimizer.param_groups]
         bench.model.train()
@@ -83,7 +84,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
                 position, length = step, total_steps
                 if config.optimizers == "per-task":
                     ((name, position),) = turns.items()
-                    length = planned.steps_of(name)
+                    length = own_steps[name]
                     bench.optimizer.select(name)
                 factor = learning_rate_factor(position, length, config.warmup, config.schedule)
                 for group, peak in zip(bench.optimizer.param_groups, peak_rates, strict=True):

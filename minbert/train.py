@@ -224,9 +224,9 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, console: Console)
             encoded = {
                 task.name: encode(bench.source.load(task, split), bench.tokenizer, bench.max_length) for task in present
             }
-        _, predicted = evaluate(model, present, encoded, bench.device)
+        _, outputs = evaluate(model, present, encoded, bench.device)
         for task in present:
-            run.write_predictions(task, split, encoded[task.name].ids, predicted[task.name])
+            run.write_predictions(task, split, encoded[task.name], outputs[task.name])
     plot_run(run)
     best = progress.dev[progress.best_epoch - 1]
     summary = {

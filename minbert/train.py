@@ -24,7 +24,7 @@ from minbert.errors import UserError
 from minbert.evaluate import evaluate, load_model
 from minbert.metrics import overall
 from minbert.pending import Pending, Taken
-from minbert.report import plot_run
+from minbert.report import plot_run, write_report
 from minbert.runs import Run
 from minbert.schedule import learning_rate_factor
 from minbert.step import Parts
@@ -245,6 +245,7 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, console: Console)
         "versions": {"minbert": minbert.__version__, "torch": torch.__version__},
     }
     run.write_summary(summary)
+    report = write_report(run)
     rows = [
         (f"dev, epoch {epoch}{' (best)' if epoch == progress.best_epoch else ''}", scores, overall(scores))
         for epoch, scores in enumerate(progress.dev, 1)
@@ -252,6 +253,7 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, console: Console)
     console.print(score_table("all epochs", rows))
     if progress.skipped:
         console.print(f"{progress.skipped} steps were skipped: their loss or gradient was not finite")
+    console.print(f"report: {report}")
     console.print(f"{progress.examples / progress.seconds:.0f} examples/s; run directory: {run.path}")
     return summary
 

@@ -51,15 +51,15 @@ def score(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, fl
 def evaluate(
     model: MultitaskModel, tasks: Sequence[Task], encoded: Mapping[str, Encoded], device: torch.device
 ) -> tuple[Scores, dict[str, np.ndarray]]:
-    """Scores and predictions of every task; a task without labels has predictions only."""
+    """Scores and head outputs of every task; a task without labels has outputs only."""
     scores: Scores = {}
-    predicted = {}
+    outputs = {}
     for task in tasks:
         examples = encoded[task.name]
-        predicted[task.name] = predictions(task, head_outputs(model, task, examples, device))
+        outputs[task.name] = head_outputs(model, task, examples, device)
         if examples.labels is not None:
-            scores[task.name] = score(task, predicted[task.name], examples.labels)
-    return scores, predicted
+            scores[task.name] = score(task, predictions(task, outputs[task.name]), examples.labels)
+    return scores, outputs
 
 
 def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[MultitaskModel, Tokenizer]:
@@ -117,11 +117,11 @@ def main(arguments: Sequence[str]) -> int:
     console.print(f"{run.path}/{options.checkpoint} on {describe(device, config.precision)}")
     limit = config.max_length or model.encoder.config.max_position_embeddings
     encoded = {task.name: encode(source.load(task, options.split), tokenizer, limit) for task in present}
-    scores, predicted = evaluate(model, present, encoded, device)
+    scores, outputs = evaluate(model, present, encoded, device)
     if scores:
         console.print(score_table(f"{source.name}", [(options.split, scores, overall(scores))]))
     for task in present:
-        path = run.write_predictions(task, options.split, encoded[task.name].ids, predicted[task.name])
+        path = run.write_predictions(task, options.split, encoded[task.name], outputs[task.name])
         note = "" if task.name in scores else f" (no labels in this split, so no {task.metric})"
         console.print(f"{task.title}: {len(encoded[task.name])} predictions in {path}{note}")
     return 0

@@ -18,6 +18,18 @@ def predictions(task: Task, outputs: np.ndarray) -> np.ndarray:
     return outputs.astype(np.float64)
 
 
+def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray | None:
+    """The probability of each class, [n, C], from its head's outputs; None for a task whose outputs are no logits."""
+    if task.loss == "cross_entropy":
+        logits = outputs.astype(np.float64)
+    elif task.loss == "binary_cross_entropy":
+        logits = np.stack([np.zeros_like(outputs, np.float64), outputs], axis=-1)
+    else:
+        return None
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
     """Share of predictions that equal their label."""
     return float(np.mean(predicted == labels))

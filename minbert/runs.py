@@ -7,15 +7,29 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minbert.config import TrainConfig
+from minbert.data import Encoded
 from minbert.errors import UserError
 from minbert.files import LOCK, locked, no_room_is_a_user_error, recover, verify, write_atomically, write_json
+from minbert.metrics import predictions, probabilities
 from minbert.tasks import Task
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run says of one example."""
+
+    id: str
+    predicted: float
+    tokens: int  # that the model read
+    label: float | None = None
+    probabilities: list[float] | None = None  # of each class; None for a task without classes
 
 
 class Run:
@@ -116,13 +130,52 @@ class Run:
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
 
-    def write_predictions(self, task: Task, split: str, ids: Sequence[str], predicted: np.ndarray) -> Path:
-        """Write predictions/<task>-<split>-output.csv in the course's format."""
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds; nothing while the run has not finished.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self.path / "summary.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); --resume of the run writes it anew") from None
+
+    def write_predictions(self, task: Task, split: str, examples: Encoded, outputs: np.ndarray) -> Path:
+        """Write predictions/<task>-<split>-output.csv in the course's format; and <task>-<split>.jsonl, which adds
+        labels, lengths and the probabilities of the classes.
+
+        Args:
+            outputs: the head's for every example, [n, C] or [n].
+
+        Returns:
+            The former.
+        """
         path = self.path / "predictions" / f"{task.predictions}-{split}-output.csv"
         path.parent.mkdir(exist_ok=True)
+        predicted = predictions(task, outputs)
         with no_room_is_a_user_error(path, "free some space and run minbert.evaluate"):
-            write_atomically(path, "".join(format_predictions(task, ids, predicted)))
+            write_atomically(path, "".join(format_predictions(task, examples.ids, predicted)))
+            write_atomically(self._details(task, split), "".join(_format_details(task, examples, outputs)))
         return path
+
+    def predictions(self, task: Task, split: str) -> list[Prediction] | None:
+        """What `write_predictions` wrote, in the order of the examples; None if there is nothing.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self._details(task, split)
+        if not path.exists():
+            return None
+        try:
+            return [Prediction(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is damaged; minbert.evaluate {self.path} writes it anew") from None
+
+    def _details(self, task: Task, split: str) -> Path:
+        return self.path / "predictions" / f"{task.predictions}-{split}.jsonl"
 
 
 def _finite(value: Any) -> Any:
@@ -145,3 +198,15 @@ def format_predictions(task: Task, ids: Sequence[str], predicted: np.ndarray) ->
     """Lines of a prediction file in the course's format: a header, then `id , prediction`."""
     lines = [f"{identifier} , {value} \n" for identifier, value in zip(ids, predicted.tolist(), strict=True)]
     return [f"id \t {task.predicted} \n", *lines]
+
+
+def _format_details(task: Task, examples: Encoded, outputs: np.ndarray) -> Iterator[str]:
+    """A `Prediction` as a line of JSON for every example, without the fields that are None."""
+    rows = {"id": examples.ids, "predicted": predictions(task, outputs).tolist(), "tokens": examples.lengths.tolist()}
+    if examples.labels is not None:
+        rows["label"] = examples.labels.astype(np.float64).round(4).tolist()
+    classes = probabilities(task, outputs)
+    if classes is not None:
+        rows["probabilities"] = classes.round(6).tolist()
+    for values in zip(*rows.values(), strict=True):
+        yield json.dumps(dict(zip(rows, values, strict=True))) + "\n"

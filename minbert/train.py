@@ -24,7 +24,7 @@ from minbert.errors import UserError
 from minbert.evaluate import evaluate, load_model
 from minbert.metrics import overall
 from minbert.pending import Pending, Taken
-from minbert.report import plot_run
+from minbert.report import plot_run, write_report
 from minbert.runs import Run
 from minbert.schedule import learning_rate_factor
 from minbert.step import Parts
@@ -246,9 +246,9 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int,
             encoded = {
                 task.name: encode(bench.source.load(task, split), bench.tokenizer, bench.max_length) for task in present
             }
-        _, predicted = evaluate(model, present, encoded, bench.device)
+        _, outputs = evaluate(model, present, encoded, bench.device)
         for task in present:
-            run.write_predictions(task, split, encoded[task.name].ids, predicted[task.name])
+            run.write_predictions(task, split, encoded[task.name], outputs[task.name])
     plot_run(run)
     best = progress.dev[progress.best_epoch - 1]
     summary = {
@@ -268,6 +268,7 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int,
         "versions": {"minbert": minbert.__version__, "torch": torch.__version__},
     }
     run.write_summary(summary)
+    report = write_report(run)
     rows = [
         (f"dev, epoch {epoch}{' (best)' if epoch == progress.best_epoch else ''}", scores, overall(scores))
         for epoch, scores in enumerate(progress.dev, 1)
@@ -275,6 +276,7 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int,
     console.print(score_table("all epochs", rows))
     if progress.skipped:
         console.print(f"{progress.skipped} steps were skipped: their loss or gradient was not finite")
+    console.print(f"report: {report}")
     console.print(f"{progress.examples / progress.seconds:.0f} examples/s; run directory: {run.path}")
     return summary
 

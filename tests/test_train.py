@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from minbert import train
+from minbert.data import open_source
 from minbert.errors import UserError
 from minbert.files import verify
 from minbert.objective import Objective
 from minbert.runs import Run
+from minbert.tasks import TASKS
 
 
 def weights(run: Path, checkpoint: str = "last") -> dict[str, torch.Tensor]:
@@ -94,7 +96,27 @@ def test_predictions_are_in_the_courses_format(finished):
     assert lines[1].endswith(" \n")
     assert len(lines) == 25
     names = {path.name for path in (finished / "predictions").iterdir()}
-    assert names == {"sst-dev-output.csv", "sst-test-output.csv", "para-dev-output.csv", "sts-dev-output.csv"}
+    stems = ("sst-dev", "sst-test", "para-dev", "sts-dev")
+    assert names == {name for stem in stems for name in (f"{stem}-output.csv", f"{stem}.jsonl")}
+
+
+def test_beside_them_lie_labels_lengths_and_probabilities(finished, course_data):
+    run = Run(finished)
+    for name, stem, classes in (("sst", "sst", 5), ("qqp", "para", 2), ("sts", "sts", 0)):
+        task = TASKS[name]
+        lines = (finished / "predictions" / f"{stem}-dev-output.csv").read_text().splitlines()[1:]
+        examples = open_source(str(course_data)).load(task, "dev")
+        found = run.predictions(task, "dev")
+        assert [f"{each.id} , {each.predicted} " for each in found] == lines
+        assert [each.label for each in found] == pytest.approx(examples.labels.tolist())
+        assert all(each.tokens > len(text.split()) for each, text in zip(found, examples.texts, strict=True))
+        for each in found:
+            assert len(each.probabilities or ()) == classes
+            if classes:
+                assert sum(each.probabilities) == pytest.approx(1, abs=1e-5)
+                assert each.probabilities[int(each.predicted)] == max(each.probabilities)
+    assert all(each.label is None for each in run.predictions(TASKS["sst"], "test"))
+    assert run.predictions(TASKS["cfimdb"], "dev") is None
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, quick, tmp_path):

@@ -1,4 +1,4 @@
-"""Pictures of a run, from its metrics.jsonl."""
+"""Pictures of a run, from its metrics.jsonl, as PNG files."""
 
 from __future__ import annotations
 

@@ -1,0 +1,33 @@
+"""Write a run's report again: `python -m minbert.report RUN`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minbert import cli
+from minbert.report import write_report
+from minbert.runs import Run
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write RUN/report.html.
+
+    Args:
+        data: where the dev split's texts are; the run's own training data when left out.
+    """
+
+    data: str | None = None
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = cli.Parser("report", ReportConfig, description="Write RUN/report.html, as training does at its end.")
+    parser.add_argument("run", type=str, help="run directory")
+    options = parser.parse(arguments)
+    print(write_report(Run(options.run), options.data))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,136 @@
+"""The report of several runs: one table of rows and metrics, with published figures beside ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minbert.report import history
+from minbert.report.figures import Figure
+from minbert.report.history import Epoch, Option
+from minbert.report.page import write_page
+from minbert.report.single import palette, training_figures
+from minbert.runs import Run
+from minbert.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class Row:
+    """A system of a table.
+
+    Args:
+        label: what the table calls it.
+        published: its figures by metric: sst, qqp, sts, overall for dev scores, or any other name; None where the
+            table has none.
+        run: ours, finished or not; None where there is none.
+        note: what a reader should know of it.
+    """
+
+    label: str
+    published: Mapping[str, float | None] = field(default_factory=dict)
+    run: Run | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, published and ours, each None if there is none; and where it lies between the column's ends, 0 to 1."""
+
+    published: float | None
+    ours: float | None
+    published_at: float = 0.0
+    ours_at: float = 0.0
+    best_published: bool = False
+    best_ours: bool = False
+
+    @property
+    def difference(self) -> float | None:
+        """Ours less the published one."""
+        return None if self.published is None or self.ours is None else self.ours - self.published
+
+
+@dataclass(frozen=True)
+class Details:
+    """What is told of a row's run."""
+
+    row: Row
+    epochs: Sequence[Epoch]
+    options: Sequence[Option]
+    figures: Sequence[Figure]
+    link: str  # to its own report, relative to the page; empty if it has none
+
+
+def write_comparison(path: str | Path, title: str, rows: Sequence[Row]) -> Path:
+    """Write one page for several systems: the table, best figures marked, and each run's details folded below.
+
+    Raises:
+        UserError: a file of a run is damaged, or the disk is full.
+    """
+    path = Path(path)
+    scores = [our_scores(row.run) for row in rows]
+    return write_page(
+        path,
+        "comparison.html",
+        title=title,
+        rows=rows,
+        metrics={name: (TASKS[name].title, TASKS[name].metric) for name in TASKS},
+        columns=columns(rows, scores),
+        details=[details(row, path) for row in rows if row.run is not None],
+    )
+
+
+def our_scores(run: Run | None) -> dict[str, float]:
+    """Dev scores of the best epoch by task, and overall; nothing for a run that has not finished."""
+    dev = run.summary().get("dev", {}) if run is not None else {}
+    return {**history.flat_scores(dev), "overall": dev["overall"]} if dev else {}
+
+
+def columns(rows: Sequence[Row], ours: Sequence[Mapping[str, float]]) -> dict[str, list[Cell]]:
+    """The cells of each metric: tasks in the task table's order, then overall, then what else was published."""
+    named = {name for row in rows for name in row.published} | {name for scores in ours for name in scores}
+    first = [*TASKS, "overall"]
+    rest = dict.fromkeys(name for row in rows for name in row.published if name not in first)
+    return {
+        name: _column([row.published.get(name) for row in rows], [scores.get(name) for scores in ours])
+        for name in [*(name for name in first if name in named), *rest]
+    }
+
+
+def _column(published: Sequence[float | None], ours: Sequence[float | None]) -> list[Cell]:
+    known = [value for value in (*published, *ours) if value is not None]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+
+    def at(value: float | None) -> float:
+        return 0.5 if value is None or high == low else (value - low) / (high - low)
+
+    def best(values: Sequence[float | None]) -> float | None:
+        return max((value for value in values if value is not None), default=None)
+
+    tops = best(published), best(ours)
+    return [
+        Cell(
+            theirs,
+            mine,
+            at(theirs),
+            at(mine),
+            theirs is not None and theirs == tops[0],
+            mine is not None and mine == tops[1],
+        )
+        for theirs, mine in zip(published, ours, strict=True)
+    ]
+
+
+def details(row: Row, page: Path) -> Details:
+    """What the page tells of a row's run."""
+    assert row.run is not None
+    records, config = row.run.records(), row.run.config()
+    own = row.run.path / "report.html"
+    return Details(
+        row,
+        history.epochs(records),
+        [option for option in history.options(config) if option.changed or option.settled],
+        training_figures(records, palette(config.tasks or [])),
+        Path(os.path.relpath(own, page.parent)).as_posix() if own.exists() else "",
+    )

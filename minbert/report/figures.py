@@ -1,0 +1,157 @@
+"""Figures as inline SVG. Colours are classes, which the page's style sheet gives meaning in light and in dark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from xml.etree.ElementTree import Element, SubElement, tostring
+
+from markupsafe import Markup
+
+from minbert.report.history import Grid, Points
+
+WIDTH, HEIGHT = 420.0, 220.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 34.0  # margins around what is drawn
+SCATTERED = 2000  # points of a scatter plot at most
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture, what it shows in words, and its legend: classes of colours and what they stand for."""
+
+    title: str
+    svg: Markup
+    legend: Sequence[tuple[str, str]] = ()
+    note: str = ""
+
+
+def line_chart(
+    title: str, lines: Mapping[str, Points], x: str, colours: Mapping[str, str], *, marked: bool = False, note: str = ""
+) -> Figure:
+    """Lines over steps or epochs.
+
+    Args:
+        x: what the horizontal axis counts.
+        colours: the class of each line's colour.
+        marked: whether each point gets a dot.
+    """
+    every = [point for points in lines.values() for point in points]
+    axes = Axes(_span([point[0] for point in every]), _span([point[1] for point in every]))
+    words = "; ".join(f"{name} goes from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in lines.items())
+    svg = _svg(f"{title}, by {x}: {words}.", WIDTH, HEIGHT)
+    axes.draw(svg, x, whole=True)
+    for name, points in lines.items():
+        places = [(axes.across(px), axes.up(py)) for px, py in points]
+        path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in places)
+        SubElement(svg, "path", {"class": f"line {colours[name]}", "d": path})
+        if marked or len(places) == 1:
+            for (px, py), point in zip(places, points, strict=True):
+                dot = SubElement(svg, "circle", {"class": f"dot {colours[name]}", **_xy(px, py, "c"), "r": "3.5"})
+                SubElement(dot, "title").text = f"{name}, {x} {point[0]:g}: {point[1]:.3f}"
+    return Figure(title, _markup(svg), [(colours[name], name) for name in lines], note)
+
+
+def heat_map(title: str, grid: Grid, *, signed: bool, note: str = "") -> Figure:
+    """Pairs of tasks by steps: colour for the sign, strength for the size, full at 1 or at the largest if `signed`."""
+    full = (grid.largest or 1.0) if signed else 1.0
+    row, left = 26.0, 8 + 6.4 * max(len(name) for name in grid.names)
+    bottom = TOP + row * len(grid.names)
+    known = {name: [v for v in values if v is not None] for name, values in zip(grid.names, grid.values, strict=True)}
+    means = "; ".join(f"{name} {sum(values) / len(values):.2f} in the mean" for name, values in known.items() if values)
+    svg = _svg(f"{title} over the steps: {means}.", WIDTH, bottom + 24)
+    width = (WIDTH - left - RIGHT) / len(grid.spans)
+    for number, (name, values) in enumerate(zip(grid.names, grid.values, strict=True)):
+        y = TOP + row * number
+        _text(svg, left - 6, y + row / 2, name, "end")
+        for column, (value, (first, last)) in enumerate(zip(values, grid.spans, strict=True)):
+            if value is None:
+                continue
+            colour = "conflict" if value < 0 else "agree"
+            place = {**_xy(left + width * column, y + 1), "width": f"{width + 0.3:.1f}", "height": f"{row - 2:.1f}"}
+            cell = SubElement(svg, "rect", {"class": colour, **place, "fill-opacity": f"{abs(value) / full:.3f}"})
+            SubElement(cell, "title").text = f"{name}, {_steps(first, last)}: {value:.3f}"
+    _text(svg, left, bottom + 13, str(grid.spans[0][0]), "start", "tick")
+    _text(svg, WIDTH - RIGHT, bottom + 13, str(grid.spans[-1][1]), "end", "tick")
+    _text(svg, (left + WIDTH - RIGHT) / 2, bottom + 13, "step", "middle", "label")
+    blue, red = ("agree", f"up to {full:.2f}"), ("conflict", f"conflict, down to −{full:.2f}")
+    return Figure(title, _markup(svg), [red, blue] if signed else [("agree", "full at 1")], note)
+
+
+def scatter(title: str, points: Points, top: float, note: str = "") -> Figure:
+    """Predicted (vertical) against true (horizontal) values of [0, `top`], with the line on which they are equal."""
+    shown = points[:: -(-len(points) // SCATTERED)]
+    axes = Axes((0.0, top), _span([0.0, top, *(predicted for _, predicted in points)]), 340.0)
+    svg = _svg(f"{title}: {len(points)} points. {note}", WIDTH, axes.height)
+    axes.draw(svg, "true")
+    equal = f"M{axes.across(0):.1f} {axes.up(0):.1f}L{axes.across(top):.1f} {axes.up(top):.1f}"
+    SubElement(svg, "path", {"class": "guide", "d": equal})
+    cloud = SubElement(svg, "g", {"class": "cloud"})
+    for true, predicted in shown:
+        SubElement(cloud, "circle", {**_xy(axes.across(true), axes.up(predicted), "c"), "r": "3"})
+    return Figure(title, _markup(svg), (), note)
+
+
+# Drawing -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Where values lie in a picture: the smallest and largest of each axis, and the picture's height."""
+
+    xs: tuple[float, float]
+    ys: tuple[float, float]
+    height: float = HEIGHT
+
+    def across(self, value: float) -> float:
+        return LEFT + (value - self.xs[0]) / (self.xs[1] - self.xs[0]) * (WIDTH - LEFT - RIGHT)
+
+    def up(self, value: float) -> float:
+        return self.height - BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (self.height - BOTTOM - TOP)
+
+    def draw(self, svg: Element, x: str, whole: bool = False) -> None:
+        """Horizontal lines, ticks, and the name of the horizontal axis, whose ticks may have to be whole numbers."""
+        for tick, shown in _ticks(*self.ys):
+            SubElement(svg, "path", {"class": "grid", "d": f"M{LEFT:g} {self.up(tick):.1f}H{WIDTH - RIGHT:g}"})
+            _text(svg, LEFT - 6, self.up(tick), shown, "end", "tick")
+        for tick, shown in _ticks(*self.xs, whole=whole):
+            _text(svg, self.across(tick), self.height - BOTTOM + 14, shown, "middle", "tick")
+        _text(svg, (LEFT + WIDTH - RIGHT) / 2, self.height - 6, x, "middle", "label")
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """The smallest and the largest value, apart even if they are equal."""
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
+
+
+def _ticks(low: float, high: float, whole: bool = False) -> list[tuple[float, str]]:
+    """A few round numbers between them, and how they are written: with as many decimals as the one that needs most."""
+    from matplotlib.ticker import MaxNLocator
+
+    ticks = [float(tick) for tick in MaxNLocator(5, integer=whole).tick_values(low, high) if low <= tick <= high]
+    plain = [f"{tick:.6g}" for tick in ticks]
+    decimals = max((len(text.partition(".")[2]) for text in plain), default=0)
+    small = any("e" in text for text in plain)
+    return list(zip(ticks, plain if small else [f"{tick:.{decimals}f}" for tick in ticks], strict=True))
+
+
+def _svg(words: str, width: float, height: float) -> Element:
+    box = f"0 0 {width:g} {height:g}"
+    return Element("svg", {"viewBox": box, "role": "img", "aria-label": words})
+
+
+def _text(svg: Element, x: float, y: float, text: str, anchor: str, kind: str = "name") -> None:
+    place = {**_xy(x, y), "text-anchor": anchor, "dominant-baseline": "middle"}
+    SubElement(svg, "text", {"class": kind, **place}).text = text
+
+
+def _xy(x: float, y: float, prefix: str = "") -> dict[str, str]:
+    return {f"{prefix}x": f"{x:.1f}", f"{prefix}y": f"{y:.1f}"}
+
+
+def _steps(first: int, last: int) -> str:
+    return f"step {first}" if first == last else f"steps {first} to {last}"
+
+
+def _markup(svg: Element) -> Markup:
+    return Markup(tostring(svg, encoding="unicode"))

@@ -1,0 +1,111 @@
+"""Pages: templates, in which every text is escaped, made into one file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from minbert.files import no_room_is_a_user_error, write_atomically
+
+
+def write_page(path: Path, template: str, **content: object) -> Path:
+    """Fill a template of templates/ and write it to `path`.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    page = _environment().get_template(template).render(**content)
+    with no_room_is_a_user_error(path, "free some space and run python -m minbert.report"):
+        write_atomically(path, page)
+    return path
+
+
+@functools.cache
+def _environment() -> Environment:
+    """Templates with the style and the script in them; the policy lets a browser run that script and load nothing."""
+    environment = Environment(
+        loader=PackageLoader("minbert.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, script = (_source(environment, name) for name in ("style.css", "script.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    environment.globals |= {"style": Markup(style), "script": Markup(script), "policy": policy}
+    formats = (metric, score, signed, percent, duration, memory, count, option, shortened)
+    environment.filters |= {function.__name__: function for function in formats}
+    return environment
+
+
+def _source(environment: Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+# How numbers are written -------------------------------------------------------------------------------------------
+
+
+def metric(name: str) -> str:
+    """A metric's name in a text."""
+    return "Pearson" if name == "pearson" else name
+
+
+def score(value: float | None) -> str:
+    """Three decimals; a dash for None."""
+    return "–" if value is None else f"{value:.3f}".replace("-", "−")
+
+
+def signed(value: float | None) -> str:
+    """Three decimals and a sign: +0.012, −0.100, ±0.000; a dash for None."""
+    if value is None:
+        return "–"
+    text = f"{value:+.3f}"
+    return f"±{text[1:]}" if float(text) == 0 else text.replace("-", "−")
+
+
+def percent(value: float | None) -> str:
+    """A share: 12%, 0.3%, 2e-05; a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:.0%}" if value >= 0.095 or value == 0 else f"{value:.1%}" if value >= 0.00095 else f"{value:.0e}"
+
+
+def duration(seconds: float) -> str:
+    """4.1 ms, 2.3 s, 5 min 20 s or 3 h 12 min."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def memory(size: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
+
+
+def count(number: float) -> str:
+    """A whole number in groups of three digits: 12 345 678."""
+    return f"{round(number):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def option(value: object) -> str:
+    """An option's value as it stands on a command line."""
+    if value is None:
+        return "left out"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def shortened(text: str, limit: int = 600) -> str:
+    """A text with what is beyond `limit` characters left out."""
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"

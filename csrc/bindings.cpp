@@ -60,28 +60,69 @@ std::vector<T*> pointers(const std::vector<Address>& addresses) {
   return result;
 }
 
-// The arrays behind a TaskGradients view.
+// Arguments come in groups.
+using GradientArguments = std::tuple<std::vector<Address>, std::vector<int64_t>, std::vector<int>, int64_t>;
+
+// The arrays behind a TaskGradients view, from addresses [T * K], sizes [K], dtypes [K] and T.
 class Gradients {
  public:
-  Gradients(const std::vector<Address>& rows, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes)
-      : sizes_(sizes), first_chunk_(1, 0) {
-    for (const Address address : rows) data_.push_back(pointer<const void>(address));
-    for (const int dtype : dtypes) dtypes_.push_back(static_cast<DType>(dtype));
-    for (const int64_t size : sizes) first_chunk_.push_back(first_chunk_.back() + (size + kChunk - 1) / kChunk);
+  explicit Gradients(const GradientArguments& g)
+      : data_(pointers<const void>(std::get<0>(g))),
+        sizes_(std::get<1>(g)),
+        first_chunk_(1, 0),
+        tasks_(std::get<3>(g)) {
+    for (const int dtype : std::get<2>(g)) dtypes_.push_back(static_cast<DType>(dtype));
+    for (const int64_t size : sizes_) first_chunk_.push_back(first_chunk_.back() + (size + kChunk - 1) / kChunk);
   }
 
-  TaskGradients view(int64_t tasks) const {
+  TaskGradients view() const {
     return {
-        tasks, static_cast<int64_t>(sizes_.size()), data_.data(), dtypes_.data(), sizes_.data(), first_chunk_.data()};
+        tasks_, static_cast<int64_t>(sizes_.size()), data_.data(), dtypes_.data(), sizes_.data(), first_chunk_.data()};
   }
 
  private:
   std::vector<const void*> data_;
   std::vector<DType> dtypes_;
   std::vector<int64_t> sizes_, first_chunk_;
+  int64_t tasks_;
 };
 
-// The row-wise kernels' arguments come in groups.
+using SurgeryArguments =
+    std::tuple<int64_t, Address, Address, Address, Address, double, bool, Address, Address, Address>;
+std::pair<SurgeryProblem, SurgeryResult> surgery(const SurgeryArguments& arguments) {
+  const auto build = [](int64_t tasks, Address gram, Address orders, Address given, Address own_square, double max_norm,
+                        bool mean, Address weights, Address stats, Address scratch) {
+    return std::pair(SurgeryProblem{tasks, pointer<const double>(gram), pointer<const int64_t>(orders),
+                                    pointer<const double>(given), pointer<const double>(own_square), max_norm, mean},
+                     SurgeryResult{pointer<double>(weights), pointer<double>(stats), pointer<double>(scratch)});
+  };
+  return std::apply(build, arguments);
+}
+
+using UpdateArguments = std::tuple<std::vector<std::vector<Address>>, std::vector<double>, Address, bool>;
+
+// The arrays behind an AdamWState, from the addresses of parameters, both moments, averages and copies (the last two
+// may be empty lists); the step's scalars; and the gate.
+class Update {
+ public:
+  explicit Update(const UpdateArguments& a) : gate{pointer<const void>(std::get<2>(a)), std::get<3>(a)} {
+    for (const auto& addresses : std::get<0>(a)) tensors_.push_back(pointers<void>(addresses));
+    const std::vector<double>& s = std::get<1>(a);
+    step = {s[0], s[1], s[2], s[3], s[4], s[5]};
+  }
+
+  AdamWState state() const {
+    const auto array = [&](int i) { return tensors_[i].empty() ? nullptr : tensors_[i].data(); };
+    return {array(0), array(1), array(2), array(3), array(4)};
+  }
+
+  AdamWStep step;
+  Gate gate;
+
+ private:
+  std::vector<std::vector<void*>> tensors_;
+};
+
 using ActivationArguments = std::tuple<int64_t, int64_t, int>;  // rows, columns, dtype
 Activation activation(const ActivationArguments& a) {
   return {std::get<0>(a), std::get<1>(a), static_cast<DType>(std::get<2>(a))};
@@ -150,6 +191,7 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "minbert's native kernels; called by the modules of minbert.kernels, which check the arguments";
   module.attr("INTERFACE") = kInterface;
   module.attr("CHUNK") = kChunk;
+  module.attr("CHUNK_PARTS") = kChunkParts;
   module.attr("EMBEDDING_ROWS") = kEmbeddingRows;
 #ifdef MINBERT_WITH_CUDA
   module.attr("CUDA") = true;
@@ -177,21 +219,34 @@ PYBIND11_MODULE(_native, module) {
 
   module.def(
       "gram",
-      [](const std::vector<Address>& rows, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
-         int64_t tasks, Address partials, Address out, int threads) {
-        const Gradients gradients(rows, sizes, dtypes);
-        kernels(current_isa).gram(gradients.view(tasks), pointer<double>(partials), pointer<double>(out), threads);
+      [](const GradientArguments& g, Address partials, Address out, int threads) {
+        kernels(current_isa).gram(Gradients(g).view(), pointer<double>(partials), pointer<double>(out), threads);
+      },
+      Unlocked());
+
+  module.def(
+      "surgery_weights",
+      [](const SurgeryArguments& arguments) {
+        const auto [problem, result] = surgery(arguments);
+        kernels(current_isa).surgery_weights(problem, result);
       },
       Unlocked());
 
   module.def(
       "combine",
-      [](const std::vector<Address>& rows, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
-         int64_t tasks, Address weights, const std::vector<Address>& out, int threads) {
-        const Gradients gradients(rows, sizes, dtypes);
-        std::vector<void*> outputs;
-        for (const Address address : out) outputs.push_back(pointer<void>(address));
-        kernels(current_isa).combine(gradients.view(tasks), pointer<const double>(weights), outputs.data(), threads);
+      [](const GradientArguments& g, Address weights, const std::vector<Address>& out, int threads) {
+        kernels(current_isa)
+            .combine(Gradients(g).view(), pointer<const double>(weights), pointers<void>(out).data(), threads);
+      },
+      Unlocked());
+
+  module.def(
+      "combine_adamw",
+      [](const GradientArguments& g, Address weights, const UpdateArguments& arguments, int threads) {
+        const Update update(arguments);
+        kernels(current_isa)
+            .combine_adamw(Gradients(g).view(), pointer<const double>(weights), update.state(), update.step,
+                           update.gate, threads);
       },
       Unlocked());
 
@@ -209,22 +264,6 @@ PYBIND11_MODULE(_native, module) {
         kernels(current_isa)
             .attention_dropout_mask(pointer<uint8_t>(keep), pointer<const int32_t>(cu_seqlens), sequences, heads,
                                     {seed, threshold, site}, threads);
-      },
-      Unlocked());
-
-  module.def(
-      "combine_adamw",
-      [](const std::vector<Address>& rows, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
-         int64_t tasks, Address weights, const std::vector<Address>& params, const std::vector<Address>& exp_avgs,
-         const std::vector<Address>& exp_avg_sqs, const std::vector<Address>& averages, double keep, double beta1,
-         double beta2, double eps, double step_size, double momentum, int threads) {
-        const Gradients gradients(rows, sizes, dtypes);
-        const auto p = pointers<void>(params), m = pointers<void>(exp_avgs), v = pointers<void>(exp_avg_sqs);
-        const auto a = pointers<void>(averages);
-        kernels(current_isa)
-            .combine_adamw(gradients.view(tasks), pointer<const double>(weights),
-                           {p.data(), m.data(), v.data(), a.empty() ? nullptr : a.data()},
-                           {keep, beta1, beta2, eps, step_size, momentum}, threads);
       },
       Unlocked());
 
@@ -367,6 +406,29 @@ PYBIND11_MODULE(_native, module) {
   });
   module.def("cuda_smart_ascend", [](const AscentArguments& a, Address stream) {
     launched("smart_ascend", cuda_smart_ascend(ascent(a), pointer<void>(stream)));
+  });
+
+  module.def("cuda_gram", [](const GradientArguments& g, Address partials, Address out, Address stream) {
+    launched("gram",
+             cuda_gram(Gradients(g).view(), pointer<double>(partials), pointer<double>(out), pointer<void>(stream)));
+  });
+
+  module.def("cuda_surgery_weights", [](const SurgeryArguments& arguments, Address stream) {
+    const auto [problem, result] = surgery(arguments);
+    launched("surgery_weights", cuda_surgery_weights(problem, result, pointer<void>(stream)));
+  });
+
+  module.def("cuda_combine",
+             [](const GradientArguments& g, Address weights, const std::vector<Address>& out, Address stream) {
+               launched("combine", cuda_combine(Gradients(g).view(), pointer<const double>(weights),
+                                                pointers<void>(out).data(), pointer<void>(stream)));
+             });
+
+  module.def("cuda_combine_adamw", [](const GradientArguments& g, Address weights, const UpdateArguments& arguments,
+                                      Address stream) {
+    const Update update(arguments);
+    launched("combine_adamw_", cuda_combine_adamw(Gradients(g).view(), pointer<const double>(weights), update.state(),
+                                                  update.step, update.gate, pointer<void>(stream)));
   });
 #endif
 }

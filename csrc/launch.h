@@ -14,8 +14,8 @@ constexpr int kInterface = 5;
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };  // float16: on GPUs alone
 
 // Gradient surgery works in chunks of this many elements of one tensor. They do not depend on the thread count: nor do,
-// therefore, the results.
-constexpr int64_t kChunk = 1 << 16;
+// therefore, the results. On a CUDA device a block of threads takes one of a chunk's kChunkParts.
+constexpr int64_t kChunk = 1 << 16, kChunkParts = 4;
 
 // One gradient per task over K dense tensors.
 struct TaskGradients {
@@ -34,8 +34,26 @@ struct Dropout {
   int64_t first_row = 0;  // of a larger activation: which of its rows is row 0 here (row-wise kernels only)
 };
 
-// gram [T, T]: entry (i, j) is the sum of g_i g_j in float64. partials: [chunks, T, T], scratch.
+// gram [T, T]: entry (i, j) is the sum of g_i g_j in float64, chunks in the order of csrc/gram_order.h. partials:
+// scratch, [chunks, T, T], on a CUDA device [chunks, kChunkParts, T, T].
 using Gram = void(const TaskGradients&, double* partials, double* gram, int threads) noexcept;
+
+// From a Gram matrix to one weight for each task: PCGrad's along `orders`, else the given `weights`, else plain ones.
+struct SurgeryProblem {
+  int64_t tasks;
+  const double* gram;        // [T, T]
+  const int64_t* orders;     // [T, T]: in row i the tasks in the order in which task i walks them; or null
+  const double* weights;     // [T], or null
+  const double* own_square;  // a scalar: the squared norm of what has no task gradients; null stands for 0
+  double max_norm;           // of all gradients; 0 does not clip
+  bool mean;                 // of the task gradients rather than their sum
+};
+struct SurgeryResult {
+  double* weights;  // [T], clipped
+  double* stats;    // [4]: the norm before clipping, the clip scale, whether the norm is finite, the projected share
+  double* scratch;  // [T + 3, T]
+};
+using SurgeryWeights = void(const SurgeryProblem&, const SurgeryResult&) noexcept;
 
 // out[k] = sum over t of weights[t] g_t[k], for K tensors of which none is missing in every task. An out[k] may be
 // one of the g_t[k] itself; it may not overlap one otherwise. Accumulates in float32 (float64 for float64).
@@ -46,6 +64,13 @@ using Combine = void(const TaskGradients&, const double* weights, void* const* o
 struct AdamWState {
   void *const *params, *const *exp_avgs, *const *exp_avg_sqs;
   void* const* averages = nullptr;  // of the parameters over the steps; none are kept where it is null
+  void* const* copies = nullptr;    // [K]: bfloat16 copies of the parameters; none where it, or one of them, is null
+};
+
+// An update is made unless the scalar behind `flag`, a float64 or a bool, is 0.
+struct Gate {
+  const void* flag = nullptr;
+  bool is_bool = false;
 };
 
 // One step's scalars (reference.adamw_): param = keep param - step_size exp_avg / (sqrt(exp_avg_sq) + eps).
@@ -56,7 +81,8 @@ struct AdamWStep {
 
 // One AdamW step, in place, with the gradient sum over t of weights[t] g_t, which is never stored. No tensor is missing
 // in every task.
-using CombineAdamW = void(const TaskGradients&, const double* weights, AdamWState, AdamWStep, int threads) noexcept;
+using CombineAdamW = void(const TaskGradients&, const double* weights, AdamWState, AdamWStep, Gate,
+                          int threads) noexcept;
 
 // keep [rows, columns], bytes 0 or 1: element (row, column) reads word column % 4 of counter (column / 4, row, 0,
 // site).
@@ -188,6 +214,7 @@ struct Kernels {
   Combine* combine;
   DropoutMask* dropout_mask;
   AttentionDropoutMask* attention_dropout_mask;
+  SurgeryWeights* surgery_weights;
   CombineAdamW* combine_adamw;
   SmartInit* smart_init;
   SmartAscend* smart_ascend;
@@ -214,11 +241,17 @@ bool supports(Isa) noexcept;               // compiled in, and this processor ru
 Isa best_isa() noexcept;                   // the widest supported one
 const Kernels& kernels(Isa isa) noexcept;  // isa must be supported
 
-// CUDA, on a stream of the caller's current device. Seeds and scales are read there. Each returns null, or what went
-// wrong, and launches one kernel.
+// CUDA, on a stream of the caller's current device: TaskGradients and AdamWState are arrays on the host of addresses on
+// the device, everything else behind a pointer, seeds and scales too, is read on the device. Each returns null, or what
+// went wrong.
 const char* cuda_dropout_mask(uint8_t* keep, int64_t rows, int64_t columns, const int64_t* seed, uint32_t threshold,
                               uint32_t site, void* stream) noexcept;
 const char* cuda_smart_init(const NormalStart&, void* stream) noexcept;
 const char* cuda_smart_ascend(const Ascent&, void* stream) noexcept;
+const char* cuda_gram(const TaskGradients&, double* partials, double* gram, void* stream) noexcept;
+const char* cuda_surgery_weights(const SurgeryProblem&, const SurgeryResult&, void* stream) noexcept;
+const char* cuda_combine(const TaskGradients&, const double* weights, void* const* out, void* stream) noexcept;
+const char* cuda_combine_adamw(const TaskGradients&, const double* weights, AdamWState, AdamWStep, Gate,
+                               void* stream) noexcept;
 
 }  // namespace minbert

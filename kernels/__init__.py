@@ -17,7 +17,7 @@ if __name__ == "minbert.kernels":
     from .linear import linear
     from .random import attention_dropout_mask, dropout, dropout_mask
     from .smart import smart_ascend, smart_init
-    from .surgery import clip_weights, combine, gram
+    from .surgery import clip_weights, combine, gram, surgery_weights
 elif "transformers" not in sys.modules:  # it imports `kernels` to see whether that package is there; to it we are empty
     raise ImportError(
         f"this folder is the package minbert.kernels, not {__name__}: import minbert.kernels (and leave the "
@@ -44,5 +44,6 @@ __all__ = [
     "set_backend",
     "smart_ascend",
     "smart_init",
+    "surgery_weights",
     "use_backend",
 ]

@@ -10,15 +10,33 @@ from torch import Tensor
 from . import checks, reference
 from .dispatch import compiled
 from .native import library
-from .surgery import native_arguments
+from .surgery import native_arguments, stream_of
 
 # The dtype of parameters and moments for gradients of each dtype that native code reads.
 _STATE = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 
 
-@torch.library.custom_op(
-    "minbert::combine_adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "averages"), device_types="cpu"
-)
+_CHANGED = ("params", "exp_avgs", "exp_avg_sqs", "averages", "copies")
+
+
+def _native_update(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    skip_unless: Tensor | None,
+    scalars: Sequence[float],
+) -> tuple[list[list[int]], Sequence[float], int, bool]:
+    """csrc/launch.h's AdamWState, AdamWStep and Gate."""
+    tensors = (params, exp_avgs, exp_avg_sqs, averages, copies)
+    addresses = [[tensor.data_ptr() for tensor in part] for part in tensors]
+    if skip_unless is None:
+        return addresses, scalars, 0, False
+    return addresses, scalars, skip_unless.data_ptr(), skip_unless.dtype == torch.bool
+
+
+@torch.library.custom_op("minbert::combine_adamw_", mutates_args=_CHANGED, device_types="cpu")
 def _combine_adamw_(
     grads: Sequence[Tensor | None],
     weights: Tensor,
@@ -26,60 +44,38 @@ def _combine_adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     averages: Sequence[Tensor],
-    keep: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step_size: float,
-    momentum: float,
+    copies: Sequence[Tensor],
+    skip_unless: Tensor | None,
+    scalars: Sequence[float],
 ) -> None:
-    tasks = weights.shape[0]
-    addresses, sizes, dtypes = native_arguments(grads, tasks)
-    library().combine_adamw(
-        addresses,
-        sizes,
-        dtypes,
-        tasks,
-        weights.data_ptr(),
-        *([tensor.data_ptr() for tensor in tensors] for tensors in (params, exp_avgs, exp_avg_sqs, averages)),
-        keep,
-        beta1,
-        beta2,
-        eps,
-        step_size,
-        momentum,
-        torch.get_num_threads(),
-    )
+    arguments = native_arguments(grads, weights.shape[0])
+    update = _native_update(params, exp_avgs, exp_avg_sqs, averages, copies, skip_unless, scalars)
+    library().combine_adamw(arguments, weights.data_ptr(), update, torch.get_num_threads())
+
+
+@_combine_adamw_.register_kernel("cuda")
+def _(grads: Sequence[Tensor | None], weights: Tensor, *rest) -> None:
+    arguments, update = native_arguments(grads, weights.shape[0]), _native_update(*rest)
+    with stream_of(weights.device) as stream:
+        library().cuda_combine_adamw(arguments, weights.data_ptr(), update, stream)
 
 
 @_combine_adamw_.register_fake
-def _(
-    grads: Sequence[Tensor | None],
-    weights: Tensor,
-    params: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    averages: Sequence[Tensor],
-    keep: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step_size: float,
-    momentum: float,
-) -> None:
+def _(grads: Sequence[Tensor | None], weights: Tensor, *rest) -> None:
     return None
 
 
 def _scalars(
-    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> tuple[float, float, float, float, float]:
+    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, momentum: float
+) -> list[float]:
     """csrc/launch.h's AdamWStep: the bias corrections folded into eps and the step size, as `reference.adamw_` does."""
     beta1, beta2 = betas
     correction = (1 - beta2**step) ** 0.5
-    return 1 - lr * weight_decay, beta1, beta2, eps * correction, lr * correction / (1 - beta1**step)
+    return [1 - lr * weight_decay, beta1, beta2, eps * correction, lr * correction / (1 - beta1**step), momentum]
 
 
-def _check_lists(op: str, step: int, momentum: float, **lists: Sequence[object]) -> None:
+def _check_lists(op: str, step: int, momentum: float, **lists: Sequence[object] | None) -> None:
+    lists = {name: tensors for name, tensors in lists.items() if tensors is not None}
     if len({len(tensors) for tensors in lists.values()}) > 1:
         lengths = ", ".join(f"{name} {len(tensors)}" for name, tensors in lists.items())
         raise ValueError(f"{op}: the lists must be as long as each other, got {lengths}")
@@ -87,6 +83,18 @@ def _check_lists(op: str, step: int, momentum: float, **lists: Sequence[object])
         raise ValueError(f"{op}: momentum must be between 0 and 1, got {momentum}")
     if step < 1:
         raise ValueError(f"{op}: step is counted from 1, got {step}")
+
+
+def _check_gate(op: str, skip_unless: Tensor | None, device: torch.device) -> None:
+    if skip_unless is not None:
+        checks.tensor(op, "skip_unless", skip_unless, [], [torch.float64, torch.bool])
+        if skip_unless.device != device:
+            raise ValueError(f"{op}: skip_unless must be on {device} like the other tensors, got {skip_unless.device}")
+
+
+def _filled(copies: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
+    """With an empty tensor, whose address is null, for None: torch.compile takes no None in a list that an op changes."""
+    return [torch.empty(0, dtype=torch.bfloat16, device=device) if copy is None else copy for copy in copies]
 
 
 @torch.no_grad()
@@ -103,6 +111,8 @@ def adamw_(
     weight_decay: float,
     averages: Sequence[Tensor] | None = None,
     momentum: float = 0.0,
+    copies: Sequence[Tensor | None] | None = None,
+    skip_unless: Tensor | None = None,
 ) -> None:
     """One AdamW step on every parameter, in place (Loshchilov and Hutter 2019, algorithm 2).
 
@@ -115,26 +125,35 @@ def adamw_(
         averages: of each parameter over the steps, in its dtype: updated in place, in the same pass over memory, to
             momentum average + (1 - momentum) param (Jiang et al. 2019, section 3.2). None keeps none.
         momentum: from 0, which copies the parameters, to 1, which leaves the averages.
+        copies: for each parameter a bfloat16 tensor, written in the same pass with the parameter rounded to nearest
+            even; None for one that needs none.
+        skip_unless: a scalar, float64 or bool, on the parameters' device. Where it is 0, nothing changes, and no host
+            has to know.
 
     Raises:
         ValueError, TypeError: an argument is not as described; nothing has been changed.
     """
-    lists = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    op, lists = "adamw_", {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if averages is not None:
         lists["averages"] = averages
-    _check_lists("adamw_", step, momentum, grads=grads, **lists)
+    _check_lists(op, step, momentum, grads=grads, **lists, copies=copies)
     for i, param in enumerate(params):
-        checks.tensor("adamw_", f"params[{i}]", param, param.shape, (torch.float32, torch.float64))
+        checks.tensor(op, f"params[{i}]", param, param.shape, (torch.float32, torch.float64))
         for name, tensors in lists.items():
-            checks.tensor("adamw_", f"{name}[{i}]", tensors[i], param.shape, [param.dtype], like=param)
-        checks.tensor("adamw_", f"grads[{i}]", grads[i], param.shape, checks.FLOATS, like=param)
+            checks.tensor(op, f"{name}[{i}]", tensors[i], param.shape, [param.dtype], like=param)
+        checks.tensor(op, f"grads[{i}]", grads[i], param.shape, checks.FLOATS, like=param)
+        if copies is not None and copies[i] is not None:
+            checks.tensor(op, f"copies[{i}]", copies[i], param.shape, [torch.bfloat16], like=param)
     if not params:
         return
+    device = params[0].device
+    _check_gate(op, skip_unless, device)
     fits = all(_STATE.get(grad.dtype) == param.dtype for param, grad in zip(params, grads, strict=True))
-    if fits and compiled("adamw_", params[0].device):
-        scalars = _scalars(step, lr, betas, eps, weight_decay)
-        weights = torch.ones(1, dtype=torch.float64)
-        _combine_adamw_(grads, weights, params, exp_avgs, exp_avg_sqs, averages or [], *scalars, momentum)
+    if fits and compiled(op, device):
+        scalars = _scalars(step, lr, betas, eps, weight_decay, momentum)
+        weights = torch.ones(1, dtype=torch.float64, device=device)
+        state = params, exp_avgs, exp_avg_sqs, averages or [], _filled(copies or [], device)
+        _combine_adamw_(grads, weights, *state, skip_unless, scalars)
     else:
         reference.adamw_(
             params,
@@ -148,6 +167,8 @@ def adamw_(
             weight_decay=weight_decay,
             averages=averages,
             momentum=momentum,
+            copies=copies,
+            skip_unless=skip_unless,
         )
 
 
@@ -166,6 +187,8 @@ def combine_adamw_(
     weight_decay: float,
     averages: Sequence[Tensor] | None = None,
     momentum: float = 0.0,
+    copies: Sequence[Tensor | None] | None = None,
+    skip_unless: Tensor | None = None,
 ) -> None:
     """One AdamW step with the weighted sum of the task gradients, in one pass over memory: the sum is never stored.
 
@@ -176,8 +199,8 @@ def combine_adamw_(
             for others, shaped and laid out like the gradients there. A parameter without any gradient stays as it is.
         grads: for each of T tasks one list of tensors, as for `gram`.
         weights: float64 [T].
-        step, lr, betas, eps, weight_decay, averages, momentum: as for `adamw_`. Where no task has a gradient, the
-            average stays as it is too.
+        step, lr, betas, eps, weight_decay, averages, momentum, copies, skip_unless: as for `adamw_`. Where no task has
+            a gradient, average and copy stay as they are too.
 
     Raises:
         ValueError, TypeError: an argument is not as described; nothing has been changed.
@@ -187,7 +210,7 @@ def combine_adamw_(
     lists = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if averages is not None:
         lists["averages"] = averages
-    _check_lists(op, step, momentum, grads=columns, **lists)
+    _check_lists(op, step, momentum, grads=columns, **lists, copies=copies)
     checks.tensor(op, "weights", weights, [len(grads)], [torch.float64])
     present = [k for k, column in enumerate(columns) if column is not None]
     for k in present:
@@ -195,19 +218,23 @@ def combine_adamw_(
         for name, tensors in lists.items():
             checks.tensor(op, f"{name}[{k}]", tensors[k], column.shape, [_STATE[column.dtype]], contiguous=False)
             checks.alike(op, f"{name}[{k}]", tensors[k], column, "the gradients there")
+        if copies is not None and copies[k] is not None:
+            checks.tensor(op, f"copies[{k}]", copies[k], column.shape, [torch.bfloat16], contiguous=False)
+            checks.alike(op, f"copies[{k}]", copies[k], column, "the gradients there")
     if not present:
         return
     device = columns[present[0]].device  # type: ignore[union-attr]
     if weights.device not in (device, torch.device("cpu")):
         raise ValueError(f"{op}: weights must be on {device} like the gradients, got {weights.device}")
+    _check_gate(op, skip_unless, device)
     if compiled(op, device):
+        state = params, exp_avgs, exp_avg_sqs, averages, _filled(copies or [], device)
         _combine_adamw_(
             [row[k] for row in grads for k in present],
-            weights,
-            *([tensors[k] for k in present] for tensors in (params, exp_avgs, exp_avg_sqs)),
-            [averages[k] for k in present] if averages is not None else [],
-            *_scalars(step, lr, betas, eps, weight_decay),
-            momentum,
+            weights.to(device),
+            *([tensors[k] for k in present] if tensors else [] for tensors in state),
+            skip_unless,
+            _scalars(step, lr, betas, eps, weight_decay, momentum),
         )
     else:
         reference.combine_adamw_(
@@ -223,4 +250,6 @@ def combine_adamw_(
             weight_decay=weight_decay,
             averages=averages,
             momentum=momentum,
+            copies=copies,
+            skip_unless=skip_unless,
         )

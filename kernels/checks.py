@@ -122,6 +122,16 @@ def ids(op: str, name: str, value: Tensor, table: Tensor) -> None:
         raise ValueError(f"{op}: {name} must lie in [0, {table.shape[0] - 1}], the table's rows; got {wrong}")
 
 
+def permutations(op: str, name: str, value: Tensor) -> None:
+    """Check that every row is a permutation; only on the CPU, where that waits for nothing."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    expected = list(range(value.shape[1]))
+    for row, entries in enumerate(value.tolist()):
+        if sorted(entries) != expected:
+            raise ValueError(f"{op}: {name}[{row}] must be a permutation of 0 to {len(expected) - 1}, got {entries}")
+
+
 def is_dense(value: Tensor) -> bool:
     """Whether the elements fill one block of memory without gaps or overlaps, in whatever order."""
     if value.layout != torch.strided:

@@ -13,19 +13,20 @@ CHOICES = ("auto", "reference")
 
 # What compiled code an op has for a type of device: "native" is C++ or CUDA C++ (csrc/), "triton" is kernels/triton/.
 _COMPILED: dict[str, dict[str, str]] = {
-    "adamw_": {"cpu": "native"},
+    "adamw_": {"cpu": "native", "cuda": "native"},
     "attention": {"cpu": "native"},
     "attention_dropout_mask": {"cpu": "native"},  # only tests ask for it: attention makes its mask inside
     "bias_gelu": {"cpu": "native"},
-    "combine": {"cpu": "native"},
-    "combine_adamw_": {"cpu": "native"},
+    "combine": {"cpu": "native", "cuda": "native"},
+    "combine_adamw_": {"cpu": "native", "cuda": "native"},
     "dropout": {"cpu": "native"},
     "dropout_add_layer_norm": {"cpu": "native"},
     "dropout_mask": {"cpu": "native", "cuda": "native"},
     "embedding": {"cpu": "native"},
-    "gram": {"cpu": "native"},
+    "gram": {"cpu": "native", "cuda": "native"},
     "smart_ascend": {"cpu": "native", "cuda": "native"},
     "smart_init": {"cpu": "native", "cuda": "native"},
+    "surgery_weights": {"cpu": "native", "cuda": "native"},
 }
 
 _choice = "auto"

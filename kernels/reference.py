@@ -192,13 +192,18 @@ def adamw_(
     weight_decay: float,
     averages: Sequence[Tensor] | None = None,
     momentum: float = 0.0,
+    copies: Sequence[Tensor | None] | None = None,
+    skip_unless: Tensor | None = None,
 ) -> None:
     """One AdamW step in place (Loshchilov and Hutter 2019, algorithm 2), `step` counted from 1.
 
     The bias corrections are folded into two scalars (Kingma and Ba 2015, section 2, last paragraph); eps is
     scaled with them, so that the result is that of the written-out form. Averages of the parameters, where they are
-    kept, become momentum average + (1 - momentum) param.
+    kept, become momentum average + (1 - momentum) param; copies are the parameters rounded to bfloat16. Nothing changes
+    where `skip_unless` is 0.
     """
+    if skip_unless is not None and not skip_unless:
+        return
     beta1, beta2 = betas
     correction = (1 - beta2**step) ** 0.5
     step_size = lr * correction / (1 - beta1**step)
@@ -210,6 +215,9 @@ def adamw_(
         param.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(eps * correction), value=-step_size)
     for param, average in zip(params, averages or (), strict=averages is not None):
         average.lerp_(param, 1 - momentum)
+    for param, copy in zip(params, copies or (), strict=copies is not None):
+        if copy is not None:
+            copy.copy_(param)
 
 
 def clip_weights(gram: Tensor, weights: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -221,6 +229,56 @@ def clip_weights(gram: Tensor, weights: Tensor, max_norm: float) -> tuple[Tensor
     norm = (weights @ gram @ weights).clamp(min=0).sqrt()
     clips = (norm > max_norm) & norm.isfinite()
     return torch.where(clips, weights * (max_norm / norm), weights), norm
+
+
+def surgery_weights(
+    gram: Tensor, orders: Tensor | None, weights: Tensor | None, own_square: Tensor | None, max_norm: float, mean: bool
+) -> tuple[Tensor, Tensor]:
+    """The weights of the task gradients, and [norm, clip scale, whether the norm is finite, projected share].
+
+    PCGrad's where orders [T, T] are given (Yu et al. 2020, algorithm 1), projecting coefficients of gradients instead
+    of gradients; else `weights`, else 1 each, or 1 / T for the mean. Every operation is on two float64 numbers, in the
+    order written here: other implementations give the same bits.
+    """
+    products, tasks = gram.tolist(), len(gram)
+    plain = [1 / tasks if mean else 1.0] * tasks
+    if orders is not None:
+        total = [0.0] * tasks
+        finite = bool(gram.isfinite().all())
+        for i, order in enumerate(orders.tolist()):
+            coefficients = [float(j == i) for j in range(tasks)]  # of task i's gradient, in terms of the original ones
+            for j in order if finite else ():
+                product = _dot(coefficients, products[j])
+                if j != i and product < 0 < products[j][j]:
+                    coefficients[j] -= product / products[j][j]
+            total = [a + b for a, b in zip(total, coefficients, strict=True)]
+        result = [weight / tasks for weight in total] if mean else total
+    else:
+        result = plain if weights is None else weights.tolist()
+
+    def square(v: list[float]) -> float:  # v' G v
+        return _dot([1.0] * tasks, [a * _dot(row, v) for a, row in zip(v, products, strict=True)])
+
+    def at_least_0(x: float) -> float:  # what cancels counts as 0; -Inf stays, and is no number once its root is taken
+        return 0.0 if -math.inf < x < 0 else x
+
+    def root(x: float) -> float:
+        return math.nan if x == -math.inf else math.sqrt(at_least_0(x))
+
+    own = 0.0 if own_square is None else own_square.item()
+    norm = root(at_least_0(square(result)) + own)
+    scale = max_norm / norm if 0 < max_norm < norm < math.inf else 1.0
+    whole, changed = square(plain), square([a - b for a, b in zip(result, plain, strict=True)])
+    share = root(changed / whole) if whole > 0 else math.nan
+    stats = gram.new_tensor([norm, scale, float(math.isfinite(norm)), share])
+    return gram.new_tensor([weight * scale for weight in result]), stats
+
+
+def _dot(a: list[float], b: list[float]) -> float:
+    total = 0.0  # not sum(), which compensates from Python 3.12 on
+    for x, y in zip(a, b, strict=True):
+        total += x * y
+    return total
 
 
 def combine_adamw_(
@@ -237,6 +295,8 @@ def combine_adamw_(
     weight_decay: float,
     averages: Sequence[Tensor] | None = None,
     momentum: float = 0.0,
+    copies: Sequence[Tensor | None] | None = None,
+    skip_unless: Tensor | None = None,
 ) -> None:
     """`adamw_` with the gradients that `combine` gives, not rounded to a half precision in between.
 
@@ -257,6 +317,8 @@ def combine_adamw_(
         weight_decay=weight_decay,
         averages=None if averages is None else [averages[k] for k in summed],
         momentum=momentum,
+        copies=None if copies is None else [copies[k] for k in summed],
+        skip_unless=skip_unless,
     )
 
 

@@ -1,33 +1,45 @@
 // The AdamW step on the weighted sum of the task gradients, in one pass over memory.
+#include "adamw_math.h"
 #include "cpu/chunks.h"
 
 namespace minbert::MINBERT_ISA {
 namespace {
 
-// share * from + (1 - share) * to, from the nearer end, which keeps the larger term unrounded.
-template <class Scalar, class Register>
-inline Register interpolate(Register from, Register to, double share) {
-  const Register apart = to - from;
-  return share < 0.5 ? to - static_cast<Scalar>(share) * apart : from + static_cast<Scalar>(1 - share) * apart;
+// What an update reads and writes, from one element on; an average or a copy may be null.
+template <class Scalar>
+struct State {
+  Scalar *param, *exp_avg, *exp_avg_sq, *average;
+  BFloat16* copy;
+
+  State operator+(int64_t elements) const {
+    return {param + elements, exp_avg + elements, exp_avg_sq + elements, average ? average + elements : nullptr,
+            copy ? copy + elements : nullptr};
+  }
+};
+
+inline void store_copy(BFloat16* to, Floats v) {
+  const auto bits = narrow(v, BFloat16{});
+  std::memcpy(to, &bits, sizeof(bits));
+}
+inline void store_copy(BFloat16* to, Doubles v) {  // by way of float32, as torch does
+  Floats single = {};
+  for (int lane = 0; lane < kDoubles; ++lane) single[lane] = static_cast<float>(v[lane]);
+  const auto bits = narrow(single, BFloat16{});
+  std::memcpy(to, &bits, kDoubles * sizeof(BFloat16));
 }
 
-// Moments, parameter and its average of one register (Loshchilov and Hutter 2019, algorithm 2), the bias corrections
-// folded into the step's scalars.
 template <class Register, class Scalar>
-inline void update(Register grad, Scalar* param, Scalar* exp_avg, Scalar* exp_avg_sq, Scalar* average,
-                   const AdamWStep& step) {
-  const auto scalar = [](double value) { return static_cast<Scalar>(value); };
-  const Register moment1 = load<Register>(exp_avg), moment2 = load<Register>(exp_avg_sq);
-  const Register mean = interpolate<Scalar>(moment1, grad, step.beta1);
-  const Register square = scalar(step.beta2) * moment2 + scalar(1 - step.beta2) * grad * grad;
-  const Register change = scalar(step.step_size) * mean / (square_root(square) + scalar(step.eps));
-  const Register result = scalar(step.keep) * load<Register>(param) - change;
-  std::memcpy(exp_avg, &mean, sizeof(mean));
-  std::memcpy(exp_avg_sq, &square, sizeof(square));
-  std::memcpy(param, &result, sizeof(result));
-  if (!average) return;
-  const Register kept = interpolate<Scalar>(load<Register>(average), result, step.momentum);
-  std::memcpy(average, &kept, sizeof(kept));
+inline void update(Register grad, const State<Scalar>& at, const AdamWScalars<Scalar>& scalars) {
+  Register param = load<Register>(at.param), exp_avg = load<Register>(at.exp_avg);
+  Register exp_avg_sq = load<Register>(at.exp_avg_sq);
+  adamw(grad, param, exp_avg, exp_avg_sq, scalars, [](Register v) { return square_root(v); });
+  std::memcpy(at.exp_avg, &exp_avg, sizeof(exp_avg));
+  std::memcpy(at.exp_avg_sq, &exp_avg_sq, sizeof(exp_avg_sq));
+  std::memcpy(at.param, &param, sizeof(param));
+  if (at.copy) store_copy(at.copy, param);
+  if (!at.average) return;
+  const Register average = scalars.average(load<Register>(at.average), param);
+  std::memcpy(at.average, &average, sizeof(average));
 }
 
 template <class Element>
@@ -35,39 +47,42 @@ void update_chunk(const TaskGradients& g, const Chunk& chunk, const double* weig
                   const AdamWStep& step) {
   using Register = typename AccumulatorOf<Element>::type;
   using Scalar = decltype(Register{}[0] + 0);
-  constexpr int kLanes = sizeof(Register) / sizeof(Scalar), kDepth = 2, kStep = kDepth * kLanes;
-  Scalar* const param = static_cast<Scalar*>(state.params[chunk.tensor]) + chunk.begin;
-  Scalar* const exp_avg = static_cast<Scalar*>(state.exp_avgs[chunk.tensor]) + chunk.begin;
-  Scalar* const exp_avg_sq = static_cast<Scalar*>(state.exp_avg_sqs[chunk.tensor]) + chunk.begin;
-  Scalar* const average = state.averages ? static_cast<Scalar*>(state.averages[chunk.tensor]) + chunk.begin : nullptr;
-  const auto update_step = [&](int64_t at, Scalar* p, Scalar* m, Scalar* v, Scalar* a) {
+  constexpr int kRegister = sizeof(Register) / sizeof(Scalar), kDepth = 2, kStep = kDepth * kRegister;
+  const AdamWScalars<Scalar> scalars(step);
+  const auto tensor = [&](void* const* tensors) {
+    return tensors ? static_cast<Scalar*>(tensors[chunk.tensor]) : nullptr;
+  };
+  const State<Scalar> first =
+      State<Scalar>{tensor(state.params), tensor(state.exp_avgs), tensor(state.exp_avg_sqs), tensor(state.averages),
+                    state.copies ? static_cast<BFloat16*>(state.copies[chunk.tensor]) : nullptr} +
+      chunk.begin;
+  const auto update_step = [&](int64_t at, const State<Scalar>& of_step) {
     Register total[kDepth] = {};
     add_weighted<Element>(g, chunk, weights, at, total);
-    for (int i = 0; i < kDepth; ++i)
-      update(total[i], p + i * kLanes, m + i * kLanes, v + i * kLanes, a ? a + i * kLanes : nullptr, step);
+    for (int i = 0; i < kDepth; ++i) update(total[i], of_step + i * kRegister, scalars);
   };
   int64_t at = 0;
-  for (; at + kStep <= chunk.length; at += kStep)
-    update_step(at, param + at, exp_avg + at, exp_avg_sq + at, average ? average + at : nullptr);
-  if (at < chunk.length) {
-    const int64_t bytes = (chunk.length - at) * static_cast<int64_t>(sizeof(Scalar));
-    Scalar padded[4][kStep] = {};
-    std::memcpy(padded[0], param + at, bytes);
-    std::memcpy(padded[1], exp_avg + at, bytes);
-    std::memcpy(padded[2], exp_avg_sq + at, bytes);
-    if (average) std::memcpy(padded[3], average + at, bytes);
-    update_step(at, padded[0], padded[1], padded[2], average ? padded[3] : nullptr);
-    std::memcpy(param + at, padded[0], bytes);
-    std::memcpy(exp_avg + at, padded[1], bytes);
-    std::memcpy(exp_avg_sq + at, padded[2], bytes);
-    if (average) std::memcpy(average + at, padded[3], bytes);
-  }
+  for (; at + kStep <= chunk.length; at += kStep) update_step(at, first + at);
+  if (at == chunk.length) return;
+  const int64_t rest = chunk.length - at;
+  const State<Scalar> last = first + at;
+  Scalar padded[4][kStep] = {};
+  BFloat16 padded_copy[kStep] = {};
+  Scalar* const tensors[] = {last.param, last.exp_avg, last.exp_avg_sq, last.average};
+  for (int i = 0; i < 4; ++i)
+    if (tensors[i]) std::memcpy(padded[i], tensors[i], rest * sizeof(Scalar));
+  update_step(at,
+              {padded[0], padded[1], padded[2], last.average ? padded[3] : nullptr, last.copy ? padded_copy : nullptr});
+  for (int i = 0; i < 4; ++i)
+    if (tensors[i]) std::memcpy(tensors[i], padded[i], rest * sizeof(Scalar));
+  if (last.copy) std::memcpy(last.copy, padded_copy, rest * sizeof(BFloat16));
 }
 
 }  // namespace
 
-void combine_adamw(const TaskGradients& g, const double* weights, AdamWState state, AdamWStep step,
+void combine_adamw(const TaskGradients& g, const double* weights, AdamWState state, AdamWStep step, Gate gate,
                    int threads) noexcept {
+  if (!is_open(gate)) return;
   const int64_t kStateBytes = (state.averages ? 8 : 6) * sizeof(float);  // of one element, read and written
   int64_t elements = 0;
   for (int64_t tensor = 0; tensor < g.tensors; ++tensor) elements += g.sizes[tensor];

@@ -15,6 +15,7 @@ Gram gram;
 Combine combine;
 DropoutMask dropout_mask;
 AttentionDropoutMask attention_dropout_mask;
+SurgeryWeights surgery_weights;
 CombineAdamW combine_adamw;
 SmartInit smart_init;
 SmartAscend smart_ascend;

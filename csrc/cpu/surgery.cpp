@@ -1,5 +1,8 @@
-// Gradient surgery's two passes over memory: the Gram matrix of the task gradients, and their weighted sum.
+// Gradient surgery's two passes over memory, the Gram matrix of the task gradients and their weighted sum; and between
+// them, from the one to the weights of the other.
 #include "cpu/chunks.h"
+#include "gram_order.h"
+#include "pcgrad.h"
 
 namespace minbert::MINBERT_ISA {
 namespace {
@@ -130,11 +133,17 @@ void gram(const TaskGradients& g, double* partials, double* gram, int threads) n
     with_element(g.dtypes[chunk.tensor],
                  [&](auto element) { gram_of_chunk<decltype(element)>(g, chunk, partials + index * entries); });
   });
-  std::memset(gram, 0, entries * sizeof(double));
-  for (int64_t chunk = 0; chunk < chunks; ++chunk)
-    for (int64_t entry = 0; entry < entries; ++entry) gram[entry] += partials[chunk * entries + entry];
   for (int64_t i = 0; i < g.tasks; ++i)
-    for (int64_t j = 0; j < i; ++j) gram[i * g.tasks + j] = gram[j * g.tasks + i];
+    for (int64_t j = i; j < g.tasks; ++j) {
+      double lanes[kLanes] = {};
+      for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        lanes[chunk % kLanes] += partials[chunk * entries + i * g.tasks + j];
+      gram[i * g.tasks + j] = gram[j * g.tasks + i] = sum_of_lanes(lanes);
+    }
+}
+
+void surgery_weights(const SurgeryProblem& problem, const SurgeryResult& result) noexcept {
+  minbert::surgery_weights(problem, result, 0, 1, [] {});
 }
 
 void combine(const TaskGradients& g, const double* weights, void* const* out, int threads) noexcept {

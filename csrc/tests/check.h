@@ -12,6 +12,7 @@
 
 namespace minbert {
 
+void test_launches();
 void test_updates(Isa isa);
 void test_smart(Isa isa);
 void test_rows(Isa isa);
@@ -44,6 +45,7 @@ class Buffer {
   Buffer(int64_t size, DType dtype, int64_t shift)
       : dtype_(dtype), shift_(shift), bytes_((size + shift) * width(dtype)) {}
 
+  int64_t size() const { return static_cast<int64_t>(bytes_.size()) / width(dtype_) - shift_; }
   void* data() { return bytes_.data() + shift_ * width(dtype_); }
 
   double get(int64_t i) {

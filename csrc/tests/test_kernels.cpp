@@ -136,6 +136,7 @@ void test_philox() {
 
 int main() {
   test_philox();
+  test_launches();
   for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
     if (!supports(isa)) {
       std::printf("%s: not on this processor\n", kIsaNames[static_cast<int>(isa)]);

@@ -1,4 +1,4 @@
-// combine_adamw against a plain loop in float64.
+// combine_adamw against a plain loop in float64, with averages of the parameters and copies of some.
 #include "check.h"
 
 namespace minbert {
@@ -25,10 +25,23 @@ void test_updates(Isa isa) {
           }
           for (auto& buffer : state[part]) addresses[part].push_back(buffer.data());
         }
-        std::vector<Buffer> old[4] = {state[0], state[1], state[2], state[3]};
-        kernels(isa).combine_adamw(problem.view(), weights.data(),
-                                   {addresses[0].data(), addresses[1].data(), addresses[2].data(), addresses[3].data()},
-                                   step, threads);
+        std::vector<Buffer> old[4] = {state[0], state[1], state[2], state[3]}, copies;
+        std::vector<void*> copy_addresses;
+        for (int64_t k = 0; k < tensors; ++k) copies.emplace_back(problem.sizes[k], DType::bfloat16, shift);
+        for (int64_t k = 0; k < tensors; ++k) copy_addresses.push_back(k % 4 == 3 ? nullptr : copies[k].data());
+        const auto update = [&](Gate gate) {
+          kernels(isa).combine_adamw(problem.view(), weights.data(),
+                                     {addresses[0].data(), addresses[1].data(), addresses[2].data(),
+                                      addresses[3].data(), copy_addresses.data()},
+                                     step, gate, threads);
+        };
+        const double closed = 0, open = 1;
+        update({&closed});
+        for (int part = 0; part < 4; ++part)
+          for (int64_t k = 0; k < tensors; ++k)
+            for (int64_t i = 0; i < problem.sizes[k]; ++i)
+              CHECK(state[part][k].get(i) == old[part][k].get(i), "a closed gate lets an update through");
+        update({&open});
         for (int64_t k = 0; k < tensors; ++k) {
           const double unit = problem.dtypes[k] == DType::float64 ? 1e-14 : 2e-6;
           for (int64_t i = 0; i < problem.sizes[k]; ++i) {
@@ -44,6 +57,9 @@ void test_updates(Isa isa) {
               CHECK(std::abs(state[part][k].get(i) - expected[part]) <= unit * (2 + std::abs(expected[part])),
                     "%s: combine_adamw gives %g, expected %g", kIsaNames[static_cast<int>(isa)], state[part][k].get(i),
                     expected[part]);
+            const double copied = copies[k].get(i), wanted = copy_addresses[k] ? state[0][k].get(i) : 0;
+            CHECK(std::abs(copied - wanted) <= std::abs(wanted) / 256, "%s: the copy of %g is %g",
+                  kIsaNames[static_cast<int>(isa)], wanted, copied);
           }
         }
       }

@@ -22,11 +22,12 @@ from minbert.kernels import (
     gram,
     smart_ascend,
     smart_init,
+    surgery_weights,
 )
 
 x, seed = torch.zeros(4, 6), torch.tensor(1)
 qkv, cu = torch.zeros(9, 3, 2, 4), torch.tensor([0, 5, 9], dtype=torch.int32)
-w64 = torch.ones(2, dtype=torch.float64)
+w64, gram2 = torch.ones(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
 ids = torch.zeros(4, dtype=torch.int64)
 vector = torch.zeros(6)
 
@@ -119,6 +120,62 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         lambda: combine([[x], [x]], w64, [x.bfloat16()]),
         TypeError,
         "combine: out[0] must be float32 like the gradients there, got bfloat16",
+    ),
+    (
+        lambda: surgery_weights(torch.ones(2, 3, dtype=torch.float64)),
+        ValueError,
+        "surgery_weights: gram must have shape [2, 2], got [2, 3]",
+    ),
+    (
+        lambda: surgery_weights(gram2, orders=torch.tensor([[0, 1], [1, 1]])),
+        ValueError,
+        "surgery_weights: orders[1] must be a permutation of 0 to 1, got [1, 1]",
+    ),
+    (
+        lambda: surgery_weights(gram2, orders=gram2.long(), weights=w64),
+        ValueError,
+        "surgery_weights: orders and weights exclude each other, got both",
+    ),
+    (
+        lambda: surgery_weights(gram2, weights=w64.float()),
+        TypeError,
+        "surgery_weights: weights must be float64, got float32",
+    ),
+    (
+        lambda: surgery_weights(gram2, own_square=w64),
+        ValueError,
+        "surgery_weights: own_square must have shape [], got [2]",
+    ),
+    (
+        lambda: surgery_weights(gram2, reduction="max"),
+        ValueError,
+        "surgery_weights: reduction must be one of 'sum', 'mean', got 'max'",
+    ),
+    (
+        lambda: surgery_weights(gram2, max_norm=-1.0),
+        ValueError,
+        "surgery_weights: max_norm must be finite and at least 0, got -1.0",
+    ),
+    (
+        lambda: update(copies=[torch.zeros(3)]),
+        TypeError,
+        "adamw_: copies[0] must be bfloat16, got float32",
+    ),
+    (
+        lambda: fused_update(copies=[]),
+        ValueError,
+        "combine_adamw_: the lists must be as long as each other, "
+        "got grads 1, params 1, exp_avgs 1, exp_avg_sqs 1, copies 0",
+    ),
+    (
+        lambda: fused_update(skip_unless=w64),
+        ValueError,
+        "combine_adamw_: skip_unless must have shape [], got [2]",
+    ),
+    (
+        lambda: fused_update(skip_unless=w64[0].to("meta")),
+        ValueError,
+        "combine_adamw_: skip_unless must be on cpu like the other tensors, got meta",
     ),
     (
         lambda: dropout_mask(2, 3, 1.0, seed, 0),

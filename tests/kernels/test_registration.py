@@ -11,6 +11,7 @@ from minbert import kernels
 
 SEED = torch.tensor(5)
 WEIGHTS = torch.tensor([0.5, -2.0], dtype=torch.float64)
+GRAM = torch.tensor([[1.0, -0.5], [-0.5, 2.0]], dtype=torch.float64)
 CU_SEQLENS = torch.tensor([0, 1, 4], dtype=torch.int32)
 
 
@@ -39,8 +40,11 @@ CALLS = {
         [randn(4), None, randn(4), randn(3)],
         WEIGHTS,
         *([randn(4), randn(3)] for _ in range(4)),
-        *(0.99, 0.9, 0.999, 1e-8, 0.1, 0.5),
+        [torch.empty(0, dtype=torch.bfloat16), torch.empty(3, dtype=torch.bfloat16)],
+        WEIGHTS[0],
+        [0.99, 0.9, 0.999, 1e-8, 0.1, 0.5],
     ),
+    "surgery_weights": lambda: (GRAM, torch.tensor([[0, 1], [1, 0]]), None, WEIGHTS[0], 0.1, True),
     "smart_init": lambda: (randn(4, 9), 0.1, SEED, 1),
     "smart_ascend": lambda: (*(randn(4, 9) for _ in range(3)), CU_SEQLENS, 0.1, 0.2, True, False, True),
     "dropout": lambda: (leaf(4, 9), 0.3, SEED, 1),
@@ -104,10 +108,16 @@ def update(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def fused_update(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     state = [a.clone(), torch.zeros_like(a), torch.zeros_like(a)]
     grads = [[a], [b]]
-    weights, norm = kernels.clip_weights(kernels.gram(grads), WEIGHTS, 1.0)
+    copy = torch.zeros_like(a, dtype=torch.bfloat16)
+    weights, stats = kernels.surgery_weights(kernels.gram(grads), orders=torch.tensor([[1, 0], [0, 1]]), max_norm=1.0)
     options = {"step": 1, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-    kernels.combine_adamw_([state[0]], grads, weights, [state[1]], [state[2]], **options)
-    return norm, *state
+    more = {"copies": [copy], "skip_unless": stats[2]}
+    kernels.combine_adamw_([state[0]], grads, weights, [state[1]], [state[2]], **options, **more)
+    return stats, copy, *state
+
+
+def clipped(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return kernels.clip_weights(kernels.gram([[a], [b]]), WEIGHTS, 1.0)
 
 
 def ascent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -116,7 +126,7 @@ def ascent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return kernels.smart_ascend(start, a, b, cu_seqlens, eta=0.1, epsilon=0.05, norm="2", per="sequence")
 
 
-FUNCTIONS = [surgery, surgery_in_place, layer, embedded, update, fused_update, ascent]
+FUNCTIONS = [surgery, surgery_in_place, layer, embedded, update, fused_update, clipped, ascent]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

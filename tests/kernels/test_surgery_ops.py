@@ -1,6 +1,8 @@
-"""gram and combine: exact enough, repeatable, and indifferent to where and how the gradients lie."""
+"""gram, surgery_weights and combine: exact enough, repeatable, and indifferent to where the gradients lie."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minbert.kernels import combine, gram, reference, use_backend
+from minbert.kernels import clip_weights, combine, gram, reference, surgery_weights, use_backend
+from minbert.surgery import Conflicts, mean_weights, pcgrad_weights, sum_weights
 
 Grads = list[list[Tensor | None]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -199,3 +202,105 @@ def test_the_chosen_backend_runs(record, needs_native: None) -> None:
     assert surgery() == ["minbert::gram", "minbert::combine_"]
     with use_backend("reference"):
         assert surgery() == []
+
+
+# Weights ---------------------------------------------------------------------------------------------------------
+
+
+def walks(tasks: int, seed: int) -> Tensor:
+    """The orders that `pcgrad_weights` draws from a generator of this seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(tasks, generator=generator) for _ in range(tasks)])
+
+
+def gram_of(tasks: int, elements: int, seed: int) -> Tensor:
+    """Of random gradients; many conflict if they have few elements."""
+    rows = randn(tasks, elements, seed=seed, dtype=torch.float64)
+    return rows @ rows.T
+
+
+SUMS = st.sampled_from(["sum", "mean"])
+NORMS = st.sampled_from([0.0, 1e-3, 1.0, 1e6])
+
+
+@quick
+@given(tasks=st.integers(1, 9), elements=st.integers(1, 12), seed=st.integers(0, 999), reduction=SUMS, max_norm=NORMS)
+def test_weights_equal_the_reference_to_the_bit(isa: str, tasks, elements, seed, reduction, max_norm) -> None:
+    matrix, own = gram_of(tasks, elements, seed), torch.tensor(0.5 * (seed % 3), dtype=torch.float64)
+    weights = randn(tasks, seed=seed, dtype=torch.float64)
+    for given_ in ({"orders": walks(tasks, seed)}, {"weights": weights}, {}):
+        options = {"reduction": reduction, "own_square": own, "max_norm": max_norm, **given_}
+        result = surgery_weights(matrix, **options)
+        with use_backend("reference"):
+            expected = surgery_weights(matrix, **options)
+        assert all(same_bits(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@quick
+@given(tasks=st.integers(1, 9), elements=st.integers(1, 12), seed=st.integers(0, 999), reduction=SUMS)
+def test_weights_are_those_of_pcgrad_for_the_same_orders(isa: str, tasks, elements, seed, reduction) -> None:
+    matrix = gram_of(tasks, elements, seed)
+    weights, stats = surgery_weights(matrix, orders=walks(tasks, seed), reduction=reduction)
+    expected = pcgrad_weights(matrix, torch.Generator().manual_seed(seed), reduction)
+    if sys.version_info < (3, 12):  # whose sum() does not compensate
+        assert same_bits(weights, expected)
+    torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-12)
+    plain = sum_weights(matrix) if reduction == "sum" else mean_weights(matrix)
+    share = Conflicts.of(matrix, weights, plain).projected_share
+    assert stats[3].item() == pytest.approx(share, rel=1e-6, abs=1e-6, nan_ok=True)
+    assert stats[0].item() == pytest.approx((weights @ matrix @ weights).clamp(min=0).sqrt().item(), abs=1e-6)
+
+
+@quick
+@given(tasks=st.integers(1, 6), seed=st.integers(0, 999), max_norm=NORMS, own=st.floats(0, 9))
+def test_clipping_is_that_of_all_gradients_together(isa: str, tasks: int, seed: int, max_norm: float, own: float) -> None:
+    matrix, weights = gram_of(tasks, 9, seed), randn(tasks, seed=seed, dtype=torch.float64)
+    square = torch.tensor(own, dtype=torch.float64)
+    clipped, (norm, scale, finite, _) = surgery_weights(matrix, weights=weights, own_square=square, max_norm=max_norm)
+    assert finite == 1
+    assert norm.item() == pytest.approx(((weights @ matrix @ weights).clamp(min=0) + own).sqrt().item(), rel=1e-9)
+    assert torch.equal(clipped, weights * scale)
+    after = (clipped @ matrix @ clipped).clamp(min=0) + square * scale**2
+    assert after.sqrt().item() == pytest.approx(min(norm.item(), max_norm or norm.item()), rel=1e-9)
+    alone, of_norm = clip_weights(matrix, weights, max_norm or 1e9)
+    if own == 0:
+        torch.testing.assert_close((clipped, norm), (alone, of_norm), rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_that_do_not_conflict_are_left_alone(isa: str) -> None:
+    rows = randn(4, 30, dtype=torch.float64).abs()
+    weights, stats = surgery_weights(rows @ rows.T, orders=walks(4, 1))
+    assert weights.tolist() == [1, 1, 1, 1]
+    assert stats[1:].tolist() == [1, 1, 0]
+    weights, stats = surgery_weights(rows @ rows.T, reduction="mean")
+    assert weights.tolist() == [0.25] * 4
+    assert stats[3] == 0
+
+
+@quick
+@given(seed=st.integers(0, 999))
+def test_the_projected_sum_of_two_conflicts_with_neither(isa: str, seed: int) -> None:
+    matrix = gram_of(2, 3, seed)
+    weights, _ = surgery_weights(matrix, orders=walks(2, seed))
+    assert (matrix @ weights >= -1e-12 * matrix.abs().max()).all()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_projects_nothing_clips_nothing_and_is_marked(isa: str, poison: float) -> None:
+    matrix, own = gram_of(3, 2, seed=4), torch.tensor(poison, dtype=torch.float64)
+    sick = matrix.clone()
+    sick[1, 2] = sick[2, 1] = poison
+    for weights, stats in (
+        surgery_weights(sick, orders=walks(3, 0), max_norm=0.1),
+        surgery_weights(matrix, own_square=own, max_norm=0.1),
+    ):
+        assert weights.tolist() == [1, 1, 1]
+        assert stats[1:3].tolist() == [1, 0]
+        assert not stats[0].isfinite()
+
+
+def test_gradients_of_zero_have_weights_and_a_norm_of_zero(isa: str) -> None:
+    weights, stats = surgery_weights(torch.zeros(3, 3, dtype=torch.float64), orders=walks(3, 0), max_norm=1.0)
+    assert weights.tolist() == [1, 1, 1]
+    assert stats[:3].tolist() == [0, 1, 1]
+    assert stats[3].isnan()

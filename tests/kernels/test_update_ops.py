@@ -319,6 +319,58 @@ def test_the_reference_keeps_the_same_averages(needs_native: None) -> None:
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
+@quick
+@given(problem=problems(), momentum=st.sampled_from([0.0, 0.75]))
+def test_copies_are_the_rounded_parameters(isa: str, problem, momentum: float) -> None:
+    state, grads, weights = problem
+    without, mine = copy.deepcopy(state), copy.deepcopy(state)
+    blank = [torch.full_like(tensor, float("nan"), dtype=torch.bfloat16) for tensor in state[0]]
+    copies = [None if k % 3 == 2 else tensor.clone() for k, tensor in enumerate(blank)]
+    averages = [tensor.clone() for tensor in state[0]]
+    combine_adamw_(without[0], grads, weights, *without[1:], step=3, **OPTIONS)
+    more = {"averages": averages, "momentum": momentum, "copies": copies}
+    combine_adamw_(mine[0], grads, weights, *mine[1:], step=3, **OPTIONS, **more)
+    assert all(same_bits(*pair) for pair in zip(flat(mine), flat(without), strict=True))
+    for k, made in enumerate(copies):
+        if made is not None:
+            expected = blank[k] if all(row[k] is None for row in grads) else mine[0][k].bfloat16()
+            assert same_bits(made, expected)
+
+
+def test_adamw_makes_copies_too_and_a_nan_stays_one(isa: str) -> None:
+    state, grad = state_for([(70,)], [torch.float32]), randn(70)
+    grad[5] = float("nan")
+    copies = [torch.zeros(70, dtype=torch.bfloat16)]
+    adamw_(state[0], [grad], *state[1:], step=1, **OPTIONS, copies=copies)
+    assert copies[0].isnan().nonzero().tolist() == [[5]]
+    torch.testing.assert_close(copies[0], state[0][0].bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("flag", [0.0, 1.0, False, True])
+def test_an_update_is_skipped_where_its_flag_is_zero(isa: str, backend: str, flag: float) -> None:
+    skip_unless = torch.tensor(flag, dtype=torch.bool if isinstance(flag, bool) else torch.float64)
+    state = state_for([(CHUNK + 9,), (7,)], [torch.float32, torch.float32])
+    grads = [randn(CHUNK + 9, seed=8), randn(7, seed=9)]
+    averages = [tensor.clone() for tensor in state[0]]
+    copies = [torch.zeros_like(tensor, dtype=torch.bfloat16) for tensor in state[0]]
+    every = [*state, averages, copies]
+    before = copy.deepcopy(every)
+    with use_backend(backend):
+        combine_adamw_(
+            state[0],
+            [grads],
+            torch.ones(1, dtype=torch.float64),
+            *state[1:],
+            step=1,
+            **OPTIONS,
+            averages=averages,
+            copies=copies,
+            skip_unless=skip_unless,
+        )
+    assert [same_bits(a, b) for a, b in zip(flat(every), flat(before), strict=True)] == [not flag] * 10
+
+
 @pytest.mark.parametrize("momentum", [-0.1, 1.5, float("nan")])
 def test_momentum_is_a_share(momentum: float) -> None:
     state = state_for([(3,)], [torch.float32])

@@ -1,0 +1,208 @@
+// Gradient surgery on a CUDA device: the Gram matrix of the task gradients, their weights, and their weighted sum.
+// Nothing waits for the host, and every sum has one order: the same bits each time.
+#include "cuda/vectors.h"
+#include "gram_order.h"
+#include "pcgrad.h"
+
+namespace minbert {
+namespace {
+
+static_assert(kLanes == kThreads && kLaneGroup == 32, "a lane is a thread, a group a warp");
+
+// Gram -------------------------------------------------------------------------------------------------------------
+//
+// Bound by memory where float64 runs at half the rate of float32 (or at the full one): T rows are read once for T <= 4;
+// 3 x 110M float32 are 1.32 GB, 394 us at the 3.35 TB/s of an H100, 438 us at the 3.0 that a copy reaches. Products of
+// float32 are exact in float64. GPUs with 1/64 of that rate (sm_86, sm_89) take about 1.5 times their memory's time.
+
+constexpr int kTile = 3;  // tasks of a tile, for more than 4 tasks
+
+// Blocks on a multiprocessor: what registers allow. At 3 x float32 they have 98 KB of loads in flight, of which 25 hide
+// the latency; a vector of bfloat16 fills sixteen registers as float64.
+template <class Element, int tasks>
+constexpr int kBlocks = sizeof(Element) > 2 ? (tasks > 4 ? 3 : 4) : (tasks > 3 ? 2 : 3);
+
+// sum_of_lanes of what the threads of a block hold, each `count` numbers: the sums are in the first `count` threads.
+template <int count>
+__device__ double sums_of_block(const double (&mine)[count]) {
+  constexpr int kGroups = kThreads / kLaneGroup;
+  __shared__ double sums[kGroups][count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    double sum = mine[i];
+#pragma unroll
+    for (int half = kLaneGroup / 2; half > 0; half /= 2) sum += __shfl_down_sync(~0u, sum, half);
+    if (threadIdx.x % kLaneGroup == 0) sums[threadIdx.x / kLaneGroup][i] = sum;
+  }
+  __syncthreads();
+  double total = 0;
+  if (threadIdx.x < count)
+    for (int group = 0; group < kGroups; ++group) total += sums[group][threadIdx.x];
+  return total;
+}
+
+// The products of `lefts` rows with `rights` others, or among themselves where `same`: then only j >= i.
+template <int lefts, int rights, bool same, class Element>
+struct Tile {
+  static constexpr int kRows = same ? lefts : lefts + rights, kVector = 16 / sizeof(Element);
+  // How many sweeps are in flight: up to 8 loads, and up to 32 elements, which go through twice as wide registers.
+  static constexpr int kLoads = kVector == 8 ? 4 : 8, kDepth = kRows < kLoads ? kLoads / kRows : 1;
+
+  const Element* row[kRows];
+  double total[lefts * rights];
+
+  template <bool whole, int sweeps>
+  __device__ void add(int sweep, int length) {
+    Vector<Element, kVector> read[sweeps][kRows];
+#pragma unroll
+    for (int k = 0; k < sweeps; ++k)
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int at = element_of(sweep + k, threadIdx.x, kVector);
+        read[k][i] = row[i] ? load<whole, kVector>(row[i] + at, length - at) : Vector<Element, kVector>{};
+      }
+#pragma unroll
+    for (int k = 0; k < sweeps; ++k)
+#pragma unroll
+      for (int lane = 0; lane < kVector; ++lane) {
+        double x[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) x[i] = wide(read[k][i].at[lane]);
+#pragma unroll
+        for (int i = 0; i < lefts; ++i)
+#pragma unroll
+          for (int j = same ? i : 0; j < rights; ++j)
+            total[i * rights + j] = fma(x[i], x[same ? j : lefts + j], total[i * rights + j]);
+      }
+  }
+
+  // The tile's part of the Gram matrix: rows from task `left` and columns from task `right` on.
+  __device__ void run(const TaskTable& table, const Part& part, int left, int right, double* partials) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int task = i < lefts ? left + i : right + i - lefts;
+      row[i] = task < table.tasks ? address<const Element>(table, part, task) : nullptr;
+    }
+#pragma unroll
+    for (int i = 0; i < lefts * rights; ++i) total[i] = 0;
+    constexpr int kSweep = kThreads * kVector;
+    int sweep = 0;
+    if (table.tensor[part.tensor].aligned)
+      for (; (sweep + kDepth) * kSweep <= part.length; sweep += kDepth) add<true, kDepth>(sweep, part.length);
+    for (; sweep * kSweep < part.length; ++sweep) add<false, 1>(sweep, part.length);
+    const double sum = sums_of_block(total);
+    const int i = left + threadIdx.x / rights, j = right + threadIdx.x % rights;
+    if (threadIdx.x >= lefts * rights || i >= table.tasks || j >= table.tasks || j < i) return;
+    // an absent row is orthogonal to all, even to one that holds Inf or NaN
+    const bool present = address<const Element>(table, part, i) && address<const Element>(table, part, j);
+    partials[(part.number * table.tasks + i) * table.tasks + j] = present ? sum : 0;
+  }
+};
+
+template <class Element, int tasks>
+__global__ void __launch_bounds__(kThreads, (kBlocks<Element, tasks>))
+    gram_kernel(const __grid_constant__ TaskTable table, double* partials) {
+  Tile<tasks, tasks, true, Element>().run(table, find_part(table, blockIdx.x), 0, 0, partials);
+}
+
+// Neighbouring blocks take the pairs of tiles of one part, so that its rows are read from memory once.
+template <class Element>
+__global__ void __launch_bounds__(kThreads, (kBlocks<Element, 2 * kTile>))
+    gram_of_many_kernel(const __grid_constant__ TaskTable table, double* partials) {
+  const int tiles = (table.tasks + kTile - 1) / kTile, pairs = tiles * (tiles + 1) / 2;
+  const Part part = find_part(table, blockIdx.x / pairs);
+  int left = 0, pair = blockIdx.x % pairs;
+  for (; pair >= tiles - left; ++left) pair -= tiles - left;
+  const int right = left + pair;
+  if (left == right)
+    Tile<kTile, kTile, true, Element>().run(table, part, left * kTile, right * kTile, partials);
+  else
+    Tile<kTile, kTile, false, Element>().run(table, part, left * kTile, right * kTile, partials);
+}
+
+// One block for each entry. A chunk's sum is that of its parts, in their order.
+__global__ void __launch_bounds__(kThreads)
+    gram_of_chunks_kernel(const double* partials, int64_t chunks, int tasks, double* gram) {
+  const int i = blockIdx.x / tasks, j = blockIdx.x % tasks, entries = tasks * tasks;
+  if (j < i) return;
+  double mine[1] = {0};
+  for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kThreads) {
+    const double* const part = partials + chunk * kChunkParts * entries + blockIdx.x;
+    double sum = 0;
+#pragma unroll
+    for (int k = 0; k < kChunkParts; ++k) sum += part[k * entries];
+    mine[0] += sum;
+  }
+  const double total = sums_of_block(mine);
+  if (threadIdx.x == 0) gram[i * tasks + j] = gram[j * tasks + i] = total;
+}
+
+// Weights ----------------------------------------------------------------------------------------------------------
+
+__global__ void surgery_weights_kernel(SurgeryProblem problem, SurgeryResult result) {
+  surgery_weights(problem, result, threadIdx.x, blockDim.x, [] { __syncthreads(); });
+}
+
+// Combine ----------------------------------------------------------------------------------------------------------
+//
+// T rows are read and one is written: 3 x 110M float32 are 1.76 GB, 525 us at 3.35 TB/s.
+
+template <class Element, int tasks>
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const __grid_constant__ TaskTable table, const double* weights) {
+  constexpr int kVector = 16 / sizeof(Element);
+  const Part part = find_part(table, blockIdx.x);
+  const WeightedSum<Element, tasks> weighted_sum(table, part, weights);
+  Element* const out = address<Element>(table, part, table.tasks);
+  for_each_vector<kVector>(part, table.tensor[part.tensor].aligned, [&](auto whole, int at, int count) {
+    const auto sum = weighted_sum.template operator()<whole, kVector>(at, count);
+    Vector<Element, kVector> result;
+#pragma unroll
+    for (int lane = 0; lane < kVector; ++lane) narrow(sum.at[lane], result.at[lane]);
+    store<whole>(out + at, result, count);
+  });
+}
+
+}  // namespace
+
+const char* cuda_gram(const TaskGradients& g, double* partials, double* gram, void* stream) noexcept {
+  const auto on = static_cast<cudaStream_t>(stream);
+  const char* const error = for_each_dtype([&](DType dtype, auto element) {
+    using Element = decltype(element);
+    return for_each_table(g, dtype, {}, [&](const TaskTable& table, int blocks) {
+      return with_tasks(g.tasks, [&](auto tasks) {
+        if constexpr (tasks > 0) {
+          gram_kernel<Element, tasks><<<blocks, kThreads, 0, on>>>(table, partials);
+        } else {
+          const int tiles = (table.tasks + kTile - 1) / kTile;
+          gram_of_many_kernel<Element><<<blocks*(tiles * (tiles + 1) / 2), kThreads, 0, on>>>(table, partials);
+        }
+        return last_error();
+      });
+    });
+  });
+  if (error) return error;
+  const int tasks = static_cast<int>(g.tasks);
+  gram_of_chunks_kernel<<<tasks * tasks, kThreads, 0, on>>>(partials, g.first_chunk[g.tensors], tasks, gram);
+  return last_error();
+}
+
+const char* cuda_surgery_weights(const SurgeryProblem& problem, const SurgeryResult& result, void* stream) noexcept {
+  const int64_t threads = problem.tasks < 32 ? 32 : problem.tasks < kThreads ? problem.tasks : kThreads;
+  surgery_weights_kernel<<<1, static_cast<unsigned>(threads), 0, static_cast<cudaStream_t>(stream)>>>(problem, result);
+  return last_error();
+}
+
+const char* cuda_combine(const TaskGradients& g, const double* weights, void* const* out, void* stream) noexcept {
+  return for_each_dtype([&](DType dtype, auto element) {
+    using Element = decltype(element);
+    return for_each_table(g, dtype, {out}, [&](const TaskTable& table, int blocks) {
+      return with_tasks(g.tasks, [&](auto tasks) {
+        combine_kernel<Element, tasks><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, weights);
+        return last_error();
+      });
+    });
+  });
+}
+
+}  // namespace minbert

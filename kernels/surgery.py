@@ -15,9 +15,7 @@ from .native import library
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # csrc/launch.h's DType
 
 
-def native_arguments(
-    grads: Sequence[Tensor | None], tasks: int
-) -> tuple[list[int], list[int], list[int], int]:
+def native_arguments(grads: Sequence[Tensor | None], tasks: int) -> tuple[list[int], list[int], list[int], int]:
     """Addresses [T * K] (0 for a missing tensor), sizes [K], dtype codes [K] and T; no column is missing in all tasks."""
     count = len(grads) // tasks
     columns = [next(g for g in grads[k::count] if g is not None) for k in range(count)]
@@ -249,7 +247,7 @@ def surgery_weights(
         the clipped weights, float64 [T], and float64 [4]:
         0. the norm before clipping, sqrt(w' G w + own_square), where rounding below 0 counts as 0;
         1. the clip scale, by which gradients of one task alone are yet to be multiplied: 1 where nothing is clipped;
-        2. 1 where the norm is finite and else 0, for `combine_adamw_`'s `skip_unless`; what is not finite clips nothing;
+        2. 1 where the norm is finite and else 0, for `combine_adamw_`'s `skip_unless`; then nothing is clipped;
         3. the projected share, |weighted - plain| / |plain| of the sums of gradients; NaN where the plain sum is 0.
 
     Raises:

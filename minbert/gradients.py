@@ -24,8 +24,8 @@ class TaskGradients:
 
     Attributes:
         params: the parameters, K of them.
-        rows: for each of T tasks its K gradients, in the dtypes of what forwards read; None where its loss reached none.
-            Backward passes add to them until `clear`.
+        rows: for each of T tasks its K gradients, in the dtypes of what forwards read; None where its loss reached
+            nothing. Backward passes add to them until `clear`.
     """
 
     def __init__(self, module: nn.Module, tasks: int, copies: Mapping[Tensor, Tensor] | None = None) -> None:

@@ -102,8 +102,6 @@ class AdamW(torch.optim.Optimizer):
                     by_step[self._count(param), param in shared, param in self.copies].append(param)
             for (count, is_shared, is_copied), params in by_step.items():
                 counted += self._states(params, self._entry("step"))
-                if skip_unless is not None and not skip_unless:  # TEMPORARY
-                    continue
                 rows = [shared[param] if is_shared else [param.grad] for param in params]
                 kernels.combine_adamw_(
                     params,
@@ -117,9 +115,9 @@ class AdamW(torch.optim.Optimizer):
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
                     **({} if self.average_beta is None else self._average(params)),
-                    # TEMPORARY copies=[self.copies[param] for param in params] if is_copied else None,
+                    copies=[self.copies[param] for param in params] if is_copied else None,
+                    skip_unless=skip_unless,
                 )
-
         return counted
 
     def uncount(self, counts: Iterable[Tensor]) -> None:

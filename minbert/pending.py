@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minbert.surgery import Conflicts, Surgery
+from minbert.surgery import Conflicts
 from minbert.transfer import Readings
 
 
@@ -75,15 +75,14 @@ class Pending:
     """A step that the device has been given.
 
     Args:
-        updates: the readings of each of its updates: "gram" and "weights" of the rows of gradients; "norm" and
-            "updated"; and one number for each stream: (loss, smart or bregman, task), "total", "smart", "perturbation".
-        surgery: the first update's.
+        updates: the readings of each of its updates: "gram" of the rows of gradients, "stats" of the weights
+            (`kernels.surgery_weights`), "updated", and one number for each stream: (loss, smart or bregman, task),
+            "total", "smart", "perturbation".
         groups: names of the rows of gradients, where there are several.
         settle: is called before what the step did is told.
     """
 
     updates: Sequence[Readings]
-    surgery: Surgery
     groups: Sequence[str]
     examples: int
     clock: Clock
@@ -97,22 +96,20 @@ class Pending:
             kind: {key[1]: _mean(values) for key, values in first.items() if isinstance(key, tuple) and key[0] == kind}
             for kind in ("loss", "smart", "bregman")
         }
-        conflicts = self._conflicts(first["gram"], first["weights"]) if self.groups else None
+        norm, *_, share = first["stats"]
+        gram = torch.tensor(first["gram"], dtype=torch.float64).view(len(self.groups) or 1, -1)
+        conflicts = Conflicts.of(gram, share) if self.groups else None
         return Taken(
             **by_task,
             smart_share=sum(first["smart"]) / (sum(first["total"]) or math.nan),
             perturbation=_mean(first.get("perturbation", [0.0])),
-            grad_norm=first["norm"][0],
+            grad_norm=norm,
             conflicts=self._by_pair(conflicts) if conflicts else {},
             projected_share=conflicts.projected_share if conflicts else 0.0,
             updated=all(update["updated"][0] for update in updates),
             examples=self.examples,
             seconds=self.clock.seconds(),
         )
-
-    def _conflicts(self, gram: list[float], weights: list[float]) -> Conflicts:
-        square = torch.tensor(gram, dtype=torch.float64).view(len(weights), -1)
-        return Conflicts.of(square, torch.tensor(weights, dtype=torch.float64), self.surgery.plain(square))
 
     def _by_pair(self, conflicts: Conflicts) -> dict[str, dict[str, float]]:
         pairs = list(combinations(range(len(self.groups)), 2))

@@ -88,7 +88,7 @@ class Stepper:
             clock.lap("update")
         examples = sum(len(indices) for batch in batches for _, indices in batch)
         names = ["+".join(task.name for task in group) for group in self.groups] if self._split else []
-        return Pending(updates, self.surgeries[0], names, examples, clock, partial(self._settle, updates))
+        return Pending(updates, names, examples, clock, partial(self._settle, updates))
 
     def _streams(self, batch: Parts) -> list[tuple[int | None, Parts]]:
         """The streams in which a batch goes through the model, each with its only row of gradients; None for all."""
@@ -135,17 +135,16 @@ class Stepper:
             whether anything did, 1 or 0.
         """
         rows = self.gradients.rows
-        gram = kernels.gram(rows)
-        weights = surgery.weights(gram, torch.Generator().manual_seed(seed))
         own = [param.grad for param in self.model.heads.parameters() if param.grad is not None]
-        squares = kernels.gram([own])[0, 0]
-        total = torch.stack([losses.total for losses in found]).sum()
-        norm = ((weights @ gram @ weights).clamp(min=0) + squares).sqrt()
-        updated = norm.isfinite() * total.isfinite() * allowed
-        scale = (self.clip_norm / norm).clamp(max=1) if self.clip_norm else torch.ones_like(norm)
+        gram = self._gram(rows)
+        total = torch.stack([losses.total for losses in found]).sum().double()
+        own_square = self._gram([own])[0, 0] + (total - total)  # a loss that is not finite marks the update so
+        generator = torch.Generator().manual_seed(seed)
+        weights, stats = surgery.weights(gram, generator, own_square, self.clip_norm)
+        updated = stats[2] * allowed
         self._settle()
         shared = dict(zip(self.gradients.params, zip(*rows, strict=True), strict=True))
-        counted = self.optimizer.combined_step(shared, weights * scale, scale[None], skip_unless=updated)
+        counted = self.optimizer.combined_step(shared, weights, stats[1:2], skip_unless=updated)
 
         numbers: dict[Hashable, list[Tensor]] = defaultdict(list)
         for losses in found:
@@ -156,10 +155,16 @@ class Stepper:
             numbers["total"].append(losses.total)
             if losses.perturbation is not None:
                 numbers["perturbation"].append(losses.perturbation)
-        of_update = {"gram": gram, "weights": weights, "norm": norm, "updated": updated}
+        of_update = {"gram": gram, "stats": stats, "updated": updated}
         updates.append(Readings({**{name: torch.stack(of) for name, of in numbers.items()}, **of_update}))
         self._unsettled = updates[-1], counted
         return updated
+
+    def _gram(self, rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
+        """On the device even where there is no gradient, as of a frozen encoder."""
+        if any(grad is not None for row in rows for grad in row):
+            return kernels.gram(rows)
+        return torch.zeros(len(rows), len(rows), dtype=torch.float64, device=self.device)
 
     def _settle(self, updates: Sequence[Readings] | None = None) -> None:
         """Have the optimizer forget the last update (if it is one of `updates`) when it changed nothing.

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minbert import kernels
 from minbert.errors import UserError, did_you_mean
+from minbert.transfer import moved
 
 Weighting = Callable[[Tensor], Tensor]  # gram [T, T] -> weights [T], as TorchJD's weightings are
 
@@ -51,21 +53,13 @@ def pcgrad_weights(gram: Tensor, generator: torch.Generator | None = None, reduc
         raise ValueError(f"pcgrad_weights: gram must be [T, T], got {list(gram.shape)}")
     if reduction not in ("sum", "mean"):
         raise ValueError(f"pcgrad_weights: reduction must be 'sum' or 'mean', got {reduction!r}")
-    tasks = len(gram)
-    products = gram.tolist()  # T is small: plain floats beat tensors
-    orders = [torch.randperm(tasks, generator=generator).tolist() for _ in range(tasks)]
-    finite = bool(gram.isfinite().all())
-    total = [0.0] * tasks
-    for i, order in enumerate(orders):
-        coefficients = [0.0] * tasks  # of task i's gradient, in terms of the original ones
-        coefficients[i] = 1.0
-        for j in order if finite else ():
-            product = sum(c * p for c, p in zip(coefficients, products[j], strict=True))
-            if j != i and product < 0 < products[j][j]:
-                coefficients[j] -= product / products[j][j]
-        total = [a + b for a, b in zip(total, coefficients, strict=True)]
-    weights = torch.tensor(total, dtype=torch.float64, device=gram.device)
-    return weights / tasks if reduction == "mean" else weights
+    orders = _orders(len(gram), generator, gram.device)
+    return kernels.surgery_weights(gram.double(), orders=orders, reduction=reduction)[0]
+
+
+def _orders(tasks: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """A random order of the tasks for each of them, int64 [T, T]."""
+    return moved([torch.stack([torch.randperm(tasks, generator=generator) for _ in range(tasks)])], device)[0]
 
 
 @dataclass(frozen=True)
@@ -73,17 +67,30 @@ class Surgery:
     """How the tasks' gradients become one update."""
 
     name: str
-    weights: Callable[[Tensor, torch.Generator], Tensor]  # gram float64 [T, T] -> weights float64 [T]
-    plain: Callable[[Tensor], Tensor]  # its weights where nothing conflicts
+    projects: bool = False  # whether the weights are PCGrad's
+    weighting: Callable[[Tensor, torch.Generator], Tensor] | None = None  # gram float64 [T, T] -> weights [T]
+    reduction: str = "sum"  # of the (projected) gradients, where there is no weighting: "sum" or "mean"
     per_task: bool = True  # whether it needs the tasks' gradients apart; if not, T is 1 whatever the tasks
 
+    def weights(
+        self, gram: Tensor, generator: torch.Generator, own_square: Tensor, max_norm: float
+    ) -> tuple[Tensor, Tensor]:
+        """Clipped weights [T], and what else `kernels.surgery_weights` says of them. Waits for no device.
 
-_SUM = Surgery("sum", lambda gram, generator: sum_weights(gram), sum_weights, per_task=False)
-_MEAN = Surgery("mean", lambda gram, generator: mean_weights(gram), mean_weights)
-_PCGRAD = {
-    "sum": Surgery("pcgrad", functools.partial(pcgrad_weights, reduction="sum"), sum_weights),
-    "mean": Surgery("pcgrad", functools.partial(pcgrad_weights, reduction="mean"), mean_weights),
-}
+        Args:
+            gram: float64 [T, T].
+            generator: what a random order follows.
+            own_square, max_norm: as for `kernels.surgery_weights`.
+        """
+        orders = _orders(len(gram), generator, gram.device) if self.projects else None
+        weights = self.weighting(gram, generator) if self.weighting is not None else None
+        return kernels.surgery_weights(
+            gram, orders=orders, weights=weights, reduction=self.reduction, own_square=own_square, max_norm=max_norm
+        )
+
+
+_SUM, _MEAN = Surgery("sum", per_task=False), Surgery("mean", reduction="mean")
+_PCGRAD = {reduction: Surgery("pcgrad", projects=True, reduction=reduction) for reduction in ("sum", "mean")}
 NAMES = ("sum", "mean", "pcgrad", "gse")
 
 
@@ -117,7 +124,7 @@ def find_surgery(name: str, reduction: str = "sum") -> list[Surgery]:
         raise UserError(f"--surgery {name}: cannot be loaded ({error})") from None
     if not callable(weighting):
         raise UserError(f"--surgery {name}: expected a callable from Gram matrix to weights, got {weighting!r}")
-    return [Surgery(name, functools.partial(_call, name, weighting), sum_weights)]
+    return [Surgery(name, weighting=functools.partial(_call, name, weighting))]
 
 
 def _call(name: str, weighting: Weighting, gram: Tensor, generator: torch.Generator) -> Tensor:
@@ -148,15 +155,13 @@ class Conflicts:
     projected_share: float  # |weighted sum - the surgery's own plain sum or mean| / |that plain sum or mean|
 
     @classmethod
-    def of(cls, gram: Tensor, weights: Tensor, plain: Tensor) -> Conflicts:
-        """Measure them from a Gram matrix [T, T], the surgery's weights [T], and those without conflicts [T]."""
-        gram, weights, plain = (tensor.double().cpu() for tensor in (gram, weights, plain))
+    def of(cls, gram: Tensor, projected_share: float) -> Conflicts:
+        """From a Gram matrix [T, T], and what `kernels.surgery_weights` says that surgery projected."""
+        gram = gram.double().cpu()
         squares = gram.diagonal()
         norms = squares.sqrt()
-        removed = weights - plain
-        share = ((removed @ gram @ removed).clamp(min=0) / (plain @ gram @ plain)).sqrt()
         return cls(
             gram / torch.outer(norms, norms),
             2 * torch.outer(norms, norms) / (squares[:, None] + squares[None, :]),
-            share.item(),
+            projected_share,
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minbert.kernels import checks, combine, gram
+from minbert.kernels import checks, combine, gram, surgery_weights
 from minbert.surgery import Conflicts, Weighting, mean_weights, pcgrad_weights, sum_weights
 
 Gradients = list[list[Tensor | None]]  # one row per task, one column per parameter; None where a loss does not reach
@@ -67,7 +67,7 @@ class PCGrad:
             raise ValueError("PCGrad: generator is for PCGrad's own weighting; leave it out when giving a weighting")
         self.optimizer = optimizer
         self.conflicts: Conflicts | None = None
-        self._plain = _PLAIN[reduction]
+        self._plain, self._reduction = _PLAIN[reduction], reduction
         if weighting is None:
             weighting = partial(pcgrad_weights, generator=generator, reduction=reduction)
         self._weighting = weighting
@@ -99,9 +99,9 @@ class PCGrad:
 
         rows = [list(compress(row, shared)) for row in grads]
         products = gram(rows)
-        plain = self._plain(products)
-        weights = self._weights(products) if products.isfinite().all() else plain
-        self.conflicts = Conflicts.of(products, weights, plain)
+        weights = self._weights(products) if products.isfinite().all() else self._plain(products)
+        _, stats = surgery_weights(products, weights=weights, reduction=self._reduction)
+        self.conflicts = Conflicts.of(products, stats[3].item())
 
         projected = combine(rows, weights)
         summed = combine([list(compress(row, others)) for row in grads], sum_weights(products))

@@ -310,7 +310,7 @@ def test_losses_may_share_a_graph_and_it_goes_with_the_last() -> None:
 def test_the_native_ops_run(native_ops: list[str]) -> None:
     network = Network()
     network.optimizer().pc_backward(network.losses())
-    assert native_ops == ["gram", "combine_", "combine_"]
+    assert native_ops == ["gram", "surgery_weights", "surgery_weights", "combine_", "combine_"]  # weights, conflicts
 
 
 def test_the_rest_is_the_inner_optimizers() -> None:

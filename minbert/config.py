@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import yaml
 
-from minbert.errors import UserError, did_you_mean, require
+from minbert.choices import check_known, check_tasks, chosen, of_task
+from minbert.errors import UserError, require
+from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
 from minbert.smart import BregmanConfig, SmartConfig
 from minbert.surgery import find_surgery
 from minbert.tasks import TASKS, Task, find_tasks
@@ -95,8 +97,14 @@ class TrainConfig:
         reviews: file of reviews with 1 to 5 stars, which adds the task yelp to the others: JSON objects on lines, or
             CSV with a header, with stars and text. Never evaluated.
         reviews_per_star: reviews drawn for each number of stars.
-        pooling: how a sequence becomes one vector.
-        max_length: tokens kept of each example; the model's position limit when left out.
+        heads: by task, how pooled vectors become outputs, such as {qqp: concatenated, sts: cosine}; it decides whether
+            a pair is read as one sequence or each sentence by itself; linear for tasks left out.
+        losses: by task, what is minimised, such as {sts: cosine_embedding}; the task's own for tasks left out.
+        l2: weight of the L2 norm of a task's parameters in its loss, or one for each task, such as {qqp: 0.1}.
+        shared_layer: a layer between pooling and every head: linear (with ReLU), or transform (linear, BatchNorm, GELU,
+            dropout); none when left out.
+        pooling: how a sequence becomes one vector: cls, mean, max or pooler; or by task, cls for those left out.
+        max_length: tokens kept of each sequence; the model's position limit when left out.
         dropout: dropout of the encoder; when left out, a pretrained model's own, and none from scratch.
         head_dropout: dropout before each task head.
         schedule: what the learning rate does after warm-up.
@@ -147,7 +155,11 @@ class TrainConfig:
     augmented: dict[str, str] | None = None
     reviews: str | None = None
     reviews_per_star: int = 500
-    pooling: Literal["cls", "mean", "max", "pooler"] = "cls"
+    heads: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, str] = field(default_factory=dict)
+    l2: float | dict[str, float] = 0.0
+    shared_layer: Literal["linear", "transform"] | None = None
+    pooling: str | dict[str, str] = "cls"
     max_length: int | None = None
     dropout: float | None = None
     head_dropout: float = 0.1
@@ -186,6 +198,7 @@ class TrainConfig:
             require(self.epoch_length >= 1, "epoch_length", "smallest, largest, each or at least 1", self.epoch_length)
         self._check_sampling()
         self._check_tasks_named()
+        self._check_heads()
         surgeries = find_surgery(self.surgery, self.surgery_reduction)
         if self.sampling != "joint" and any(surgery.per_task for surgery in surgeries):
             raise UserError(
@@ -225,11 +238,7 @@ class TrainConfig:
         named: dict[str, Iterable[str]] = {**weights, "batch_size": sizes, "augmented": self.augmented or {}}
         for option, tasks in {**named, "swap_pairs": self.swap_pairs or []}.items():
             for task in tasks:
-                if task not in TASKS:
-                    raise UserError(
-                        f"--{option.replace('_', '-')}: unknown task {task!r}{did_you_mean(task, list(TASKS))};"
-                        f" known: {', '.join(TASKS)}"
-                    )
+                check_known(f"--{option.replace('_', '-')}", "task", task, TASKS)
         if self.tasks is not None and "yelp" in self.tasks and self.reviews is None:
             raise UserError("the task yelp is trained on reviews; give them with --reviews FILE")
         if self.tasks == ["yelp"]:
@@ -254,6 +263,27 @@ class TrainConfig:
         if size is None:
             raise UserError(f"--batch-size has none for {task}; give it one, or one number for all tasks")
         return 2 * size if task in (self.swap_pairs or []) else size
+
+    def chosen_tasks(self, names: Sequence[str]) -> list[Task]:
+        """The named tasks, each with the head and the loss of this run.
+
+        Raises:
+            UserError: an unknown name, the same name twice, or no name.
+        """
+        return [chosen(task, self.heads, self.losses) for task in find_tasks(names)]
+
+    def _check_heads(self) -> None:
+        for option in ("heads", "losses", "pooling", "l2"):
+            check_tasks(f"--{option}", getattr(self, option))
+        tasks = self.chosen_tasks(self.tasks or list(TASKS))
+        for task in tasks:
+            check_known("--pooling", "pooling", of_task(self.pooling, task.name, "cls"), POOLINGS)
+            weight = of_task(self.l2, task.name, 0.0)
+            require(0 <= weight < float("inf"), "l2", "0 or more", weight)
+            shared = self.shared_layer is not None and SHARED_LAYERS[self.shared_layer].normalises
+            if (shared or HEADS[task.head].normalises) and of_task(self.batch_size, task.name, 2) < 2:
+                layer = f"--shared-layer {self.shared_layer}" if shared else f"--heads.{task.name} {task.head}"
+                raise UserError(f"--batch-size {self.batch_size}: {layer} normalises over a batch; give at least 2")
 
     def replace(self, **changes: Any) -> TrainConfig:
         return dataclasses.replace(self, **changes)

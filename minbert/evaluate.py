@@ -20,9 +20,9 @@ from minbert.device import describe, resolve_device, resolve_precision
 from minbert.errors import UserError
 from minbert.files import readable, verify
 from minbert.metrics import METRICS, overall, predictions
-from minbert.model import Encoder, MultitaskModel, load_heads
+from minbert.model import Encoder, MultitaskModel, load_heads, reading
 from minbert.runs import Run
-from minbert.tasks import Task, find_tasks
+from minbert.tasks import Task
 from minbert.tokenizer import Tokenizer
 
 TOKENS_PER_BATCH = 8192
@@ -73,7 +73,7 @@ def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[M
     encoder = Encoder.from_pretrained(path)
     encoder.compute_dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
     model = MultitaskModel(
-        encoder, find_tasks(config.tasks or []), pooling=config.pooling, head_dropout=config.head_dropout
+        encoder, config.chosen_tasks(config.tasks or []), pooling=config.pooling, shared_layer=config.shared_layer
     )
     load_heads(model, path / "heads.safetensors")
     return model.to(device).eval(), Tokenizer.from_pretrained(path)
@@ -116,7 +116,9 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"{source.name} has no {options.split} split of {names}; --split and --data choose another")
     console.print(f"{run.path}/{options.checkpoint} on {describe(device, config.precision)}")
     limit = config.max_length or model.encoder.config.max_position_embeddings
-    encoded = {task.name: encode(source.load(task, options.split), tokenizer, limit) for task in present}
+    encoded = {
+        task.name: encode(source.load(task, options.split), tokenizer, limit, reading=reading(task)) for task in present
+    }
     scores, outputs = evaluate(model, present, encoded, device)
     if scores:
         console.print(score_table(f"{source.name}", [(options.split, scores, overall(scores))]))
@@ -134,7 +136,7 @@ def run_tasks(config: TrainConfig, names: Sequence[str] | None) -> list[Task]:
         UserError: a task that the run was not trained on.
     """
     trained = config.tasks or []
-    tasks = find_tasks(names if names is not None else trained)
+    tasks = config.chosen_tasks(names if names is not None else trained)
     for task in tasks:
         if task.name not in trained:
             raise UserError(f"the run was not trained on {task.name}; it knows {', '.join(trained)}")

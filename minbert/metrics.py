@@ -10,19 +10,27 @@ from minbert.tasks import TASKS, Task
 
 
 def predictions(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """What a task predicts, [n], from its head's outputs ([n, C] logits, [n] logits or [n] scores)."""
+    """What a task predicts, [n], from its head's outputs in evaluation mode ([n, C] logits, or [n]).
+
+    A score is what the loss has the output mean: itself, or a share of the scale, which is its sigmoid or a cosine. Of
+    two classes the second is predicted for a positive logit, and for a cosine above 1/2, halfway between the two that
+    its loss asks for. Multiple negatives ranking only orders pairs; 003 gives it no threshold, so it has a logit's.
+    """
     if task.loss == "cross_entropy":
         return outputs.argmax(axis=-1)
+    if not task.is_scored:
+        return (outputs > (0.5 if task.loss == "cosine_embedding" else 0.0)).astype(np.int64)
+    scores = outputs.astype(np.float64)
     if task.loss == "binary_cross_entropy":
-        return (outputs > 0).astype(np.int64)
-    return outputs.astype(np.float64)
+        return task.top / (1 + np.exp(-scores))
+    return task.top * scores if task.loss == "cosine_embedding" else scores
 
 
 def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray | None:
-    """The probability of each class, [n, C], from its head's outputs; None for a task whose outputs are no logits."""
+    """The probability of each class, [n, C], from its head's outputs; None where they are no logits of classes."""
     if task.loss == "cross_entropy":
         logits = outputs.astype(np.float64)
-    elif task.loss == "binary_cross_entropy":
+    elif task.loss == "binary_cross_entropy" and not task.is_scored:
         logits = np.stack([np.zeros_like(outputs, np.float64), outputs], axis=-1)
     else:
         return None

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from minbert.gradients import detached, substituted
 from minbert.losses import LOSSES
-from minbert.model import MultitaskModel
+from minbert.model import MultitaskModel, statistics_kept
 from minbert.packing import Packed
 from minbert.seeds import derive_seed
 from minbert.smart import BregmanConfig, SmartConfig, at, divergences, perturb
-from minbert.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Batch:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Each task's number of sequences."""
+        """Each task's number of examples."""
         return {name: len(labels) for name, labels in self.labels.items()}
 
     @property
@@ -52,7 +51,7 @@ class Losses:
     task: dict[str, Tensor]
     smart: dict[str, Tensor]  # R_s, not weighted
     bregman: dict[str, Tensor]  # D, not weighted
-    total: Tensor  # of all tasks, weighted
+    total: Tensor  # of all tasks, weighted, with L2 norms
     smart_term: Tensor  # SMART's part of it
     perturbation: Tensor | None = None  # mean over the tokens of the perturbation's infinity norm
 
@@ -72,6 +71,7 @@ class Objective:
         teacher: the average of each parameter's earlier values; needed when `bregman` is on.
         copies: of some parameters, in a half precision, for passes that differentiate nothing with respect to them.
         weights: what each task's loss is multiplied by (its regularisers are not); 1 where left out.
+        l2: by task, the weight of its parameters' L2 norm in its loss; none for those left out.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Objective:
         teacher: Mapping[Tensor, Tensor] | None = None,
         copies: Mapping[Tensor, Tensor] | None = None,
         weights: Mapping[str, float] | None = None,
+        l2: Mapping[str, float] | None = None,
     ) -> None:
-        self.weights = weights or {}
         self.model, self.smart, self.bregman, self.teacher = model, smart, bregman, teacher
-        self.copies = copies or {}
+        self.copies, self.weights, self.l2 = copies or {}, weights or {}, l2 or {}
 
     def batch(self, packed: Packed, labels: Mapping[str, Tensor], *, seed: int, done: float = 1.0) -> Batch:
         """A batch of the CPU's tensors.
@@ -107,6 +107,9 @@ class Objective:
     ) -> Losses:
         """Losses of one batch; the clean pass serves the task losses and the regularisers alike.
 
+        It is also the only one whose batches enter running statistics: perturbed inputs are none that evaluation meets,
+        and a teacher's activations are not the model's.
+
         Args:
             tracked: gives a context in which a forward's parameters are those to differentiate with respect to.
             on_phase: called at the end of each phase, "forward" and "smart", with its name.
@@ -116,37 +119,58 @@ class Objective:
         with tracked():
             embedded = model.embed(batch.packed, dropout_seed)
             outputs = model.from_embedded(embedded, batch.packed, counts, seed=dropout_seed)
-        task = {name: LOSSES[TASKS[name].loss](output, batch.labels[name]) for name, output in outputs.items()}
-        terms = [self.weights.get(name, 1.0) * loss for name, loss in task.items()]
+            norms = self._norms(batch)
+        tasks = {name: model.tasks[name] for name in outputs}
+        task = {name: LOSSES[of.loss](outputs[name], batch.labels[name], of.top) for name, of in tasks.items()}
+        terms = [*(self.weights.get(name, 1.0) * loss for name, loss in task.items()), *norms]
         smart, smart_terms, bregman, size = {}, [batch.smart_weights.new_zeros(())], {}, None
         on_phase("forward")
         if self.smart.on:
             adversary = dropout_seed if self.smart.masks == "shared" else other_seed
-            perturbed = perturb(
-                model,
-                embedded,
-                batch.packed,
-                outputs,
-                self.smart,
-                dropout_seed=adversary,
-                noise_seed=noise_seed,
-                read=lambda param: detached(self.copies.get(param, param)),
-            )
+            with statistics_kept(model):
+                perturbed = perturb(
+                    model,
+                    embedded,
+                    batch.packed,
+                    outputs,
+                    self.smart,
+                    dropout_seed=adversary,
+                    noise_seed=noise_seed,
+                    read=lambda param: detached(self.copies.get(param, param)),
+                )
+                with tracked():
+                    moved = model.from_embedded(at(embedded, perturbed), batch.packed, counts, seed=adversary)
             size = (perturbed - embedded.detach()).abs().amax(1).float().mean()
-            with tracked():
-                moved = model.from_embedded(at(embedded, perturbed), batch.packed, counts, seed=adversary)
-            smart = divergences(moved, outputs)
+            smart = divergences(tasks, moved, outputs)
             smart_terms = [weight * smart[name] for name, weight in zip(counts, batch.smart_weights, strict=True)]
             on_phase("smart")
         if self.bregman.mu:
-            bregman = divergences(outputs, self._by_teacher(batch, dropout_seed))
+            bregman = divergences(tasks, outputs, self._by_teacher(batch, dropout_seed))
             terms += [self.bregman.mu * value for value in bregman.values()]
             on_phase("bregman")
         added = torch.stack(smart_terms).sum()
         return Losses(task, smart, bregman, torch.stack(terms).sum() + added, added.detach(), size)
 
+    def _norms(self, batch: Batch) -> list[Tensor]:
+        """lambda |theta|_2 of the tasks that have one (003, section 3: the norm itself, not its square).
+
+        Theta are the parameters that a task trains, biases among them: the encoder's, a shared layer's, its head's.
+        """
+        views = self.model.views(batch.packed, batch.counts) if any(self.l2.values()) else {}
+        norms = []
+        for name, view in views.items():
+            if weight := self.l2.get(name, 0.0):
+                params = self.model.parameters_of(name, view)
+                sizes = [torch.linalg.vector_norm(param, dtype=_at_least_float32(param)) for param in params]
+                norms.append(weight * torch.linalg.vector_norm(torch.stack(sizes)))
+        return norms
+
     @torch.no_grad()
     def _by_teacher(self, batch: Batch, seed: Tensor) -> dict[str, Tensor]:
         teacher = self.teacher or {}
-        with substituted(self.model, lambda param: teacher.get(param, param)):
+        with substituted(self.model, lambda param: teacher.get(param, param)), statistics_kept(self.model):
             return self.model(batch.packed, batch.counts, seed=seed)
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

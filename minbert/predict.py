@@ -15,6 +15,7 @@ from minbert.errors import UserError
 from minbert.evaluate import head_outputs, load_model, run_tasks
 from minbert.files import no_room_is_a_user_error, write_atomically
 from minbert.metrics import predictions
+from minbert.model import reading
 from minbert.runs import Run, format_predictions
 from minbert.tasks import Task
 
@@ -53,9 +54,12 @@ def main(arguments: Sequence[str]) -> int:
     kernels.set_backend(config.backend)
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)
     limit = config.max_length or model.encoder.config.max_position_embeddings
-    encoded = encode(examples, tokenizer, limit)
+    encoded = encode(examples, tokenizer, limit, reading=reading(task))
     if encoded.truncated:
-        print(f"{encoded.truncated} examples were cut to {limit} tokens", file=sys.stderr)
+        print(
+            f"{encoded.truncated} {'examples' if encoded.width == 1 else 'sequences'} were cut to {limit} tokens",
+            file=sys.stderr,
+        )
     predicted = predictions(task, head_outputs(model, task, encoded, device))
     text = "".join(format_predictions(task, encoded.ids, predicted))
     if options.output is None:

@@ -16,7 +16,7 @@ from minbert.gradients import detached, substituted
 from minbert.losses import DIVERGENCES
 from minbert.model import MultitaskModel
 from minbert.packing import Packed
-from minbert.tasks import TASKS
+from minbert.tasks import TASKS, Task
 
 NOISE_SITE = 0  # of the seed that the first perturbation follows
 
@@ -145,7 +145,7 @@ def perturb(
         perturbed.requires_grad_()
         with torch.enable_grad(), substituted(model, read):
             moved = model.from_embedded(perturbed, packed, counts, seed=dropout_seed)
-            apart = torch.stack(list(divergences(moved, clean).values())).sum()
+            apart = torch.stack(list(divergences(model.tasks, moved, clean).values())).sum()
             (slope,) = torch.autograd.grad(apart, perturbed)
         perturbed = kernels.smart_ascend(
             perturbed.detach(),
@@ -162,9 +162,11 @@ def perturb(
     return perturbed
 
 
-def divergences(outputs: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """l_s of the paper, by task: how far apart two outputs are, averaged over the task's sequences."""
-    return {name: DIVERGENCES[TASKS[name].loss](output, others[name]) for name, output in outputs.items()}
+def divergences(
+    tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """l_s of the paper, by task: how far apart two outputs are, averaged over the task's examples."""
+    return {name: DIVERGENCES[tasks[name].loss](output, others[name]) for name, output in outputs.items()}
 
 
 def at(embedded: Tensor, perturbed: Tensor) -> Tensor:

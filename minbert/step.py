@@ -106,8 +106,8 @@ class Stepper:
         packed = pack_batches([(self.data[task.name], indices) for task, indices in parts], self.bucket_to)
         if row is None and self._split:
             names = [{task.name for task in group} for group in self.groups]
-            sizes = [[len(i) + packed.padding for task, i in parts if task.name in group] for group in names]
-            packed = packed.by_task([sum(of_group) for of_group in sizes])
+            sizes = {task.name: len(i) * self.data[task.name].width + packed.padding for task, i in parts}
+            packed = packed.by_task([sum(sizes.get(name, 0) for name in group) for group in names])
         labels = {task.name: torch.from_numpy(self.data[task.name].labels[i]) for task, i in parts}  # type: ignore[index]
         batch = self.objective.batch(packed, labels, seed=seed, done=done)
         clock.lap("batch")

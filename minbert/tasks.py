@@ -8,6 +8,10 @@ from typing import Literal
 
 from minbert.errors import UserError, did_you_mean
 
+# How a pair is read, and how many sequences that makes: as one, [CLS] a [SEP] b [SEP]; each sentence by itself,
+# [CLS] a [SEP] and [CLS] b [SEP]; or all three of these.
+READINGS = {"joint": 1, "apart": 2, "both": 3}
+
 
 @dataclass(frozen=True)
 class Glue:
@@ -21,26 +25,31 @@ class Glue:
 
 @dataclass(frozen=True)
 class Task:
-    """What minbert knows of a task. Labels lie in [0, `top`]; whole numbers unless the loss is a regression."""
+    """What minbert knows of a task. Labels lie in [0, `top`]; whole numbers unless they are scores."""
 
     name: str
     title: str
     columns: tuple[str, ...]  # the text columns: one for single sentences, two for pairs
     label: str  # the label column
     top: int  # the largest label
-    loss: Literal["cross_entropy", "binary_cross_entropy", "mean_squared_error"]
+    loss: str  # of `minbert.losses.LOSSES`
     metric: Literal["accuracy", "pearson"]
     predictions: str  # name of its prediction files, and their label column in the course's format
     predicted: str
     files: Mapping[str, str] = field(default_factory=dict)  # CS224N file of each split
     glue: Glue | None = None
-    head: str = "linear"
+    head: str = "linear"  # of `minbert.model.HEADS`
     headline: bool = True  # whether the overall score counts it
     evaluated: bool = True  # whether it has a dev split; an auxiliary task is only trained on
 
     @property
     def is_pair(self) -> bool:
         return len(self.columns) == 2
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether labels are scores on a scale; else they are classes."""
+        return self.metric == "pearson"
 
     @property
     def outputs(self) -> int:

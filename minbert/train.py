@@ -23,6 +23,7 @@ from minbert.device import describe, peak_memory_bytes
 from minbert.errors import UserError
 from minbert.evaluate import evaluate, load_model
 from minbert.metrics import overall
+from minbert.model import reading
 from minbert.pending import Pending, Taken
 from minbert.report import plot_run, write_report
 from minbert.runs import Run
@@ -244,7 +245,10 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int,
         encoded = bench.dev
         if split == "test":
             encoded = {
-                task.name: encode(bench.source.load(task, split), bench.tokenizer, bench.max_length) for task in present
+                task.name: encode(
+                    bench.source.load(task, split), bench.tokenizer, bench.max_length, reading=reading(task)
+                )
+                for task in present
             }
         _, outputs = evaluate(model, present, encoded, bench.device)
         for task in present:

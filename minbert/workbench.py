@@ -12,13 +12,14 @@ from rich.console import Console
 import minbert
 from minbert import checkpoint, kernels
 from minbert.checkpoint import Progress
+from minbert.choices import of_task
 from minbert.config import TrainConfig, task_groups
 from minbert.console import data_table
 from minbert.data import Encoded, Examples, Source, WithReviews, encode, joined, open_source, read_augmented, swapped
 from minbert.device import describe, keep_freed_memory, resolve_device, resolve_precision
 from minbert.errors import UserError
 from minbert.gradients import TaskGradients
-from minbert.model import Encoder, EncoderConfig, MultitaskModel, load_heads
+from minbert.model import Encoder, EncoderConfig, MultitaskModel, load_heads, reading
 from minbert.objective import Objective
 from minbert.optimizer import AdamW
 from minbert.runs import Run
@@ -26,7 +27,7 @@ from minbert.seeds import derive_seed
 from minbert.smart import embedding_scale, rounds_away
 from minbert.step import Stepper
 from minbert.surgery import find_surgery
-from minbert.tasks import Task, find_tasks
+from minbert.tasks import TASKS, Task
 from minbert.tokenizer import Tokenizer
 
 DEFAULT_TASKS = ("sst", "qqp", "sts")
@@ -69,13 +70,12 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     dev = {task.name: source.load(task, "dev") for task in tasks if task.evaluated}
     splits = {"train": {task.name: training_examples(task, source, config, dev) for task in tasks}, "dev": dev}
 
+    pooler = any(of_task(config.pooling, task.name, "cls") == "pooler" for task in tasks)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     start = run.last if config.resume and run.last.exists() else config.model
     if start is not None:
         tokenizer = Tokenizer.from_pretrained(start)
-        encoder = Encoder.from_pretrained(
-            start, pooler=True if config.pooling == "pooler" else None, dropout=config.dropout
-        )
+        encoder = Encoder.from_pretrained(start, pooler=True if pooler else None, dropout=config.dropout)
         if tokenizer.vocab_size > encoder.config.vocab_size:
             raise UserError(
                 f"{start}: its tokenizer has {tokenizer.vocab_size} tokens but its encoder only "
@@ -88,7 +88,7 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
         spread = config.scratch.hidden_size**-0.5
         shape = {**asdict(config.scratch), "vocab_size": tokenizer.vocab_size, "initializer_range": spread}
         encoder_config = EncoderConfig(**shape).with_dropout(config.dropout or 0.0)
-        encoder = Encoder(encoder_config, pooler=config.pooling == "pooler")
+        encoder = Encoder(encoder_config, pooler=pooler)
     limit = encoder.config.max_position_embeddings
     max_length = config.max_length or limit
     if max_length > limit:
@@ -96,9 +96,21 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     encoder.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     torch.manual_seed(derive_seed(config.seed, "heads"))
-    model = MultitaskModel(encoder, tasks, pooling=config.pooling, head_dropout=config.head_dropout).to(device)
+    model = MultitaskModel(
+        encoder,
+        tasks,
+        pooling=config.pooling,
+        head_dropout=config.head_dropout,
+        shared_layer=config.shared_layer,
+    ).to(device)
     if config.mode == "pretrain":
         model.freeze_encoder()
+        for task in tasks:
+            if not model.parameters_of(task.name):
+                raise UserError(
+                    f"--mode pretrain leaves nothing to train for {task.name}: its head {task.head} has no parameters;"
+                    f" give another --heads.{task.name}, or --mode finetune"
+                )
     precision = fit_for_smart(model, config, precision, console)
     lr = config.lr or default_learning_rate(config, encoder.config.hidden_size)
     config = config.replace(
@@ -109,7 +121,10 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
         out=str(run.path),
     )
     encoded = {
-        split: {name: encode(examples, tokenizer, max_length) for name, examples in by_task.items()}
+        split: {
+            name: encode(examples, tokenizer, max_length, reading=reading(model.tasks[name]))
+            for name, examples in by_task.items()
+        }
         for split, by_task in splits.items()
     }
     console.print(f"data: {source.name}; model: {config.model or 'a small encoder from scratch'}")
@@ -134,15 +149,16 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     # Gradients of copies are in half precision: fit for what one backward gives, not to sum up several.
     copies = model.encoder.copies() if one_stream or (config.accumulate == 1 and rows > 1) else {}
     beta = config.bregman.beta if config.bregman.mu else None
+    l2 = {task.name: of_task(config.l2, task.name, 0.0) for task in tasks}
     params = model.parameter_groups(config.weight_decay)
     for group in params:
         group["lr"] = config.head_lr if config.head_lr and group["name"].startswith("heads.") else lr
     optimizer = AdamW(params, lr=lr, average_beta=beta, copies=copies)
     stepper = Stepper(
         model,
-        Objective(model, config.smart, config.bregman, optimizer.averages, copies, config.loss_weights),
+        Objective(model, config.smart, config.bregman, optimizer.averages, copies, config.loss_weights, l2),
         optimizer,
-        TaskGradients(model.encoder, rows, copies),
+        TaskGradients(model.trunk, rows, copies),
         groups,
         surgeries,
         encoded["train"],
@@ -179,7 +195,7 @@ def open_tasks(config: TrainConfig) -> tuple[Source, list[Task]]:
     if config.reviews is not None:
         source = WithReviews(source, config.reviews, config.reviews_per_star, config.seed)
         names = names if WithReviews.task in names else [*names, WithReviews.task]
-    tasks = find_tasks(names)
+    tasks = config.chosen_tasks(names)
     for option in ("loss_weights", "sampling_weights", "swap_pairs", "augmented"):
         for name in getattr(config, option) or ():
             if name not in names:
@@ -218,7 +234,15 @@ def fit_for_smart(model: MultitaskModel, config: TrainConfig, precision: str, co
 
 def method_line(config: TrainConfig, model: MultitaskModel) -> str:
     """What is added to the task losses, and how the tasks' gradients become one update."""
-    parts = [f"surgery {config.surgery}" if config.mode == "finetune" else "no surgery: the encoder is frozen"]
+    frozen = config.mode == "pretrain" and model.shared is None
+    parts = ["no surgery: the encoder is frozen" if frozen else f"surgery {config.surgery}"]
+    parts += [
+        f"{task.name} with head {task.head} and {task.loss.replace('_', ' ')}"
+        for task in model.tasks.values()
+        if task != TASKS[task.name]
+    ]
+    parts += [f"a shared layer ({config.shared_layer})"] if config.shared_layer else []
+    parts += [f"L2 norms with lambda {config.l2}"] if config.l2 else []
     smart, scale = config.smart, embedding_scale(model)
     if smart.on:
         epsilon = smart.epsilon * scale if smart.relative else smart.epsilon

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from minbert import evaluate, predict, train
+from minbert.model import HEADS
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,19 @@ def test_predict_reads_sentences_and_pairs_from_standard_input(run, course_data,
         assert [identifier for identifier, _ in predicted] == [str(i) for i in range(len(rows))]
         expected = [float(value) for _, value in pairs(run / "predictions" / f"{stem}-dev-output.csv")]
         assert [float(value) for _, value in predicted] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if HEADS[head].reading != "joint"])
+def test_every_pair_head_predicts_as_it_was_evaluated(quick, course_data, tmp_path, head, capsys):
+    options = ["--steps=2", f"--heads.sts={head}", f"--heads.qqp={head}", "--shared-layer=linear"]
+    assert train.main([*quick, *options]) == 0
+    run, output = tmp_path / "run", tmp_path / "sts.csv"
+    before = pairs(run / "predictions" / "sts-dev-output.csv")
+    assert evaluate.main([str(run)]) == 0
+    assert pairs(run / "predictions" / "sts-dev-output.csv") == before
+    source = course_data / "sts-dev.csv"
+    assert predict.main([str(run), "--task=sts", f"--input={source}", f"--output={output}"]) == 0
+    assert [float(v) for _, v in pairs(output)] == pytest.approx([float(v) for _, v in before], abs=1e-4)
 
 
 def test_transformers_loads_the_encoder_of_a_run(run):

@@ -1,5 +1,8 @@
 """Task gradients from one backward equal those of a backward for each task."""
 
+import contextlib
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,7 +10,9 @@ from minbert import kernels
 from minbert.gradients import TaskGradients, detached, substituted
 from minbert.losses import LOSSES
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
+from minbert.objective import Objective
 from minbert.packing import pack
+from minbert.smart import BregmanConfig, SmartConfig
 from minbert.tasks import find_tasks
 
 TASKS = find_tasks(["sst", "qqp", "sts"])
@@ -15,7 +20,7 @@ COUNTS = {"sst": 3, "qqp": 1, "sts": 2}
 SEED = torch.tensor(7)
 
 
-def model_of(dtype, dropout=0.1, pooling="cls"):
+def model_of(dtype, dropout=0.1, pooling="cls", tasks=TASKS, shared_layer=None):
     torch.manual_seed(0)
     config = EncoderConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
@@ -23,7 +28,8 @@ def model_of(dtype, dropout=0.1, pooling="cls"):
     encoder = Encoder(config, pooler=pooling == "pooler")
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return MultitaskModel(encoder, TASKS, pooling=pooling, head_dropout=dropout).to(dtype).train()
+    model = MultitaskModel(encoder, tasks, pooling=pooling, head_dropout=dropout, shared_layer=shared_layer)
+    return model.to(dtype).train()
 
 
 def batch():
@@ -162,3 +168,56 @@ def test_bounds_follow_the_sequences():
     assert packed.token_bounds == (0, 48, 81, 96)
     with pytest.raises(ValueError, match=r"counts \[1, 2\] must add up to the stream's 6 sequences"):
         packed.by_task([1, 2])
+
+
+# What all tasks share besides the encoder, and what reads every parameter -----------------------------------------
+
+PAIRS = [dataclasses.replace(TASKS[1], head="difference"), dataclasses.replace(TASKS[2], head="layers-cosine")]
+PAIR_COUNTS = {"qqp": 3, "sts": 2}
+
+
+def pair_batch():
+    generator = torch.Generator().manual_seed(0)
+    packed = pack([torch.randint(1, 50, (n,), generator=generator).tolist() for n in (7, 1, 40, 33, 2, 13, *[5] * 6)])
+    labels = {"qqp": torch.tensor([1.0, 0, 1]), "sts": torch.tensor([1.0, 4.5])}
+    return packed.by_task([6, 6]), labels
+
+
+@pytest.mark.parametrize("l2", [{}, {"qqp": 0.3, "sts": 2.0}])
+@pytest.mark.parametrize("shared_layer", [None, "linear", "transform"])
+def test_one_backward_gives_every_task_its_gradient_of_all_that_is_shared(shared_layer, l2):
+    """Of each loss by itself, L2 norm and normalised batches included; in float64, with dropout."""
+    model = model_of(torch.float64, tasks=PAIRS, shared_layer=shared_layer)
+    packed, labels = pair_batch()
+
+    def losses(context):
+        objective = Objective(model, SmartConfig(lambda_s=0.0), BregmanConfig(), l2=l2)
+        return objective(objective.batch(packed, labels, seed=0), context)
+
+    with kernels.use_backend("reference"):
+        rows = []
+        for task in PAIRS:
+            found = losses(contextlib.nullcontext).task[task.name]
+            params = model.parameters_of(task.name)
+            norm = torch.cat([param.flatten() for param in params]).norm()
+            loss = found + l2.get(task.name, 0.0) * norm
+            rows.append(torch.autograd.grad(loss, list(model.trunk.parameters()), allow_unused=True))
+        gradients = TaskGradients(model.trunk, 2)
+        losses(gradients.attached).total.backward()
+    for row, reference in zip(gradients.rows, rows, strict=True):
+        for got, wanted in zip(row, reference, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+    assert all(param.grad is None for param in model.trunk.parameters())
+
+
+def test_a_norm_pulls_every_parameter_towards_0_by_as_much():
+    """The gradient of lambda |theta| is lambda theta / |theta|: of length lambda, whatever theta is."""
+    model = model_of(torch.float64, tasks=PAIRS, shared_layer="linear")
+    packed, labels = pair_batch()
+    objective = Objective(model, SmartConfig(lambda_s=0.0), BregmanConfig(), l2={"sts": 0.25})
+    losses = objective(objective.batch(packed, labels, seed=0), contextlib.nullcontext)
+    params = model.parameters_of("sts")
+    gradients = torch.autograd.grad(losses.total - sum(losses.task.values()), params)
+    flat, theta = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (gradients, params))
+    assert flat.norm().item() == pytest.approx(0.25)
+    torch.testing.assert_close(flat, 0.25 * theta / theta.norm())

@@ -19,6 +19,7 @@ ROOMS = [  # a module imports only from its own room and the rooms above
     ["losses", "metrics", "schedule", "optimizer", "surgery", "gradients", "transfer"],
     ["smart"],
     ["objective"],
+    ["choices"],
     ["config", "cli", "device"],
     ["pending", "replay"],
     ["checkpoint", "runs", "console", "step"],

@@ -18,6 +18,8 @@ from minbert.step import Stepper
 
 PLAIN = ["--surgery=sum", "--smart.lambda-s=0"]
 NO_DROPOUT = ["--dropout=0", "--head-dropout=0"]
+PAIRS_APART = ["--heads.qqp=difference", "--heads.sts=concatenated-layers-cosine", "--shared-layer=transform"]
+PAIRS_APART += ["--losses.qqp=multiple_negatives_ranking", "--pooling.sts=mean", "--l2.sts=0.1", "--heads.sst=layers"]
 EVERYTHING = ["--recipe=smart-gse", "--bregman.mu=0.5", "--accumulate=2", "--batch-size=4"]
 
 
@@ -77,10 +79,11 @@ def test_the_default_is_smart_with_pcgrad(weights_of):
     assert_equal(weights_of("--steps=3"), weights_of("--steps=3", "--recipe=smart-pcgrad"))
 
 
+@pytest.mark.parametrize("heads", [[], [*PAIRS_APART, "--shared-layer=linear", "--losses.qqp=binary_cross_entropy"]])
 @pytest.mark.parametrize("surgery", ["sum", "pcgrad"])
-def test_task_after_task_trains_like_one_stream(weights_of, surgery):
+def test_task_after_task_trains_like_one_stream(weights_of, surgery, heads):
     """Without SMART's noise and dropout, which follow the place in the stream."""
-    options = ["--smart.lambda-s=0", f"--surgery={surgery}", *NO_DROPOUT]
+    options = ["--smart.lambda-s=0", f"--surgery={surgery}", *NO_DROPOUT, *heads]
     start = weights_of(*options, "--steps=1", "--lr=1e-12")
     assert_near(weights_of(*options, "--low-memory"), weights_of(*options), start)
 
@@ -97,7 +100,15 @@ def test_gse_updates_twice_in_a_step(quick, tmp_path):
     assert {value.item() for name, value in state.items() if name.endswith(".step")} == {6.0}
 
 
-@pytest.mark.parametrize("options", [EVERYTHING, ["--low-memory", "--surgery-groups=qqp+sts,sst", "--smart.steps=2"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        EVERYTHING,
+        ["--low-memory", "--surgery-groups=qqp+sts,sst", "--smart.steps=2"],
+        [*EVERYTHING, *PAIRS_APART],
+        [*PAIRS_APART, "--low-memory", "--surgery-groups=qqp+sts,sst", "--heads.sts=layers-cosine"],
+    ],
+)
 def test_everything_at_once_repeats_itself_and_resumes_to_the_bit(weights_of, quick, tmp_path, options, monkeypatch):
     straight, take, calls = weights_of(*options), Stepper.take, itertools.count()
 

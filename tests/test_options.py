@@ -51,8 +51,21 @@ def test_dashes_underscores_flags_and_nested_options():
     assert config.scratch == ScratchConfig(hidden_size=32)
 
 
+def test_options_by_task():
+    words = ["--heads.sts=cosine", "--heads.qqp", "concatenated", "--losses.sts=cosine_embedding"]
+    config = parse(*words, "--pooling.sts=mean", "--l2=0.5")
+    assert config.heads == {"sts": "cosine", "qqp": "concatenated"}
+    assert [(task.head, task.loss) for task in config.chosen_tasks(["sst", "qqp", "sts"])] == [
+        ("linear", "cross_entropy"),
+        ("concatenated", "binary_cross_entropy"),
+        ("cosine", "cosine_embedding"),
+    ]
+    assert (config.pooling, config.l2) == ({"sts": "mean"}, 0.5)
+
+
 def test_yaml_round_trip(tmp_path):
-    config = TrainConfig(tasks=["sts"], lr=0.125, epoch_length=7, scratch=ScratchConfig(hidden_size=8))
+    by_task = {"heads": {"sts": "cosine"}, "pooling": {"sts": "mean"}, "l2": {"qqp": 0.5}}
+    config = TrainConfig(tasks=["sts"], lr=0.125, epoch_length=7, scratch=ScratchConfig(hidden_size=8), **by_task)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert TrainConfig.from_yaml(tmp_path / "config.yaml") == config
 
@@ -107,6 +120,19 @@ def test_help_documents_every_option(capsys):
         (["--tasks", "sst,sst"], ["different", "sst"]),
         (["--recipe", "plian"], ["'plian'", "did you mean 'plain'"]),
         (["--resume"], ["--out", "--resume"]),
+        (["--heads.stss=cosine"], ["--heads", "'stss'", "did you mean 'sts'"]),
+        (["--heads.sts=cosin"], ["--heads.sts", "'cosin'", "did you mean 'cosine'"]),
+        (["--heads.sst=cosine"], ["--heads.sst cosine", "SST-5", "single", "linear or layers"]),
+        (["--losses.sts=cross_entropy"], ["--losses.sts", "labels of STS-B", "mean_squared_error"]),
+        (["--losses.qqp=cosine_embeding"], ["--losses.qqp", "did you mean 'cosine_embedding'"]),
+        (["--losses.sts=cosine_embedding"], ["head linear", "--heads.sts cosine or projected-cosine"]),
+        (["--pooling=men"], ["--pooling", "'men'", "did you mean 'mean'"]),
+        (["--pooling.sts=firts"], ["--pooling", "'firts'", "cls"]),
+        (["--l2.qpq=1"], ["--l2", "'qpq'", "did you mean 'qqp'"]),
+        (["--l2.qqp=-1"], ["--l2", "0 or more", "-1"]),
+        (["--shared-layer=liner"], ["--shared-layer", "linear", "transform"]),
+        (["--heads.sts=layers", "--batch-size=1"], ["--batch-size 1", "--heads.sts layers", "at least 2"]),
+        (["--shared-layer=transform", "--batch-size=1"], ["--batch-size 1", "--shared-layer transform"]),
         (["--lr"], ["--lr"]),
         (["train"], ["'train'", "--help"]),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minbert.errors import UserError
-from minbert.losses import DIVERGENCES, mean_squared_error, symmetrised_binary_kl, symmetrised_kl
+from minbert.losses import mean_squared_error, symmetrised_binary_kl, symmetrised_kl
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.objective import Batch, Objective
 from minbert.packing import pack
@@ -55,7 +55,7 @@ def search(model, batch, config):
 
 def divergence(model, batch, outputs, embedded):
     moved = model.from_embedded(embedded, batch.packed, batch.counts, seed=SEED)
-    return divergences(moved, outputs)
+    return divergences(model.tasks, moved, outputs)
 
 
 @pytest.mark.parametrize("per", ["token", "sequence"])
@@ -140,7 +140,7 @@ def test_gradients_flow_through_both_passes_and_the_embeddings(model, batch, mon
     def value():
         clean = model.embed(batch.packed)
         outputs = [model.from_embedded(x, batch.packed, batch.counts) for x in (clean, clean + offset)]
-        return sum(losses(model, batch).task.values()) + sum(divergences(outputs[1], outputs[0]).values())
+        return sum(losses(model, batch).task.values()) + sum(divergences(model.tasks, outputs[1], outputs[0]).values())
 
     for param, gradient in zip(params, exact, strict=True):
         direction, step = torch.randn_like(param), 1e-6
@@ -219,8 +219,51 @@ def test_divergences_are_those_of_the_distributions():
     torch.testing.assert_close(symmetrised_binary_kl(one[:, 0], other[:, 0]), (kl(p, q) + kl(q, p)).mean())
 
 
-def test_every_loss_has_a_divergence():
-    assert {task.loss for task in TASKS} <= DIVERGENCES.keys()
+# Heads and losses of the papers -----------------------------------------------------------------------------------
+
+PAIRS = [
+    ("projected-cosine", "cosine_embedding"),
+    ("difference", "multiple_negatives_ranking"),
+    ("concatenated-layers-cosine", "mean_squared_error"),
+    ("cosine-feature", "binary_cross_entropy"),
+]
+
+
+def pair_model_and_batch(head, loss):
+    """sts with this head and loss: three examples of two sequences."""
+    torch.manual_seed(0)
+    config = EncoderConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    ).with_dropout(0.1)
+    task = dataclasses.replace(TASKS[2], head=head, loss=loss)
+    model = MultitaskModel(Encoder(config), [task]).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    generator = torch.Generator().manual_seed(0)
+    packed = pack([torch.randint(1, 50, (n,), generator=generator).tolist() for n in (7, 1, 20, 33, 2, 13)])
+    return model, Batch(packed, {"sts": torch.tensor([1.0, 4.5, 3.0])}, torch.arange(3), torch.ones(1))
+
+
+@pytest.mark.parametrize(("head", "loss"), PAIRS)
+def test_both_sentences_of_a_pair_move_and_the_outputs_diverge(head, loss):
+    model, batch = pair_model_and_batch(head, loss)
+    embedded, outputs, found = search(model, batch, ACTING)
+    assert all(part.abs().max() > 0 for part in (found - embedded).split(batch.packed.lengths.tolist()))
+    assert divergence(model, batch, outputs, found)["sts"] > 0
+    assert divergence(model, batch, outputs, embedded)["sts"] == 0
+
+
+def test_only_clean_inputs_enter_the_running_statistics():
+    def statistics(smart, bregman):
+        model, batch = pair_model_and_batch("concatenated-layers-cosine", "mean_squared_error")
+        teacher = {param: (param + 0.1).detach() for param in model.parameters()}
+        losses(model, batch, smart, bregman, teacher)
+        return list(model.buffers())
+
+    plain = statistics(OFF, NO_TEACHER)
+    assert any(buffer.abs().sum() > 0 for buffer in plain)
+    for one, other in zip(plain, statistics(dataclasses.replace(ACTING, steps=2), BregmanConfig(mu=1.0)), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_bf16_rounds_small_perturbations_away(model):

@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from safetensors.numpy import save
 from minbert.data.formats import Examples
 from minbert.kernels.cache import cache_directory
 from minbert.packing import Packed, dummies, length_bucket, pack_flat
+from minbert.tasks import READINGS
 
 FORMAT = "minbert-encoded-1"  # part of every cache file's name: a new layout leaves old files alone
 
@@ -37,14 +38,15 @@ class BatchTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """n examples of N tokens in all; example i is `token_ids[offsets[i]:offsets[i + 1]]`."""
+    """n examples of `width` sequences each, N tokens in all; sequence s is `token_ids[offsets[s]:offsets[s + 1]]`."""
 
     token_ids: np.ndarray  # int32 [N]
     token_type_ids: np.ndarray  # uint8 [N]
-    offsets: np.ndarray  # int64 [n + 1]
+    offsets: np.ndarray  # int64 [n * width + 1]
     labels: np.ndarray | None  # float32 [n]
     ids: list[str]
-    truncated: int  # examples that were cut to the longest length allowed
+    truncated: int  # sequences that were cut to the longest length allowed
+    width: int = 1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -52,7 +54,7 @@ class Encoded:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64 [n]."""
-        return np.diff(self.offsets)
+        return np.diff(self.offsets[:: self.width])
 
     def pack(self, indices: np.ndarray) -> Packed:
         """The examples at `indices` (int64, at least one), in that order, as one packed stream."""
@@ -79,10 +81,11 @@ def pack_batches(parts: Sequence[tuple[Encoded, np.ndarray]], bucket_to: int | N
 
 
 def _gather(encoded: Encoded, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids, token types and lengths of the examples at `indices`, end to end."""
-    lengths = encoded.lengths[indices]
+    """Token ids and token types of the examples at `indices`, and lengths of their sequences, end to end."""
+    sequences = (indices[:, None] * encoded.width + np.arange(encoded.width)).ravel()
+    lengths = np.diff(encoded.offsets)[sequences]
     ends = np.cumsum(lengths)
-    tokens = np.arange(ends[-1]) + np.repeat(encoded.offsets[indices] - (ends - lengths), lengths)
+    tokens = np.arange(ends[-1]) + np.repeat(encoded.offsets[sequences] - (ends - lengths), lengths)
     return encoded.token_ids[tokens], encoded.token_type_ids[tokens], lengths
 
 
@@ -95,17 +98,30 @@ def _padded(
 
 
 def encode(
-    examples: Examples, tokenizer: BatchTokenizer, max_length: int, cache_dir: str | Path | None = None
+    examples: Examples,
+    tokenizer: BatchTokenizer,
+    max_length: int,
+    cache_dir: str | Path | None = None,
+    *,
+    reading: str = "joint",
 ) -> Encoded:
     """Tokenize examples, or take the tokens from the cache if the same texts were encoded alike before.
 
     Args:
         examples: texts, or pairs of texts.
         tokenizer: what encodes them.
-        max_length: the most tokens an example may have; longer ones are cut.
+        max_length: the most tokens a sequence may have; longer ones are cut.
         cache_dir: where the tokens are kept; `$MINBERT_CACHE` or else `~/.cache/minbert` when left out. A directory
             that cannot be written means no cache, and a damaged file in it is made anew.
+        reading: of pairs, a key of `READINGS`; single texts are `joint`.
     """
+    if reading == "both":
+        joint, apart = (encode(examples, tokenizer, max_length, cache_dir, reading=how) for how in ("joint", "apart"))
+        return _side_by_side(joint, apart)
+    if reading == "apart":
+        sentences = [sentence for pair in zip(examples.texts, examples.pairs or (), strict=True) for sentence in pair]
+        singly = encode(Examples([""] * len(sentences), sentences, None, None), tokenizer, max_length, cache_dir)
+        return replace(singly, labels=examples.labels, ids=examples.ids, width=READINGS[reading])
     path = _cache_file(examples, tokenizer, max_length, cache_dir)
     arrays = _load(path)
     if arrays is None:
@@ -124,6 +140,31 @@ def encode(
         examples.labels,
         examples.ids,
         int(arrays["truncated"][0]),
+    )
+
+
+def _side_by_side(*parts: Encoded) -> Encoded:
+    """The same examples encoded in several ways, as one: an example's sequences are those it has in each."""
+    ends = np.cumsum([0, *(len(part.offsets) - 1 for part in parts)])
+    sequences = [
+        np.arange(start, end).reshape(-1, part.width) for part, start, end in zip(parts, ends, ends[1:], strict=False)
+    ]
+    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+    pool = replace(
+        parts[0],
+        token_ids=np.concatenate([part.token_ids for part in parts]),
+        token_type_ids=np.concatenate([part.token_type_ids for part in parts]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        width=1,
+    )
+    ids, types, lengths = _gather(pool, np.concatenate(sequences, 1).ravel())
+    return replace(
+        parts[0],
+        token_ids=ids,
+        token_type_ids=types,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        truncated=sum(part.truncated for part in parts),
+        width=sum(part.width for part in parts),
     )
 
 

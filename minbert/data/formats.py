@@ -254,7 +254,7 @@ def label_of(text: str, task: Task) -> float:
         raise ValueError(f"label {_short(text)!r} is not a number") from None
     if not 0 <= value <= task.top:
         raise ValueError(f"label {_short(text)} lies outside 0 to {task.top}")
-    if task.loss != "mean_squared_error" and value != int(value):
+    if not task.is_scored and value != int(value):
         raise ValueError(f"label {_short(text)} is not a whole number")
     return value
 

@@ -2,18 +2,22 @@
 
 from minbert.model.config import EncoderConfig
 from minbert.model.encoder import Encoder
-from minbert.model.heads import HEADS, LinearHead
+from minbert.model.heads import HEADS, Head, reading
+from minbert.model.layers import SHARED_LAYERS, statistics_kept
 from minbert.model.multitask import MultitaskModel, load_heads, save_heads
 from minbert.model.pooling import POOLINGS, pool
 
 __all__ = [
     "HEADS",
     "POOLINGS",
+    "SHARED_LAYERS",
     "Encoder",
     "EncoderConfig",
-    "LinearHead",
+    "Head",
     "MultitaskModel",
     "load_heads",
     "pool",
+    "reading",
     "save_heads",
+    "statistics_kept",
 ]

@@ -1,46 +1,314 @@
-"""Task heads: from a sequence's pooled vector to a task's outputs. A new head is one class in `HEADS`."""
+"""Task heads: from the pooled vectors of a task's sequences to its outputs. A new head is one class in `HEADS`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minbert import kernels
+from minbert.model.layers import INITIALIZER_RANGE, BatchNorm, dropout, new_linear
+from minbert.tasks import READINGS, Task
 
-INITIALIZER_RANGE = 0.02  # standard deviation of new weights (Devlin et al. 2019)
+LOGIT_SCALE = 20.0  # of a cosine in a sigmoid or softmax (004, experiment 2bi)
+OF_A_SCORE = ("cross_entropy", "binary_cross_entropy", "mean_squared_error")
+OF_ANY_PAIR = (*OF_A_SCORE, "multiple_negatives_ranking")
+
+Dropout = Callable[[Tensor, int], Tensor]  # of an activation [..., D], at the place of that number in a head
 
 
-class LinearHead(nn.Module):
-    """Dropout and one linear layer, in the parameters' precision (float32) whatever the encoder's."""
+class Head(nn.Module):
+    """What a task's outputs are made of.
 
-    def __init__(self, hidden_size: int, outputs: int, dropout_p: float = 0.1) -> None:
+    Attributes:
+        reading: how a pair becomes sequences, a key of `READINGS`; a single sentence is one sequence in any case.
+        losses: those that fit the outputs.
+        normalises: whether it has a `BatchNorm`, and so needs batches of at least 2.
+    """
+
+    reading: ClassVar[str] = "joint"
+    losses: ClassVar[Sequence[str]] = OF_A_SCORE
+    normalises: ClassVar[bool] = False
+
+    def __init__(self, task: Task, hidden_size: int, dropout_p: float = 0.1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, hidden_size))
-        self.bias = nn.Parameter(torch.empty(outputs))
-        self.dropout_p = dropout_p
-        self.reset_parameters()
+        self.task, self.dropout_p = task, dropout_p
+        self.width: int = READINGS[self.reading] if task.is_pair else 1
 
-    def reset_parameters(self) -> None:
+    def forward(self, pooled: Tensor, *, seed: Tensor | None, sites: Sequence[int]) -> Tensor:
+        """Outputs for n examples.
+
+        Args:
+            pooled: [n * width, D], the sequences of an example one after the other.
+            seed: int64 scalar for dropout, which acts in training mode only.
+            sites: the dropout sites, numbers of this head's own.
+
+        Returns:
+            [n, outputs], or [n] when there is one output. In training for multiple negatives ranking [n, n]: how well
+            the first sentence of each example goes with the second of each.
+        """
+        sequences = pooled.reshape(len(pooled) // self.width, self.width, pooled.shape[1]).unbind(1)
+        if self.training and self.task.loss == "multiple_negatives_ranking":
+            u, v = sequences
+            sequences = (u[:, None], v[None])
+        return self.score(*sequences, drop=partial(self._dropout, seed=seed, sites=sites))
+
+    def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
+        """Outputs [..., outputs], or [...] when there is one, from `width` vectors [..., D] that broadcast."""
+        raise NotImplementedError
+
+    def _dropout(self, x: Tensor, place: int, *, seed: Tensor | None, sites: Sequence[int]) -> Tensor:
+        return dropout(x, self.dropout_p if self.training else 0.0, seed, sites[place])
+
+
+# One linear layer on features of the sequences ---------------------------------------------------------------------
+
+
+class LinearHead(Head):
+    """W dropout(x) + b on one sequence: a sentence, or a pair read as one (001 and 003, cross-encoding; 002, row D)."""
+
+    def __init__(self, task: Task, hidden_size: int, dropout_p: float = 0.1) -> None:
+        super().__init__(task, hidden_size, dropout_p)
+        self.weight = nn.Parameter(torch.empty(task.outputs, self.features_size(hidden_size)))
+        self.bias = nn.Parameter(torch.empty(task.outputs))
         nn.init.normal_(self.weight, std=INITIALIZER_RANGE)
         nn.init.zeros_(self.bias)
 
-    def forward(self, pooled: Tensor, *, seed: Tensor | None, site: int) -> Tensor:
-        """Outputs for n sequences.
+    def features_size(self, hidden_size: int) -> int:
+        return self.width * hidden_size
 
-        Args:
-            pooled: [n, D].
-            seed: int64 scalar for dropout, which acts in training mode only.
-            site: the dropout site, a number of this head's own.
+    def features(self, *sequences: Tensor) -> Tensor:
+        """What the layer reads, [..., features]."""
+        return joined(*sequences)
 
-        Returns:
-            [n, outputs], or [n] when there is one output.
-        """
-        x = pooled.to(self.weight.dtype)
-        if self.training and self.dropout_p > 0 and len(x) > 0:
-            x = kernels.dropout(x, p=self.dropout_p, seed=seed, site=site)
-        scores = F.linear(x, self.weight, self.bias)
-        return scores.squeeze(1) if len(self.bias) == 1 else scores
+    def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
+        x = self.features(*(sequence.to(self.weight.dtype) for sequence in sequences))
+        return squeezed(F.linear(drop(x, 0), self.weight, self.bias))
 
 
-HEADS: dict[str, type[LinearHead]] = {"linear": LinearHead}
+class ConcatenatedHead(LinearHead):
+    """W dropout([u; v]) + b (000, section 3.1; 002, section 4.1; 004, section 5.3)."""
+
+    reading = "apart"
+    losses = OF_ANY_PAIR
+
+
+class DifferenceHead(LinearHead):
+    """W dropout([Pu; Pv; |Pu - Pv|]) + b, "Siamese with concatenated difference" (003, section 3).
+
+    The paper gives neither P's size nor the difference's sign; here P is square, and the difference is absolute, as in
+    the work it follows (Reimers and Gurevych 2019).
+    """
+
+    reading = "apart"
+    losses = OF_ANY_PAIR
+
+    def __init__(self, task: Task, hidden_size: int, dropout_p: float = 0.1) -> None:
+        super().__init__(task, hidden_size, dropout_p)
+        self.projection = new_linear(hidden_size, hidden_size)
+
+    def features_size(self, hidden_size: int) -> int:
+        return 3 * hidden_size
+
+    def features(self, *sequences: Tensor) -> Tensor:
+        u, v = map(self.projection, sequences)
+        return joined(u, v, (u - v).abs())
+
+
+class CosineFeatureHead(LinearHead):
+    """W dropout([u; v; cos(u, v)]) + b: the 2d + 1 features of 004, experiments 2bii and 2c."""
+
+    reading = "apart"
+    losses = OF_ANY_PAIR
+
+    def features_size(self, hidden_size: int) -> int:
+        return 2 * hidden_size + 1
+
+    def features(self, *sequences: Tensor) -> Tensor:
+        u, v = sequences
+        return joined(u, v, F.cosine_similarity(u, v, dim=-1).unsqueeze(-1))
+
+
+# A cosine ----------------------------------------------------------------------------------------------------------
+
+
+class CosineHead(Head):
+    """cos(u, v), without parameters (001, section 4.2; 004, experiment 2a).
+
+    As a score it is multiplied by the largest label, which 002 (section 4.3) found necessary; 003 is silent. As a logit
+    it stays what it is: no paper scales one. For multiple negatives ranking, of which no paper has this form, it is
+    multiplied by 20, or the softmax could prefer no pair by more than a factor of e^2.
+    """
+
+    reading = "apart"
+    losses: ClassVar[Sequence[str]] = (
+        "binary_cross_entropy",
+        "mean_squared_error",
+        "cosine_embedding",
+        "multiple_negatives_ranking",
+    )
+
+    def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
+        scales = {"mean_squared_error": self.task.top, "multiple_negatives_ranking": LOGIT_SCALE}
+        return scales.get(self.task.loss, 1.0) * self.cosine(*sequences)
+
+    def cosine(self, u: Tensor, v: Tensor) -> Tensor:
+        return F.cosine_similarity(u, v, dim=-1)
+
+
+class ProjectedCosineHead(CosineHead):
+    """The same of Pu and Pv: "Siamese with cosine similarity" (003, section 3).
+
+    There the embeddings pass "through their respective linear layers"; a Siamese network shares its weights, so both
+    pass through one. It is square and has no dropout, of which the paper says nothing.
+    """
+
+    def __init__(self, task: Task, hidden_size: int, dropout_p: float = 0.1) -> None:
+        super().__init__(task, hidden_size, dropout_p)
+        self.projection = new_linear(hidden_size, hidden_size)
+
+    def cosine(self, u: Tensor, v: Tensor) -> Tensor:
+        return super().cosine(self.projection(u), self.projection(v))
+
+
+class ScaledCosineHead(ProjectedCosineHead):
+    """20 cos(Pu, Pv) as a logit; as a score 5 sigmoid(20 cos(Pu, Pv)), 5 the largest label (004, experiment 2bi)."""
+
+    losses = ("binary_cross_entropy", "mean_squared_error", "multiple_negatives_ranking")
+
+    def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
+        logits = LOGIT_SCALE * self.cosine(*sequences)
+        return self.task.top * logits.sigmoid() if self.task.loss == "mean_squared_error" else logits
+
+
+# Three layers, and networks mixed with a cosine --------------------------------------------------------------------
+
+
+class LayersHead(Head):
+    """Three linear layers with dropout(GELU(BatchNorm(.))) after the first two (002, section 4.3, rows E and F).
+
+    The paper has BatchNorm and GELU after each of the three; but a logit after GELU could hardly be negative, and the
+    conclusion speaks of "3 linear layer prediction heads": so the third gives the outputs. The inner size is the
+    encoder's. Row B's legend lists no BatchNorm, but the text on that row does (section 5.4).
+    """
+
+    normalises = True
+
+    def __init__(self, task: Task, hidden_size: int, dropout_p: float = 0.1) -> None:
+        super().__init__(task, hidden_size, dropout_p)
+        sizes = (self.width * hidden_size, hidden_size)
+        self.inner = nn.ModuleList([new_linear(size, hidden_size, bias=False) for size in sizes])
+        self.norms = nn.ModuleList([BatchNorm(hidden_size), BatchNorm(hidden_size)])
+        self.outer = new_linear(hidden_size, task.outputs)
+
+    def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
+        x = joined(*sequences)
+        for place, (linear, norm) in enumerate(zip(self.inner, self.norms, strict=True)):
+            x = drop(F.gelu(norm(linear(x))), place)
+        return squeezed(self.outer(x))
+
+
+class ConcatenatedLayersHead(LayersHead):
+    """The three layers on [u; v] (002, rows B and C)."""
+
+    reading = "apart"
+
+
+class MixedHead(Head):
+    """share * network + (1 - share) * 5 cos(u, v), 5 the largest label (002, section 4.3).
+
+    The paper gives two ways from a cosine to a score: times 5 (section 4.3), and from [-1, 1] to [0, 5] (section 4.1).
+    Here it is times 5, which the section on this head says one must.
+    """
+
+    network_type: ClassVar[type[Head]]
+
+    def __init__(self, task: Task, hidden_size: int, dropout_p: float = 0.1) -> None:
+        super().__init__(task, hidden_size, dropout_p)
+        self.network = self.network_type(task, hidden_size, dropout_p)
+
+    @property
+    def share(self) -> Tensor | float:
+        """The network's share of the output."""
+        return 0.5
+
+    def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
+        *_, u, v = sequences
+        network = self.network.score(*sequences[: self.network.width], drop=drop)
+        return self.share * network + (1 - self.share) * self.task.top * F.cosine_similarity(u, v, dim=-1)
+
+
+class HalfCosineHead(MixedHead):
+    """Half a linear layer on [u; v], half a cosine (002, row A)."""
+
+    reading = "apart"
+    network_type = ConcatenatedHead
+
+
+class ConcatenatedLayersCosineHead(MixedHead):
+    """Three layers on [u; v] and a cosine, in shares that are learned from a half on (002, rows B and C).
+
+    "Learnable weights" of a "split" (section 5.4) are one share and what it leaves.
+    """
+
+    reading = "apart"
+    network_type: ClassVar[type[Head]] = ConcatenatedLayersHead
+    normalises = True
+
+    def __init__(self, task: Task, hidden_size: int, dropout_p: float = 0.1) -> None:
+        super().__init__(task, hidden_size, dropout_p)
+        self.balance = nn.Parameter(torch.zeros(1))
+
+    @property
+    def share(self) -> Tensor | float:
+        return self.balance.sigmoid()
+
+
+class LayersCosineHead(ConcatenatedLayersCosineHead):
+    """Three layers on the pair read as one sequence, and the cosine of its sentences read apart (002, rows E and F).
+
+    The paper does not say of which two embeddings it takes the cosine once a pair is one sequence.
+    """
+
+    reading = "both"
+    network_type = LayersHead
+
+
+HEADS: dict[str, type[Head]] = {
+    "linear": LinearHead,
+    "concatenated": ConcatenatedHead,
+    "difference": DifferenceHead,
+    "cosine": CosineHead,
+    "projected-cosine": ProjectedCosineHead,
+    "scaled-cosine": ScaledCosineHead,
+    "cosine-feature": CosineFeatureHead,
+    "half-cosine": HalfCosineHead,
+    "layers": LayersHead,
+    "concatenated-layers": ConcatenatedLayersHead,
+    "layers-cosine": LayersCosineHead,
+    "concatenated-layers-cosine": ConcatenatedLayersCosineHead,
+}
+
+
+def reading(task: Task) -> str:
+    """How the examples of a task become sequences, as its head needs them: a key of `READINGS`."""
+    return HEADS[task.head].reading if task.is_pair else "joint"
+
+
+def sequences_of(task: Task) -> int:
+    """The sequences of one example of a task."""
+    return READINGS[reading(task)]
+
+
+def joined(*vectors: Tensor) -> Tensor:
+    """Vectors [..., D] that broadcast, end to end: [..., sum of all D]."""
+    shape = torch.broadcast_shapes(*(vector.shape[:-1] for vector in vectors))
+    return torch.cat([vector.expand(*shape, -1) for vector in vectors], -1)
+
+
+def squeezed(scores: Tensor) -> Tensor:
+    """[..., 1] as [...]."""
+    return scores.squeeze(-1) if scores.shape[-1] == 1 else scores

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +14,60 @@ from torch import Tensor, nn
 
 from minbert.errors import UserError, did_you_mean
 from minbert.model.encoder import Encoder, draw_seed
-from minbert.model.heads import HEADS
+from minbert.model.heads import HEADS, sequences_of
+from minbert.model.layers import SHARED_LAYERS, view_of
 from minbert.model.pooling import check_pooling
 from minbert.model.weights import fitting, open_safetensors
 from minbert.packing import Packed
 from minbert.tasks import Task
 
+MOST_DROPOUTS = 3  # places of dropout in a head, and one more in a shared layer
+
 
 class MultitaskModel(nn.Module):
     """Every task's sequences go through the encoder in one packed stream; each task's head then takes its own.
 
+    An example has as many sequences, one after the other, as the task's head reads.
+
     Attributes:
-        frozen: whether the encoder is left as it is and only the heads train.
+        tasks: by name, what each head was made for.
+        shared: the layer between pooling and all heads, or None.
+        frozen: whether the encoder is left as it is and only what was added to it trains.
     """
 
     def __init__(
-        self, encoder: Encoder, tasks: Sequence[Task], *, pooling: str = "cls", head_dropout: float = 0.1
+        self,
+        encoder: Encoder,
+        tasks: Sequence[Task],
+        *,
+        pooling: str | Mapping[str, str] = "cls",
+        head_dropout: float = 0.1,
+        shared_layer: str | None = None,
     ) -> None:
         """Add new heads, initialised from torch's default generator.
 
+        Args:
+            pooling: of all tasks, or by task, `cls` for those left out.
+            shared_layer: of `SHARED_LAYERS`; none when left out.
+
         Raises:
-            ValueError: unknown `pooling`, `pooler` for an encoder without one, or an unknown head.
+            ValueError: unknown `pooling`, `pooler` for an encoder without one, or an unknown head or shared layer.
         """
         super().__init__()
-        check_pooling(pooling)
-        if pooling == "pooler" and encoder.pooler is None:
-            raise ValueError("pooling 'pooler' needs an encoder with a pooler; use 'cls', or load it with pooler=True")
+        for how in {pooling} if isinstance(pooling, str) else set(pooling.values()):
+            check_pooling(how)
+            if how == "pooler" and encoder.pooler is None:
+                raise ValueError(
+                    "pooling 'pooler' needs an encoder with a pooler; use 'cls', or load it with pooler=True"
+                )
+        if shared_layer is not None and shared_layer not in SHARED_LAYERS:
+            raise ValueError(
+                f"unknown shared layer {shared_layer!r}{did_you_mean(shared_layer, list(SHARED_LAYERS))};"
+                f" known: {', '.join(SHARED_LAYERS)}"
+            )
         self.encoder = encoder
         self.pooling = pooling
+        self.tasks = {task.name: task for task in tasks}
         self.frozen = False
         self.heads = nn.ModuleDict()
         for task in tasks:
@@ -48,19 +76,27 @@ class MultitaskModel(nn.Module):
                     f"task {task.name}: unknown head {task.head!r}{did_you_mean(task.head, list(HEADS))};"
                     f" known: {', '.join(HEADS)}"
                 )
-            self.heads[task.name] = HEADS[task.head](encoder.config.hidden_size, task.outputs, head_dropout)
-        self._sites = {name: encoder.dropout_sites + i for i, name in enumerate(self.heads)}
+            self.heads[task.name] = HEADS[task.head](task, encoder.config.hidden_size, head_dropout)
+        self.shared = SHARED_LAYERS[shared_layer](encoder.config.hidden_size, head_dropout) if shared_layer else None
+        first, end = encoder.dropout_sites, encoder.dropout_sites + len(self.heads) * (MOST_DROPOUTS + 1)
+        self._sites = {name: range(first + i, end, len(self.heads)) for i, name in enumerate(self.heads)}
+
+    @property
+    def trunk(self) -> nn.ModuleList:
+        """What all tasks share, which is what surgery is about: the encoder, and the shared layer if there is one."""
+        return nn.ModuleList([self.encoder, *([self.shared] if self.shared is not None else [])])
 
     def forward(self, packed: Packed, counts: Mapping[str, int], *, seed: Tensor | None = None) -> dict[str, Tensor]:
         """Each task's outputs.
 
         Args:
             packed: the tasks' sequences, one task after the other.
-            counts: each task's number of sequences, in the order of the stream.
+            counts: each task's number of examples, in the order of the stream.
             seed: int64 scalar that dropout follows; drawn from torch's default generator if left out.
 
         Returns:
-            by task: logits [n, outputs], or [n] for a task with one output.
+            by task: logits [n, outputs], or [n] for a task with one output (in training for multiple negatives
+            ranking [n, n]; `Head.forward`).
 
         Raises:
             ValueError: `counts` names an unknown task or does not add up to the stream's sequences, or the encoder
@@ -85,27 +121,51 @@ class MultitaskModel(nn.Module):
         self, hidden: Tensor, packed: Packed, counts: Mapping[str, int], *, seed: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Pool hidden states [N, D] and apply the heads: what `forward` does after the encoder."""
+        sizes, seed = self._sizes(packed, counts), self._seed(seed)
+        ways = [self.pooling if isinstance(self.pooling, str) else self.pooling.get(name, "cls") for name in counts]
+        pooled = {how: self.encoder.pool(hidden, packed, how).split(sizes)[::2] for how in dict.fromkeys(ways)}
+        views = self.views(packed, counts) if self.shared is not None else {}
+        outputs = {}
+        for i, (name, how) in enumerate(zip(counts, ways, strict=True)):
+            rows, sites = pooled[how][i], self._sites[name]
+            if self.shared is not None:
+                rows = self.shared(rows, views[name], seed=seed, site=sites[-1])
+            outputs[name] = self.heads[name](rows, seed=seed, sites=sites)
+        return outputs
+
+    def views(self, packed: Packed, counts: Mapping[str, int]) -> dict[str, int]:
+        """Which view of a shared parameter each task reads, where there is one for each group of tasks."""
+        starts = list(accumulate(self._sizes(packed, counts), initial=0))[:-1:2]
+        bounds = (packed.sequence_bounds or (0, 0))[:-1]
+        return {name: bisect_right(bounds, start) - 1 for name, start in zip(counts, starts, strict=True)}
+
+    def parameters_of(self, task: str, view: int = 0) -> list[Tensor]:
+        """What a task trains: the trunk's parameters, of which it reads the view of this number, and its head's."""
+        owners = [*self.trunk.modules(), *self.heads[task].modules()]
+        params = [view_of(param, view) for owner in owners for param in owner._parameters.values() if param is not None]
+        return [param for param in params if param.requires_grad]
+
+    def _sizes(self, packed: Packed, counts: Mapping[str, int]) -> list[int]:
+        """Numbers of sequences in the stream: each task's, and those of padding after them."""
         if unknown := [name for name in counts if name not in self.heads]:
             known = list(self.heads)
             raise ValueError(
                 f"no head for task {unknown[0]!r}{did_you_mean(unknown[0], known)}; heads: {', '.join(known)}"
             )
         sequences = len(packed.cu_seqlens) - 1
-        sizes = [size for count in counts.values() for size in (count, packed.padding)]
+        widths = {name: sequences_of(self.tasks[name]) for name in counts}
+        sizes = [size for name, count in counts.items() for size in (count * widths[name], packed.padding)]
         if sum(sizes) != sequences:
             padding = f", with {packed.padding} of padding for each task" if packed.padding else ""
+            several = [f"; an example of {name} has {width}" for name, width in widths.items() if width > 1]
             raise ValueError(
                 f"counts {dict(counts)} must add up to the {sequences} sequences of the packed stream{padding}"
+                f"{''.join(several)}"
             )
-        seed = self._seed(seed)
-        pooled = self.encoder.pool(hidden, packed, self.pooling).split(sizes)[::2]
-        return {
-            name: self.heads[name](rows, seed=seed, site=self._sites[name])
-            for name, rows in zip(counts, pooled, strict=True)
-        }
+        return sizes
 
     def freeze_encoder(self) -> None:
-        """Train the heads alone: the encoder then runs in evaluation mode and keeps no activations."""
+        """Train what was added to the encoder: it then runs in evaluation mode and keeps no activations."""
         self.frozen = True
         self.encoder.requires_grad_(False).eval()
 
@@ -120,10 +180,12 @@ class MultitaskModel(nn.Module):
 
         Returns:
             up to four groups, named `encoder.decay`, `encoder.no_decay`, `heads.decay` and `heads.no_decay`: matrices
-            decay, biases and LayerNorm's parameters do not (Devlin et al. 2019).
+            decay, biases and the parameters of normalisations do not (Devlin et al. 2019). A shared layer is with the
+            heads: it starts anew as they do.
         """
         groups = []
-        for part, module in (("encoder", self.encoder), ("heads", self.heads)):
+        added = nn.ModuleList([self.heads, *([self.shared] if self.shared is not None else [])])
+        for part, module in (("encoder", self.encoder), ("heads", added)):
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             matrices = [parameter for parameter in trained if parameter.ndim > 1]
             vectors = [parameter for parameter in trained if parameter.ndim <= 1]
@@ -138,8 +200,8 @@ class MultitaskModel(nn.Module):
 
 
 def save_heads(model: MultitaskModel, path: str | Path) -> None:
-    """Write the heads' weights as one safetensors file, each named `task.parameter`."""
-    save_file({name: tensor.to("cpu", copy=True) for name, tensor in model.heads.state_dict().items()}, path)
+    """Write what was added to the encoder to a safetensors file: `task.name` of heads, `shared.name` of their layer."""
+    save_file({name: tensor.to("cpu", copy=True) for name, tensor in _added(model).items()}, path)
 
 
 def load_heads(model: MultitaskModel, path: str | Path) -> None:
@@ -151,7 +213,7 @@ def load_heads(model: MultitaskModel, path: str | Path) -> None:
     path = Path(path)
     with open_safetensors(path) as tensors, torch.no_grad():
         saved = set(tensors.keys())
-        for name, place in model.heads.state_dict().items():
+        for name, place in _added(model).items():
             if name not in saved:
                 tasks = sorted({key.partition(".")[0] for key in saved})
                 raise UserError(
@@ -159,3 +221,14 @@ def load_heads(model: MultitaskModel, path: str | Path) -> None:
                     " choose among these tasks"
                 )
             place.copy_(fitting(tensors.get_tensor(name), place.shape, f"{path}: {name}"))
+
+
+def _added(model: MultitaskModel) -> dict[str, Tensor]:
+    """The state of what was added to the encoder, in the model's own memory."""
+    parts = {"shared.": model.shared, "": model.heads}
+    return {
+        prefix + name: tensor
+        for prefix, part in parts.items()
+        if part is not None
+        for name, tensor in part.state_dict().items()
+    }

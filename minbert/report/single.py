@@ -16,7 +16,7 @@ from minbert.report.figures import Figure, heat_map, line_chart, scatter
 from minbert.report.history import Points, Record
 from minbert.report.page import write_page
 from minbert.runs import Run
-from minbert.tasks import Task, find_tasks
+from minbert.tasks import Task
 
 SPLIT = "dev"
 SHOWN = 200  # mistakes of a task at most
@@ -40,7 +40,7 @@ def write_report(run: Run, data: str | None = None) -> Path:
         UserError: `run` is no run, a file of it is damaged, or the disk is full.
     """
     config, records, summary = run.config(), run.records(), run.summary()
-    tasks = find_tasks(config.tasks or [])
+    tasks = config.chosen_tasks(config.tasks or [])
     colours = palette([task.name for task in tasks])
     source = _opened(data if data is not None else config.data)
     return write_page(

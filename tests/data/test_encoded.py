@@ -80,6 +80,32 @@ def test_packing_batches_lays_tasks_end_to_end(encoded, tmp_path):
     assert_same_packed(together, expected)
 
 
+def test_a_pair_read_apart_is_two_sequences_and_both_ways_are_three(encoded, tmp_path):
+    apart, both = (encode(EXAMPLES, Letters(), 8, tmp_path, reading=how) for how in ("apart", "both"))
+    joint = [bytes(row) for row in sequences(encoded, encoded.token_ids)]
+    singly = [word.encode() for pair in zip(EXAMPLES.texts, EXAMPLES.pairs, strict=True) for word in pair]
+    together = [row for i in range(3) for row in (joint[i], singly[2 * i], singly[2 * i + 1])]
+    for read, width, expected in ((apart, 2, singly), (both, 3, together)):
+        assert [bytes(row) for row in sequences(read, read.token_ids)] == expected
+        assert (read.width, len(read), read.ids, read.labels.tolist()) == (width, 3, EXAMPLES.ids, [0, 1, 1])
+        assert read.lengths.tolist() == [sum(map(len, expected[i * width : (i + 1) * width])) for i in range(3)]
+        packed = read.pack(np.array([2, 0]))
+        rows = [list(expected[i * width + k]) for i in (2, 0) for k in range(width)]
+        assert torch.equal(packed.token_ids, pack(rows).token_ids)
+        assert torch.equal(packed.cu_seqlens, pack(rows).cu_seqlens)
+    assert apart.token_type_ids.tolist() == [0] * len(apart.token_ids)
+    assert apart.truncated + encoded.truncated == both.truncated
+
+
+def test_padding_comes_after_all_sequences_of_a_task(tmp_path):
+    apart = encode(EXAMPLES, Letters(), 8, tmp_path, reading="apart")
+    packed = pack_batches([(apart, np.array([1, 0])), (apart, np.array([2]))], 32)
+    lengths = packed.lengths.tolist()
+    assert lengths[:4] == [5, 4, 3, 3]
+    assert lengths[4 + packed.padding : 6 + packed.padding] == [1, 2]
+    assert len(lengths) == 6 + 2 * packed.padding
+
+
 def test_what_was_encoded_before_is_not_encoded_again(encoded, tmp_path):
     tokenizer = Letters()
     relabelled = Examples(["x", "y", "z"], EXAMPLES.texts, EXAMPLES.pairs, None)

@@ -1,0 +1,72 @@
+"""Options that differ from task to task: which head, loss, pooling and regulariser each one has."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from minbert.errors import UserError, did_you_mean
+from minbert.losses import LOSSES, losses_for
+from minbert.model import HEADS
+from minbert.tasks import TASKS, Task
+
+Value = TypeVar("Value")
+
+
+def chosen(task: Task, heads: Mapping[str, str], losses: Mapping[str, str]) -> Task:
+    """The task with the head and the loss that --heads and --losses give it.
+
+    Raises:
+        UserError: an unknown head or loss, a head for pairs where texts are single, or a loss that does not fit the
+            labels or the head.
+    """
+    name = task.name
+    task = replace(task, head=heads.get(name, task.head), loss=losses.get(name, task.loss))
+    check_known(f"--heads.{name}", "head", task.head, HEADS)
+    check_known(f"--losses.{name}", "loss", task.loss, LOSSES)
+    if not task.is_pair and HEADS[task.head].reading != "joint":
+        fitting = [head for head in HEADS if HEADS[head].reading == "joint"]
+        raise UserError(
+            f"--heads.{name} {task.head}: reads pairs of sentences, and {task.title} has single ones;"
+            f" expected {' or '.join(fitting)}"
+        )
+    if task.loss not in losses_for(task):
+        fitting = losses_for(task)
+        raise UserError(
+            f"--losses.{name} {task.loss}: does not fit the labels of {task.title}; expected {' or '.join(fitting)}"
+        )
+    if task.loss not in HEADS[task.head].losses:
+        fitting = [head for head in HEADS if task.loss in HEADS[head].losses]
+        raise UserError(
+            f"--losses.{name} {task.loss}: does not fit the outputs of head {task.head};"
+            f" expected --heads.{name} {' or '.join(fitting)}"
+        )
+    return task
+
+
+def of_task(option: Value | Mapping[str, Value], task: str, otherwise: Value) -> Value:
+    """A task's value of an option that has one for all tasks, or one for some of them."""
+    return option.get(task, otherwise) if isinstance(option, Mapping) else option
+
+
+def check_tasks(option: str, values: object) -> None:
+    """Refuse values by task for a task that there is not.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name in values if isinstance(values, Mapping) else ():
+        check_known(option, "task", name, TASKS)
+
+
+def check_known(option: str, kind: str, value: str, known: Collection[str]) -> None:
+    """Refuse a name that is none of the known ones.
+
+    Raises:
+        UserError: it is not.
+    """
+    if value not in known:
+        raise UserError(
+            f"{option}: unknown {kind} {value!r}{did_you_mean(value, list(known))}; known: {', '.join(known)}"
+        )

@@ -80,7 +80,9 @@ class Parser(jsonargparse.ArgumentParser):
         if wrong:
             kind = self.kinds.get(f"--{wrong[1]}", "another type")
             expected = re.sub(r"Literal\[(.*?)\]", r"one of \1", kind.replace(" | None", "")).replace("|", "or")
-            return f"--{wrong[1].replace('_', '-')}: expected {expected}, got {wrong[2].strip()!r}"
+            entry = re.fullmatch(r"NestedArg\(key='(.*)', val='(.*)'\)", wrong[2].strip())  # of a dictionary
+            key, value = (f".{entry[1]}", entry[2]) if entry else ("", wrong[2].strip())
+            return f"--{wrong[1].replace('_', '-')}{key}: expected {expected}, got {value!r}"
         return " ".join(message.split())
 
 

@@ -103,6 +103,7 @@ def test_help_documents_every_option(capsys):
         (["--warmup", "1"], ["--warmup", "below 1"]),
         (["--batch-size.sts=0"], ["--batch-size.sts", "at least 1", "0"]),
         (["--batch-size.stt=2"], ["--batch-size", "'stt'", "did you mean 'sts'"]),
+        (["--batch-size.sts=many"], ["--batch-size.sts", "int", "got 'many'"]),
         (["--loss-weights={sst: -1}"], ["--loss-weights.sst", "more than 0"]),
         (["--epoch-length", "each"], ["--epoch-length each", "--sampling joint"]),
         (["--optimizers", "per-task"], ["--optimizers per-task", "--sampling joint"]),

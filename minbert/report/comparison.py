@@ -57,6 +57,7 @@ class Details:
 
     row: Row
     epochs: Sequence[Epoch]
+    best_epoch: int  # 0 while the run goes on
     options: Sequence[Option]
     figures: Sequence[Figure]
     link: str  # to its own report, relative to the page; empty if it has none
@@ -130,6 +131,7 @@ def details(row: Row, page: Path) -> Details:
     return Details(
         row,
         history.epochs(records),
+        row.run.summary().get("best_epoch", 0),
         [option for option in history.options(config) if option.changed or option.settled],
         training_figures(records, palette(config.tasks or [])),
         Path(os.path.relpath(own, page.parent)).as_posix() if own.exists() else "",

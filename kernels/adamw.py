@@ -93,7 +93,7 @@ def _check_gate(op: str, skip_unless: Tensor | None, device: torch.device) -> No
 
 
 def _filled(copies: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
-    """With an empty tensor, whose address is null, for None: torch.compile takes no None in a list that an op changes."""
+    """With an empty tensor, at address 0, for None: torch.compile takes no None in a list that an op changes."""
     return [torch.empty(0, dtype=torch.bfloat16, device=device) if copy is None else copy for copy in copies]
 
 

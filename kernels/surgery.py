@@ -16,7 +16,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # csrc/launch
 
 
 def native_arguments(grads: Sequence[Tensor | None], tasks: int) -> tuple[list[int], list[int], list[int], int]:
-    """Addresses [T * K] (0 for a missing tensor), sizes [K], dtype codes [K] and T; no column is missing in all tasks."""
+    """Addresses [T * K] (0 for a missing tensor), sizes [K], dtype codes [K] and T; no column is missing everywhere."""
     count = len(grads) // tasks
     columns = [next(g for g in grads[k::count] if g is not None) for k in range(count)]
     addresses = [0 if g is None else g.data_ptr() for g in grads]

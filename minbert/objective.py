@@ -57,9 +57,11 @@ class Losses:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Losses:
         """The same with every tensor replaced."""
-        by_task = [{k: function(v) for k, v in of.items()} for of in (self.task, self.smart, self.bregman)]
+        task, smart, bregman = (
+            {name: function(loss) for name, loss in of.items()} for of in (self.task, self.smart, self.bregman)
+        )
         size = None if self.perturbation is None else function(self.perturbation)
-        return Losses(*by_task, function(self.total), function(self.smart_term), size)
+        return Losses(task, smart, bregman, function(self.total), function(self.smart_term), size)
 
 
 class Objective:

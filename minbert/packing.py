@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ class Packed:
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Packed:
         """The same batch in other memory, on another device for one."""
-        return replace(self, **dict(zip(self._tensor_names(), tensors, strict=True)))
+        moved: dict[str, Any] = dict(zip(self._tensor_names(), tensors, strict=True))
+        return replace(self, **moved)
 
     def _tensor_names(self) -> list[str]:
         return [field.name for field in fields(self) if isinstance(getattr(self, field.name), Tensor)]

@@ -6,7 +6,6 @@ done again, what was interrupted goes on, and a row that fails leaves the others
 
 from __future__ import annotations
 
-import json
 import signal
 import statistics
 import subprocess
@@ -24,10 +23,13 @@ from minbert import cli
 from minbert.errors import UserError, did_you_mean
 from minbert.files import write_atomically, write_json
 from minbert.recipes import Paper, Row, paper
+from minbert.report import comparison, write_comparison
+from minbert.runs import Run
 from minbert.tasks import TASKS
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
 HOURS = "hours an epoch"
+FILES = {"reviews": "reviews", "augmented": "augmented.sst"}  # what a row may need, as an option of minbert.train
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class ReproduceConfig:
         options: YAML file of further options of minbert.train, for all rows, over those of the recipes.
         epochs: in place of the paper's.
         steps: likewise, whatever the epochs.
+        reviews: file of reviews with stars, for the rows with an auxiliary task (001).
+        augmented: file of further sst examples, for the rows with augmented data (002).
         out: directory of the runs; runs/PAPER when left out.
     """
 
@@ -52,6 +56,8 @@ class ReproduceConfig:
     options: str | None = None
     epochs: int | None = None
     steps: int | None = None
+    reviews: str | None = None
+    augmented: str | None = None
     out: str | None = None
 
 
@@ -60,13 +66,13 @@ class Outcome:
     """What became of the runs of a row."""
 
     row: Row
-    summaries: Sequence[Mapping[str, Any]]  # of the seeds that are done
+    runs: Sequence[Run]  # of the seeds that are done
     failures: Sequence[str]
 
     def found(self) -> dict[str, list[float]]:
         """Our scores by column, as `columns` names them: one for each seed."""
         found: dict[str, list[float]] = {}
-        for summary in self.summaries:
+        for summary in (run.summary() for run in self.runs):
             scores = {name: next(iter(score.values())) for name, score in summary["dev"].items() if name in TASKS}
             if len(scores) > 1:
                 scores["overall"] = summary["dev"]["overall"]
@@ -99,21 +105,26 @@ def main(arguments: Sequence[str]) -> int:
     shared = common_words(options)
     outcomes = [Outcome(row, [], []) for row in rows]
     for i, row in enumerate(rows):
-        summaries, failures = [], []
+        runs, failures = [], []
         for seed in seeds:
             number = i * len(seeds) + seeds.index(seed) + 1
             console.rule(f"{number} of {len(rows) * len(seeds)}: {found.number}/{row.name}, seed {seed}", align="left")
             directory = out / row.name / f"seed-{seed}"
-            problem = train(found, row, seed, directory, shared)
+            missing = [name for name in row.needs if getattr(options, name) is None]
+            own = [f"--{FILES[name]}={getattr(options, name)}" for name in row.needs]
+            if missing:
+                problem: str | None = f"needs a file: give --{missing[0]} FILE"
+            else:
+                problem = train(f"{found.number}/{row.name}", seed, directory, [*shared, *own])
             if problem is None:
-                summaries.append(json.loads((directory / "summary.json").read_text(encoding="utf-8")))
+                runs.append(Run(directory))
             else:
                 console.print(f"{found.number}/{row.name}, seed {seed}: {problem}", highlight=False)
                 failures.append(f"seed {seed}: {problem}")
-        outcomes[i] = Outcome(row, summaries, failures)
+        outcomes[i] = Outcome(row, runs, failures)
         write_results(out, found, outcomes)
     console.print(table(found, outcomes))
-    console.print(f"written to {out / 'table.md'} and {out / 'table.json'}")
+    console.print(f"written to {out}: table.md, table.json and report.html")
     return int(any(outcome.failures for outcome in outcomes))
 
 
@@ -139,7 +150,7 @@ def common_words(options: Any) -> list[str]:
     return [*words, f"--config={options.options}"] if options.options else words
 
 
-def train(found: Paper, row: Row, seed: int, directory: Path, shared: Sequence[str]) -> str | None:
+def train(recipe: str, seed: int, directory: Path, options: Sequence[str]) -> str | None:
     """Have a run done that is not done yet.
 
     Returns:
@@ -150,7 +161,7 @@ def train(found: Paper, row: Row, seed: int, directory: Path, shared: Sequence[s
     """
     if (directory / "summary.json").exists():
         return None
-    words = [f"--recipe={found.number}/{row.name}", f"--seed={seed}", f"--out={directory}", *shared]
+    words = [f"--recipe={recipe}", f"--seed={seed}", f"--out={directory}", *options]
     if (directory / "config.yaml").exists():
         words.append("--resume")
     run = subprocess.Popen([sys.executable, "-m", "minbert.train", *words], stderr=subprocess.PIPE, text=True)
@@ -179,13 +190,14 @@ def columns(outcomes: Sequence[Outcome]) -> list[str]:
     return [name for name in (*order, HOURS) if name in present]
 
 
-def cells(outcome: Outcome, names: Sequence[str]) -> list[tuple[str, str]]:
+def cells(outcome: Outcome, names: Sequence[str]) -> list[str]:
     """Of each column the published figure and ours."""
     published, found = outcome.published(), outcome.found()
-    return [
-        (f"{published[name]:.3f}" if name in published else "", _mean(found[name]) if name in found else "")
+    pairs = [
+        (f"{published[name]:.3f}" if name in published else "–", _mean(found[name]) if name in found else "–")
         for name in names
     ]
+    return ["" if pair == ("–", "–") else " / ".join(pair) for pair in pairs]
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -197,24 +209,20 @@ def table(found: Paper, outcomes: Sequence[Outcome]) -> Table:
     """Rows of the paper's table, each figure beside ours."""
     names = columns(outcomes)
     shown = Table(box=box.SIMPLE_HEAD, title=found.title, title_justify="left", title_style="bold")
-    shown.add_column("published, ours")
+    shown.add_column("published / ours", min_width=16)
     for name in names:
-        shown.add_column(name, justify="right")
-        shown.add_column("", justify="left")
+        shown.add_column(name)
     for outcome in outcomes:
         failed = f" ({len(outcome.failures)} failed)" if outcome.failures else ""
-        shown.add_row(outcome.row.title + failed, *(cell for pair in cells(outcome, names) for cell in pair))
+        shown.add_row(outcome.row.title + failed, *cells(outcome, names))
     return shown
 
 
 def write_results(out: Path, found: Paper, outcomes: Sequence[Outcome]) -> None:
     """Write table.md and table.json: what is done so far."""
     names = columns(outcomes)
-    head = ["", *(f"{name}: {whose}" for name in names for whose in ("published", "ours"))]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for outcome in outcomes:
-        row = [outcome.row.title, *(cell for pair in cells(outcome, names) for cell in pair)]
-        lines.append(f"| {' | '.join(row)} |")
+    lines = [f"| published / ours | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {' | '.join([outcome.row.title, *cells(outcome, names)])} |" for outcome in outcomes]
     failures = [f"- {outcome.row.title}: {failure}" for outcome in outcomes for failure in outcome.failures]
     text = "\n".join([f"# {found.title}", "", *lines, "", *failures]).rstrip() + "\n"
     write_atomically(out / "table.md", text)
@@ -228,6 +236,21 @@ def write_results(out: Path, found: Paper, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes
     }
     write_json(out / "table.json", record)
+    rows = [
+        comparison.Row(outcome.row.title, _report_names(outcome.published()), run, "; ".join(outcome.failures))
+        for outcome in outcomes
+        for run in outcome.runs or [None]
+    ]
+    write_comparison(out / "report.html", found.title, rows)
+
+
+def _report_names(published: Mapping[str, float]) -> dict[str, float]:
+    """Published figures as the report names them: dev scores by their task alone, test scores "sst test"."""
+    return {
+        name.removeprefix("dev ") if name.startswith("dev ") else " ".join(reversed(name.split(" ", 1))): score
+        for name, score in published.items()
+        if name != HOURS
+    }
 
 
 if __name__ == "__main__":

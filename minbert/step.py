@@ -74,7 +74,7 @@ class Stepper:
             step: its number, from 0.
             done: share of all steps that are done.
         """
-        clock, updates = Clock(self.device), []
+        clock, updates = Clock(self.device), list[Readings]()
         allowed = torch.ones((), dtype=torch.float64, device=self.device)
         for number, surgery in enumerate(self.surgeries):
             self.gradients.clear()
@@ -143,6 +143,7 @@ class Stepper:
         weights, stats = surgery.weights(gram, generator, own_square, self.clip_norm)
         updated = stats[2] * allowed
         self._settle()
+        shared: dict[Tensor, Sequence[Tensor | None]]
         shared = dict(zip(self.gradients.params, zip(*rows, strict=True), strict=True))
         counted = self.optimizer.combined_step(shared, weights, stats[1:2], skip_unless=updated)
 
@@ -155,8 +156,8 @@ class Stepper:
             numbers["total"].append(losses.total)
             if losses.perturbation is not None:
                 numbers["perturbation"].append(losses.perturbation)
-        of_update = {"gram": gram, "stats": stats, "updated": updated}
-        updates.append(Readings({**{name: torch.stack(of) for name, of in numbers.items()}, **of_update}))
+        numbers |= {"gram": [gram], "stats": [stats], "updated": [updated]}
+        updates.append(Readings({name: torch.stack(of) for name, of in numbers.items()}))
         self._unsettled = updates[-1], counted
         return updated
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import course_file, write_course_data
+from course import course_file, write_course_data
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -247,3 +247,26 @@ def test_one_buffer_holds_tensors_of_any_dtype_to_the_bit():
 def test_readings_come_back_by_name():
     readings = Readings({("loss", "sst"): torch.tensor([1.5, 2.5]), "gram": torch.eye(2, dtype=torch.float64)})
     assert readings.read() == {("loss", "sst"): [1.5, 2.5], "gram": [1.0, 0.0, 0.0, 1.0]}
+
+
+# Copies in half precision -----------------------------------------------------------------------------------------
+
+
+def half_stepper(copied: bool) -> Stepper:
+    steps = stepper(dropout=0.0)
+    steps.model.encoder.compute_dtype = torch.bfloat16
+    copies = steps.model.encoder.copies() if copied else {}
+    assert len(copies) == (4 * SIZES["num_hidden_layers"] if copied else 0)
+    steps.objective.copies = steps.optimizer.copies = copies
+    steps.gradients = TaskGradients(steps.model.encoder, len(TASKS), copies)
+    return steps
+
+
+def test_copies_in_half_precision_train_like_weights_that_are_cast_at_use():
+    cast, copied = half_stepper(False), half_stepper(True)
+    for step in range(3):
+        wanted, got = (each.take([parts(step=step)], step, 0.0).taken() for each in (cast, copied))
+        assert got.loss == pytest.approx(wanted.loss, rel=2e-2)
+    assert {grad.dtype for grad in copied.gradients.rows[0]} == {torch.float32, torch.bfloat16}
+    for param, copy in copied.optimizer.copies.items():
+        assert torch.equal(copy, param.bfloat16())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ class Row:
     published: Scores
     options: Mapping[str, Any]  # of `python -m minbert.train`
     hours: float | None = None  # published, of an epoch
+    needs: Sequence[str] = ()  # options that name the user's own files
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def paper(number: str) -> Paper:
             row.get("published", {}),
             {**content["common"], **row.get("options", {})},
             row.get("hours"),
+            row.get("needs", ()),
         )
         for name, row in content["rows"].items()
     }

@@ -1,0 +1,131 @@
+"""The papers' rows as recipes, and the sweep that trains them beside the published figures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from minbert import reproduce, train
+from minbert.cli import parse_layers
+from minbert.config import TrainConfig
+from minbert.errors import UserError
+from minbert.recipes import paper, papers
+from minbert.tasks import TASKS
+
+ROWS = [(number, name) for number in papers() for name in paper(number).rows]
+SMALL = """
+checkpoint_steps: 1
+scratch: {hidden_size: 16, num_attention_heads: 2, intermediate_size: 32, num_hidden_layers: 1}
+"""
+
+
+@pytest.fixture
+def sweep(course_data, tmp_path):
+    """`sweep(PAPER, options)`: the exit code of a sweep of one-step runs of a very small encoder."""
+    (tmp_path / "small.yaml").write_text(SMALL)
+    shared = [f"--data={course_data}", f"--options={tmp_path / 'small.yaml'}", f"--out={tmp_path / 'out'}"]
+    return lambda number, *options: reproduce.main([number, *shared, "--steps=1", *options])
+
+
+def test_the_papers_tables_are_whole():
+    assert {number: len(paper(number).rows) for number in papers()} == {
+        "000": 10,
+        "001": 10,
+        "002": 16,
+        "003": 21,
+        "004": 13,
+    }
+
+
+@pytest.mark.parametrize(("number", "name"), ROWS)
+def test_every_row_is_a_recipe_with_the_papers_figures(number, name):
+    row = paper(number).rows[name]
+    parse_layers("train", TrainConfig, [f"--recipe={number}/{name}"])
+    for split, scores in row.published.items():
+        assert split in ("dev", "test")
+        assert set(scores) <= {*TASKS, "overall"}
+        assert all(0 < score < 1 for score in scores.values())
+
+
+@pytest.mark.parametrize(("number", "name"), [row for row in ROWS if row != ("002", "g-finetune")])
+@pytest.mark.slow
+def test_every_row_trains(number, name, course_data, tmp_path):
+    row = paper(number).rows[name]
+    (tmp_path / "small.yaml").write_text(SMALL)
+    stars = "\n".join(json.dumps({"stars": 1 + i % 5, "text": f"review {i}"}) for i in range(20))
+    (tmp_path / "reviews").write_text(stars)
+    (tmp_path / "augmented").write_text("id\tsentence\tsentiment\na1\tthe film was fine .\t3\n")
+    files = {"reviews": ["--reviews-per-star=2", f"--reviews={tmp_path / 'reviews'}"]}
+    files["augmented"] = [f"--augmented.sst={tmp_path / 'augmented'}"]
+    options = [word for name in row.needs for word in files[name]]
+    shared = [f"--data={course_data}", f"--config={tmp_path / 'small.yaml'}", f"--out={tmp_path / 'run'}"]
+    assert train.main([f"--recipe={number}/{name}", *shared, "--steps=2", *options]) == 0
+
+
+def test_a_sweep_shows_the_published_figures_beside_ours(sweep, tmp_path, capsys):
+    assert sweep("000", "--rows=finetune,pcgrad", "--seeds=0,1") == 0
+    shown = capsys.readouterr().out
+    assert "Baseline" in shown
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert text.startswith("# SMART Surgery")
+    assert "| published / ours | dev sst | dev qqp | dev sts | dev overall |" in text
+    assert "| PCGRAD finetune | 0.500 / 0." in text
+    found = json.loads((tmp_path / "out" / "table.json").read_text())["pcgrad"]
+    assert found["published"] == {"dev sst": 0.5, "dev qqp": 0.76, "dev sts": 0.352}
+    assert len(found["ours"]["dev overall"]) == 2
+    assert "SMART Surgery" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_is_done_is_not_done_again_and_what_was_stopped_goes_on(sweep, tmp_path, monkeypatch):
+    calls = []
+    popen = reproduce.subprocess.Popen
+    monkeypatch.setattr(
+        reproduce.subprocess, "Popen", lambda words, **rest: calls.append(words) or popen(words, **rest)
+    )
+    assert sweep("000", "--rows=finetune") == 0
+    summary = tmp_path / "out" / "finetune" / "seed-0" / "summary.json"
+    assert sweep("000", "--rows=finetune") == 0
+    assert len(calls) == 1
+    summary.unlink()
+    assert sweep("000", "--rows=finetune") == 0
+    assert "--resume" in calls[1]
+    assert summary.exists()
+
+
+def test_a_row_that_fails_leaves_the_others_their_turn(sweep, tmp_path, capsys):
+    (tmp_path / "out" / "finetune" / "seed-0").mkdir(parents=True)
+    (tmp_path / "out" / "finetune" / "seed-0" / "config.yaml").write_text("{")
+    assert sweep("000", "--rows=finetune,pcgrad") == 1
+    assert "000/finetune, seed 0:" in capsys.readouterr().out
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "- Baseline finetune: seed 0:" in text
+    assert "| PCGRAD finetune | 0.500 / 0." in text
+
+
+def test_a_row_says_which_file_it_needs(sweep, tmp_path):
+    assert sweep("001", "--rows=auxiliary-0.3") == 1
+    assert "needs a file: give --reviews FILE" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["007"], r"unknown paper '007' \(did you mean '00\d'\?\); known: 000, 001, 002, 003, 004"),
+        (["000", "--rows=pcgrda"], r"--rows: paper 000 has no row 'pcgrda' \(did you mean 'pcgrad'\?\); rows: single"),
+        (["000", "--seed=1"], r"unknown option --seed \(did you mean '--seeds'\?\)"),
+    ],
+)
+def test_bad_input_is_one_line(words, message):
+    with pytest.raises(UserError, match=message):
+        reproduce.main(words)
+
+
+def test_a_recipe_of_a_paper_is_named_whole():
+    with pytest.raises(UserError, match=r"paper 000 has no row 'smrat' \(did you mean 'smart'\?\)"):
+        parse_layers("train", TrainConfig, ["--recipe=000/smrat"])
+
+
+def test_the_names_of_the_rows_can_be_listed(capsys):
+    assert reproduce.main(["004", "--rows=list"]) == 0
+    assert "smart-gse: SMART Loss w/ GSE" in capsys.readouterr().out

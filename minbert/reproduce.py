@@ -239,7 +239,7 @@ def write_results(out: Path, found: Paper, outcomes: Sequence[Outcome]) -> None:
     rows = [
         comparison.Row(outcome.row.title, _report_names(outcome.published()), run, "; ".join(outcome.failures))
         for outcome in outcomes
-        for run in outcome.runs or [None]
+        for run in [*outcome.runs] or [None]
     ]
     write_comparison(out / "report.html", found.title, rows)
 

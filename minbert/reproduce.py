@@ -236,11 +236,11 @@ def write_results(out: Path, found: Paper, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes
     }
     write_json(out / "table.json", record)
-    rows = [
-        comparison.Row(outcome.row.title, _report_names(outcome.published()), run, "; ".join(outcome.failures))
-        for outcome in outcomes
-        for run in [*outcome.runs] or [None]
-    ]
+    rows = []
+    for outcome in outcomes:
+        runs: Sequence[Run | None] = outcome.runs or [None]
+        published, note = _report_names(outcome.published()), "; ".join(outcome.failures)
+        rows += [comparison.Row(outcome.row.title, published, run, note) for run in runs]
     write_comparison(out / "report.html", found.title, rows)
 
 

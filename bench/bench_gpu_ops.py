@@ -70,7 +70,7 @@ class Contest:
 @pytest.mark.parametrize("batch", BATCHES)
 def test_attention(gpu_race, device: torch.device, smoke: bool, batch: str, way: str, dropout_p: float) -> None:
     sizes, *goals = BATCHES[batch]
-    sizes = sizes[:2] if smoke else sizes
+    sizes = [min(n, 40) for n in sizes[:2]] if smoke else sizes
     tokens, longest = sum(sizes), max(sizes)
     cu_seqlens = torch.tensor([0, *sizes]).cumsum(0).int().to(device)
     seed = torch.tensor(1, device=device)
@@ -162,7 +162,8 @@ def test_rows(gpu_race, device: torch.device, smoke: bool, op: str, way: str) ->
     contest = Contest(way)
     contest.add("minbert", lambda: ours, inputs([weight, bias]), grads)
     contest.add("torch eager", lambda: lambda i: eager(*activations[i], *half), inputs(half), grads)
-    contest.add("torch.compile", compiled, inputs(half), grads)
+    if device.type == "cuda":
+        contest.add("torch.compile", compiled, inputs(half), grads)
     if normalises:
         contest.add("eager dropout + Liger LayerNorm", liger, inputs(half), grads)
     goal = {"dropout_add_layer_norm": (20, 24), "bias_gelu": (40, 60)}[op][way == "backward"] * MICROSECOND

@@ -34,9 +34,7 @@ def test_the_demo_corpus_is_learned_as_on_the_cpu(cuda, tmp_path):
     scores, options = {}, ["--precision=fp32", "--epochs=2", "--log-steps=1"]
     for device in ("cpu", "cuda"):
         out = tmp_path / device
-        assert (
-            train.main([f"--out={out}", f"--device={device}", "--precision=fp32", "--epochs=2", "--log-steps=1"]) == 0
-        )
+        assert train.main([f"--out={out}", f"--device={device}", *options]) == 0
         losses = [sum(record["loss"].values()) for record in Run(out).records() if "loss" in record]
         assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
         scores[device] = summary(out)["dev"]["overall"]

@@ -1,6 +1,7 @@
 """How fast an op can be: the bytes it has to move and the products it has to compute, against what a device can.
 
-Every input is read once and every output written once, whatever the caches hold. D is the hidden size, N tokens.
+Every input is read once and every output written once, whatever the caches hold.
+python -c "from minbert.kernels import roofline; print(roofline.table())" prints floors of BERT-base's launches.
 """
 
 from __future__ import annotations
@@ -181,3 +182,36 @@ def step(
     add("update", gram(rows, encoder.parameters), 1)
     add("update", combine_adamw(rows, encoder.parameters, copies=True), 1)
     return parts
+
+
+def launches() -> dict[str, Work]:
+    """By name, launches of BERT-base in bf16 that have goals of their own."""
+    base, found = Encoder(), {}
+    rows, real = 8192, 2700  # tokens of a large batch, and of three tasks' batches of 32 real sequences
+    head_dim = base.hidden // base.heads
+    for backward, way in ((False, "forward"), (True, "backward")):
+        for count, length in ((96, 28), (64, 128), (16, 512)):
+            name = f"attention {way}, {count} sequences of {length}"
+            found[name] = attention([length] * count, base.heads, head_dim, backward=backward)
+        name = f"dropout + residual + LayerNorm {way}, {rows} x {base.hidden}"
+        found[name] = layer_norm(rows, base.hidden, backward=backward)
+        found[f"bias + GELU {way}, {rows} x {base.inner}"] = gelu(rows, base.inner, backward=backward)
+    found[f"Gram matrix, 3 x {base.parameters / 1e6:.0f}M float32"] = gram(3, base.parameters)
+    found[f"combine + AdamW, 3 x {base.parameters / 1e6:.0f}M float32"] = combine_adamw(3, base.parameters)
+    found[f"smart_init, {real} x {base.hidden}"] = smart_init(real, base.hidden)
+    found[f"smart_ascend, {real} x {base.hidden}"] = smart_ascend(real, base.hidden)
+    return found
+
+
+def table(ceilings: Ceilings = H100) -> str:
+    """Floors in Markdown."""
+    lines = ["| launch | MB moved | GFLOP | floor, us |", "|---|--:|--:|--:|"]
+    for name, work in launches().items():
+        products = f"{work.operations / 1e9:.1f}" if work.operations else ""
+        lines.append(f"| {name} | {work.bytes / 1e6:.1f} | {products} | {1e6 * work.floor(ceilings):.1f} |")
+    for name, rows, smart in (("plain", 1, False), ("PCGrad", 3, False), ("SMART + PCGrad", 3, True)):
+        parts = [work for works in step(Encoder(), [28] * 96, rows=rows, smart=smart).values() for work in works]
+        moved, operations = sum(part.bytes for part in parts), sum(part.operations for part in parts)
+        least = 1e6 * floor(parts, ceilings)
+        lines.append(f"| {name} step, 96 sequences of 28 | {moved / 1e6:.0f} | {operations / 1e9:.0f} | {least:.0f} |")
+    return "\n".join(lines)

@@ -52,21 +52,27 @@ def parse(text: str) -> list[Instruction]:
     return found[: last + 1]
 
 
+def loops(instructions: Sequence[Instruction]) -> list[tuple[int, int]]:
+    """Addresses of the first and last instruction of each loop, in the order of the first."""
+    targets = [(instruction.target(), instruction.address) for instruction in instructions]
+    ends: dict[int, int] = {}
+    for start, end in targets:
+        if start is not None and start < end:
+            ends[start] = max(end, ends.get(start, end))
+    return sorted(ends.items())
+
+
 def executed(instructions: Sequence[Instruction], trips: Sequence[int] = ()) -> Counter[str]:
     """How often a warp executes each instruction if it takes no branch forwards.
 
     Args:
-        trips: how often loops run: outermost ones, those inside them, and so on; once where left out.
+        trips: how often each of `loops` runs for one entry into it; once where left out.
     """
-    loops = []
-    for instruction in instructions:
-        target = instruction.target()
-        if target is not None and target < instruction.address:
-            loops.append((target, instruction.address))
+    found = list(zip(loops(instructions), trips, strict=False))
     counts: Counter[str] = Counter()
     for instruction in instructions:
-        depth = sum(start <= instruction.address <= end for start, end in loops)
-        counts[instruction.name] += math.prod(trips[:depth])
+        around = [times for (start, end), times in found if start <= instruction.address <= end]
+        counts[instruction.name] += math.prod(around)
     return counts
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -58,3 +60,8 @@ def test_a_step_costs_more_with_surgery_and_most_with_smart():
     assert set(smart) - set(plain) == {"SMART"}
     six_for_each = sum(part.operations for part in plain["matrix products"])
     assert six_for_each == 6 * sum(lengths) * 12 * 12 * 768**2  # twice the weights forwards, four times backwards
+
+
+def test_floors_are_those_of_the_documentation():
+    documented = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+    assert roofline.table() in documented

@@ -92,7 +92,9 @@ def test_programs_per_multiprocessor(registers, shared_memory, num_warps, archit
 
 
 def test_machine_code_is_read_up_to_its_last_exit_and_loops_count_as_often_as_they_run():
-    counts = sass.executed(sass.parse(HOPPER), trips=[5, 9])
+    instructions = sass.parse(HOPPER)
+    assert sass.loops(instructions) == [(0x20, 0x40)]
+    counts = sass.executed(instructions, trips=[5])
     assert counts["HGMMA.64x64x16.F32.BF16"] == counts["FFMA"] == 5
     assert counts["LDG.E.128"] == counts["EXIT"] == 1
     assert "RET.REL.NODEC" not in counts

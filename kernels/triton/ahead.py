@@ -1,7 +1,7 @@
 """Compiles every shipped configuration of the kernels for every architecture, and judges it, where no GPU is.
 
 python -m minbert.kernels.triton.ahead                 all of them, in a table; exit code 1 if a limit is broken
-python -m minbert.kernels.triton.ahead --sample        each configuration for one of the architectures, in turns
+python -m minbert.kernels.triton.ahead --sample 60     no more than 60 of them, from everywhere
 python -m minbert.kernels.triton.ahead --json FILE     the same as JSON; --text DIR writes PTX and machine code
 """
 
@@ -42,6 +42,7 @@ class Compilation:
         num_warps, num_stages: as launched.
         registers, shared_memory: the most that a thread and a program may take, in 4-byte registers and bytes. None may
             spill.
+        architectures: on which it is launched.
         options: other launch options. All our launches ask for fused multiply-adds, whatever Triton's default is.
     """
 
@@ -54,6 +55,7 @@ class Compilation:
     num_stages: int
     registers: int = 255
     shared_memory: int = 99 * 1024  # of sm_86 and sm_89, the least of those we ship for
+    architectures: tuple[int, ...] = ARCHITECTURES
     options: Mapping[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": True})
 
 
@@ -157,7 +159,12 @@ def modules(package: str = __package__) -> list[str]:
 
 
 def compilations_of(module: str) -> list[Compilation]:
-    return list(importlib.import_module(module).compilations())
+    """Those of one module, by its name; one that several launches share counts once."""
+    found: list[Compilation] = []
+    for compilation in importlib.import_module(module).compilations():
+        if compilation not in found:
+            found.append(compilation)
+    return found
 
 
 @dataclass(frozen=True)
@@ -172,16 +179,21 @@ class Job:
         return compile_for(compilations_of(self.module)[self.index], self.architecture)
 
 
-def jobs(package: str, sample: bool, only: str) -> list[Job]:
-    """What to compile: every configuration whose name contains `only`, for all architectures or one in turns."""
-    found, turn = [], 0
+def jobs(package: str, sample: int | None, only: str) -> list[Job]:
+    """What to compile: every configuration whose name contains `only`, for all its architectures.
+
+    Args:
+        sample: how many at most; then each configuration is compiled for one of its architectures, in turns.
+    """
+    found = []
     for module in modules(package):
         for index, compilation in enumerate(compilations_of(module)):
-            if only not in compilation.name:
-                continue
-            turn += 1
-            chosen = [ARCHITECTURES[turn % len(ARCHITECTURES)]] if sample else ARCHITECTURES
-            found += [Job(module, index, architecture) for architecture in chosen]
+            if only in compilation.name:
+                chosen = compilation.architectures
+                chosen = (chosen[len(found) % len(chosen)],) if sample else chosen
+                found += [Job(module, index, architecture) for architecture in chosen]
+    if sample and sample < len(found):
+        found = [found[i * len(found) // sample] for i in range(sample)]
     return found
 
 
@@ -223,7 +235,7 @@ def table(found: Sequence[Resources], markdown: bool) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name if __spec__ else __name__}", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--sample", action="store_true", help="one architecture for each configuration, in turns")
+    parser.add_argument("--sample", type=int, help="so many at most, each for one architecture, in turns")
     parser.add_argument("--only", default="", help="configurations whose names contain this")
     parser.add_argument("--package", default=__package__, help="where the modules of kernels are")
     parser.add_argument("--processes", type=int, default=max(1, min(4, len(os.sched_getaffinity(0)))))

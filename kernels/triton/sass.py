@@ -46,19 +46,20 @@ class Instruction:
 
 
 def parse(text: str) -> list[Instruction]:
-    """The instructions of one kernel up to its last EXIT; what follows is subroutines for rare cases."""
+    """The instructions of one kernel up to its last exit or way back into a loop; subroutines for rare cases follow."""
     found = [Instruction(int(m[1], 16), m[2], m[3]) for line in text.splitlines() if (m := _INSTRUCTION.match(line))]
-    last = max((i for i, instruction in enumerate(found) if instruction.base == "EXIT"), default=len(found) - 1)
-    return found[: last + 1]
+    last = max((each.address for each in found if each.base == "EXIT"), default=0)
+    ends = [each.address for each in found if (target := each.target()) is not None and target < last]
+    return [each for each in found if each.address <= max(last, *ends, 0)]
 
 
 def loops(instructions: Sequence[Instruction]) -> list[tuple[int, int]]:
     """Addresses of the first and last instruction of each loop, in the order of the first."""
-    targets = [(instruction.target(), instruction.address) for instruction in instructions]
     ends: dict[int, int] = {}
-    for start, end in targets:
-        if start is not None and start < end:
-            ends[start] = max(end, ends.get(start, end))
+    for each in instructions:
+        start = each.target()
+        if start is not None and start < each.address:
+            ends[start] = each.address  # the last branch back to it
     return sorted(ends.items())
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,16 +40,25 @@ def compile_in_a_process_of_its_own(*options: str) -> tuple[subprocess.Completed
     return done, json.loads(report.read_text()) if report.exists() else []
 
 
-def test_every_configuration_keeps_its_limits():
-    """Each for one architecture, in turns; without --sample the command compiles each for all."""
-    if not ahead.modules():
-        pytest.skip("no module of kernels has compilations")
-    done, found = compile_in_a_process_of_its_own("--sample")
-    assert done.returncode == 0, done.stderr
+def test_configurations_keep_their_limits():
+    """A sample of them; without --sample the command compiles each for all architectures."""
     names = [each.name for module in ahead.modules() for each in ahead.compilations_of(module)]
-    assert [each["name"] for each in found] == names
     assert len(set(names)) == len(names)
+    if not names:
+        pytest.skip("no module of kernels has compilations")
+    done, found = compile_in_a_process_of_its_own("--sample=60")
+    assert done.returncode == 0, done.stderr
+    assert len(found) == min(60, len(names))
+    assert {each["name"] for each in found} <= set(names)
     assert all(each["local_memory"] == 0 and each["programs_per_sm"] >= 1 for each in found)
+
+
+def test_a_sample_comes_from_everywhere_and_takes_architectures_in_turns():
+    assert len(ahead.jobs("samples", None, "")) == 6
+    sample = ahead.jobs("samples", 5, "")
+    assert [(job.index, job.architecture) for job in sample] == [(0, 80), (1, 90)]
+    assert len(ahead.jobs("samples", 1, "")) == 1
+    assert ahead.jobs("samples", None, "32 registers")[0].index == 1
 
 
 def test_resources_are_told_for_every_architecture_and_a_broken_limit_is_an_error():
@@ -110,3 +120,5 @@ def test_an_estimate_is_the_larger_of_memory_and_the_busiest_pipe():
     assert found.memory == pytest.approx(1e-6)
     assert (found.pipe, found.seconds) == ("matrix", pytest.approx(2 * 100 * 32 / estimate.CLOCK))
     assert "| a launch | 1.0 | matrix |" in estimate.table([found])
+    unknown = estimate.estimate(replace(launch, trips=()), 4, HOPPER)
+    assert (unknown.pipe, unknown.seconds) == ("unknown: 1 loops instead of 0", pytest.approx(1e-6))

@@ -33,12 +33,15 @@ def encoded(task: str, seed: int, batch_size: int, vocabulary: int) -> Encoded:
     return Encoded(ids, np.zeros(len(ids), np.uint8), offsets, labels(batch_size)[task].numpy(), names, 0)
 
 
-def ours(method: str, sizes: dict[str, int], batch_size: int) -> Callable[[], object]:
+def ours(
+    method: str, sizes: dict[str, int], batch_size: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Callable[[], object]:
     """A step of `minbert.train`, on the sequences that the peers pad."""
     name, weight = METHODS[method]
     surgeries = find_surgery(name)
     torch.manual_seed(0)
-    model = MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS).train()
+    model = MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS).to(device).train()
+    model.encoder.compute_dtype = dtype
     optimizer = AdamW(model.parameter_groups(0.01), lr=1e-5)
     rows = len(TASKS) if surgeries[0].per_task else 1
     stepper = Stepper(
@@ -53,7 +56,7 @@ def ours(method: str, sizes: dict[str, int], batch_size: int) -> Callable[[], ob
         low_memory=False,
         clip_norm=1.0,
         seed=0,
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
     batch = [(task, np.arange(batch_size)) for task in TASKS]
     return lambda: stepper.take([batch], 0, 1.0).taken()

@@ -3,6 +3,7 @@
 pytest bench/ --benchmark-only                      the table
 pytest bench/ --benchmark-only --minbert-results    and a JSON file with machine, versions and commit
 MINBERT_BENCH_SMOKE=1 pytest bench/ --benchmark-only    every benchmark once on small data, to see that it runs
+pytest bench/bench_gpu_*.py --benchmark-only        those of GPUs; MINBERT_BENCH_DRY_RUN=1: small data, on the CPU
 """
 
 from __future__ import annotations
@@ -13,23 +14,30 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from gpu_timing import Timing, ceilings, measure, measure_wall
 
 from minbert.device import keep_freed_memory
 from minbert.kernels import native
+from minbert.kernels.roofline import Ceilings, Work
 
 RESULTS = Path(__file__).parent / "results"
-SMOKE = os.environ.get("MINBERT_BENCH_SMOKE") == "1"
+PACKAGES = ("minbert", "torch", "triton", "torchjd", "transformers", "flash-attn", "liger-kernel")
+DRY_RUN = os.environ.get("MINBERT_BENCH_DRY_RUN") == "1"
+SMOKE = os.environ.get("MINBERT_BENCH_SMOKE") == "1" or DRY_RUN
 ROUNDS = 1 if SMOKE else 5
-ROWS = pytest.StashKey[list[dict[str, object]]]()
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
 PROFILES = pytest.StashKey[dict[str, dict[str, float]]]()
 MEMORY = pytest.StashKey[dict[str, dict[str, int]]]()
+CEILINGS = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     config.stash[PROFILES] = {}
     config.stash[MEMORY] = {}
+    config.stash[CEILINGS] = {}
     keep_freed_memory()
 
 
@@ -110,6 +119,93 @@ def race(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str, f
     return run
 
 
+# On GPUs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def any_gpu() -> torch.device:
+    """A GPU; the CPU in a dry run."""
+    if not (DRY_RUN or torch.cuda.is_available()):
+        pytest.skip("needs a CUDA device; MINBERT_BENCH_DRY_RUN=1 runs it on the CPU, on small data")
+    return torch.device("cpu" if DRY_RUN else "cuda")
+
+
+@pytest.fixture
+def device(any_gpu: torch.device) -> Iterator[torch.device]:
+    """The GPU, with a stream of its own, on which graphs can be captured."""
+    if any_gpu.type == "cpu":
+        yield any_gpu
+        return
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield any_gpu
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def reach(any_gpu: torch.device, request: pytest.FixtureRequest) -> Ceilings:
+    """What the device reaches in a copy and in a product of matrices."""
+    found = ceilings(any_gpu, **({"copied": 2**20, "size": 64} if DRY_RUN else {}))
+    request.config.stash[CEILINGS] |= asdict(found)
+    return found
+
+
+@pytest.fixture
+def gpu_race(benchmark, device: torch.device, reach: Ceilings, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`gpu_race(case, {name: function of i, ...}, work, sets=..., goal=...)`: the first name is ours.
+
+    Each function does its work on input set i of `sets`. `work` gives the floor, which `floor` states where there is
+    more than one launch; `goal` is the time that we promise on an H100, in seconds. With `steps`, functions take no
+    argument and are timed with the host's work, so many at a time.
+    """
+
+    def run(
+        case: str,
+        functions: Mapping[str, Callable[..., object]],
+        work: Work | None = None,
+        *,
+        floor: float | None = None,
+        goal: float | None = None,
+        sets: int = 1,
+        steps: int = 0,
+    ) -> None:
+        rounds = 2 if SMOKE else 7 if steps else 21
+
+        def timed(function: Callable[..., object]) -> Timing:
+            if steps:
+                return measure_wall(function, device, calls=steps, rounds=rounds)
+            return measure(function, sets, device, rounds=rounds)
+
+        found = benchmark.pedantic(lambda: {name: timed(f) for name, f in functions.items()}, rounds=1)
+        ours = next(iter(found.values()))
+        least = work.floor(reach) if work is not None else floor
+        for name, timing in found.items():
+            own = timing is ours
+            bandwidth = work.bytes / timing.seconds if work is not None else None
+            request.config.stash[ROWS].append(
+                {
+                    "benchmark": request.node.name,
+                    "case": case,
+                    "name": name,
+                    "seconds": timing.seconds,
+                    "ratio": timing.seconds / ours.seconds,
+                    "bytes_per_second": bandwidth,
+                    "share_of_copy": bandwidth / reach.bandwidth if bandwidth else None,
+                    "operations_per_second": work.operations / timing.seconds if work and work.operations else None,
+                    "rounds": rounds,
+                    "spread": timing.spread,
+                    "timer": timing.timer,
+                    "floor": least,
+                    "goal": goal if own else None,
+                }
+            )
+
+    return run
+
+
+# What is written -----------------------------------------------------------------------------------------------------
+
+
 def _machine() -> dict[str, object]:
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -133,16 +229,11 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str:
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or os.environ.get("MINBERT_COMMIT", "unknown")  # in a copy without .git
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    if not rows and not config.stash[MEMORY]:
-        return
-    machine = _machine()
-    terminalreporter.section("minbert against its peers")
-    terminalreporter.line(", ".join(f"{key} {value}" for key, value in machine.items()))
+def _cpu_table(terminalreporter: pytest.TerminalReporter, rows: Sequence[dict[str, Any]]) -> None:
     terminalreporter.line(
         f"{'case':<42} {'who':<30} {'median':>11} {'ratio':>8} {'GB/s':>7} {'of copy':>8} {'GFLOP/s':>8}"
     )
@@ -154,6 +245,30 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             f"{row['case']:<42} {row['name']:<30} {row['seconds'] * 1e3:8.2f} ms {row['ratio']:7.1f}x"
             f" {bandwidth:>7} {share:>8} {speed:>8}"
         )
+
+
+def _gpu_table(terminalreporter: pytest.TerminalReporter, rows: Sequence[dict[str, Any]]) -> None:
+    terminalreporter.line(
+        f"{'case':<44} {'who':<34} {'time':>10} {'floor':>9} {'x floor':>8} {'goal':>6} {'x ours':>7}  timer"
+    )
+    for row in rows:
+        least = f"{1e6 * row['floor']:9.1f} {row['seconds'] / row['floor']:7.2f}x" if row["floor"] else ""
+        goal = f"{1e6 * row['goal']:6.0f}" if row["goal"] else ""
+        terminalreporter.line(
+            f"{row['case']:<44} {row['name']:<34} {1e6 * row['seconds']:7.1f} us {least:>18} {goal:>6}"
+            f" {row['ratio']:6.1f}x  {row['timer']}"
+        )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows, reached = config.stash[ROWS], config.stash[CEILINGS]
+    if not rows and not config.stash[MEMORY]:
+        return
+    machine = _machine()
+    terminalreporter.section("minbert against its peers")
+    terminalreporter.line(", ".join(f"{key} {value}" for key, value in machine.items()))
+    if on_cpu := [row for row in rows if "timer" not in row]:
+        _cpu_table(terminalreporter, on_cpu)
     for case, components in config.stash[PROFILES].items():
         total = sum(components.values())
         shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in components.items())
@@ -161,16 +276,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for case, peaks in config.stash[MEMORY].items():
         for who, size in peaks.items():
             terminalreporter.line(f"{case:<42} {who:<30} {size / 2**20:8.0f} MiB at its peak")
+    if on_gpu := [row for row in rows if "timer" in row]:
+        terminalreporter.line(", ".join(f"{name} {value / 1e12:.2f} T/s" for name, value in reached.items()))
+        _gpu_table(terminalreporter, on_gpu)
     if config.getoption("--minbert-results"):
         now = datetime.now(timezone.utc)
         record = {
             "time": now.isoformat(timespec="seconds"),
             "commit": _commit(),
             "machine": machine,
-            "versions": {name: _version(name) for name in ("minbert", "torch", "torchjd", "transformers")},
+            "versions": {name: _version(name) for name in PACKAGES},
             "rows": rows,
             "profiles": config.stash[PROFILES],
             "peak_bytes": config.stash[MEMORY],
+            **({"ceilings": reached} if reached else {}),
         }
         path = RESULTS / f"{now:%Y-%m-%d-%H%M%S}.json"
         RESULTS.mkdir(exist_ok=True)

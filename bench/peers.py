@@ -68,21 +68,30 @@ class Padded:
         dtype: torch.dtype = torch.float32,
         attention: str = "sdpa",
         compiled: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         import transformers
 
         torch.manual_seed(0)
-        encoder = transformers.BertModel(transformers.BertConfig(**sizes, attn_implementation=attention)).train()
+        encoder = transformers.BertModel(transformers.BertConfig(**sizes, attn_implementation=attention))
+        encoder.to(device).train()
         self.words = encoder.embeddings.word_embeddings
         self.encoder = torch.compile(encoder) if compiled else encoder
-        self.heads = nn.ModuleDict({task.name: nn.Linear(sizes["hidden_size"], task.outputs) for task in TASKS})
+        self.heads = nn.ModuleDict({task.name: nn.Linear(sizes["hidden_size"], task.outputs) for task in TASKS}).to(
+            device
+        )
         self.params = [*encoder.parameters(), *self.heads.parameters()]
         self.optimizer = torch.optim.AdamW(self.params, lr=1e-5, weight_decay=0.01, fused=True)
-        self.autocast = contextlib.nullcontext if dtype == torch.float32 else lambda: torch.autocast("cpu", dtype)
-        self.targets, self.ids, self.masks = labels(batch_size), {}, {}
+        self.autocast = (
+            contextlib.nullcontext
+            if dtype == torch.float32
+            else lambda: torch.autocast(self.words.weight.device.type, dtype)
+        )
+        self.targets = {name: target.to(device) for name, target in labels(batch_size).items()}
+        self.ids, self.masks = {}, {}
         for i, name in enumerate(DECILES):
             rows = [torch.tensor(row) for row in sequences(name, batch_size, sizes["vocab_size"], 100 * i)]
-            self.ids[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            self.ids[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
             self.masks[name] = (self.ids[name] != 0).long()
 
     def output(self, task: Task, words: Tensor) -> Tensor:

@@ -1,10 +1,32 @@
-"""Which configurations of a kernel are shipped, so that each can be compiled, and judged, where no GPU is."""
+"""Compiles every shipped configuration of the kernels for every architecture, and judges it, where no GPU is.
+
+python -m minbert.kernels.triton.ahead                 all of them, in a table; exit code 1 if a limit is broken
+python -m minbert.kernels.triton.ahead --sample 60     no more than 60 of them, from everywhere
+python -m minbert.kernels.triton.ahead --json FILE     the same as JSON; --text DIR writes PTX and machine code
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
+
+from . import estimate, sass
+
+ARCHITECTURES = (80, 90, 100)
 
 
 @dataclass(frozen=True)
@@ -20,6 +42,8 @@ class Compilation:
         num_warps, num_stages: as launched.
         registers, shared_memory: the most that a thread and a program may take, in 4-byte registers and bytes. None may
             spill.
+        architectures: on which it is launched.
+        options: other launch options. All our launches ask for fused multiply-adds, whatever Triton's default is.
     """
 
     name: str
@@ -31,3 +55,237 @@ class Compilation:
     num_stages: int
     registers: int = 255
     shared_memory: int = 99 * 1024  # of sm_86 and sm_89, the least of those we ship for
+    architectures: tuple[int, ...] = ARCHITECTURES
+    options: Mapping[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": True})
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compilation takes on one architecture, and what it executes."""
+
+    name: str
+    kernel: str
+    architecture: int
+    num_warps: int
+    registers: int  # a thread, 4 bytes each
+    local_memory: int  # bytes a thread: spilled registers
+    shared_memory: int  # bytes a program
+    programs_per_sm: int  # at once on a multiprocessor
+    matrix_instructions: int
+    wide_accesses: int  # of global memory, 16 bytes a thread
+    accesses: int
+    broken: tuple[str, ...]  # the limits that it does not keep
+    ptx: str = field(repr=False)
+    sass: str = field(repr=False)
+
+    @property
+    def warps_per_sm(self) -> int:
+        return self.programs_per_sm * self.num_warps
+
+
+def programs_per_sm(registers: int, shared_memory: int, num_warps: int, architecture: int) -> int:
+    """How many programs a multiprocessor holds at once: CUDA's occupancy rules for sm_80, sm_90 and sm_100."""
+    registers_per_warp = -(-registers * 32 // 256) * 256
+    by_registers = 65536 // 4 // registers_per_warp * 4 // num_warps  # each quarter has its own
+    reserved = -(-(shared_memory + 1024) // 128) * 128  # the system keeps 1 KiB for each program
+    by_memory = (164 if architecture < 90 else 228) * 1024 // reserved
+    return min(32, 64 // num_warps, by_registers, by_memory)
+
+
+def compile_for(compilation: Compilation, architecture: int) -> Resources:
+    """Compile for one architecture (80, 90, 100); no GPU is needed, and Triton's cache keeps the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = compilation.kernel.arg_names
+    source = ASTSource(
+        compilation.kernel,
+        {**compilation.signature, **dict.fromkeys(compilation.constants, "constexpr")},
+        dict(compilation.constants),
+        {(names.index(name),): [["tt.divisibility", 16]] for name in compilation.divisible},
+    )
+    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, **compilation.options}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    text = machine_code(compiled.asm["cubin"])
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", text)}
+    counts = sass.executed(sass.parse(text))
+    wide, accesses = sass.global_accesses(counts)
+    registers, local_memory, shared_memory = usage["REG"], usage["STACK"], compiled.metadata.shared
+    limits = {
+        f"{registers} registers of {compilation.registers}": registers > compilation.registers,
+        f"{local_memory} bytes of spilled registers": local_memory > 0,
+        f"{sass.local_accesses(counts)} accesses of local memory": sass.local_accesses(counts) > 0,
+        f"{shared_memory} bytes of shared memory of {compilation.shared_memory}": shared_memory
+        > compilation.shared_memory,
+    }
+    return Resources(
+        compilation.name,
+        compiled.metadata.name,
+        architecture,
+        compilation.num_warps,
+        registers,
+        local_memory,
+        shared_memory,
+        programs_per_sm(registers, shared_memory, compilation.num_warps, architecture),
+        sass.matrix_instructions(counts),
+        wide,
+        accesses,
+        tuple(limit for limit, is_broken in limits.items() if is_broken),
+        compiled.asm["ptx"],
+        text,
+    )
+
+
+def machine_code(cubin: bytes) -> str:
+    """What cuobjdump, which Triton brings along, says of a cubin: its resources and its instructions."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# All of them -----------------------------------------------------------------------------------------------------
+
+
+def modules(package: str = __package__) -> list[str]:
+    """The names of the package's modules that have `compilations`."""
+    path = importlib.import_module(package).__path__
+    names = [f"{package}.{found.name}" for found in pkgutil.iter_modules(path)]
+    return [name for name in names if hasattr(importlib.import_module(name), "compilations")]
+
+
+def compilations_of(module: str) -> list[Compilation]:
+    """Those of one module, by its name; one that several launches share counts once."""
+    found: list[Compilation] = []
+    for compilation in importlib.import_module(module).compilations():
+        if compilation not in found:
+            found.append(compilation)
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation for one architecture, such that another process can find it."""
+
+    module: str
+    index: int
+    architecture: int
+
+    def run(self) -> Resources:
+        return compile_for(compilations_of(self.module)[self.index], self.architecture)
+
+
+def jobs(package: str, sample: int | None, only: str) -> list[Job]:
+    """What to compile: every configuration whose name contains `only`, for all its architectures.
+
+    Args:
+        sample: how many at most; then each configuration is compiled for one of its architectures, in turns.
+    """
+    found = []
+    for module in modules(package):
+        for index, compilation in enumerate(compilations_of(module)):
+            if only in compilation.name:
+                chosen = compilation.architectures
+                chosen = (chosen[len(found) % len(chosen)],) if sample else chosen
+                found += [Job(module, index, architecture) for architecture in chosen]
+    if sample and sample < len(found):
+        found = [found[i * len(found) // sample] for i in range(sample)]
+    return found
+
+
+def compile_all(work: Sequence[Job], processes: int) -> Iterator[Resources]:
+    """In parallel processes of low priority, in the order of `work`."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=os.nice, initargs=(10,)) as pool:
+        yield from pool.map(Job.run, work)
+
+
+COLUMNS = (
+    ("arch", "architecture"),
+    ("registers", "registers"),
+    ("spilled", "local_memory"),
+    ("shared", "shared_memory"),
+    ("warps", "num_warps"),
+    ("programs/SM", "programs_per_sm"),
+    ("matrix", "matrix_instructions"),
+    ("16-byte", "wide_accesses"),
+    ("of accesses", "accesses"),
+)
+
+
+def table(found: Sequence[Resources], markdown: bool) -> str:
+    """One line a compilation."""
+    width = max([len("kernel"), *(len(each.name) for each in found)])
+    rows = [["kernel", *(title for title, _ in COLUMNS)]]
+    rows += [[each.name, *(str(getattr(each, name)) for _, name in COLUMNS)] for each in found]
+    if markdown:
+        rule = "|".join(["---", *["--:"] * len(COLUMNS)])
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
+    sizes = [len(title) + 2 for title, _ in COLUMNS]
+    return "\n".join(
+        row[0].ljust(width) + "".join(cell.rjust(size) for cell, size in zip(row[1:], sizes, strict=True))
+        for row in rows
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name if __spec__ else __name__}", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--sample", type=int, help="so many at most, each for one architecture, in turns")
+    parser.add_argument("--only", default="", help="configurations whose names contain this")
+    parser.add_argument("--package", default=__package__, help="where the modules of kernels are")
+    parser.add_argument("--processes", type=int, default=max(1, min(4, len(os.sched_getaffinity(0)))))
+    parser.add_argument("--markdown", action="store_true", help="the table in Markdown")
+    parser.add_argument("--json", type=Path, help="write what was found to this file")
+    parser.add_argument("--text", type=Path, help="write PTX and machine code to this directory")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 makes Triton interpret kernels; unset it to compile them")
+
+    work = jobs(options.package, options.sample, options.only)
+    if not work:
+        parser.error(f"no module of {options.package} has compilations named *{options.only}*")
+    started, found = time.monotonic(), []
+    for resources in compile_all(work, options.processes):
+        found.append(resources)
+        line = f"{len(found)}/{len(work)} compiled, {time.monotonic() - started:.0f} s: {resources.name}"
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        elif len(found) % 10 == 0 or len(found) == len(work):
+            print(line, file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    print(table(found, options.markdown))
+    if estimates := estimates_of(found):
+        print(f"\nOn an H100, in microseconds:\n\n{estimate.table(estimates)}")
+    if options.text:
+        write_text(options.text, found)
+    if options.json:
+        kept = [{k: v for k, v in asdict(each).items() if k not in ("ptx", "sass")} for each in found]
+        options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    broken = [f"sm_{each.architecture} {each.name}: {', '.join(each.broken)}" for each in found if each.broken]
+    print("\n".join(broken) if broken else f"all {len(found)} keep their limits", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def estimates_of(found: Sequence[Resources]) -> list[estimate.Estimate]:
+    """Of the launches whose compilation for Hopper is among those found."""
+    hopper = {each.name: each for each in found if each.architecture == 90}
+    present = [(launch, hopper.get(launch.compilation)) for launch in estimate.LAUNCHES]
+    return [estimate.estimate(launch, each.num_warps, each.sass) for launch, each in present if each is not None]
+
+
+def write_text(directory: Path, found: Sequence[Resources]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for each in found:
+        stem = re.sub(r"[^a-z0-9]+", "-", f"{each.name} sm {each.architecture}".lower())
+        (directory / f"{stem}.ptx").write_text(each.ptx, encoding="utf-8")
+        (directory / f"{stem}.sass").write_text(each.sass, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    # as a module of its own name: the processes find the same classes
+    sys.exit(importlib.import_module(f"{__package__}.ahead").main())

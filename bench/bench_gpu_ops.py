@@ -1,0 +1,172 @@
+"""The encoder's ops on a GPU, forward and backward apart, against torch's and others' kernels and the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from batches import DECILES, lengths
+from gpu_timing import Numbered, input_sets
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minbert import kernels
+from minbert.kernels import roofline
+
+HEADS, HEAD_DIM, HIDDEN, INNER = 12, 64, 768, 3072
+P, EPS = 0.1, 1e-12
+MICROSECOND = 1e-6
+BATCHES = {  # sequence lengths; the goals on an H100, forward and backward, in microseconds
+    "96 x 28": ([28] * 96, 9, 22),
+    "64 x 128": ([128] * 64, 25, 55),
+    "16 x 512": ([512] * 16, 40, 150),
+    "96 of real lengths": (
+        np.concatenate([lengths(task, 32, i) for i, task in enumerate(DECILES)]).tolist(),
+        None,
+        None,
+    ),
+}
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def randn(*shape: int, device: torch.device) -> Tensor:
+    return torch.randn(*shape, device=device).bfloat16()
+
+
+class Contest:
+    """Contenders of an op's forward or backward, on sets of inputs; those that cannot run here are left out."""
+
+    def __init__(self, way: str) -> None:
+        self.way = way
+        self.contenders: dict[str, Numbered] = {}
+
+    def add(
+        self, name: str, make: Callable[[], Numbered], inputs: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
+    ) -> None:
+        """`make` gives the forward; the backward is that of its results, from `grads` to `inputs`."""
+        try:
+            forward = make()
+            results = [forward(i) for i in range(len(inputs))]
+            backward = lambda i: torch.autograd.grad(results[i], inputs[i], grads[i], retain_graph=True)  # noqa: E731
+            backward(0)
+        except (RuntimeError, ImportError) as error:
+            if name == "minbert":
+                raise
+            print(f"{name}: left out, {str(error).splitlines()[0]}")
+        else:
+            self.contenders[name] = forward if self.way == "forward" else backward
+
+
+@pytest.mark.parametrize("dropout_p", [P, 0.0])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_attention(gpu_race, device: torch.device, smoke: bool, batch: str, way: str, dropout_p: float) -> None:
+    sizes, *goals = BATCHES[batch]
+    sizes = [min(n, 40) for n in sizes[:2]] if smoke else sizes
+    tokens, longest = sum(sizes), max(sizes)
+    cu_seqlens = torch.tensor([0, *sizes]).cumsum(0).int().to(device)
+    seed = torch.tensor(1, device=device)
+    sets = input_sets(11 * tokens * HIDDEN * 2, device)
+    packed = [randn(tokens, 3, HEADS, HEAD_DIM, device=device).requires_grad_() for _ in range(sets)]
+    grads = [randn(tokens, HEADS, HEAD_DIM, device=device) for _ in range(sets)]
+
+    def pad(x: Tensor) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(x.split(sizes), batch_first=True)
+
+    mask = (torch.arange(longest) < torch.tensor(sizes)[:, None])[:, None, None, :].to(device)
+    padded = [[p.contiguous().requires_grad_() for p in pad(x.detach()).permute(2, 0, 3, 1, 4)] for x in packed]
+    padded_grads = [pad(grad).transpose(1, 2).contiguous() for grad in grads]
+
+    def ours(i: int) -> Tensor:
+        return kernels.attention(packed[i], cu_seqlens, longest, dropout_p=dropout_p, seed=seed)
+
+    def sdpa(backend: SDPBackend) -> Numbered:
+        attn_mask = None if min(sizes) == longest else mask
+
+        def forward(i: int) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*padded[i], attn_mask=attn_mask, dropout_p=dropout_p)
+
+        return forward
+
+    def torch_varlen() -> Numbered:
+        from torch.nn.attention.varlen import varlen_attn
+
+        return lambda i: varlen_attn(*packed[i].unbind(1), cu_seqlens, cu_seqlens, longest, longest)
+
+    def flash_attention() -> Numbered:
+        from flash_attn import flash_attn_varlen_qkvpacked_func
+
+        return lambda i: flash_attn_varlen_qkvpacked_func(packed[i], cu_seqlens, longest, dropout_p)
+
+    contest, inputs = Contest(way), [[x] for x in packed]
+    contest.add("minbert", lambda: ours, inputs, grads)
+    for name, backend in BACKENDS.items():
+        contest.add(f"SDPA {name}, padded", lambda backend=backend: sdpa(backend), padded, padded_grads)
+    if dropout_p == 0:  # it knows no dropout
+        contest.add("torch varlen_attn (FlashAttention 2)", torch_varlen, inputs, grads)
+    contest.add("FlashAttention", flash_attention, inputs, grads)
+    goal = goals[way == "backward"]
+    gpu_race(
+        f"attention {way}, {batch}, p {dropout_p}",
+        contest.contenders,
+        roofline.attention(sizes, HEADS, HEAD_DIM, backward=way == "backward"),
+        sets=sets,
+        goal=goal and goal * MICROSECOND,
+    )
+
+
+@pytest.mark.parametrize("op", ["dropout_add_layer_norm", "bias_gelu"])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_rows(gpu_race, device: torch.device, smoke: bool, op: str, way: str) -> None:
+    rows, columns = (16, 64) if smoke else (8192, HIDDEN if op == "dropout_add_layer_norm" else INNER)
+    normalises = op == "dropout_add_layer_norm"
+    sets = input_sets(5 * rows * columns * 2, device)
+    activations = [[randn(rows, columns, device=device).requires_grad_() for _ in range(2)] for _ in range(sets)]
+    grads = [randn(rows, columns, device=device) for _ in range(sets)]
+    weight, bias = (torch.ones(columns, device=device, requires_grad=True) for _ in range(2))
+    half = [param.detach().bfloat16().requires_grad_() for param in (weight, bias)]
+    seed = torch.tensor(1, device=device)
+
+    def ours(i: int) -> Tensor:
+        x, residual = activations[i]
+        if not normalises:
+            return kernels.bias_gelu(x, bias)
+        return kernels.dropout_add_layer_norm(x, residual, weight, bias, eps=EPS, dropout_p=P, seed=seed, site=1)
+
+    def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if not normalises:
+            return F.gelu(x + bias)
+        return F.layer_norm(residual + F.dropout(x, P), (columns,), weight, bias, EPS)
+
+    def liger() -> Numbered:
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        return lambda i: LigerLayerNormFunction.apply(activations[i][1] + F.dropout(activations[i][0], P), *half, EPS)
+
+    def compiled() -> Numbered:
+        function = torch.compile(eager)
+        return lambda i: function(*activations[i], *half)
+
+    def inputs(params: Sequence[Tensor]) -> list[list[Tensor]]:
+        return [[*x, *params] if normalises else [x[0], params[-1]] for x in activations]
+
+    contest = Contest(way)
+    contest.add("minbert", lambda: ours, inputs([weight, bias]), grads)
+    contest.add("torch eager", lambda: lambda i: eager(*activations[i], *half), inputs(half), grads)
+    if device.type == "cuda":
+        contest.add("torch.compile", compiled, inputs(half), grads)
+    if normalises:
+        contest.add("eager dropout + Liger LayerNorm", liger, inputs(half), grads)
+    goal = {"dropout_add_layer_norm": (20, 24), "bias_gelu": (40, 60)}[op][way == "backward"] * MICROSECOND
+    floor = roofline.layer_norm if normalises else roofline.gelu
+    work = floor(rows, columns, backward=way == "backward")
+    gpu_race(f"{op} {way}, {rows} x {columns}", contest.contenders, work, sets=sets, goal=goal)

@@ -1,0 +1,95 @@
+"""Training on a GPU is the training of the CPU: the same losses and scores, resumed to the bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from minbert import cli, train
+from minbert.config import TrainConfig
+from minbert.runs import Run
+from minbert.step import Stepper
+from minbert.workbench import prepare
+
+pytestmark = pytest.mark.gpu
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return {**load_file(run / "last" / "model.safetensors"), **load_file(run / "last" / "heads.safetensors")}
+
+
+@pytest.mark.slow
+def test_the_demo_corpus_is_learned_as_on_the_cpu(cuda, tmp_path):
+    scores, options = {}, ["--precision=fp32", "--epochs=2", "--log-steps=1"]
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        assert train.main([f"--out={out}", f"--device={device}", *options]) == 0
+        losses = [sum(record["loss"].values()) for record in Run(out).records() if "loss" in record]
+        assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+        scores[device] = summary(out)["dev"]["overall"]
+    assert scores["cuda"] == pytest.approx(scores["cpu"], abs=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_fall_and_memory_is_reported(cuda, tmp_path, precision):
+    out = tmp_path / "run"
+    options = [f"--out={out}", "--device=cuda", f"--precision={precision}", "--steps=30", "--log-steps=1"]
+    assert train.main(options) == 0
+    losses = [sum(record["loss"].values()) for record in Run(out).records() if "loss" in record]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    found = summary(out)
+    assert found["precision"] == precision
+    assert found["device"].startswith(torch.cuda.get_device_name())
+    assert 2**20 < found["peak_memory_bytes"] < 2**30
+    compiled = {op for op, backend in found["backends"].items() if backend != "reference"}
+    assert {"attention", "dropout_add_layer_norm", "bias_gelu", "embedding", "gram", "combine_adamw_"} <= compiled
+
+
+@pytest.mark.parametrize("options", [["--recipe=plain"], ["--recipe=smart-pcgrad"]])
+def test_one_step_is_that_of_the_cpu(cuda, quick, tmp_path, options):
+    """In float32, with dropout and noise on: both come from the same random words."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        arguments = [*quick, *options, "--precision=fp32", f"--device={device}", "--dropout=0.1"]
+        config = cli.parse_layers("train", TrainConfig, arguments)
+        bench = prepare(config, Run(tmp_path / device), Console(quiet=True))
+        bench.model.train()
+        start = torch.cat([param.detach().cpu().flatten() for param in bench.model.parameters()])
+        batch = [(task, np.arange(8)) for task in bench.tasks]
+        taken = bench.stepper.take([batch], 0, 0.0)
+        end = torch.cat([param.detach().cpu().flatten() for param in bench.model.parameters()])
+        found[device] = taken, end - start
+    (by_cpu, moved), (by_gpu, moved_too) = found["cpu"], found["cuda"]
+    assert by_gpu.loss == pytest.approx(by_cpu.loss, rel=1e-4)
+    assert by_gpu.grad_norm == pytest.approx(by_cpu.grad_norm, rel=1e-3)
+    assert torch.nn.functional.cosine_similarity(moved, moved_too, dim=0) > 0.99
+    assert moved_too.norm().item() == pytest.approx(moved.norm().item(), rel=1e-2)
+
+
+def test_an_interrupted_run_resumes_to_the_bit(cuda, quick, tmp_path, monkeypatch):
+    options = [*quick, "--device=cuda", "--precision=bf16", "--recipe=smart-pcgrad", "--dropout=0.1"]
+    assert train.main([*options, f"--out={tmp_path / 'straight'}"]) == 0
+    take, calls = Stepper.take, itertools.count()
+
+    def interrupted(self, batches, step, done):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return take(self, batches, step, done)
+
+    monkeypatch.setattr(Stepper, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(options)
+    assert train.main([*options, "--resume"]) == 0
+    one, other = weights(tmp_path / "straight"), weights(tmp_path / "run")
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []

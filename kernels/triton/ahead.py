@@ -185,7 +185,7 @@ def jobs(package: str, sample: int | None, only: str) -> list[Job]:
     Args:
         sample: how many at most; then each configuration is compiled for one of its architectures, in turns.
     """
-    found = []
+    found: list[Job] = []
     for module in modules(package):
         for index, compilation in enumerate(compilations_of(module)):
             if only in compilation.name:

@@ -29,10 +29,16 @@ MORE_REGISTERS = {
 NARROW_LOADS = {
     "dropout_mask_kernel": "reads one number, the seed",
     "7Singles": "for rows that do not lie at multiples of 16 bytes",
+    "gram_of_chunks_kernel": "reads one number of each chunk",
+    "surgery_weights_kernel": "reads T x T numbers",
 }
 NARROW_STORES = {
     "dropout_mask_kernel": "writes bytes; training never asks for it: there masks are made where they are used",
     "7Singles": NARROW_LOADS["7Singles"],
+    "gram_kernel": "writes one number a block for each pair of tasks",
+    "gram_of_many_kernel": "likewise",
+    "gram_of_chunks_kernel": "writes T x T numbers",
+    "surgery_weights_kernel": "writes T numbers",
 }
 
 

@@ -2,6 +2,7 @@
 
 python -m minbert.kernels.triton.ahead                 all of them, in a table; exit code 1 if a limit is broken
 python -m minbert.kernels.triton.ahead --sample 60     no more than 60 of them, from everywhere
+python -m minbert.kernels.triton.ahead --estimates     how long BERT-base's launches should take on an H100
 python -m minbert.kernels.triton.ahead --json FILE     the same as JSON; --text DIR writes PTX and machine code
 """
 
@@ -175,8 +176,12 @@ class Job:
     index: int
     architecture: int
 
+    @property
+    def compilation(self) -> Compilation:
+        return compilations_of(self.module)[self.index]
+
     def run(self) -> Resources:
-        return compile_for(compilations_of(self.module)[self.index], self.architecture)
+        return compile_for(self.compilation, self.architecture)
 
 
 def jobs(package: str, sample: int | None, only: str) -> list[Job]:
@@ -236,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name if __spec__ else __name__}", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--sample", type=int, help="so many at most, each for one architecture, in turns")
+    parser.add_argument("--estimates", action="store_true", help="only what they need, and nothing else printed")
     parser.add_argument("--only", default="", help="configurations whose names contain this")
     parser.add_argument("--package", default=__package__, help="where the modules of kernels are")
     parser.add_argument("--processes", type=int, default=max(1, min(4, len(os.sched_getaffinity(0)))))
@@ -247,6 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 makes Triton interpret kernels; unset it to compile them")
 
     work = jobs(options.package, options.sample, options.only)
+    if options.estimates:
+        wanted = {launch.compilation for launch in estimate.LAUNCHES}
+        work = [job for job in work if job.architecture == 90 and job.compilation.name in wanted]
     if not work:
         parser.error(f"no module of {options.package} has compilations named *{options.only}*")
     started, found = time.monotonic(), []
@@ -258,9 +267,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif len(found) % 10 == 0 or len(found) == len(work):
             print(line, file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    print(table(found, options.markdown))
-    if estimates := estimates_of(found):
-        print(f"\nOn an H100, in microseconds:\n\n{estimate.table(estimates)}")
+    if not options.estimates:
+        print(table(found, options.markdown))
+    if hopper := estimates(found):
+        print(f"\nOn an H100, in microseconds:\n\n{hopper}")
     if options.text:
         write_text(options.text, found)
     if options.json:
@@ -271,11 +281,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if broken else 0
 
 
-def estimates_of(found: Sequence[Resources]) -> list[estimate.Estimate]:
-    """Of the launches whose compilation for Hopper is among those found."""
+def estimates(found: Sequence[Resources]) -> str:
+    """A table of the launches whose compilation for Hopper is among those found."""
     hopper = {each.name: each for each in found if each.architecture == 90}
-    present = [(launch, hopper.get(launch.compilation)) for launch in estimate.LAUNCHES]
-    return [estimate.estimate(launch, each.num_warps, each.sass) for launch, each in present if each is not None]
+    launches = [(launch, hopper[launch.compilation]) for launch in estimate.LAUNCHES if launch.compilation in hopper]
+    if not launches:
+        return ""
+    times = [estimate.estimate(launch, each.num_warps, each.sass) for launch, each in launches]
+    return estimate.table(times, [each.warps_per_sm for _, each in launches])
 
 
 def write_text(directory: Path, found: Sequence[Resources]) -> None:

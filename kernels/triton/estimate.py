@@ -54,7 +54,7 @@ def estimate(launch: Launch, num_warps: int, machine_code: str) -> Estimate:
 
 
 def _launches() -> list[Launch]:
-    """Those of the encoder's ops at BERT-base's sizes, bf16, with dropout, as far as their kernels compile as here."""
+    """Those of the encoder's ops at BERT-base's sizes, in bf16 and with dropout."""
     rows, hidden, inner, heads, head_dim = 8192, 768, 3072, 12, 64
     found = []
 
@@ -109,10 +109,10 @@ def _launches() -> list[Launch]:
 LAUNCHES = _launches()
 
 
-def table(found: Sequence[Estimate]) -> str:
-    """In Markdown, microseconds."""
-    lines = ["| launch | memory | busiest pipe | | estimate |", "|---|--:|---|--:|--:|"]
-    for each in found:
+def table(found: Sequence[Estimate], warps_per_sm: Sequence[int]) -> str:
+    """In Markdown, microseconds; and how many of the 64 warps that a multiprocessor holds there are."""
+    lines = ["| launch | memory | busiest pipe | | estimate | warps |", "|---|--:|---|--:|--:|--:|"]
+    for each, warps in zip(found, warps_per_sm, strict=True):
         memory, busy, seconds = (f"{1e6 * time:.1f}" for time in (each.memory, each.busy, each.seconds))
-        lines.append(f"| {each.launch.title} | {memory} | {each.pipe} | {busy} | {seconds} |")
+        lines.append(f"| {each.launch.title} | {memory} | {each.pipe} | {busy} | {seconds} | {warps} |")
     return "\n".join(lines)

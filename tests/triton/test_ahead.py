@@ -119,6 +119,6 @@ def test_an_estimate_is_the_larger_of_memory_and_the_busiest_pipe():
     found = estimate.estimate(launch, 4, HOPPER)
     assert found.memory == pytest.approx(1e-6)
     assert (found.pipe, found.seconds) == ("matrix", pytest.approx(2 * 100 * 32 / estimate.CLOCK))
-    assert "| a launch | 1.0 | matrix |" in estimate.table([found])
+    assert "| a launch | 1.0 | matrix | 3.5 | 3.5 | 8 |" in estimate.table([found], [8])
     unknown = estimate.estimate(replace(launch, trips=()), 4, HOPPER)
     assert (unknown.pipe, unknown.seconds) == ("unknown: 1 loops instead of 0", pytest.approx(1e-6))

@@ -14,8 +14,7 @@ from gpu_timing import input_sets
 from peers import flattened_pcgrad, seeded
 from torch import Tensor
 
-from minbert.kernels import adamw_, clip_weights, combine_adamw_, gram, roofline, smart_ascend, smart_init
-from minbert.surgery import pcgrad_weights
+from minbert.kernels import adamw_, combine_adamw_, gram, roofline, smart_ascend, smart_init, surgery_weights
 
 
 class Update:
@@ -31,6 +30,7 @@ class Update:
                 new.sub_(old, alpha=0.5)
         self.elements = sum(param.numel() for param in self.params)
         self.weights = torch.full((TASKS,), 0.5, dtype=torch.float64, device=device)
+        self.orders = torch.stack([torch.randperm(TASKS) for _ in range(TASKS)]).to(device)
         theirs = [param.clone().requires_grad_() for param in self.params]
         for param, grad in zip(theirs, self.grads[0], strict=True):
             param.grad = grad.clone()
@@ -41,9 +41,10 @@ class Update:
         combine_adamw_(self.params, self.grads, self.weights, self.first, self.second, step=1, **OPTIONS)
 
     def whole(self, _: int = 0) -> None:
-        matrix = gram(self.grads)
-        weights, _norm = clip_weights(matrix, pcgrad_weights(matrix, seeded()).to(matrix.device), MAX_NORM)
-        combine_adamw_(self.params, self.grads, weights, self.first, self.second, step=1, **OPTIONS)
+        weights, stats = surgery_weights(gram(self.grads), orders=self.orders, max_norm=MAX_NORM)
+        combine_adamw_(
+            self.params, self.grads, weights, self.first, self.second, skip_unless=stats[2], step=1, **OPTIONS
+        )
 
     def eager_combine(self, _: int = 0) -> None:
         """Weighted sums by torch, clipping, and torch's fused AdamW."""

@@ -108,6 +108,10 @@ def calls(device: torch.device | str, copies: int = 1) -> dict[str, Call]:
         found[f"combine, {name}"] = lambda grads=grads, weights=weights: list(kernels.combine(grads, weights))
         found[f"combine_adamw_, {name}"] = functools.partial(_update, kernels.combine_adamw_, state, grads, weights)
         found[f"adamw_, {name}"] = functools.partial(_update, kernels.adamw_, state, grads[0])
+    matrix = kernels.gram(grads)
+    orders = torch.stack([torch.randperm(TASKS, generator=generator) for _ in range(TASKS)]).to(device)
+    found["surgery_weights, PCGrad"] = lambda: list(kernels.surgery_weights(matrix, orders=orders, max_norm=1.0))
+    found["surgery_weights, given"] = lambda: list(kernels.surgery_weights(matrix, weights=weights, max_norm=1.0))
     return found
 
 

@@ -64,11 +64,11 @@ class Update:
         self.labels = {task.name: torch.tensor([0.0, 1, 1, 0]).to(device) for task in self.tasks}
         self.counts = {task.name: 4 for task in self.tasks}
         self.seed = torch.tensor(5).to(device)
-        self.weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64).to(device)
+        self.orders = torch.tensor([[1, 2, 0], [2, 0, 1], [0, 1, 2]]).to(device)
         self.first, self.second = ([torch.zeros_like(p) for p in self.gradients.params] for _ in range(2))
 
     def __call__(self) -> list[Tensor]:
-        """Take the step; the losses, the Gram matrix and the norm of the gradient."""
+        """Take the step, by PCGrad; the losses, the Gram matrix, and what surgery says of it."""
         self.gradients.clear()
         with self.gradients.attached():
             outputs = self.model(self.packed, self.counts, seed=self.seed)
@@ -76,11 +76,13 @@ class Update:
         torch.stack(losses).sum().backward()
         rows = self.gradients.rows
         gram = kernels.gram(rows)
-        weights, norm = kernels.clip_weights(gram, self.weights, 1.0)
+        weights, stats = kernels.surgery_weights(gram, orders=self.orders, max_norm=1.0)
         with torch.no_grad():
-            kernels.combine_adamw_(self.gradients.params, rows, weights, self.first, self.second, **ADAMW)
+            kernels.combine_adamw_(
+                self.gradients.params, rows, weights, self.first, self.second, skip_unless=stats[2], **ADAMW
+            )
         self.model.heads.zero_grad(set_to_none=True)
-        return [*(loss.detach() for loss in losses), gram, norm]
+        return [*(loss.detach() for loss in losses), gram, stats]
 
     def state(self) -> list[Tensor]:
         return [*self.gradients.params, *self.first, *self.second]

@@ -14,15 +14,15 @@ CHOICES = ("auto", "reference")
 # What compiled code an op has for a type of device: "native" is C++ or CUDA C++ (csrc/), "triton" is kernels/triton/.
 _COMPILED: dict[str, dict[str, str]] = {
     "adamw_": {"cpu": "native", "cuda": "native"},
-    "attention": {"cpu": "native"},
+    "attention": {"cpu": "native", "cuda": "triton"},
     "attention_dropout_mask": {"cpu": "native"},  # only tests ask for it: attention makes its mask inside
-    "bias_gelu": {"cpu": "native"},
+    "bias_gelu": {"cpu": "native", "cuda": "triton"},
     "combine": {"cpu": "native", "cuda": "native"},
     "combine_adamw_": {"cpu": "native", "cuda": "native"},
-    "dropout": {"cpu": "native"},
-    "dropout_add_layer_norm": {"cpu": "native"},
+    "dropout": {"cpu": "native", "cuda": "triton"},
+    "dropout_add_layer_norm": {"cpu": "native", "cuda": "triton"},
     "dropout_mask": {"cpu": "native", "cuda": "native"},
-    "embedding": {"cpu": "native"},
+    "embedding": {"cpu": "native", "cuda": "triton"},
     "gram": {"cpu": "native", "cuda": "native"},
     "smart_ascend": {"cpu": "native", "cuda": "native"},
     "smart_init": {"cpu": "native", "cuda": "native"},

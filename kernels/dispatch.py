@@ -14,7 +14,7 @@ CHOICES = ("auto", "reference")
 # What compiled code an op has for a type of device: "native" is C++ or CUDA C++ (csrc/), "triton" is kernels/triton/.
 _COMPILED: dict[str, dict[str, str]] = {
     "adamw_": {"cpu": "native"},
-    "attention": {"cpu": "native"},
+    "attention": {"cpu": "native", "cuda": "triton"},
     "attention_dropout_mask": {"cpu": "native"},
     "bias_gelu": {"cpu": "native"},
     "combine": {"cpu": "native"},

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minbert.kernels.attention import tile_rows
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -22,6 +24,8 @@ class Packed:
     # Of T tasks, task t has sequences sequence_bounds[t] to [t + 1], and tokens token_bounds[t] to [t + 1].
     sequence_bounds: tuple[int, ...] | None = None
     token_bounds: tuple[int, ...] | None = None
+    # For attention on a GPU, where no sequence has more than 128 tokens: which sequences it takes together (`_tiles`).
+    tiles: tuple[Tensor, Tensor] | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -38,6 +42,7 @@ class Packed:
             self.max_seqlen,
             self.sequence_bounds,
             self.token_bounds,
+            self.tiles and (self.tiles[0].to(device, non_blocking=True), self.tiles[1].to(device, non_blocking=True)),
         )
 
     def by_task(self, counts: Sequence[int]) -> Packed:
@@ -87,4 +92,21 @@ def pack_flat(token_ids: np.ndarray, token_type_ids: np.ndarray, lengths: np.nda
         torch.from_numpy(position_ids),
         torch.from_numpy(cu_seqlens.astype(np.int32)),
         int(lengths.max()),
+        tiles=_tiles(cu_seqlens, int(lengths.max())),
     )
+
+
+def _tiles(cu_seqlens: np.ndarray, max_seqlen: int) -> tuple[Tensor, Tensor] | None:
+    """Consecutive sequences, as many as fit into a tile of the kernels: int32 [tiles, 2], the first row of each tile
+    and the one after its last, and int32 [N], the first row of each token's own sequence. Tiles without rows, (0, 0),
+    may be added. None for sequences that are longer than all tiles.
+    """
+    rows = tile_rows(max_seqlen)
+    if rows is None:
+        return None
+    bounds = [0]
+    while bounds[-1] < cu_seqlens[-1]:
+        bounds.append(int(cu_seqlens[np.searchsorted(cu_seqlens, bounds[-1] + rows, side="right") - 1]))
+    starts = np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+    pairs = np.stack([bounds[:-1], bounds[1:]], axis=1)
+    return torch.from_numpy(pairs.astype(np.int32)), torch.from_numpy(starts.astype(np.int32))

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+ARCHITECTURES = (80, 90, 100)
+
 
 @dataclass(frozen=True)
 class Compilation:
@@ -20,6 +22,7 @@ class Compilation:
         num_warps, num_stages: as launched.
         registers, shared_memory: the most that a thread and a program may take, in 4-byte registers and bytes. None may
             spill.
+        architectures: on which it is launched.
     """
 
     name: str
@@ -31,3 +34,4 @@ class Compilation:
     num_stages: int
     registers: int = 255
     shared_memory: int = 99 * 1024  # of sm_86 and sm_89, the least of those we ship for
+    architectures: tuple[int, ...] = ARCHITECTURES

@@ -17,6 +17,17 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/launch.h's DType
 _LARGEST_HEAD_DIM = 128
 
 
+def tile_rows(max_seqlen: int) -> int | None:
+    """Rows of the tiles that sequences of up to `max_seqlen` tokens share on a GPU; None for longer ones."""
+    return next((rows for rows in (32, 64, 128) if max_seqlen <= rows), None)
+
+
+def _is_compiled(qkv: Tensor) -> bool:
+    known = qkv.dtype in _DTYPES or (qkv.dtype == torch.float16 and qkv.device.type == "cuda")
+    fits = qkv.shape[3] % 8 == 0 and qkv.shape[3] <= _LARGEST_HEAD_DIM
+    return known and fits and compiled("attention", qkv.device) is not None
+
+
 def _problem(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seed: Tensor | None, site: int, scale: float
 ) -> Any:
@@ -42,21 +53,46 @@ def _scratch(problem: Any, backward: bool, threads: int) -> Tensor:
 
 @torch.library.custom_op("minbert::attention", mutates_args=(), device_types="cpu")
 def _attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seed: Tensor | None, site: int, scale: float
-) -> Tensor:
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    site: int,
+    scale: float,
+    tiles: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
     problem, threads = _problem(qkv, cu_seqlens, max_seqlen, dropout_p, seed, site, scale), torch.get_num_threads()
     scratch = _scratch(problem, False, threads)
     if not library().attention(problem, qkv.data_ptr(), qkv.stride(), out.data_ptr(), scratch.data_ptr(), threads):
         checks.cu_seqlens_values("attention", cu_seqlens, qkv.shape[0], max_seqlen)
-    return out
+    return out, qkv.new_empty(0, dtype=torch.float32)
+
+
+@_attention.register_kernel("cuda")
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from .triton import attention as kernels
+
+    return kernels.attention(*arguments)
 
 
 @_attention.register_fake
 def _(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seed: Tensor | None, site: int, scale: float
-) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    site: int,
+    scale: float,
+    tiles: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    tokens, _, heads, head_dim = qkv.shape
+    statistics = (heads, tokens) if qkv.device.type == "cuda" else (0,)
+    return qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(statistics, dtype=torch.float32)
 
 
 @torch.library.custom_op("minbert::attention_backward", mutates_args=(), device_types="cpu")
@@ -69,6 +105,10 @@ def _attention_backward(
     seed: Tensor | None,
     site: int,
     scale: float,
+    tiles: Tensor | None = None,
+    starts: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     if grad_out.stride(2) != 1:
@@ -89,6 +129,13 @@ def _attention_backward(
     return grad_qkv
 
 
+@_attention_backward.register_kernel("cuda")
+def _(grad_out: Tensor, *arguments: Any) -> Tensor:
+    from .triton import attention as kernels
+
+    return kernels.attention_backward(grad_out if grad_out.stride(2) == 1 else grad_out.contiguous(), *arguments)
+
+
 @_attention_backward.register_fake
 def _(
     grad_out: Tensor,
@@ -99,19 +146,28 @@ def _(
     seed: Tensor | None,
     site: int,
     scale: float,
+    tiles: Tensor | None = None,
+    starts: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.site, ctx.scale = inputs
-    ctx.save_for_backward(qkv, cu_seqlens, seed)
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.site, ctx.scale, tiles, starts = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    kept = output if qkv.device.type == "cuda" else (None, None)
+    ctx.save_for_backward(qkv, cu_seqlens, seed, tiles, starts, *kept)
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, cu_seqlens, seed = ctx.saved_tensors
-    grad_qkv = _attention_backward(grad_out, qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.site, ctx.scale)
-    return grad_qkv, None, None, None, None, None, None
+def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 9
+    qkv, cu_seqlens, seed, *kept = ctx.saved_tensors
+    problem = (qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.site, ctx.scale)
+    return _attention_backward(grad_out, *problem, *kept), *(None,) * 8
 
 
 _attention.register_autograd(_backward, setup_context=_keep_for_backward)
@@ -127,11 +183,13 @@ def attention(
     seed: Tensor | None = None,
     site: int = 0,
     softmax_scale: float | None = None,
+    tiles: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention of every token to the tokens of its own sequence (Vaswani et al. 2017, section 3.2).
 
-    The native code takes float32 and bfloat16 with head dimensions that are multiples of 8 up to 128; the reference
-    runs for others. Nothing but the arguments is kept for the backward, which computes scores and masks again.
+    The compiled code takes float32 and bfloat16, on GPUs float16 too, with head dimensions that are multiples of 8 up
+    to 128; the reference runs for others. The backward computes scores and masks again: on a CPU nothing but the
+    arguments is kept for it, on a GPU the result and one number for each token and head as well.
 
     Args:
         qkv: float [N, 3, H, d], the tokens' queries, keys and values; the d elements of a head lie next to each other.
@@ -140,6 +198,8 @@ def attention(
         dropout_p: the probability of dropping an attention probability, in [0, 1).
         seed, site: as for `dropout_mask`; needed when dropout_p > 0.
         softmax_scale: what the scores are multiplied by; 1 / sqrt(d) when left out.
+        tiles: `Packed.tiles`, made for the same sequences and the same `max_seqlen`: which of them a GPU takes
+            together. It is quicker with it; results differ by rounding alone.
 
     Returns:
         [N, H, d].
@@ -157,15 +217,13 @@ def attention(
     if cu_seqlens.device != qkv.device:
         raise ValueError(f"attention: cu_seqlens must be on {qkv.device} like qkv, got {cu_seqlens.device}")
     checks.cu_seqlens_shape("attention", cu_seqlens)
+    if tiles is not None:
+        checks.tensor("attention", "tiles[0]", tiles[0], ["tiles", 2], [torch.int32], like=qkv)
+        checks.tensor("attention", "tiles[1]", tiles[1], [qkv.shape[0]], [torch.int32], like=qkv)
     scale = qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     seed = seed if dropout_p > 0 else None
-    if (
-        compiled("attention", qkv.device)
-        and qkv.dtype in _DTYPES
-        and qkv.shape[3] % 8 == 0
-        and qkv.shape[3] <= _LARGEST_HEAD_DIM
-    ):
-        return _attention(qkv, cu_seqlens, max_seqlen, dropout_p, seed, site, scale)
+    if _is_compiled(qkv):
+        return _attention(qkv, cu_seqlens, max_seqlen, dropout_p, seed, site, scale, *(tiles or (None, None)))[0]
     checks.cu_seqlens("attention", cu_seqlens, qkv.shape[0], max_seqlen)
     keep = None if seed is None else attention_dropout_mask(cu_seqlens, qkv.shape[2], dropout_p, seed, site)
     return reference.attention(qkv, cu_seqlens, keep, dropout_p, scale)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minbert.kernels.attention import tile_rows
+
 # Batches for CUDA graphs come in buckets of these numbers of tokens: small enough to waste little, large enough to be
 # met again soon. A task's 32 sequences of the real data have 900 tokens, give or take 70.
 TOKEN_BUCKET = 128
@@ -25,10 +27,19 @@ class Packed:
     position_ids: Tensor  # int64 [N]: position within its own sequence
     cu_seqlens: Tensor  # int32 [S + 1]: cumulative sequence lengths, from 0 to N
     max_seqlen: int  # the longest sequence's length in tokens
+    # For attention on a GPU, if no sequence has more than 128 tokens: which of them it takes together, int32 [tiles, 2]
+    # (`_tiles`), and where each token's own sequence begins, int32 [N].
+    tile_bounds: Tensor | None = None
+    starts: Tensor | None = None
     padding: int = 0  # sequences that each task has after its own, for round numbers of tokens (`dummies`)
     # Of T tasks, task t has sequences sequence_bounds[t] to [t + 1], and tokens token_bounds[t] to [t + 1].
     sequence_bounds: tuple[int, ...] | None = None
     token_bounds: tuple[int, ...] | None = None
+
+    @property
+    def tiles(self) -> tuple[Tensor, Tensor] | None:
+        """`tile_bounds` and `starts`, for `kernels.attention`; None for sequences that are too long for tiles."""
+        return None if self.tile_bounds is None or self.starts is None else (self.tile_bounds, self.starts)
 
     @property
     def lengths(self) -> Tensor:
@@ -94,15 +105,41 @@ def pack_flat(
 ) -> Packed:
     """`pack` for sequences that already lie end to end: ids [N], types [N], lengths [S] (all positive)."""
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    starts = np.repeat(cu_seqlens[:-1], lengths)
+    position_ids = np.arange(cu_seqlens[-1]) - starts
+    max_seqlen = max(max_seqlen, int(lengths.max()))
+    tile_bounds = _tiles(cu_seqlens, max_seqlen, as_many_as_ever=padding > 0)
     return Packed(
         torch.from_numpy(np.ascontiguousarray(token_ids, np.int64)),
         torch.from_numpy(np.ascontiguousarray(token_type_ids, np.int64)),
         torch.from_numpy(position_ids),
         torch.from_numpy(cu_seqlens.astype(np.int32)),
-        max(max_seqlen, int(lengths.max())),
-        padding=padding,
+        max_seqlen,
+        tile_bounds,
+        None if tile_bounds is None else torch.from_numpy(starts.astype(np.int32)),
+        padding,
     )
+
+
+def _tiles(cu_seqlens: np.ndarray, max_seqlen: int, *, as_many_as_ever: bool) -> Tensor | None:
+    """Consecutive sequences, as many as fit into a tile of the kernels: the first row of each tile and the one after
+    its last, int32 [tiles, 2]. None for sequences that are longer than all tiles.
+
+    Args:
+        as_many_as_ever: add tiles without rows, (0, 0), up to the most that streams of N tokens in S sequences have, so
+            that all of them have as many.
+    """
+    rows = tile_rows(max_seqlen)
+    if rows is None:
+        return None
+    bounds = [0]
+    while bounds[-1] < cu_seqlens[-1]:
+        bounds.append(int(cu_seqlens[np.searchsorted(cu_seqlens, bounds[-1] + rows, side="right") - 1]))
+    pairs = np.stack([bounds[:-1], bounds[1:]], axis=1)
+    if as_many_as_ever:  # two tiles that follow each other have more than `rows` rows together
+        most = min(len(cu_seqlens) - 1, 2 * int(cu_seqlens[-1]) // (rows + 1) + 1)
+        pairs = np.concatenate([pairs, np.zeros((most - len(pairs), 2), pairs.dtype)])
+    return torch.from_numpy(pairs.astype(np.int32))
 
 
 def length_bucket(longest: int, limit: int) -> int:

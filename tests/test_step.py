@@ -270,3 +270,17 @@ def test_copies_in_half_precision_train_like_weights_that_are_cast_at_use():
     assert {grad.dtype for grad in copied.gradients.rows[0]} == {torch.float32, torch.bfloat16}
     for param, copy in copied.optimizer.copies.items():
         assert torch.equal(copy, param.bfloat16())
+
+
+def test_batches_of_one_bucket_have_as_many_tiles():
+    shapes = set()
+    for step in range(4):
+        packed = pack_batches([(DATA[task.name], indices) for task, indices in parts(step=step)], 64)
+        first, last = packed.tile_bounds.T
+        filled = first < last
+        assert (last - first).max() <= 64
+        assert torch.equal(first[filled][1:], last[filled][:-1])  # tile after tile, to the end
+        assert last.max() == len(packed.token_ids)
+        assert set(first[filled].tolist()) <= set(packed.cu_seqlens.tolist())
+        shapes.add((len(packed.token_ids), len(packed.tile_bounds)))
+    assert len(shapes) == len({tokens for tokens, _ in shapes})

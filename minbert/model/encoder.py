@@ -97,6 +97,7 @@ class Layer(nn.Module):
             dropout_p=self.attention_dropout_p if self.training else 0.0,
             seed=seed,
             site=self.first_site,
+            tiles=packed.tiles,
         )
         mixed = self.attention_output(context.flatten(1), bounds)
         attended = self._add_norm(mixed, hidden, self.attention_norm, seed, 1, bounds)

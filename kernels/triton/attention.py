@@ -510,7 +510,7 @@ class Launch(NamedTuple):
 
 def _forward(shapes: Shapes, max_seqlen: int) -> Launch:
     rows = tile_rows(max_seqlen)
-    if rows in shapes.forward:
+    if rows is not None and rows in shapes.forward:
         return Launch(_forward_whole, shapes.forward[rows], 1, 1)
     shape, longest = (shapes.long_blocks, max_seqlen) if rows is None else (shapes.blocks, rows)
     return Launch(_forward_blocks, shape, triton.cdiv(longest, shape.queries), triton.cdiv(longest, shape.keys))
@@ -519,7 +519,7 @@ def _forward(shapes: Shapes, max_seqlen: int) -> Launch:
 def _backward(shapes: Shapes, max_seqlen: int) -> list[Launch]:
     """One launch if it takes whole tiles. Else two, in this order, that take sequences."""
     rows = tile_rows(max_seqlen)
-    if rows in shapes.backward:
+    if rows is not None and rows in shapes.backward:
         shape = shapes.backward[rows]
         return [Launch(_backward_whole, shape, 1, shape.keys // shape.queries)]
     first, then = shapes.query_blocks, shapes.key_blocks
@@ -588,7 +588,7 @@ def attention_backward(
 
 def compilations() -> Iterator[Compilation]:
     """bf16 with heads of 64 elements in full; of the rest, what dropout and tiles make largest."""
-    found: dict[Any, tuple[int, ...]] = {}
+    found: dict[tuple[Any, torch.dtype, int, Shape, int, bool, bool], tuple[int, ...]] = {}
     for dtype, head_dim in [
         *((torch.bfloat16, head_dim) for head_dim in (64, 32, 40, 128)),
         *((torch.float16, 64), (torch.float32, 32), (torch.float32, 64), (torch.float32, 128)),
@@ -626,7 +626,7 @@ def _compilation(
         **dict.fromkeys(("keep_scale", "scale"), "fp32"),
         **({"seed": "*i64"} if dropout else {}),
     }
-    constants = {"D": head_dim, "PAD": _padded(head_dim), "HEADS": heads, "DROPOUT": dropout}
+    constants: dict[str, Any] = {"D": head_dim, "PAD": _padded(head_dim), "HEADS": heads, "DROPOUT": dropout}
     constants |= {"QUERIES": shape.queries, "KEYS": shape.keys, "tiles": None, "starts": None, "seed": None}
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name in types or name not in constants}
     strides = [name for name in signature if name.endswith("stride") and head_dim % 16 == 0]

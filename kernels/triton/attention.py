@@ -632,7 +632,7 @@ def _compilation(
     strides = [name for name in signature if name.endswith("stride") and head_dim % 16 == 0]
     return Compilation(
         f"attention{kernel.fn.__name__.replace('_', ' ')}, {element[1:]}, head dim {head_dim}, "
-        f"{shape.queries} queries, {shape.keys} keys, {heads} heads, {shape.num_warps} warps"
+        f"{shape.queries} queries, {shape.keys} keys, {heads} heads, {shape.num_warps} warps, {shape.num_stages} stages"
         f"{', dropout' if dropout else ''}{', tiles' if table else ''}",
         kernel,
         signature,

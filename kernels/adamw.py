@@ -75,14 +75,20 @@ def _scalars(
 
 
 def _check_lists(op: str, step: int, momentum: float, **lists: Sequence[object] | None) -> None:
-    lists = {name: tensors for name, tensors in lists.items() if tensors is not None}
-    if len({len(tensors) for tensors in lists.values()}) > 1:
-        lengths = ", ".join(f"{name} {len(tensors)}" for name, tensors in lists.items())
-        raise ValueError(f"{op}: the lists must be as long as each other, got {lengths}")
+    lengths = {name: len(tensors) for name, tensors in lists.items() if tensors is not None}
+    if len(set(lengths.values())) > 1:
+        got = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"{op}: the lists must be as long as each other, got {got}")
     if not 0 <= momentum <= 1:
         raise ValueError(f"{op}: momentum must be between 0 and 1, got {momentum}")
     if step < 1:
         raise ValueError(f"{op}: step is counted from 1, got {step}")
+
+
+def _check_like_gradients(op: str, name: str, k: int, value: Tensor | None, column: Tensor, dtype: torch.dtype) -> None:
+    if not checks.matches(value, column, dtype):  # type: ignore[arg-type]
+        checks.tensor(op, f"{name}[{k}]", value, column.shape, [dtype], contiguous=False)  # type: ignore[arg-type]
+        checks.alike(op, f"{name}[{k}]", value, column, "the gradients there")  # type: ignore[arg-type]
 
 
 def _check_gate(op: str, skip_unless: Tensor | None, device: torch.device) -> None:
@@ -93,7 +99,7 @@ def _check_gate(op: str, skip_unless: Tensor | None, device: torch.device) -> No
 
 
 def _filled(copies: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
-    """With an empty tensor, whose address is null, for None: torch.compile takes no None in a list that an op changes."""
+    """An empty tensor (address 0) for each None, which torch.compile refuses in a list that an op changes."""
     return [torch.empty(0, dtype=torch.bfloat16, device=device) if copy is None else copy for copy in copies]
 
 
@@ -142,8 +148,9 @@ def adamw_(
         for name, tensors in lists.items():
             checks.tensor(op, f"{name}[{i}]", tensors[i], param.shape, [param.dtype], like=param)
         checks.tensor(op, f"grads[{i}]", grads[i], param.shape, checks.FLOATS, like=param)
-        if copies is not None and copies[i] is not None:
-            checks.tensor(op, f"copies[{i}]", copies[i], param.shape, [torch.bfloat16], like=param)
+        made = None if copies is None else copies[i]
+        if made is not None:
+            checks.tensor(op, f"copies[{i}]", made, param.shape, [torch.bfloat16], like=param)
     if not params:
         return
     device = params[0].device
@@ -192,7 +199,7 @@ def combine_adamw_(
 ) -> None:
     """One AdamW step with the weighted sum of the task gradients, in one pass over memory: the sum is never stored.
 
-    With `gram`, a surgery on its weights and `clip_weights`, a whole update reads every gradient twice.
+    With `gram` and `surgery_weights`, which clips, a whole update reads every gradient twice.
 
     Args:
         params, exp_avgs, exp_avg_sqs: one tensor per position, updated in place: float64 for float64 gradients, float32
@@ -216,11 +223,9 @@ def combine_adamw_(
     for k in present:
         column: Tensor = columns[k]  # type: ignore[assignment]
         for name, tensors in lists.items():
-            checks.tensor(op, f"{name}[{k}]", tensors[k], column.shape, [_STATE[column.dtype]], contiguous=False)
-            checks.alike(op, f"{name}[{k}]", tensors[k], column, "the gradients there")
+            _check_like_gradients(op, name, k, tensors[k], column, _STATE[column.dtype])
         if copies is not None and copies[k] is not None:
-            checks.tensor(op, f"copies[{k}]", copies[k], column.shape, [torch.bfloat16], contiguous=False)
-            checks.alike(op, f"copies[{k}]", copies[k], column, "the gradients there")
+            _check_like_gradients(op, "copies", k, copies[k], column, torch.bfloat16)
     if not present:
         return
     device = columns[present[0]].device  # type: ignore[union-attr]

@@ -15,12 +15,14 @@ from .native import library
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # csrc/launch.h's DType
 
 
-def native_arguments(
-    grads: Sequence[Tensor | None], tasks: int
-) -> tuple[list[int], list[int], list[int], int]:
-    """Addresses [T * K] (0 for a missing tensor), sizes [K], dtype codes [K] and T; no column is missing in all tasks."""
+def _present(grads: Sequence[Tensor | None]) -> Tensor:
+    return next(grad for grad in grads if grad is not None)
+
+
+def native_arguments(grads: Sequence[Tensor | None], tasks: int) -> tuple[list[int], list[int], list[int], int]:
+    """Addresses [T * K] (0 for a missing tensor), sizes [K], dtype codes [K], T; no column is missing in every task."""
     count = len(grads) // tasks
-    columns = [next(g for g in grads[k::count] if g is not None) for k in range(count)]
+    columns = [first if first is not None else _present(grads[k::count]) for k, first in enumerate(grads[:count])]
     addresses = [0 if g is None else g.data_ptr() for g in grads]
     return addresses, [g.numel() for g in columns], [_DTYPES[g.dtype] for g in columns], tasks
 
@@ -50,7 +52,7 @@ def _gram(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
 @_gram.register_kernel("cuda")
 def _(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
     arguments = native_arguments(grads, tasks)
-    device = next(g.device for g in grads if g is not None)
+    device = _present(grads).device
     partials, gram = _scratch_for_gram(arguments[1], tasks, library().CHUNK_PARTS, device)
     with stream_of(device) as stream:
         library().cuda_gram(arguments, partials.data_ptr(), gram.data_ptr(), stream)
@@ -59,7 +61,7 @@ def _(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
 
 @_gram.register_fake
 def _(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
-    device = next(g.device for g in grads if g is not None)
+    device = _present(grads).device
     return torch.empty(tasks, tasks, dtype=torch.float64, device=device)
 
 
@@ -249,7 +251,7 @@ def surgery_weights(
         the clipped weights, float64 [T], and float64 [4]:
         0. the norm before clipping, sqrt(w' G w + own_square), where rounding below 0 counts as 0;
         1. the clip scale, by which gradients of one task alone are yet to be multiplied: 1 where nothing is clipped;
-        2. 1 where the norm is finite and else 0, for `combine_adamw_`'s `skip_unless`; what is not finite clips nothing;
+        2. 1 where the norm is finite, else 0, for `combine_adamw_`'s `skip_unless`; what is not finite clips nothing;
         3. the projected share, |weighted - plain| / |plain| of the sums of gradients; NaN where the plain sum is 0.
 
     Raises:

@@ -253,7 +253,9 @@ def test_weights_are_those_of_pcgrad_for_the_same_orders(isa: str, tasks, elemen
 
 @quick
 @given(tasks=st.integers(1, 6), seed=st.integers(0, 999), max_norm=NORMS, own=st.floats(0, 9))
-def test_clipping_is_that_of_all_gradients_together(isa: str, tasks: int, seed: int, max_norm: float, own: float) -> None:
+def test_clipping_is_that_of_all_gradients_together(
+    isa: str, tasks: int, seed: int, max_norm: float, own: float
+) -> None:
     matrix, weights = gram_of(tasks, 9, seed), randn(tasks, seed=seed, dtype=torch.float64)
     square = torch.tensor(own, dtype=torch.float64)
     clipped, (norm, scale, finite, _) = surgery_weights(matrix, weights=weights, own_square=square, max_norm=max_norm)

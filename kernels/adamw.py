@@ -199,7 +199,7 @@ def combine_adamw_(
 ) -> None:
     """One AdamW step with the weighted sum of the task gradients, in one pass over memory: the sum is never stored.
 
-    With `gram`, a surgery on its weights and `clip_weights`, a whole update reads every gradient twice.
+    With `gram` and `surgery_weights`, which clips, a whole update reads every gradient twice.
 
     Args:
         params, exp_avgs, exp_avg_sqs: one tensor per position, updated in place: float64 for float64 gradients, float32

@@ -48,8 +48,13 @@ struct Tile {
   // How many sweeps are in flight: up to 8 loads, and up to 32 elements, which go through twice as wide registers.
   static constexpr int kLoads = kVector == 8 ? 4 : 8, kDepth = kRows < kLoads ? kLoads / kRows : 1;
 
+  static constexpr int kEntries = same ? lefts * (lefts + 1) / 2 : lefts * rights;
+  static constexpr MINBERT_HOST_DEVICE int entry(int i, int j) {
+    return same ? i * lefts - i * (i + 1) / 2 + j : i * rights + j;
+  }
+
   const Element* row[kRows];
-  double total[lefts * rights];
+  double total[kEntries];
 
   template <bool whole, int sweeps>
   __device__ void add(int sweep, int length) {
@@ -72,7 +77,7 @@ struct Tile {
         for (int i = 0; i < lefts; ++i)
 #pragma unroll
           for (int j = same ? i : 0; j < rights; ++j)
-            total[i * rights + j] = fma(x[i], x[same ? j : lefts + j], total[i * rights + j]);
+            total[entry(i, j)] = fma(x[i], x[same ? j : lefts + j], total[entry(i, j)]);
       }
   }
 
@@ -84,18 +89,21 @@ struct Tile {
       row[i] = task < table.tasks ? address<const Element>(table, part, task) : nullptr;
     }
 #pragma unroll
-    for (int i = 0; i < lefts * rights; ++i) total[i] = 0;
+    for (int i = 0; i < kEntries; ++i) total[i] = 0;
     constexpr int kSweep = kThreads * kVector;
     int sweep = 0;
     if (table.tensor[part.tensor].aligned)
       for (; (sweep + kDepth) * kSweep <= part.length; sweep += kDepth) add<true, kDepth>(sweep, part.length);
     for (; sweep * kSweep < part.length; ++sweep) add<false, 1>(sweep, part.length);
     const double sum = sums_of_block(total);
-    const int i = left + threadIdx.x / rights, j = right + threadIdx.x % rights;
-    if (threadIdx.x >= lefts * rights || i >= table.tasks || j >= table.tasks || j < i) return;
-    // an absent row is orthogonal to all, even to one that holds Inf or NaN
-    const bool present = address<const Element>(table, part, i) && address<const Element>(table, part, j);
-    partials[(part.number * table.tasks + i) * table.tasks + j] = present ? sum : 0;
+    double* const entries = partials + part.number * table.tasks * table.tasks;
+#pragma unroll
+    for (int i = 0; i < lefts; ++i)
+#pragma unroll
+      for (int j = same ? i : 0; j < rights; ++j)
+        if (threadIdx.x == entry(i, j) && left + i < table.tasks && right + j < table.tasks)
+          // an absent row is orthogonal to all, even to one that holds Inf or NaN
+          entries[(left + i) * table.tasks + right + j] = row[i] && row[same ? j : lefts + j] ? sum : 0;
   }
 };
 
@@ -166,40 +174,36 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 const char* cuda_gram(const TaskGradients& g, double* partials, double* gram, void* stream) noexcept {
-  const auto on = static_cast<cudaStream_t>(stream);
   const char* const error = for_each_dtype([&](DType dtype, auto element) {
     using Element = decltype(element);
-    return for_each_table(g, dtype, {}, [&](const TaskTable& table, int blocks) {
+    return for_each_table(g, dtype, {}, [&](const TaskTable& table, int64_t blocks) {
       return with_tasks(g.tasks, [&](auto tasks) {
         if constexpr (tasks > 0) {
-          gram_kernel<Element, tasks><<<blocks, kThreads, 0, on>>>(table, partials);
+          return launch(gram_kernel<Element, tasks>, blocks, kThreads, stream, table, partials);
         } else {
-          const int tiles = (table.tasks + kTile - 1) / kTile;
-          gram_of_many_kernel<Element><<<blocks*(tiles * (tiles + 1) / 2), kThreads, 0, on>>>(table, partials);
+          const int tiles = (table.tasks + kTile - 1) / kTile, pairs = tiles * (tiles + 1) / 2;
+          return launch(gram_of_many_kernel<Element>, blocks * pairs, kThreads, stream, table, partials);
         }
-        return last_error();
       });
     });
   });
   if (error) return error;
+  const int64_t chunks = g.first_chunk[g.tensors];
   const int tasks = static_cast<int>(g.tasks);
-  gram_of_chunks_kernel<<<tasks * tasks, kThreads, 0, on>>>(partials, g.first_chunk[g.tensors], tasks, gram);
-  return last_error();
+  return launch(gram_of_chunks_kernel, g.tasks * g.tasks, kThreads, stream, partials, chunks, tasks, gram);
 }
 
 const char* cuda_surgery_weights(const SurgeryProblem& problem, const SurgeryResult& result, void* stream) noexcept {
-  const int64_t threads = problem.tasks < 32 ? 32 : problem.tasks < kThreads ? problem.tasks : kThreads;
-  surgery_weights_kernel<<<1, static_cast<unsigned>(threads), 0, static_cast<cudaStream_t>(stream)>>>(problem, result);
-  return last_error();
+  const int threads = problem.tasks < 32 ? 32 : problem.tasks < kThreads ? static_cast<int>(problem.tasks) : kThreads;
+  return launch(surgery_weights_kernel, 1, threads, stream, problem, result);
 }
 
 const char* cuda_combine(const TaskGradients& g, const double* weights, void* const* out, void* stream) noexcept {
   return for_each_dtype([&](DType dtype, auto element) {
     using Element = decltype(element);
-    return for_each_table(g, dtype, {out}, [&](const TaskTable& table, int blocks) {
+    return for_each_table(g, dtype, {out}, [&](const TaskTable& table, int64_t blocks) {
       return with_tasks(g.tasks, [&](auto tasks) {
-        combine_kernel<Element, tasks><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, weights);
-        return last_error();
+        return launch(combine_kernel<Element, tasks>, blocks, kThreads, stream, table, weights);
       });
     });
   });

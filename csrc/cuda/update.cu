@@ -52,11 +52,9 @@ const char* cuda_combine_adamw(const TaskGradients& g, const double* weights, Ad
                                                        state.copies};
   return for_each_dtype([&](DType dtype, auto element) {
     using Element = decltype(element);
-    return for_each_table(g, dtype, tensors, [&](const TaskTable& table, int blocks) {
+    return for_each_table(g, dtype, tensors, [&](const TaskTable& table, int64_t blocks) {
       return with_tasks(g.tasks, [&](auto tasks) {
-        combine_adamw_kernel<Element, tasks>
-            <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, weights, step, gate);
-        return last_error();
+        return launch(combine_adamw_kernel<Element, tasks>, blocks, kThreads, stream, table, weights, step, gate);
       });
     });
   });

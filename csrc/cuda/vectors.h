@@ -1,11 +1,13 @@
 // Vectors of elements that a thread moves at once, and the weighted sum of the tasks' gradients in them.
 #pragma once
 
-#include <cuda_bf16.h>
-
+#include <cstring>
 #include <type_traits>
 
 #include "cuda/task_table.h"
+#ifndef __CUDACC__  // where the tests run the kernels
+#include "tests/cuda_on_host.h"
+#endif
 
 namespace minbert {
 namespace {
@@ -30,12 +32,21 @@ struct alignas(lanes * sizeof(T)) Vector {
 
 __device__ inline float wide(float x) { return x; }
 __device__ inline double wide(double x) { return x; }
-__device__ inline float wide(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+__device__ inline float wide(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float result;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
+}
 
 // Rounded to nearest even; NaN stays NaN.
 __device__ inline void narrow(float x, float& to) { to = x; }
 __device__ inline void narrow(double x, double& to) { to = x; }
-__device__ inline void narrow(float x, BFloat16& to) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+__device__ inline void narrow(float x, BFloat16& to) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  to.bits = x == x ? static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) : uint16_t{0xFFFF};
+}
 __device__ inline void narrow(double x, BFloat16& to) { narrow(static_cast<float>(x), to); }
 
 // `whole`: the address is aligned and all lanes are in the tensor. Else only the first `count` are, and zeros follow.
@@ -168,10 +179,16 @@ const char* for_each_dtype(const F& f) {
   return f(DType::float64, double());
 }
 
-inline const char* last_error() {
+#ifdef __CUDACC__
+// Null, or what went wrong.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+                   const Arguments&... arguments) {
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
+#endif
 
 }  // namespace
 }  // namespace minbert

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 
@@ -17,7 +18,7 @@ from minbert.kernels import checks
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.objective import Objective
 from minbert.optimizer import AdamW
-from minbert.packing import TOKEN_BUCKET, dummies, length_bucket
+from minbert.packing import TOKEN_BUCKET, dummies, length_bucket, pack
 from minbert.replay import Captured, Replay
 from minbert.smart import BregmanConfig, SmartConfig
 from minbert.step import Stepper
@@ -85,6 +86,25 @@ def test_a_step_is_handed_over_without_looking_at_a_number(options, monkeypatch)
     with Waits():
         pending = steps.take([parts(step=1)], 1, 0.5)
     assert pending.taken().updated
+
+
+def test_no_head_and_no_loss_looks_at_a_number(monkeypatch):
+    """With rankings, normalised batches, L2 norms and SMART on sequences of pairs."""
+    heads = {"sst": "layers", "qqp": "difference", "sts": "layers-cosine"}
+    tasks = [dataclasses.replace(task, head=heads[task.name]) for task in TASKS]
+    tasks[1] = dataclasses.replace(tasks[1], loss="multiple_negatives_ranking")
+    model = MultitaskModel(Encoder(EncoderConfig(**SIZES)), tasks, shared_layer="transform").train()
+    gradients = TaskGradients(model.trunk, len(tasks))
+    objective = Objective(model, SmartConfig(), BregmanConfig(), l2={"qqp": 0.1})
+    packed = pack([[1, 2, 3]] * 24).by_task([4, 8, 12])
+    batch = objective.batch(packed, {task.name: torch.tensor([0.0, 1, 1, 0]) for task in tasks}, seed=0)
+    monkeypatch.setattr(Encoder, "_check", lambda self, packed: None)  # look at ids, on CPUs only
+    for check in ("ids", "cu_seqlens_values"):
+        monkeypatch.setattr(checks, check, lambda *arguments: None)
+    with Waits():
+        losses = objective(batch, gradients.attached)
+        losses.total.backward()
+    assert losses.total.isfinite()
 
 
 def test_the_watch_for_waiting_sees_them():

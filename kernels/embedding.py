@@ -53,6 +53,28 @@ def _embedding(
     return y, moments
 
 
+@_embedding.register_kernel("cuda")
+def _(
+    ids: Sequence[Tensor],
+    words: Sequence[Tensor],
+    token_types: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bounds: Sequence[int],
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    from .triton import embedding
+
+    tables = (words[0], token_types[0], positions[0])
+    with torch.cuda.device(weights[0].device):
+        return embedding.forward(ids, tables, weights[0], biases[0], eps, p, seed, site, dtype)
+
+
 @_embedding.register_fake
 def _(
     ids: Sequence[Tensor],
@@ -83,15 +105,19 @@ def _embedding_backward(
     p: float,
     seed: Tensor | None,
     site: int,
-) -> list[Tensor]:
-    """The gradients in float32: T of the words' table, T of the token types', the positions', weight and bias."""
-    gradients = _embedding_gradients(tables, weight, bounds)
-    by_task = [gradients[t :: len(bounds) - 1] for t in range(len(bounds) - 1)]
+) -> tuple[Tensor, Tensor]:
+    """The gradients in float32: of the tables, and of the T weights and biases, [T, 2, D].
+
+    Those of the tables lie one below the other in a matrix [_, D]: T of the words', T of the token types', T of the
+    positions'.
+    """
+    d_tables = weight.new_zeros(_rows(tables, bounds), len(weight))
+    d_params = weight.new_zeros(len(bounds) - 1, 2, len(weight))
+    of_tables = [of_table.chunk(len(bounds) - 1) for of_table in _split(d_tables, tables, bounds)]
     tokens, columns = tasks.longest(bounds), d_y.shape[1]
     d_total = torch.empty(min(tokens, library().EMBEDDING_ROWS), columns, dtype=torch.float32)
     scratch = rowwise.scratch(tokens, columns)
     for t, rows in tasks.segments(bounds):
-        *d_tables, d_weight, d_bias = by_task[t]
         library().embedding_backward(
             rowwise.activation(d_y[rows]),
             _embeddings(ids, tables, rows),
@@ -100,19 +126,40 @@ def _embedding_backward(
             moments[rows].data_ptr(),
             rowwise.dropout(p, seed, site, rows.start),
             d_total.data_ptr(),
-            [table.data_ptr() for table in d_tables],
-            d_weight.data_ptr(),
-            d_bias.data_ptr(),
+            [of_table[t].data_ptr() for of_table in of_tables],
+            d_params[t, 0].data_ptr(),
+            d_params[t, 1].data_ptr(),
             scratch.data_ptr(),
             torch.get_num_threads(),
         )
-    return gradients
+    return d_tables, d_params
 
 
-def _embedding_gradients(tables: Sequence[Tensor], weight: Tensor, bounds: Sequence[int]) -> list[Tensor]:
-    count = len(bounds) - 1
-    d_tables = [torch.zeros_like(table, dtype=torch.float32) for table in tables for _ in range(count)]
-    return [*d_tables, *tasks.gradients_like(weight, bounds), *tasks.gradients_like(weight, bounds)]
+def _rows(tables: Sequence[Tensor], bounds: Sequence[int]) -> int:
+    return (len(bounds) - 1) * sum(table.shape[0] for table in tables)
+
+
+def _split(d_tables: Tensor, tables: Sequence[Tensor], bounds: Sequence[int]) -> Sequence[Tensor]:
+    """The gradients of the three tables, for all tasks [T rows, D] each."""
+    return d_tables.split([(len(bounds) - 1) * table.shape[0] for table in tables])
+
+
+@_embedding_backward.register_kernel("cuda")
+def _(
+    d_y: Tensor,
+    ids: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    weight: Tensor,
+    moments: Tensor,
+    bounds: Sequence[int],
+    p: float,
+    seed: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor]:
+    from .triton import embedding
+
+    with torch.cuda.device(weight.device):
+        return embedding.backward(d_y, ids, tables, weight, moments, bounds, p, seed, site)
 
 
 @_embedding_backward.register_fake
@@ -126,8 +173,9 @@ def _(
     p: float,
     seed: Tensor | None,
     site: int,
-) -> list[Tensor]:
-    return _embedding_gradients(tables, weight, bounds)
+) -> tuple[Tensor, Tensor]:
+    columns = weight.shape[0]
+    return weight.new_empty(_rows(tables, bounds), columns), weight.new_empty(len(bounds) - 1, 2, columns)
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -141,10 +189,13 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _gradients(ctx, d_y: Tensor, *_: Tensor) -> tuple:
     saved, count = ctx.saved_tensors, len(ctx.bounds) - 1
     ids, tables, (weight, moments, seed) = list(saved[:3]), list(saved[3:6]), saved[6:]
-    flat = _embedding_backward(d_y.contiguous(), ids, tables, weight, moments, ctx.bounds, ctx.p, seed, ctx.site)
-    of_params = [flat[i : i + count] for i in range(0, len(flat), count)]
-    of_tables = [[g.to(tables[0].dtype) for g in of_table] for of_table in of_params[:3]]
-    return [None] * 3, *of_tables, *of_params[3:], None, None, None, None, None, None
+    d_tables, d_params = _embedding_backward(
+        d_y.contiguous(), ids, tables, weight, moments, ctx.bounds, ctx.p, seed, ctx.site
+    )
+    split = _split(d_tables.to(tables[0].dtype), tables, ctx.bounds)
+    of_tables = [list(of_table.chunk(count)) for of_table in split]
+    of_params = [list(of_param.unbind()) for of_param in d_params.unbind(1)]
+    return [None] * 3, *of_tables, *of_params, None, None, None, None, None, None
 
 
 _embedding.register_autograd(_gradients, setup_context=_save)
@@ -207,7 +258,7 @@ def embedding(
     checks.dropout(op, dropout_p, seed, site, word.device)
     dtype = checks.float_dtype(op, dtype or word.dtype)
     all_ids = [token_ids, token_type_ids, position_ids]
-    if compiled(op, word.device) and rowwise.is_native(word.dtype, dtype):
+    if compiled(op, word.device) and rowwise.takes(word.device, columns, word.dtype, dtype):
         wide = [[view.float() for view in views] for views in params[3:]]
         return _embedding(all_ids, *params[:3], *wide, bounds, eps, dropout_p, seed, site, dtype)[0]
     keep = None

@@ -20,14 +20,23 @@ def _bias_gelu(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Te
     return y
 
 
+@_bias_gelu.register_kernel("cuda")
+def _(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
+    from .triton import gelu
+
+    with torch.cuda.device(x.device):
+        return gelu.forward(x, biases[0])
+
+
 @_bias_gelu.register_fake
 def _(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
     return torch.empty_like(x)
 
 
 @torch.library.custom_op("minbert::bias_gelu_backward", mutates_args=(), device_types="cpu")
-def _bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    d_x, d_biases = torch.empty_like(x), tasks.gradients_like(bias, bounds)
+def _bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the T biases, [T, D]."""
+    d_x, d_biases = torch.empty_like(x), bias.new_zeros(len(bounds) - 1, len(bias))
     scratch = rowwise.scratch(tasks.longest(bounds), x.shape[1])
     for t, rows in tasks.segments(bounds):
         library().gelu_backward(
@@ -43,9 +52,17 @@ def _bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[i
     return d_x, d_biases
 
 
+@_bias_gelu_backward.register_kernel("cuda")
+def _(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    from .triton import gelu
+
+    with torch.cuda.device(x.device):
+        return gelu.backward(d_y, x, bias, bounds)
+
+
 @_bias_gelu_backward.register_fake
-def _(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    return torch.empty_like(x), tasks.gradients_like(bias, bounds)
+def _(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), bias.new_empty(len(bounds) - 1, bias.shape[0])
 
 
 def _save(ctx, inputs: tuple[Tensor, list[Tensor], list[int]], output: Tensor) -> None:
@@ -54,7 +71,8 @@ def _save(ctx, inputs: tuple[Tensor, list[Tensor], list[int]], output: Tensor) -
 
 
 def _gradients(ctx, d_y: Tensor) -> tuple[Tensor, list[Tensor], None]:
-    return *_bias_gelu_backward(d_y.contiguous(), *ctx.saved_tensors, ctx.bounds), None
+    d_x, d_biases = _bias_gelu_backward(d_y.contiguous(), *ctx.saved_tensors, ctx.bounds)
+    return d_x, list(d_biases.unbind()), None
 
 
 _bias_gelu.register_autograd(_gradients, setup_context=_save)
@@ -78,6 +96,6 @@ def bias_gelu(x: Tensor, bias: tasks.Parameter, *, bounds: Sequence[int] | None 
     checks.tensor("bias_gelu", "x", x, ["N", "D"], checks.FLOATS)
     (biases,), bounds = tasks.views("bias_gelu", x.shape[0], bounds, bias=bias)
     checks.tensor("bias_gelu", "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
-    if compiled("bias_gelu", x.device) and rowwise.is_native(x.dtype):
+    if compiled("bias_gelu", x.device) and rowwise.takes(x.device, 1, x.dtype):
         return _bias_gelu(x, [bias.float() for bias in biases], bounds)
     return tasks.by_segment(bounds, lambda t, rows: reference.bias_gelu(x[rows], biases[t]))

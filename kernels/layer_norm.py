@@ -44,6 +44,24 @@ def _layer_norm(
     return y, moments
 
 
+@_layer_norm.register_kernel("cuda")
+def _(
+    x: Tensor,
+    residual: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bounds: Sequence[int],
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor]:
+    from .triton import layer_norm
+
+    with torch.cuda.device(x.device):
+        return layer_norm.forward(x, residual, weights[0], biases[0], eps, p, seed, site)
+
+
 @_layer_norm.register_fake
 def _(
     x: Tensor,
@@ -70,11 +88,14 @@ def _layer_norm_backward(
     p: float,
     seed: Tensor | None,
     site: int,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """The gradients of x, residual, weight and bias; without dropout that of x is empty, for it is the residual's."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, of residual, and of the T weights and biases, [T, 2, D].
+
+    Without dropout the gradient of x is empty: it is the residual's.
+    """
     d_x = torch.empty_like(x) if reference.drop_threshold(p) else x.new_empty(0)
     d_residual = torch.empty_like(x)
-    d_weights, d_biases = (tasks.gradients_like(weight, bounds) for _ in range(2))
+    d_params = weight.new_zeros(len(bounds) - 1, 2, len(weight))
     scratch = rowwise.scratch(tasks.longest(bounds), x.shape[1])
     for t, rows in tasks.segments(bounds):
         library().layer_norm_backward(
@@ -87,12 +108,30 @@ def _layer_norm_backward(
             rowwise.dropout(p, seed, site, rows.start),
             d_x[rows].data_ptr(),
             d_residual[rows].data_ptr(),
-            d_weights[t].data_ptr(),
-            d_biases[t].data_ptr(),
+            d_params[t, 0].data_ptr(),
+            d_params[t, 1].data_ptr(),
             scratch.data_ptr(),
             torch.get_num_threads(),
         )
-    return d_x, d_residual, d_weights, d_biases
+    return d_x, d_residual, d_params
+
+
+@_layer_norm_backward.register_kernel("cuda")
+def _(
+    d_y: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    moments: Tensor,
+    bounds: Sequence[int],
+    p: float,
+    seed: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .triton import layer_norm
+
+    with torch.cuda.device(x.device):
+        return layer_norm.backward(d_y, x, residual, weight, moments, bounds, p, seed, site)
 
 
 @_layer_norm_backward.register_fake
@@ -106,10 +145,9 @@ def _(
     p: float,
     seed: Tensor | None,
     site: int,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor]:
     d_x = torch.empty_like(x) if reference.drop_threshold(p) else x.new_empty(0)
-    d_weights, d_biases = (tasks.gradients_like(weight, bounds) for _ in range(2))
-    return d_x, torch.empty_like(x), d_weights, d_biases
+    return d_x, torch.empty_like(x), weight.new_empty(len(bounds) - 1, 2, weight.shape[0])
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -121,9 +159,10 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _gradients(ctx, d_y: Tensor, *_: Tensor) -> tuple:
     x, residual, weight, moments, seed = ctx.saved_tensors
-    d_x, d_residual, d_weights, d_biases = _layer_norm_backward(
+    d_x, d_residual, d_params = _layer_norm_backward(
         d_y.contiguous(), x, residual, weight, moments, ctx.bounds, ctx.p, seed, ctx.site
     )
+    d_weights, d_biases = (list(of_param.unbind()) for of_param in d_params.unbind(1))
     return d_x if d_x.numel() else d_residual, d_residual, d_weights, d_biases, None, None, None, None, None
 
 
@@ -165,7 +204,7 @@ def dropout_add_layer_norm(
     checks.tensor(op, "weight", weights[0], x.shape[1:], checks.FLOATS, like=x)
     checks.tensor(op, "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
     checks.dropout(op, dropout_p, seed, site, x.device)
-    if compiled(op, x.device) and rowwise.is_native(x.dtype):
+    if compiled(op, x.device) and rowwise.takes(x.device, x.shape[1], x.dtype):
         wide = [[view.float() for view in views] for views in (weights, biases)]
         return _layer_norm(x, residual, *wide, bounds, eps, dropout_p, seed, site)[0]
     keep = mask_like(x, dropout_p, seed, site)

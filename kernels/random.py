@@ -64,6 +64,14 @@ def _dropout(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
     return y
 
 
+@_dropout.register_kernel("cuda")
+def _(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
+    from .triton.dropout import dropout
+
+    with torch.cuda.device(x.device):
+        return dropout(x, p, seed, site)
+
+
 @_dropout.register_fake
 def _(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
     return torch.empty_like(x)
@@ -138,6 +146,6 @@ def dropout(x: Tensor, *, p: float, seed: Tensor | None, site: int) -> Tensor:
     """
     checks.tensor("dropout", "x", x, ["N", "D"], checks.FLOATS, contiguous=False)
     checks.dropout("dropout", p, seed, site, x.device)
-    if p > 0 and seed is not None and compiled("dropout", x.device) and rowwise.is_native(x.dtype):
+    if p > 0 and seed is not None and compiled("dropout", x.device) and rowwise.takes(x.device, x.shape[1], x.dtype):
         return _dropout(x.contiguous(), p, seed, site)
     return reference.dropout(x, mask_like(x, p, seed, site), p)

@@ -9,10 +9,13 @@ from . import reference
 from .native import library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/launch.h's DType
+LARGEST_ON_GPU = 4096  # columns of a row that kernels/triton/rows.py keeps in registers
 
 
-def is_native(*dtypes: torch.dtype) -> bool:
-    """Whether native code takes tensors of these dtypes: float16 and float64 are left to the reference."""
+def takes(device: torch.device, columns: int, *dtypes: torch.dtype) -> bool:
+    """Whether compiled code takes rows of so many columns in these dtypes; else they are left to the reference."""
+    if device.type == "cuda":
+        return columns <= LARGEST_ON_GPU and all(dtype in (*_DTYPES, torch.float16) for dtype in dtypes)
     return all(dtype in _DTYPES for dtype in dtypes)
 
 

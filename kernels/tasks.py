@@ -74,8 +74,3 @@ def by_segment(bounds: Sequence[int], op: Callable[[int, slice], Tensor]) -> Ten
     if len(bounds) == 2:
         return op(0, slice(None))
     return torch.cat([op(t, rows) for t, rows in segments(bounds)])
-
-
-def gradients_like(param: Tensor, bounds: Sequence[int]) -> list[Tensor]:
-    """Memory for the gradient of each view; zeros for a task without rows."""
-    return [torch.empty_like(param) if end > start else torch.zeros_like(param) for start, end in pairwise(bounds)]

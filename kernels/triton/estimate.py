@@ -63,16 +63,16 @@ def _launches() -> list[Launch]:
 
     # 4 heads a program; loops over blocks of random words, over parts of a tile (1), over heads, over blocks of keys
     for kernel, shape, count, length, tiles, blocks, *trips in (
-        ("forward whole", "32 queries, 32 keys", 96, 28, ", tiles", 1, 1, 4),
-        ("forward blocks", "64 queries, 64 keys", 64, 128, ", tiles", 2, 2, 1, 4, 2),
-        ("forward blocks", "128 queries, 64 keys", 16, 512, "", 4, 8, 4, 8),
-        ("backward whole", "32 queries, 32 keys", 96, 28, ", tiles", 1, 1, 4),
-        ("backward whole", "32 queries, 128 keys", 64, 128, ", tiles", 1, 4, 1, 4, 4),
-        ("backward queries", "128 queries, 64 keys", 16, 512, "", 4, 8, 4, 8),
-        ("backward keys", "64 queries, 128 keys", 16, 512, "", 4, 8, 4, 8),
+        ("forward whole", "32 queries, 32 keys, 4 heads, 4 warps, 3 stages", 96, 28, ", tiles", 1, 1, 4),
+        ("forward blocks", "64 queries, 64 keys, 4 heads, 4 warps, 2 stages", 64, 128, ", tiles", 2, 2, 1, 4, 2),
+        ("forward blocks", "128 queries, 64 keys, 4 heads, 8 warps, 2 stages", 16, 512, "", 4, 8, 4, 8),
+        ("backward whole", "32 queries, 32 keys, 4 heads, 4 warps, 1 stages", 96, 28, ", tiles", 1, 1, 4),
+        ("backward whole", "32 queries, 128 keys, 4 heads, 8 warps, 1 stages", 64, 128, ", tiles", 1, 4, 1, 4, 4),
+        ("backward queries", "128 queries, 64 keys, 4 heads, 8 warps, 2 stages", 16, 512, "", 4, 8, 4, 8),
+        ("backward keys", "64 queries, 128 keys, 4 heads, 8 warps, 1 stages", 16, 512, "", 4, 8, 4, 8),
     ):
         work = roofline.attention([length] * count, heads, head_dim, backward="backward" in kernel)
-        name = f"attention {kernel}, bf16, head dim {head_dim}, {shape}, 4 heads, dropout{tiles}"
+        name = f"attention {kernel}, bf16, head dim {head_dim}, {shape}, dropout{tiles}"
         add(f"attention {kernel}, {count} x {length}", name, count * blocks * heads // 4, work, *trips)
 
     norm, columns = f"{rows} x {hidden}", f"bf16, {hidden} columns, dropout"

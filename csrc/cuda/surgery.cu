@@ -96,12 +96,13 @@ struct Tile {
       for (; (sweep + kDepth) * kSweep <= part.length; sweep += kDepth) add<true, kDepth>(sweep, part.length);
     for (; sweep * kSweep < part.length; ++sweep) add<false, 1>(sweep, part.length);
     const double sum = sums_of_block(total);
+    const int thread = static_cast<int>(threadIdx.x);
     double* const entries = partials + part.number * table.tasks * table.tasks;
 #pragma unroll
     for (int i = 0; i < lefts; ++i)
 #pragma unroll
       for (int j = same ? i : 0; j < rights; ++j)
-        if (threadIdx.x == entry(i, j) && left + i < table.tasks && right + j < table.tasks)
+        if (thread == entry(i, j) && left + i < table.tasks && right + j < table.tasks)
           // an absent row is orthogonal to all, even to one that holds Inf or NaN
           entries[(left + i) * table.tasks + right + j] = row[i] && row[same ? j : lefts + j] ? sum : 0;
   }
@@ -188,9 +189,10 @@ const char* cuda_gram(const TaskGradients& g, double* partials, double* gram, vo
     });
   });
   if (error) return error;
+  const double* const found = partials;
   const int64_t chunks = g.first_chunk[g.tensors];
   const int tasks = static_cast<int>(g.tasks);
-  return launch(gram_of_chunks_kernel, g.tasks * g.tasks, kThreads, stream, partials, chunks, tasks, gram);
+  return launch(gram_of_chunks_kernel, g.tasks * g.tasks, kThreads, stream, found, chunks, tasks, gram);
 }
 
 const char* cuda_surgery_weights(const SurgeryProblem& problem, const SurgeryResult& result, void* stream) noexcept {

@@ -19,7 +19,7 @@ constexpr int kPart = static_cast<int>(kChunk / kChunkParts);
 
 // A kernel takes 32764 bytes of parameters, and 4096 if a CUDA before 12.1 compiled it. A BERT-base of 199 tensors fits
 // with room to spare; what does not fit goes into further launches.
-#if defined(CUDART_VERSION) && CUDART_VERSION >= 12010
+#if defined(__CUDACC__) && CUDART_VERSION >= 12010
 constexpr int kTableTensors = 400, kTableAddresses = 3000;
 #else
 constexpr int kTableTensors = 40, kTableAddresses = 350;

@@ -4,10 +4,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cuda/launching.h"
 #include "cuda/task_table.h"
-#ifndef __CUDACC__  // where the tests run the kernels
-#include "tests/cuda_on_host.h"
-#endif
 
 namespace minbert {
 namespace {
@@ -178,17 +176,6 @@ const char* for_each_dtype(const F& f) {
   if (const char* error = f(DType::bfloat16, BFloat16())) return error;
   return f(DType::float64, double());
 }
-
-#ifdef __CUDACC__
-// Null, or what went wrong.
-template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
-                   const Arguments&... arguments) {
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  const cudaError_t status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
-}
-#endif
 
 }  // namespace
 }  // namespace minbert

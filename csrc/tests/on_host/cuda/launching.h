@@ -1,13 +1,18 @@
 // In place of csrc/cuda/launching.h: a launch runs the kernel on the host, so that tests can read what it computes
-// where no GPU is. Found first on the include path, before the kernels of a .cu file compiled as C++ with the CUDA
-// toolkit's headers.
+// where no GPU is. Found first on the include path, before the kernels of a .cu file compiled as C++, with the headers
+// of CUDA's toolkit where they are.
 //
 // Blocks run one after another. The threads of a block are fibers, each of which runs until it waits for others, and a
 // warp as long as it can: what a barrier too few lets a thread read too early, or overwrite, it reads and overwrites
 // here on every run. Every other block runs its threads from the last to the first.
 #pragma once
 
+#if __has_include(<cuda_runtime_api.h>)
 #include <cuda_runtime_api.h>
+#else
+#define __global__
+#define __device__
+#endif
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -20,6 +25,8 @@
 
 #undef __shared__
 #define __shared__ static  // of the one block that runs
+#undef __grid_constant__
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 namespace minbert::on_host {
@@ -64,7 +71,7 @@ inline Block* block = nullptr;
 struct Index {
   unsigned x = 0;
 };
-inline Index thread_index, block_index;
+inline Index thread_index, block_index, block_size;
 inline int last_threads = 0;  // of a block, in the last launch: tells the kernels of a choice apart
 
 inline Warp& warp() { return block->warps[thread_index.x / kWarp]; }
@@ -100,6 +107,7 @@ inline void run_block(int threads, bool backwards, void (*body)(const void*), co
   static std::vector<char> stacks(int64_t{kMaxThreads} * kStackBytes);
   Block here;
   block = &here;
+  block_size.x = threads;
   here.fibers.resize(threads);
   here.warps.resize((threads + kWarp - 1) / kWarp);
   here.barrier.threads = threads;
@@ -149,11 +157,17 @@ std::vector<T> exchange(T value) {
 
 #define threadIdx minbert::on_host::thread_index
 #define blockIdx minbert::on_host::block_index
+#define blockDim minbert::on_host::block_size
 
 inline void __syncthreads() { minbert::on_host::wait(minbert::on_host::block->barrier); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int lanes) {
   return minbert::on_host::exchange(value)[(threadIdx.x % minbert::on_host::kWarp) ^ lanes];
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, int lanes) {
+  const int from = static_cast<int>(threadIdx.x) % minbert::on_host::kWarp + lanes;
+  return minbert::on_host::exchange(value)[from < minbert::on_host::kWarp ? from : from - lanes];
 }
 inline int __reduce_max_sync(unsigned, int value) {
   int largest = value;

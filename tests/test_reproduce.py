@@ -48,7 +48,7 @@ def test_every_row_is_a_recipe_with_the_papers_figures(number, name):
         assert all(0 < score < 1 for score in scores.values())
 
 
-@pytest.mark.parametrize(("number", "name"), [row for row in ROWS if row != ("002", "g-finetune")])
+@pytest.mark.parametrize(("number", "name"), ROWS)
 @pytest.mark.slow
 def test_every_row_trains(number, name, course_data, tmp_path):
     row = paper(number).rows[name]

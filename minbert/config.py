@@ -110,6 +110,7 @@ class TrainConfig:
         schedule: what the learning rate does after warm-up.
         warmup: share of the steps in which the learning rate rises from zero.
         weight_decay: decoupled weight decay on matrices.
+        adam_eps: what AdamW adds to the square root of the second moment.
         clip_norm: gradients are scaled down to this norm; 0 leaves them.
         max_skipped: give up after this many steps in a row with a non-finite loss or gradient.
         checkpoint_steps: steps between two checkpoints; every epoch also ends with one.
@@ -166,6 +167,7 @@ class TrainConfig:
     schedule: Literal["linear", "constant"] = "linear"
     warmup: float = 0.1
     weight_decay: float = 0.01
+    adam_eps: float = 1e-8
     clip_norm: float = 1.0
     max_skipped: int = 10
     checkpoint_steps: int = 200
@@ -186,7 +188,7 @@ class TrainConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
         require(self.max_length is None or self.max_length >= 4, "max_length", "at least 4", self.max_length)
-        for name in ("lr", "head_lr"):
+        for name in ("lr", "head_lr", "adam_eps"):
             value = getattr(self, name)
             require(value is None or 0 < value < 1, name, "between 0 and 1", value)
         for name in ("weight_decay", "clip_norm"):

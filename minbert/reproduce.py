@@ -24,6 +24,7 @@ from minbert.errors import UserError, did_you_mean
 from minbert.files import write_atomically, write_json
 from minbert.recipes import Paper, Row, paper
 from minbert.report import comparison, write_comparison
+from minbert.report.history import flat_scores
 from minbert.runs import Run
 from minbert.tasks import TASKS
 
@@ -73,11 +74,12 @@ class Outcome:
         """Our scores by column, as `columns` names them: one for each seed."""
         found: dict[str, list[float]] = {}
         for summary in (run.summary() for run in self.runs):
-            scores = {name: next(iter(score.values())) for name, score in summary["dev"].items() if name in TASKS}
-            if len(scores) > 1:
-                scores["overall"] = summary["dev"]["overall"]
-            for name, score in scores.items():
-                found.setdefault(f"dev {name}", []).append(score)
+            for split in ("dev", "test"):
+                scores = flat_scores(summary.get(split, {}))
+                if len(scores) > 1:
+                    scores["overall"] = summary[split]["overall"]
+                for name, score in scores.items():
+                    found.setdefault(f"{split} {name}", []).append(score)
             found.setdefault(HOURS, []).append(
                 summary["seconds"] / summary["steps"] * summary["steps_per_epoch"] / 3600
             )

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import minbert
 from minbert import checkpoint, cli, kernels
-from minbert.checkpoint import Progress
+from minbert.checkpoint import Progress, Scores
 from minbert.config import TrainConfig
 from minbert.console import TrainingProgress, score_table
 from minbert.data import Plan, TaskSampler, encode, plan
@@ -240,6 +240,7 @@ class StopSignal:
 def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int, console: Console) -> dict[str, object]:
     """Write the best epoch's predictions, the plots and summary.json; show the dev table of all epochs."""
     model, _ = load_model(run.best, bench.config, bench.device)
+    scores: dict[str, Scores] = {}
     for split in ("dev", "test"):
         present = [task for task in bench.tasks if split in bench.source.splits(task)]
         encoded = bench.dev
@@ -250,13 +251,15 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int,
                 )
                 for task in present
             }
-        _, outputs = evaluate(model, present, encoded, bench.device)
+        scores[split], outputs = evaluate(model, present, encoded, bench.device)
         for task in present:
             run.write_predictions(task, split, encoded[task.name], outputs[task.name])
     plot_run(run)
     best = progress.dev[progress.best_epoch - 1]
-    summary = {
+    tested = {"test": {**scores["test"], "overall": overall(scores["test"])}} if scores["test"] else {}
+    summary: dict[str, object] = {
         "dev": {**best, "overall": progress.best_overall},
+        **tested,
         "best_epoch": progress.best_epoch,
         "steps": progress.step,
         "steps_per_epoch": epoch_steps,

@@ -153,7 +153,7 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     params = model.parameter_groups(config.weight_decay)
     for group in params:
         group["lr"] = config.head_lr if config.head_lr and group["name"].startswith("heads.") else lr
-    optimizer = AdamW(params, lr=lr, average_beta=beta, copies=copies)
+    optimizer = AdamW(params, lr=lr, eps=config.adam_eps, average_beta=beta, copies=copies)
     stepper = Stepper(
         model,
         Objective(model, config.smart, config.bregman, optimizer.averages, copies, config.loss_weights, l2),

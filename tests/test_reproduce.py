@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -48,19 +52,45 @@ def test_every_row_is_a_recipe_with_the_papers_figures(number, name):
         assert all(0 < score < 1 for score in scores.values())
 
 
-@pytest.mark.parametrize(("number", "name"), ROWS)
+@pytest.fixture
+def course(course_data, tmp_path):
+    """Options that name data and an encoder: real ones where they are, with a dev split of 16 rows, else small ones."""
+    if not (os.environ.get("MINBERT_TEST_DATA") and os.environ.get("MINBERT_TEST_MODEL")):
+        (tmp_path / "small.yaml").write_text(SMALL)
+        return [f"--data={course_data}", f"--options={tmp_path / 'small.yaml'}"]
+    directory = tmp_path / "data"
+    directory.mkdir()
+    for path in Path(os.environ["MINBERT_TEST_DATA"]).glob("*.csv"):
+        if "train" in path.name:
+            (directory / path.name).symlink_to(path.resolve())
+        else:
+            (directory / path.name).write_text("".join(path.read_text().splitlines(keepends=True)[:17]))
+    return [f"--data={directory}", f"--model={os.environ['MINBERT_TEST_MODEL']}"]
+
+
+@pytest.mark.parametrize("number", papers())
 @pytest.mark.slow
-def test_every_row_trains(number, name, course_data, tmp_path):
-    row = paper(number).rows[name]
-    (tmp_path / "small.yaml").write_text(SMALL)
-    stars = "\n".join(json.dumps({"stars": 1 + i % 5, "text": f"review {i}"}) for i in range(20))
+def test_a_papers_table_runs_end_to_end(number, course, tmp_path, monkeypatch):
+    def in_this_process(recipe, seed, directory, options):
+        status = train.main([f"--recipe={recipe}", f"--seed={seed}", f"--out={directory}", *options])
+        for checkpoint in ("best", "last"):
+            shutil.rmtree(directory / checkpoint)
+        return None if status == 0 else f"exit code {status}"
+
+    monkeypatch.setattr(reproduce, "train", in_this_process)
+    stars = "\n".join(json.dumps({"stars": 1 + i % 5, "text": f"review {i}"}) for i in range(2500))
     (tmp_path / "reviews").write_text(stars)
     (tmp_path / "augmented").write_text("id\tsentence\tsentiment\na1\tthe film was fine .\t3\n")
-    files = {"reviews": ["--reviews-per-star=2", f"--reviews={tmp_path / 'reviews'}"]}
-    files["augmented"] = [f"--augmented.sst={tmp_path / 'augmented'}"]
-    options = [word for name in row.needs for word in files[name]]
-    shared = [f"--data={course_data}", f"--config={tmp_path / 'small.yaml'}", f"--out={tmp_path / 'run'}"]
-    assert train.main([f"--recipe={number}/{name}", *shared, "--steps=2", *options]) == 0
+    files = [f"--reviews={tmp_path / 'reviews'}", f"--augmented={tmp_path / 'augmented'}"]
+    assert reproduce.main([number, *course, *files, "--steps=2", f"--out={tmp_path / 'out'}"]) == 0
+    found = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert list(found) == list(paper(number).rows)
+    for name, row in paper(number).rows.items():
+        tasks = {f"dev {task}" for task in row.options.get("tasks", ["sst", "qqp", "sts"])}
+        assert tasks <= set(found[name]["ours"])
+        assert all(math.isfinite(score) for scores in found[name]["ours"].values() for score in scores)
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert all(f"| {row.title} |" in text for row in paper(number).rows.values())
 
 
 def test_a_sweep_shows_the_published_figures_beside_ours(sweep, tmp_path, capsys):

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from minbert.data import open_source
 from minbert.errors import UserError
 from minbert.files import verify
 from minbert.objective import Objective
+from minbert.report.comparison import our_scores
 from minbert.runs import Run
 from minbert.tasks import TASKS
 
@@ -87,6 +89,22 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
     assert [r["epoch"] for r in records if "dev" in r] == [1, 2]
     assert (finished / "plots" / "curves.png").stat().st_size > 1000
+
+
+def test_a_labelled_test_split_is_scored_by_the_best_epoch(course_data, quick, tmp_path):
+    directory = shutil.copytree(course_data, tmp_path / "data")
+    shutil.copyfile(directory / "ids-sst-dev.csv", directory / "ids-sst-test-student.csv")
+    assert train.main([*quick, f"--data={directory}"]) == 0
+    summary = Run(tmp_path / "run").summary()
+    assert summary["test"] == {"sst": summary["dev"]["sst"], "overall": summary["dev"]["sst"]["accuracy"]}
+    assert our_scores(Run(tmp_path / "run"))["sst test"] == summary["dev"]["sst"]["accuracy"]
+
+
+def test_the_epsilon_of_adamw_is_an_option(quick, tmp_path):
+    for name, eps in (("run", 1e-8), ("other", 1e-2)):
+        assert train.main([*quick, "--steps=1", f"--adam-eps={eps}", f"--out={tmp_path / name}"]) == 0
+    first, second = weights(tmp_path / "run"), weights(tmp_path / "other")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_predictions_are_in_the_courses_format(finished):

@@ -83,9 +83,14 @@ def write_comparison(path: str | Path, title: str, rows: Sequence[Row]) -> Path:
 
 
 def our_scores(run: Run | None) -> dict[str, float]:
-    """Dev scores of the best epoch by task, and overall; nothing for a run that has not finished."""
-    dev = run.summary().get("dev", {}) if run is not None else {}
-    return {**history.flat_scores(dev), "overall": dev["overall"]} if dev else {}
+    """Scores of the best epoch: dev by task and overall, test by "sst test"; none of a run that has not finished."""
+    summary = run.summary() if run is not None else {}
+    found: dict[str, float] = {}
+    for split, mark in (("dev", ""), ("test", " test")):
+        if scores := summary.get(split):
+            flat = history.flat_scores(scores) | {"overall": scores["overall"]}
+            found |= {f"{name}{mark}": score for name, score in flat.items()}
+    return found
 
 
 def columns(rows: Sequence[Row], ours: Sequence[Mapping[str, float]]) -> dict[str, list[Cell]]:
@@ -93,6 +98,7 @@ def columns(rows: Sequence[Row], ours: Sequence[Mapping[str, float]]) -> dict[st
     named = {name for row in rows for name in row.published} | {name for scores in ours for name in scores}
     first = [*TASKS, "overall"]
     rest = dict.fromkeys(name for row in rows for name in row.published if name not in first)
+    rest |= dict.fromkeys(f"{name} test" for name in first if f"{name} test" in named)
     return {
         name: _column([row.published.get(name) for row in rows], [scores.get(name) for scores in ours])
         for name in [*(name for name in first if name in named), *rest]

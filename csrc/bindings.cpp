@@ -128,9 +128,17 @@ Activation activation(const ActivationArguments& a) {
   return {std::get<0>(a), std::get<1>(a), static_cast<DType>(std::get<2>(a))};
 }
 
-using DropoutArguments = std::tuple<int64_t, uint32_t, uint32_t, float, int64_t>;  // seed, threshold, site, scale, row
+// `seed` points to int64 [2], the seed and the number of the op's first row; `row` is the row of the op's that row 0
+// is.
+Dropout dropout(Address seed, uint32_t threshold, uint32_t site, float scale = 1, int64_t row = 0) {
+  if (!seed) return {0, 0, site, scale};
+  const auto* const pair = pointer<const int64_t>(seed);
+  return {pair[0], threshold, site, scale, static_cast<uint32_t>(pair[1]) + static_cast<uint32_t>(row)};
+}
+
+using DropoutArguments = std::tuple<Address, uint32_t, uint32_t, float, int64_t>;  // seed, threshold, site, scale, row
 Dropout dropout(const DropoutArguments& d) {
-  return {std::get<0>(d), std::get<1>(d), std::get<2>(d), std::get<3>(d), std::get<4>(d)};
+  return dropout(std::get<0>(d), std::get<1>(d), std::get<2>(d), std::get<3>(d), std::get<4>(d));
 }
 
 using EmbeddingArguments = std::tuple<std::vector<Address>, std::vector<Address>, int>;  // ids, tables, dtype
@@ -252,18 +260,19 @@ PYBIND11_MODULE(_native, module) {
 
   module.def(
       "dropout_mask",
-      [](Address keep, int64_t rows, int64_t columns, int64_t seed, uint32_t threshold, uint32_t site, int threads) {
-        kernels(current_isa).dropout_mask(pointer<uint8_t>(keep), rows, columns, {seed, threshold, site}, threads);
+      [](Address keep, int64_t rows, int64_t columns, Address seed, uint32_t threshold, uint32_t site, int threads) {
+        kernels(current_isa)
+            .dropout_mask(pointer<uint8_t>(keep), rows, columns, dropout(seed, threshold, site), threads);
       },
       Unlocked());
 
   module.def(
       "attention_dropout_mask",
-      [](Address keep, Address cu_seqlens, int64_t sequences, int64_t heads, int64_t seed, uint32_t threshold,
+      [](Address keep, Address cu_seqlens, int64_t sequences, int64_t heads, Address seed, uint32_t threshold,
          uint32_t site, int threads) {
         kernels(current_isa)
             .attention_dropout_mask(pointer<uint8_t>(keep), pointer<const int32_t>(cu_seqlens), sequences, heads,
-                                    {seed, threshold, site}, threads);
+                                    dropout(seed, threshold, site), threads);
       },
       Unlocked());
 
@@ -280,7 +289,6 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init([](int dtype, Address cu_seqlens, int64_t sequences, int64_t tokens, int64_t max_seqlen,
                        int64_t heads, int64_t head_dim, float scale, Address seed, uint32_t threshold, uint32_t site,
                        float keep_scale) {
-        const Dropout dropout{seed ? *pointer<const int64_t>(seed) : 0, seed ? threshold : 0, site};
         return AttentionProblem{static_cast<DType>(dtype),
                                 pointer<const int32_t>(cu_seqlens),
                                 sequences,
@@ -289,7 +297,7 @@ PYBIND11_MODULE(_native, module) {
                                 heads,
                                 head_dim,
                                 scale,
-                                dropout,
+                                dropout(seed, threshold, site),
                                 keep_scale};
       }))
       .def("scratch", [](const AttentionProblem& problem, bool backward, int threads) {

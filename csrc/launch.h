@@ -9,7 +9,7 @@
 namespace minbert {
 
 // Raised whenever an entry point's arguments change, so that a binary left over from an older checkout is refused.
-constexpr int kInterface = 5;
+constexpr int kInterface = 6;
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };  // float16: on GPUs alone
 
@@ -30,8 +30,8 @@ struct TaskGradients {
 struct Dropout {
   int64_t seed;
   uint32_t threshold, site;
-  float scale = 1;        // what is kept is multiplied by it: 1 / (1 - p)
-  int64_t first_row = 0;  // of a larger activation: which of its rows is row 0 here (row-wise kernels only)
+  float scale = 1;         // what is kept is multiplied by it: 1 / (1 - p)
+  uint32_t first_row = 0;  // of a larger activation: which of its rows is row 0 here; counters number rows modulo 2^32
 };
 
 // gram [T, T]: entry (i, j) is the sum of g_i g_j in float64, chunks in the order of csrc/gram_order.h. partials:
@@ -104,7 +104,7 @@ struct NormalStart {
   int64_t rows, columns;
   float sigma;
   const float* scale;
-  const int64_t* seed;
+  const int64_t* seed;  // [2]: the seed, and Dropout's first_row, of which the low 32 bits count
   uint32_t site;
 };
 using SmartInit = void(const NormalStart&, int threads) noexcept;
@@ -242,8 +242,8 @@ Isa best_isa() noexcept;                   // the widest supported one
 const Kernels& kernels(Isa isa) noexcept;  // isa must be supported
 
 // CUDA, on a stream of the caller's current device: TaskGradients and AdamWState are arrays on the host of addresses on
-// the device, everything else behind a pointer, seeds and scales too, is read on the device. Each returns null, or what
-// went wrong.
+// the device, everything else behind a pointer, seeds and scales too, is read on the device. `seed` is NormalStart's.
+// Each returns null, or what went wrong.
 const char* cuda_dropout_mask(uint8_t* keep, int64_t rows, int64_t columns, const int64_t* seed, uint32_t threshold,
                               uint32_t site, void* stream) noexcept;
 const char* cuda_smart_init(const NormalStart&, void* stream) noexcept;

@@ -196,7 +196,7 @@ def attention(
         cu_seqlens: int32 [S + 1], cumulative sequence lengths from 0 to N.
         max_seqlen: the longest sequence's length in tokens.
         dropout_p: the probability of dropping an attention probability, in [0, 1).
-        seed, site: as for `dropout_mask`; needed when dropout_p > 0.
+        seed, site: as for `attention_dropout_mask`; needed when dropout_p > 0.
         softmax_scale: what the scores are multiplied by; 1 / sqrt(d) when left out.
         tiles: `Packed.tiles`, made for the same sequences and the same `max_seqlen`: which of them a GPU takes
             together. It is quicker with it; results differ by rounding alone.
@@ -213,7 +213,7 @@ def attention(
             f"attention: qkv must be contiguous in its last dimension, got strides {list(qkv.stride())}; "
             "call .contiguous() on it"
         )
-    checks.dropout("attention", dropout_p, seed, site, qkv.device)
+    seed = checks.dropout("attention", dropout_p, seed, site, qkv.device)
     if cu_seqlens.device != qkv.device:
         raise ValueError(f"attention: cu_seqlens must be on {qkv.device} like qkv, got {cu_seqlens.device}")
     checks.cu_seqlens_shape("attention", cu_seqlens)
@@ -221,7 +221,6 @@ def attention(
         checks.tensor("attention", "tiles[0]", tiles[0], ["tiles", 2], [torch.int32], like=qkv)
         checks.tensor("attention", "tiles[1]", tiles[1], [qkv.shape[0]], [torch.int32], like=qkv)
     scale = qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    seed = seed if dropout_p > 0 else None
     if _is_compiled(qkv):
         return _attention(qkv, cu_seqlens, max_seqlen, dropout_p, seed, site, scale, *(tiles or (None, None)))[0]
     checks.cu_seqlens("attention", cu_seqlens, qkv.shape[0], max_seqlen)

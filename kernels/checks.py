@@ -61,24 +61,41 @@ def float_dtype(op: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def dropout(op: str, p: float, seed: Tensor | None, site: int, device: torch.device) -> None:
-    """Check a dropout probability and, where elements are dropped, the random numbers' address."""
+def probability(op: str, p: float) -> None:
+    """Check a dropout probability."""
     if not 0 <= p < 1:
         raise ValueError(f"{op}: the dropout probability must lie in [0, 1), got {p}")
+
+
+def dropout(op: str, p: float, seed: Tensor | None, site: int, device: torch.device) -> Tensor | None:
+    """Check a dropout probability and, where elements are dropped, the random numbers' address.
+
+    Returns:
+        what `stream` does; None where nothing is dropped.
+    """
+    probability(op, p)
     if p == 0:
-        return
+        return None
     if seed is None:
-        raise ValueError(f"{op}: dropout with probability {p} needs a seed, an int64 scalar tensor; got None")
-    stream(op, seed, site, device)
+        raise ValueError(f"{op}: dropout with probability {p} needs a seed, an int64 tensor [] or [2]; got None")
+    return stream(op, seed, site, device)
 
 
-def stream(op: str, seed: Tensor, site: int, device: torch.device) -> None:
-    """Check the address of a stream of random numbers."""
-    tensor(op, "seed", seed, [], [torch.int64])
+def stream(op: str, seed: Tensor, site: int, device: torch.device) -> Tensor:
+    """Check the address of a stream of random numbers.
+
+    Returns:
+        int64 [2], what every implementation reads: the seed and the number of the first row.
+    """
+    pair = isinstance(seed, Tensor) and seed.dim() > 0
+    if pair and seed.shape != (2,):
+        raise ValueError(f"{op}: seed must have shape [] or, with the first row's number, [2]; got {list(seed.shape)}")
+    tensor(op, "seed", seed, [2] if pair else [], [torch.int64])
     if seed.device != device:
         raise ValueError(f"{op}: seed must be on {device} like the other tensors, got {seed.device}")
     if not 0 <= site < 2**32:
         raise ValueError(f"{op}: site must be a number from 0 to 2**32 - 1, got {site}")
+    return seed if pair else torch.nn.functional.pad(seed[None], (0, 1))
 
 
 def cu_seqlens(op: str, value: Tensor, tokens: int | None = None, max_seqlen: int | None = None) -> None:

@@ -255,14 +255,14 @@ def embedding(
     ):
         checks.tensor(op, name, ids, token_ids.shape, [torch.int64], like=word)
         checks.ids(op, name, ids, table)
-    checks.dropout(op, dropout_p, seed, site, word.device)
+    seed = checks.dropout(op, dropout_p, seed, site, word.device)
     dtype = checks.float_dtype(op, dtype or word.dtype)
     all_ids = [token_ids, token_type_ids, position_ids]
     if compiled(op, word.device) and rowwise.takes(word.device, columns, word.dtype, dtype):
         wide = [[view.float() for view in views] for views in params[3:]]
         return _embedding(all_ids, *params[:3], *wide, bounds, eps, dropout_p, seed, site, dtype)[0]
     keep = None
-    if dropout_p > 0 and seed is not None:
+    if seed is not None:
         keep = dropout_mask(token_ids.shape[0], columns, dropout_p, seed, site)
 
     def of_task(t: int, rows: slice) -> Tensor:

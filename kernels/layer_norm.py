@@ -203,7 +203,7 @@ def dropout_add_layer_norm(
     (weights, biases), bounds = tasks.views(op, x.shape[0], bounds, weight=weight, bias=bias)
     checks.tensor(op, "weight", weights[0], x.shape[1:], checks.FLOATS, like=x)
     checks.tensor(op, "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
-    checks.dropout(op, dropout_p, seed, site, x.device)
+    seed = checks.dropout(op, dropout_p, seed, site, x.device)
     if compiled(op, x.device) and rowwise.takes(x.device, x.shape[1], x.dtype):
         wide = [[view.float() for view in views] for views in (weights, biases)]
         return _layer_norm(x, residual, *wide, bounds, eps, dropout_p, seed, site)[0]

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch  # noqa: F401  must come first: the extension takes its OpenMP symbols from the runtime that torch loads
 
-INTERFACE = 5  # csrc/launch.h's kInterface
+INTERFACE = 6  # csrc/launch.h's kInterface
 _NAME = "minbert.kernels._native"
 _REMEDY = "the slower reference ops run instead; to build it, run `pip install -e . -v` with a C++17 compiler at hand"
 

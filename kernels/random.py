@@ -13,7 +13,7 @@ from .native import library
 @torch.library.custom_op("minbert::dropout_mask", mutates_args=(), device_types="cpu")
 def _dropout_mask(rows: int, columns: int, threshold: int, seed: Tensor, site: int) -> Tensor:
     keep = torch.empty(rows, columns, dtype=torch.bool)
-    library().dropout_mask(keep.data_ptr(), rows, columns, seed.item(), threshold, site, torch.get_num_threads())
+    library().dropout_mask(keep.data_ptr(), rows, columns, seed.data_ptr(), threshold, site, torch.get_num_threads())
     return keep
 
 
@@ -40,7 +40,7 @@ def _attention_dropout_mask(cu_seqlens: Tensor, heads: int, threshold: int, seed
         cu_seqlens.data_ptr(),
         sequences,
         heads,
-        seed.item(),
+        seed.data_ptr(),
         threshold,
         site,
         torch.get_num_threads(),
@@ -95,13 +95,16 @@ def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, site: int) -> 
 
     Args:
         p: the probability of dropping an element, in [0, 1).
-        seed: int64 scalar tensor; the same for a whole step.
+        seed: int64 scalar tensor, the same for a whole step; or int64 [2], the seed and the number of the first row.
+            Rows from a to b of a larger activation draw with [seed, a] what they draw in the whole of it with `seed`.
+            Both numbers are read where the op runs, so no host waits for them. Rows are numbered modulo 2**32.
         site: which dropout of the model this is, so that no two share their random numbers.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
-    checks.dropout("dropout_mask", p, seed, site, seed.device)
+    checks.probability("dropout_mask", p)
+    seed = checks.stream("dropout_mask", seed, site, seed.device)
     if rows < 1 or columns < 1:
         raise ValueError(f"dropout_mask: rows and columns must be at least 1, got {rows} and {columns}")
     if compiled("dropout_mask", seed.device):
@@ -115,12 +118,13 @@ def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tenso
     Args:
         cu_seqlens: int32 [S + 1], cumulative sequence lengths from 0.
         heads: attention heads.
-        p, seed, site: as for `dropout_mask`.
+        p, seed, site: as for `dropout_mask`. Queries are its rows; keys are numbered within their own sequence.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
-    checks.dropout("attention_dropout_mask", p, seed, site, cu_seqlens.device)
+    checks.probability("attention_dropout_mask", p)
+    seed = checks.stream("attention_dropout_mask", seed, site, cu_seqlens.device)
     checks.cu_seqlens("attention_dropout_mask", cu_seqlens)
     if heads < 1:
         raise ValueError(f"attention_dropout_mask: heads must be at least 1, got {heads}")
@@ -130,8 +134,8 @@ def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tenso
 
 
 def mask_like(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor | None:
-    """The mask for an activation [N, D], or None when p is 0; the arguments have been checked."""
-    return dropout_mask(x.shape[0], x.shape[1], p, seed, site) if p > 0 and seed is not None else None
+    """The mask for an activation [N, D], or None without a seed; the arguments have been checked."""
+    return None if seed is None else dropout_mask(x.shape[0], x.shape[1], p, seed, site)
 
 
 def dropout(x: Tensor, *, p: float, seed: Tensor | None, site: int) -> Tensor:
@@ -145,7 +149,7 @@ def dropout(x: Tensor, *, p: float, seed: Tensor | None, site: int) -> Tensor:
         ValueError, TypeError: an argument is not as described.
     """
     checks.tensor("dropout", "x", x, ["N", "D"], checks.FLOATS, contiguous=False)
-    checks.dropout("dropout", p, seed, site, x.device)
-    if p > 0 and seed is not None and compiled("dropout", x.device) and rowwise.takes(x.device, x.shape[1], x.dtype):
+    seed = checks.dropout("dropout", p, seed, site, x.device)
+    if seed is not None and compiled("dropout", x.device) and rowwise.takes(x.device, x.shape[1], x.dtype):
         return _dropout(x.contiguous(), p, seed, site)
     return reference.dropout(x, mask_like(x, p, seed, site), p)

@@ -51,6 +51,11 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tupl
     return c0, c1, c2, c3
 
 
+def numbered(rows: Tensor, seed: Tensor) -> Tensor:
+    """The numbers of an op's rows in the stream, modulo 2**32; seed holds the seed and the first row's number."""
+    return (rows + seed[1]) & WORD
+
+
 def drop_threshold(p: float) -> int:
     """A word below this number drops its element: floor(p * 2**32)."""
     return int(p * 2**32)
@@ -59,11 +64,11 @@ def drop_threshold(p: float) -> int:
 def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, site: int) -> Tensor:
     """Which elements of a [rows, columns] activation dropout keeps, as bool.
 
-    Element (row, column) reads word `column % 4` of counter (column // 4, row, 0, site).
+    Element (row, column) reads word `column % 4` of counter (column // 4, row, 0, site), rows `numbered`.
     """
     group = torch.arange(-(-columns // 4), device=seed.device)[None, :]
-    row = torch.arange(rows, device=seed.device)[:, None]
-    words = philox((group, row, torch.zeros_like(row), torch.full_like(row, site)), seed)
+    row = numbered(torch.arange(rows, device=seed.device)[:, None], seed)
+    words = philox((group, row, torch.zeros_like(row), torch.full_like(row, site)), seed[0])
     return (torch.stack(words, dim=-1).reshape(rows, -1)[:, :columns] >= drop_threshold(p)).contiguous()
 
 
@@ -71,15 +76,15 @@ def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tenso
     """Which attention probabilities dropout keeps: bool, one [heads, length, length] block per sequence, end to end.
 
     Probability (head, query, key) reads word `head % 4` of counter (key's position in its sequence,
-    query's row in the packed stream, head // 4, site).
+    query's row in the packed stream, head // 4, site), rows `numbered`.
     """
     blocks = []
     bounds = cu_seqlens.tolist()
     group = torch.arange(-(-heads // 4), device=seed.device)[:, None, None]
     for start, end in pairwise(bounds):
-        query = torch.arange(start, end, device=seed.device)[None, :, None]
+        query = numbered(torch.arange(start, end, device=seed.device)[None, :, None], seed)
         key = torch.arange(end - start, device=seed.device)[None, None, :]
-        words = philox((key, query, group, torch.full_like(group, site)), seed)
+        words = philox((key, query, group, torch.full_like(group, site)), seed[0])
         blocks.append((torch.stack(words, dim=1).flatten(0, 1)[:heads] >= drop_threshold(p)).flatten())
     return torch.cat(blocks)
 
@@ -328,14 +333,14 @@ def combine_adamw_(
 def normal(rows: int, columns: int, seed: Tensor, site: int, dtype: torch.dtype) -> Tensor:
     """Standard normals [rows, columns] by Box and Muller (1958), float32 or float64.
 
-    Element (row, column) comes from counter (column // 4, row, 1, site). Of its words (w0, w1, w2, w3), the pair
-    (w0, w1) gives columns 4 k and 4 k + 1, the pair (w2, w3) columns 4 k + 2 and 4 k + 3: with the upper 24 bits of
-    a pair (a, b), u = (a + 1) / 2^24 in (0, 1] and v = b / 2^24 in [0, 1), all exact in float32, they are
+    Element (row, column) comes from counter (column // 4, row, 1, site), rows `numbered`. Of its words (w0, w1, w2,
+    w3), the pair (w0, w1) gives columns 4 k and 4 k + 1, the pair (w2, w3) columns 4 k + 2 and 4 k + 3: with the upper
+    24 bits of a pair (a, b), u = (a + 1) / 2^24 in (0, 1] and v = b / 2^24 in [0, 1), all exact in float32, they are
     sqrt(-2 ln u) cos(2 pi v) and sqrt(-2 ln u) sin(2 pi v).
     """
     group = torch.arange(-(-columns // 4), device=seed.device)[None, :]
-    row = torch.arange(rows, device=seed.device)[:, None]
-    words = torch.stack(philox((group, row, torch.ones_like(row), torch.full_like(row, site)), seed), dim=-1) >> 8
+    row = numbered(torch.arange(rows, device=seed.device)[:, None], seed)
+    words = torch.stack(philox((group, row, torch.ones_like(row), torch.full_like(row, site)), seed[0]), dim=-1) >> 8
     u = (words[..., 0::2] + 1).to(dtype) / 2**24
     v = words[..., 1::2].to(dtype) / 2**24
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v

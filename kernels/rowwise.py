@@ -29,11 +29,11 @@ def activation(x: Tensor) -> tuple[int, int, int]:
 
 
 def dropout(p: float, seed: Tensor | None, site: int, first_row: int = 0) -> tuple[int, int, int, float, int]:
-    """Seed, threshold, site, the scale of what is kept, and the row that the op's row 0 is of the whole activation.
+    """The seed's address, threshold, site, the scale of what is kept, and the row that the call's row 0 is of the op's.
 
     A threshold of 0 drops nothing.
     """
-    return 0 if seed is None else int(seed), reference.drop_threshold(p), site, 1 / (1 - p), first_row
+    return 0 if seed is None else seed.data_ptr(), reference.drop_threshold(p), site, 1 / (1 - p), first_row
 
 
 def scratch(rows: int, columns: int) -> Tensor:

@@ -124,7 +124,7 @@ def smart_init(x: Tensor, *, sigma: float, seed: Tensor, site: int, scale: Tenso
     """
     checks.tensor("smart_init", "x", x, ["N", "D"], checks.FLOATS)
     checks.number("smart_init", "sigma", sigma)
-    checks.stream("smart_init", seed, site, x.device)
+    seed = checks.stream("smart_init", seed, site, x.device)
     _check_scale("smart_init", scale, x)
     if sigma == 0:
         return x.clone()

@@ -187,7 +187,8 @@ constexpr int64_t kRows = 16;  // tokens that one thread takes at a time
 }  // namespace
 
 void smart_init(const NormalStart& start, int threads) noexcept {
-  const Keys keys(*start.seed);
+  const Keys keys(start.seed[0]);
+  const uint32_t first_row = static_cast<uint32_t>(start.seed[1]);
   const int64_t rows = start.rows, columns = start.columns;
   const float sigma = start.sigma * unit_of(start.scale);
   const auto run = [&](auto element) {
@@ -198,8 +199,8 @@ void smart_init(const NormalStart& start, int threads) noexcept {
       const int64_t end = smaller(rows, (index + 1) * kRows);
       for (int64_t row = index * kRows; row < end; row += kRowsAtOnce)
         add_noise(static_cast<const Element*>(start.x) + row * columns,
-                  static_cast<Element*>(start.out) + row * columns, row, smaller(kRowsAtOnce, end - row), columns,
-                  sigma, keys, start.site, streamed);
+                  static_cast<Element*>(start.out) + row * columns, first_row + row, smaller(kRowsAtOnce, end - row),
+                  columns, sigma, keys, start.site, streamed);
       end_streams();
     });
   };

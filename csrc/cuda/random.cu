@@ -10,7 +10,8 @@ __global__ void dropout_mask_kernel(uint8_t* keep, int64_t rows, int64_t columns
   const int64_t groups = (columns + 3) / 4, stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * groups; i += stride) {
     const int64_t row = i / groups, group = i % groups;
-    const Words4 words = philox({{static_cast<uint32_t>(group), static_cast<uint32_t>(row), 0, site}}, *seed);
+    const uint32_t number = static_cast<uint32_t>(seed[1]) + static_cast<uint32_t>(row);
+    const Words4 words = philox({{static_cast<uint32_t>(group), number, 0, site}}, seed[0]);
     for (int64_t word = 0; word < 4 && 4 * group + word < columns; ++word)
       keep[row * columns + 4 * group + word] = words.word[word] >= threshold;
   }

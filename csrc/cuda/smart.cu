@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kWarp* kRowsOfBlock) smart_init_kernel(NormalS
   const Element* const x = static_cast<const Element*>(start.x) + row * start.columns;
   Element* const out = static_cast<Element*>(start.out) + row * start.columns;
   const float sigma = start.sigma * unit_of(start.scale);
-  const int64_t seed = *start.seed;
+  const int64_t seed = start.seed[0];
+  const uint32_t number = static_cast<uint32_t>(start.seed[1]) + static_cast<uint32_t>(row);
   for (int64_t column = lane() * kStep; column < start.columns; column += kWarp * kStep) {
     const auto inside = [&](int part) { return kWidth == kStep || column + part < start.columns; };
     typename Access::Raw raw[kStep / kWidth];  // asked for first: they come while the noise is made
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kWarp* kRowsOfBlock) smart_init_kernel(NormalS
     float z[kStep];
     for (int i = 0; i < kStep; i += 4) {
       const uint32_t group = static_cast<uint32_t>(column + i) / 4;
-      normals(philox({{group, static_cast<uint32_t>(row), 1, start.site}}, seed), z + i);
+      normals(philox({{group, number, 1, start.site}}, seed), z + i);
     }
     for (int part = 0; part < kStep; part += kWidth) {
       if (!inside(part)) continue;

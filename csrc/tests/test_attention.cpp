@@ -81,7 +81,7 @@ void attend(const Case& c, Numbers& out, Numbers& grad) {
           double score = 0;
           for (int64_t i = 0; i < p.head_dim; ++i) score += at(0, query, head, i) * at(1, first + key, head, i);
           sum += probability[key] = std::exp(p.scale * score);
-          const Words4 words = philox({{static_cast<uint32_t>(key), static_cast<uint32_t>(query),
+          const Words4 words = philox({{static_cast<uint32_t>(key), p.dropout.first_row + static_cast<uint32_t>(query),
                                         static_cast<uint32_t>(head / 4), p.dropout.site}},
                                       p.dropout.seed);
           scale[key] = words.word[head % 4] >= p.dropout.threshold ? p.keep_scale : 0;
@@ -132,7 +132,7 @@ void test_case(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, i
                                  heads,
                                  head_dim,
                                  0.4f,
-                                 {int64_t{-5} * (int64_t{1} << 33) + 99, dropout ? 1u << 30 : 0u, 17},
+                                 {int64_t{-5} * (int64_t{1} << 33) + 99, dropout ? 1u << 30 : 0u, 17, 1, ~0u - 40},
                                  dropout ? 1 / 0.75f : 1.0f};
   const int64_t gap = views ? 5 : 0, row = heads * head_dim + gap;
   Case c{problem,

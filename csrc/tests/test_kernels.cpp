@@ -83,7 +83,8 @@ void test_large_combine(Isa isa) {
 }
 
 void test_masks(Isa isa) {
-  const Dropout dropout{int64_t{-5} * (int64_t{1} << 33) + 99, 429496729u, 17};
+  const uint32_t first_row = ~0u - 20;  // among the masks' rows, numbers begin again at 0
+  const Dropout dropout{int64_t{-5} * (int64_t{1} << 33) + 99, 429496729u, 17, 1, first_row};
   for (const int64_t rows : {1, 2, 33})
     for (const int64_t columns : {1, 3, 4, 15, 64, 129, 768})
       for (const int threads : kThreadCounts) {
@@ -91,8 +92,9 @@ void test_masks(Isa isa) {
         kernels(isa).dropout_mask(keep.data(), rows, columns, dropout, threads);
         for (int64_t row = 0; row < rows; ++row)
           for (int64_t column = 0; column < columns; ++column) {
-            const Words4 words = philox(
-                {{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row), 0, dropout.site}}, dropout.seed);
+            const Words4 words =
+                philox({{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(first_row + row), 0, dropout.site}},
+                       dropout.seed);
             CHECK(keep[row * columns + column] == (words.word[column % 4] >= dropout.threshold),
                   "%s: dropout_mask at (%d, %d)", kIsaNames[static_cast<int>(isa)], static_cast<int>(row),
                   static_cast<int>(column));
@@ -115,7 +117,7 @@ void test_masks(Isa isa) {
         for (int64_t head = 0; head < heads; ++head)
           for (int32_t query = cu_seqlens[s]; query < cu_seqlens[s + 1]; ++query)
             for (int32_t key = 0; key < cu_seqlens[s + 1] - cu_seqlens[s]; ++key) {
-              const Words4 words = philox({{static_cast<uint32_t>(key), static_cast<uint32_t>(query),
+              const Words4 words = philox({{static_cast<uint32_t>(key), first_row + static_cast<uint32_t>(query),
                                             static_cast<uint32_t>(head / 4), dropout.site}},
                                           dropout.seed);
               CHECK(*at++ == (words.word[head % 4] >= dropout.threshold), "%s: attention_dropout_mask",

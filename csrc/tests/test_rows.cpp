@@ -186,7 +186,8 @@ void test_rows(Isa isa) {
       for (const int64_t columns : {3, 32, 101})
         for (const uint32_t threshold : {0u, 1u << 30})
           for (const int threads : kThreadCounts) {
-            const Dropout dropout{-77, threshold, 5, threshold ? 4.0f / 3 : 1.0f, rows / 2};
+            const uint32_t first_row = static_cast<uint32_t>(-rows / 2);  // among them, numbers begin again at 0
+            const Dropout dropout{-77, threshold, 5, threshold ? 4.0f / 3 : 1.0f, first_row};
             const Setting setting{isa, {rows, columns, dtype}, dropout, columns % 2 ? 3 : 0, threads};
             test_layer_norm(setting);
             test_gelu(setting);

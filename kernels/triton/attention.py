@@ -74,7 +74,8 @@ def _kept_one(key_position, query_row, head, site, seed, least):
 @triton.jit
 def _kept(seed, site, threshold, head, query_rows, key_positions):
     """Bit h: whether head + h keeps the probability; h goes up to the last head of the same Philox counter."""
-    seed, least = tl.load(seed), tl.cast(threshold, tl.uint32)
+    seed, query_rows = philox.seeded(seed, query_rows)
+    least = tl.cast(threshold, tl.uint32)
     if INTERPRETED:
         return _kept_one(key_positions, query_rows, head, site, seed, least)
     else:  # element after element: step after step of all elements would keep all their states in registers

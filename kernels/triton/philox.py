@@ -7,6 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
+def seeded(seed, rows):
+    """What the caller's int64 [2] says: the seed, and the numbers of an op's rows in the stream, modulo 2**32."""
+    return tl.load(seed), rows.to(tl.uint32) + tl.load(seed + 1).to(tl.uint32)
+
+
+@triton.jit
 def words(seed, c0, c1, c2, c3):
     """Philox4x32-10: the four random words of a counter of four numbers below 2**32; seed is an int64."""
     c0, c1, c2, c3 = tl.cast(c0, tl.uint32), tl.cast(c1, tl.uint32), tl.cast(c2, tl.uint32), tl.cast(c3, tl.uint32)

@@ -170,14 +170,14 @@ def sum_of_rows(tile):
 def keep(seed, site, row, THRESHOLD: tl.constexpr, SHAPE: tl.constexpr):
     """Which elements of a tile dropout keeps; nothing where it keeps all.
 
-    Element (row, column) has word column % 4 of counter (column / 4, row, 0, site).
+    Element (row, column) has word column % 4 of counter (column / 4, row, 0, site), rows numbered as philox.py says.
     """
     kept = ()
     if THRESHOLD > 0:
-        seed = tl.load(seed)
+        key, number = philox.seeded(seed, row + tl.arange(0, SHAPE.rows)[:, None])
         for part in tl.static_range(tl.constexpr(SHAPE.parts)):
             group = part * (SHAPE.block // 4) + tl.arange(0, SHAPE.block // 4)[None, :]
-            w0, w1, w2, w3 = philox.words(seed, group, row + tl.arange(0, SHAPE.rows)[:, None], 0, site)
+            w0, w1, w2, w3 = philox.words(key, group, number, 0, site)
             word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
             kept = kept + (word >= THRESHOLD,)
     return kept

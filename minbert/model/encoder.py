@@ -125,8 +125,8 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """BERT over a packed stream of N tokens in S sequences: [N] token ids in, [N, D] hidden states out.
 
-    Dropout acts in training mode. It follows `seed`, an int64 scalar tensor on the parameters' device: the same seed
-    drops the same elements. Without a seed, one is drawn from torch's default generator.
+    Dropout acts in training mode. It follows `seed`, as for `kernels.dropout_mask`: the same seed drops the same
+    elements. Without a seed, one is drawn from torch's default generator.
     """
 
     def __init__(self, config: EncoderConfig, *, pooler: bool = False) -> None:

@@ -43,7 +43,7 @@ class Head(nn.Module):
 
         Args:
             pooled: [n * width, D], the sequences of an example one after the other.
-            seed: int64 scalar for dropout, which acts in training mode only.
+            seed: as for `kernels.dropout_mask`, whose rows are examples here; dropout acts in training mode only.
             sites: the dropout sites, numbers of this head's own.
 
         Returns:

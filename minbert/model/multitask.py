@@ -92,7 +92,7 @@ class MultitaskModel(nn.Module):
         Args:
             packed: the tasks' sequences, one task after the other.
             counts: each task's number of examples, in the order of the stream.
-            seed: int64 scalar that dropout follows; drawn from torch's default generator if left out.
+            seed: as for `kernels.dropout_mask`; drawn from torch's default generator if left out.
 
         Returns:
             by task: logits [n, outputs], or [n] for a task with one output (in training for multiple negatives

@@ -27,7 +27,7 @@ MORE_REGISTERS = {
     "ascend_tokens_kernelIfLi8E": (168, "keeps three rows of up to 1024 float32 numbers"),
 }
 NARROW_LOADS = {
-    "dropout_mask_kernel": "reads one number, the seed",
+    "dropout_mask_kernel": "reads two numbers, the seed and the first row's",
     "7Singles": "for rows that do not lie at multiples of 16 bytes",
     "gram_of_chunks_kernel": "reads one number of each chunk",
     "surgery_weights_kernel": "reads T x T numbers",

@@ -20,7 +20,7 @@ from torch import Tensor
 from minbert import kernels
 from minbert.kernels import use_backend
 
-SEED, TOKENS = torch.tensor(3), 12
+SEED, TOKENS = torch.tensor([3, 70]), 12
 GUARD, PATTERN = 256, 0xA5  # bytes before and after each block; a multiple of the alignment that native code asks for
 FLOATS = (torch.float32, torch.bfloat16)
 REFUSED = (torch.int32, torch.float16, torch.float32, torch.float64)  # each is the wrong dtype for some argument

@@ -188,7 +188,18 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         "dropout_mask: the dropout probability must lie in [0, 1), got nan",
     ),
     (lambda: dropout_mask(2, 3, 0.5, seed.int(), 0), TypeError, "dropout_mask: seed must be int64, got int32"),
-    (lambda: dropout_mask(2, 3, 0.5, ids, 0), ValueError, "dropout_mask: seed must have shape [], got [4]"),
+    (
+        lambda: dropout_mask(2, 3, 0.5, ids, 0),
+        ValueError,
+        "dropout_mask: seed must have shape [] or, with the first row's number, [2]; got [4]",
+    ),
+    (lambda: dropout_mask(2, 3, 0.5, vector[:2], 0), TypeError, "dropout_mask: seed must be int64, got float32"),
+    (
+        lambda: dropout_mask(2, 3, 0.5, ids[::2], 0),
+        ValueError,
+        "dropout_mask: seed must be contiguous, got strides [2] for shape [2]; call .contiguous() on it",
+    ),
+    (lambda: smart_init(x, sigma=0.1, seed=3, site=0), TypeError, "smart_init: seed must be a tensor, got int"),
     (
         lambda: dropout_mask(2, 3, 0.5, seed, -1),
         ValueError,
@@ -207,7 +218,7 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: dropout(x, p=0.5, seed=None, site=0),
         ValueError,
-        "dropout: dropout with probability 0.5 needs a seed, an int64 scalar tensor; got None",
+        "dropout: dropout with probability 0.5 needs a seed, an int64 tensor [] or [2]; got None",
     ),
     (
         lambda: dropout(x, p=0.5, seed=seed.to("meta"), site=0),

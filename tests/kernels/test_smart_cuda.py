@@ -211,7 +211,7 @@ def test_on_a_gpu_errors_are_at_most_twice_the_references(poisoned_memory, recor
 @on_gpu
 def test_on_a_gpu_a_captured_graph_reads_new_seeds_and_scales() -> None:
     _, x, grad, cu_seqlens = gpu_inputs(torch.bfloat16, 768)
-    seed, scale = torch.tensor(1, device="cuda"), torch.tensor(1.0, device="cuda")
+    seed, scale = torch.tensor([1, 0], device="cuda"), torch.tensor(1.0, device="cuda")
 
     def step() -> tuple[Tensor, Tensor]:
         start = smart_init(x, sigma=0.1, seed=seed, site=0, scale=scale)
@@ -221,8 +221,8 @@ def test_on_a_gpu_a_captured_graph_reads_new_seeds_and_scales() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    for new_seed, new_scale in itertools.product((5, -9), (0.25, 2.0)):
-        seed.fill_(new_seed)
+    for new_seed, new_row, new_scale in itertools.product((5, -9), (0, 70), (0.25, 2.0)):
+        seed.copy_(torch.tensor([new_seed, new_row]))
         scale.fill_(new_scale)
         graph.replay()
         for result, wanted in zip(captured, step(), strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 from minbert import kernels
 from minbert.kernels import use_backend
 
-SEED, SITE, EPS, P = torch.tensor(-(2**41) + 5), 9, 1e-12, 0.2
+SEED, SITE, EPS, P = torch.tensor([-(2**41) + 5, 70]), 9, 1e-12, 0.2
 OPS = ("linear", "bias_gelu", "dropout_add_layer_norm", "embedding")
 TABLES = (50, 2, 40)  # rows of the embedding tables
 COLUMNS = 20

@@ -146,6 +146,13 @@ def test_dropout_follows_the_seed(tiny_config: EncoderConfig, packed: Packed) ->
     assert not torch.equal(first, other)
 
 
+def test_sequences_by_themselves_drop_what_they_drop_in_the_stream(tiny_config: EncoderConfig, packed: Packed) -> None:
+    encoder, first_rows = Encoder(tiny_config).train(), packed.cu_seqlens[:-1].tolist()
+    parts = zip(alone(packed), first_rows, strict=True)
+    got = torch.cat([encoder(part, seed=torch.tensor([3, first_row])) for part, first_row in parts])
+    torch.testing.assert_close(got, encoder(packed, seed=torch.tensor(3)))
+
+
 def test_without_a_seed_dropout_follows_torchs_generator(tiny_config: EncoderConfig, packed: Packed) -> None:
     encoder = Encoder(tiny_config).train()
     torch.manual_seed(5)

@@ -16,7 +16,7 @@ from minbert import kernels
 from minbert.kernels import reference, rowwise, use_backend
 from minbert.kernels.triton import dropout, embedding, gelu, layer_norm, rows, tasks
 
-SEED, SITE, EPS = -(2**41) + 5, 9, 1e-12
+SEED, SITE, EPS = (-(2**41) + 5, 2**32 - 10), 9, 1e-12  # with the first row's number
 UNIT = torch.finfo(torch.float32).eps
 OPS = ("dropout", "bias_gelu", "dropout_add_layer_norm", "embedding")
 WITH_AND_WITHOUT_DROPOUT = [
@@ -58,10 +58,10 @@ def case(op: str, rows: int, columns: int, dtype: torch.dtype) -> tuple[list[Ten
     return ids, [], [*(randn(size, columns, seed=5 + i) for i, size in enumerate(TABLES)), weight, bias]
 
 
-def by_kernels(op: str, case, grad: Tensor, bounds: list[int], p: float, device) -> list[Tensor]:
+def by_kernels(op: str, case, grad: Tensor, bounds: list[int], p: float, device, seed=SEED) -> list[Tensor]:
     """The output, the inputs' gradients, and each parameter's for every task [T, ...]."""
     ids, inputs, params = ([tensor.to(device) for tensor in tensors] for tensors in case)
-    grad, drop = grad.to(device), (p, torch.tensor(SEED, device=device), SITE)
+    grad, drop = grad.to(device), (p, torch.tensor(seed, device=device), SITE)
     if op == "dropout":
         found = [dropout.dropout(inputs[0], *drop), dropout.dropout(grad, *drop)]
     elif op == "bias_gelu":
@@ -156,9 +156,21 @@ def test_each_task_gets_what_it_would_alone(op, device):
             torch.testing.assert_close(got[task], wanted[0], rtol=1e-5 * table, atol=1e-5 * table)
 
 
+@pytest.mark.parametrize("op", [op for op, p in WITH_AND_WITHOUT_DROPOUT if p])
+def test_held_rows_draw_what_they_draw_in_the_whole_stream(op, device):
+    """To the bit, but for the tables, as above; 7 of 20 rows, between which rows' numbers begin again at 0."""
+    bounds, (ids, inputs, params), grad = [0, 6, 13, 20], case(op, 20, 36, torch.float32), randn(20, 36, seed=99)
+    part = [tensor[6:13] for tensor in ids], [tensor[6:13] for tensor in inputs], params
+    among_all = by_kernels(op, (ids, inputs, params), grad, bounds, 0.3, device)
+    alone = by_kernels(op, part, grad[6:13], [0, 7], 0.3, device, seed=(SEED[0], SEED[1] + 6))
+    of_rows = len(alone) - len(params)
+    assert all(torch.equal(a[6:13], b) for a, b in zip(among_all[:of_rows], alone[:of_rows], strict=True))
+    assert all(torch.equal(a[1], b[0]) for a, b in zip(among_all[-2:], alone[-2:], strict=True) if params)
+
+
 @pytest.mark.parametrize("p", [1e-9, 0.3, 0.9])
 @pytest.mark.parametrize("columns", [1, 3, 64, 385])
-@pytest.mark.parametrize(("seed", "site"), [(SEED, SITE), (2**63 - 1, 2**32 - 1)])
+@pytest.mark.parametrize(("seed", "site"), [(SEED, SITE), ((2**63 - 1, 70), 2**32 - 1)])
 def test_masks_are_the_references_to_the_bit(seed, site, columns, p, device):
     keep = reference.dropout_mask(19, columns, p, torch.tensor(seed), site)
     y = dropout.dropout(torch.ones(19, columns, device=device), p, torch.tensor(seed, device=device), site)
@@ -325,7 +337,7 @@ def test_runs_inside_a_cuda_graph(op):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    seed += 1  # read on the device: the captured graph follows it
+    seed += 1  # and the first row's number: read on the device, so that the captured graph follows
     graph.replay()
     for got, wanted in zip(captured, step(), strict=True):
         assert torch.equal(got, wanted)

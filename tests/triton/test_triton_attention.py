@@ -16,7 +16,7 @@ from minbert.kernels import reference, use_backend
 from minbert.kernels.triton import attention
 from minbert.packing import pack_flat
 
-SEED, SITE = -(2**40) + 77, 2**32 - 6
+SEED, SITE = (-(2**40) + 77, 2**32 - 30), 2**32 - 6  # with the first row's number
 ALL_LENGTHS = {  # each way through the kernels: up to 32, 64 and 128 tokens in tiles, and more
     "32": [27, 5, 3, 9],
     "64": [50, 9, 33],
@@ -69,6 +69,7 @@ def run(device: torch.device) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
         p: float = 0.0,
         tiles: tuple[Any, Any] | None = None,
         scale: float | None = None,
+        seed: tuple[int, int] = SEED,
     ) -> tuple[Tensor, Tensor]:
         table = [None if t is None else t.to(device) for t in (tiles_of(lengths) if tiles is None else tiles)]
         problem = (
@@ -76,7 +77,7 @@ def run(device: torch.device) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
             stream(lengths).to(device),
             max(lengths),
             p,
-            torch.tensor(SEED, device=device) if p else None,
+            torch.tensor(seed, device=device) if p else None,
             SITE,
             qkv.shape[3] ** -0.5 if scale is None else scale,
         )
@@ -197,6 +198,17 @@ def test_a_tile_of_its_own_changes_no_bit_of_a_sequence(run, name: str, p: float
     starts = bounds[:-1].repeat_interleave(torch.tensor(lengths))
     got = run(qkv, lengths, grad_out, p, (alone, starts))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [[5, 27, 3], [9, 50, 33], [20, 90, 38], [3, 129]], ids=ALL_LENGTHS)
+def test_held_rows_draw_what_they_draw_in_the_whole_stream(run, lengths: list[int]) -> None:
+    """All sequences but the first, among whose rows numbers begin again at 0."""
+    tokens, first = sum(lengths), lengths[0]
+    qkv, grad_out = randn(tokens, 3, 2, 16, dtype=torch.float16), randn(tokens, 2, 16, seed=1, dtype=torch.float16)
+    among_all = run(qkv, lengths, grad_out, 0.3, (None, None))
+    seed = SEED[0], SEED[1] + first
+    alone = run(qkv[first:], lengths[1:], grad_out[first:], 0.3, (None, None), seed=seed)
+    assert all(torch.equal(a[first:], b) for a, b in zip(among_all, alone, strict=True))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("-inf")])

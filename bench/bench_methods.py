@@ -13,12 +13,14 @@ import torch
 from batches import DECILES, sequences
 from peers import TASKS, Padded, labels, shape
 
+from minbert.arena import Arena
 from minbert.data import Encoded
 from minbert.device import keep_freed_memory
 from minbert.gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.objective import Objective
 from minbert.optimizer import AdamW
+from minbert.ranks import Ranks
 from minbert.smart import BregmanConfig, SmartConfig
 from minbert.step import Stepper
 from minbert.surgery import find_surgery
@@ -34,7 +36,12 @@ def encoded(task: str, seed: int, batch_size: int, vocabulary: int) -> Encoded:
 
 
 def ours(
-    method: str, sizes: dict[str, int], batch_size: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    method: str,
+    sizes: dict[str, int],
+    batch_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    ranks: Ranks | None = None,
 ) -> Callable[[], object]:
     """A step of `minbert.train`, on the sequences that the peers pad."""
     name, weight = METHODS[method]
@@ -42,13 +49,20 @@ def ours(
     torch.manual_seed(0)
     model = MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS).to(device).train()
     model.encoder.compute_dtype = dtype
-    optimizer = AdamW(model.parameter_groups(0.01), lr=1e-5)
     rows = len(TASKS) if surgeries[0].per_task else 1
+    groups, arena = model.parameter_groups(0.01), None
+    if ranks is not None and ranks.size > 1:
+        arena = Arena(list(model.heads.parameters()), list(model.trunk.parameters()), rows, ranks)
+        groups = arena.groups(groups)
+    gradients = TaskGradients(model.encoder, rows)
+    if arena is not None:
+        arena.watch(gradients)
+    optimizer = AdamW(groups, lr=1e-5)
     stepper = Stepper(
         model,
         Objective(model, SmartConfig(lambda_s=weight), BregmanConfig()),
         optimizer,
-        TaskGradients(model.encoder, rows),
+        gradients,
         [[task] for task in TASKS],
         surgeries,
         {name: encoded(name, 100 * i, batch_size, sizes["vocab_size"]) for i, name in enumerate(DECILES)},
@@ -57,6 +71,8 @@ def ours(
         clip_norm=1.0,
         seed=0,
         device=torch.device(device),
+        ranks=ranks or Ranks(),
+        arena=arena,
     )
     batch = [(task, np.arange(batch_size)) for task in TASKS]
     return lambda: stepper.take([batch], 0, 1.0).taken()

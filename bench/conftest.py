@@ -119,6 +119,18 @@ def race(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str, f
     return run
 
 
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`record(case, name, seconds, ratio, **more)`: a row that something else has timed."""
+    empty = dict.fromkeys(("bytes_per_second", "share_of_copy", "operations_per_second"))
+
+    def add(case: str, name: str, seconds: float, ratio: float, **more: object) -> None:
+        row = {"benchmark": request.node.name, "case": case, "name": name, "seconds": seconds, "ratio": ratio}
+        request.config.stash[ROWS].append({**row, **empty, **more})
+
+    return add
+
+
 # On GPUs -----------------------------------------------------------------------------------------------------------
 
 

@@ -6,13 +6,13 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from minbert.errors import UserError
 from minbert.files import no_room_is_a_user_error, write_directory, write_json
 from minbert.model import MultitaskModel, save_heads
-from minbert.optimizer import AdamW
+from minbert.optimizer import State
 from minbert.tokenizer import Tokenizer
 
 Scores = dict[str, dict[str, float]]
@@ -41,8 +41,11 @@ class Progress:
         return {name: total / self.loss_counts[name] for name, total in self.loss_sums.items()}
 
 
-def save(path: Path, model: MultitaskModel, tokenizer: Tokenizer, optimizer: AdamW, progress: Progress) -> None:
+def save(path: Path, model: MultitaskModel, tokenizer: Tokenizer, state: State, progress: Progress) -> None:
     """Replace the checkpoint at `path`, or leave it as it was.
+
+    Args:
+        state: the optimizer's, by parameter of the model.
 
     Raises:
         UserError: the disk is full.
@@ -52,12 +55,12 @@ def save(path: Path, model: MultitaskModel, tokenizer: Tokenizer, optimizer: Ada
         model.encoder.save_pretrained(directory)
         tokenizer.save(directory)
         save_heads(model, directory / "heads.safetensors")
-        state = {
+        entries = {
             f"{name}.{key}": value
             for name, param in model.named_parameters()
-            for key, value in optimizer.state.get(param, {}).items()
+            for key, value in state.get(param, {}).items()
         }
-        save_file(state, directory / "optimizer.safetensors")
+        save_file(entries, directory / "optimizer.safetensors")
         write_json(directory / "progress.json", asdict(progress))
 
     with no_room_is_a_user_error(path, "free some space and run the same command with --resume"):
@@ -69,21 +72,17 @@ def load_progress(path: Path) -> Progress:
     return Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
 
 
-def load_optimizer(path: Path, model: MultitaskModel, optimizer: AdamW) -> None:
-    """Give `optimizer` the moments and step counts that `save` wrote.
+def load_state(path: Path, model: MultitaskModel) -> State:
+    """The optimizer's state that `save` wrote, on the CPU.
 
     Raises:
         UserError: they belong to another model.
     """
-    saved = load_file(path / "optimizer.safetensors")
+    state: dict[Tensor, dict[str, Tensor]] = {}
     params = dict(model.named_parameters())
-    for key, value in saved.items():
+    for key, value in load_file(path / "optimizer.safetensors").items():
         name, _, entry = key.rpartition(".")
         if name not in params or (value.ndim and value.shape != params[name].shape):
             raise UserError(f"{path / 'optimizer.safetensors'}: {key} does not fit the model; resume with its config")
-        device = params[name].device if value.ndim else torch.device("cpu")
-        state = optimizer.state[params[name]]
-        if entry in state:  # others hold it too
-            state[entry].copy_(value)
-        else:
-            state[entry] = value.to(device)
+        state.setdefault(params[name], {})[entry] = value
+    return state

@@ -71,6 +71,7 @@ class TrainConfig:
             each task is its own.
         low_memory: run task after task instead of all in one stream.
         accumulate: batches of each task in one update.
+        timeout: seconds for which a process may be silent before the others give it up.
         cuda_graphs: on a GPU, replay forward and backward as CUDA graphs, with batches padded to few different numbers
             of tokens; only where a step is one stream and one batch.
         smart: smoothness-inducing adversarial regularisation; --smart.lambda-s 0 turns it off.
@@ -141,6 +142,7 @@ class TrainConfig:
     surgery_groups: list[str] | None = None
     low_memory: bool = False
     accumulate: int = 1
+    timeout: float = 600.0
     cuda_graphs: bool = True
     smart: SmartConfig = field(default_factory=SmartConfig)
     bregman: BregmanConfig = field(default_factory=BregmanConfig)
@@ -191,6 +193,7 @@ class TrainConfig:
         for name in ("lr", "head_lr", "adam_eps"):
             value = getattr(self, name)
             require(value is None or 0 < value < 1, name, "between 0 and 1", value)
+        require(0 < self.timeout < float("inf"), "timeout", "more than 0", self.timeout)
         for name in ("weight_decay", "clip_norm"):
             require(0 <= getattr(self, name) < float("inf"), name, "0 or more", getattr(self, name))
         for name in ("dropout", "head_dropout", "warmup"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import resource
 import sys
@@ -14,13 +15,15 @@ from minbert.errors import UserError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`: auto, cpu, cuda or cuda:N.
+    """The device called `name`: auto, cpu, cuda or cuda:N. Of several processes on a machine each has a GPU of its own.
 
     Raises:
         UserError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun has started this process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -21,6 +21,7 @@ from minbert.errors import UserError
 from minbert.files import readable, verify
 from minbert.metrics import METRICS, overall, predictions
 from minbert.model import Encoder, MultitaskModel, load_heads, reading
+from minbert.ranks import Ranks
 from minbert.runs import Run
 from minbert.tasks import Task
 from minbert.tokenizer import Tokenizer
@@ -29,17 +30,25 @@ TOKENS_PER_BATCH = 8192
 
 
 @torch.inference_mode()
-def head_outputs(model: MultitaskModel, task: Task, encoded: Encoded, device: torch.device) -> np.ndarray:
-    """A task's head outputs for every example in order, float32 [n, C] or [n], in evaluation mode."""
+def head_outputs(
+    model: MultitaskModel, task: Task, encoded: Encoded, device: torch.device, ranks: Ranks | None = None
+) -> np.ndarray:
+    """A task's head outputs for every example in order, float32 [n, C] or [n], in evaluation mode.
+
+    Args:
+        ranks: who shares the work, all of them with the same model.
+    """
+    ranks = ranks or Ranks()
     training = model.training
     model.eval()
     outputs: list[np.ndarray] = []
     order: list[np.ndarray] = []
-    for indices in token_budget_batches(encoded.lengths, TOKENS_PER_BATCH):
+    for indices in token_budget_batches(encoded.lengths, TOKENS_PER_BATCH)[ranks.rank :: ranks.size]:
         output = model(encoded.pack(indices).to(device), {task.name: len(indices)})[task.name]
         outputs.append(output.float().cpu().numpy())
         order.append(indices)
     model.train(training)
+    outputs, order = ([array for told in ranks.told(arrays) for array in told] for arrays in (outputs, order))
     return np.concatenate(outputs)[np.argsort(np.concatenate(order))]
 
 
@@ -49,14 +58,18 @@ def score(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, fl
 
 
 def evaluate(
-    model: MultitaskModel, tasks: Sequence[Task], encoded: Mapping[str, Encoded], device: torch.device
+    model: MultitaskModel,
+    tasks: Sequence[Task],
+    encoded: Mapping[str, Encoded],
+    device: torch.device,
+    ranks: Ranks | None = None,
 ) -> tuple[Scores, dict[str, np.ndarray]]:
     """Scores and head outputs of every task; a task without labels has outputs only."""
     scores: Scores = {}
     outputs = {}
     for task in tasks:
         examples = encoded[task.name]
-        outputs[task.name] = head_outputs(model, task, examples, device)
+        outputs[task.name] = head_outputs(model, task, examples, device, ranks)
         if examples.labels is not None:
             scores[task.name] = score(task, predictions(task, outputs[task.name]), examples.labels)
     return scores, outputs

@@ -23,7 +23,9 @@ class Batch:
 
     packed: Packed
     labels: Mapping[str, Tensor]  # by task, in the stream's order
-    seeds: Tensor  # int64 [3]: of dropout, of dropout in perturbed passes with masks of their own, of the noise
+    # Of dropout, of dropout in perturbed passes with masks of their own, of the noise; each with the number of the
+    # stream's first row here. int64 [3, 2].
+    seeds: Tensor
     smart_weights: Tensor  # float32 [tasks]: lambda_s of each
 
     @property
@@ -53,7 +55,7 @@ class Losses:
     bregman: dict[str, Tensor]  # D, not weighted
     total: Tensor  # of all tasks, weighted, with L2 norms
     smart_term: Tensor  # SMART's part of it
-    perturbation: Tensor | None = None  # mean over the tokens of the perturbation's infinity norm
+    perturbation: Tensor | None = None  # mean over tokens of the perturbation's infinity norm: this rank's part of it
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Losses:
         """The same with every tensor replaced."""
@@ -96,7 +98,8 @@ class Objective:
             seed: what dropout and noise follow.
             done: share of all steps that are done.
         """
-        seeds = [derive_seed(seed, name) for name in ("dropout", "smart dropout", "smart noise")]
+        first = packed.share.first_token if packed.share else 0
+        seeds = [(derive_seed(seed, name), first) for name in ("dropout", "smart dropout", "smart noise")]
         weights = [self.smart.weight(name, done) for name in labels]
         return Batch(packed, labels, torch.tensor(seeds), torch.tensor(weights, dtype=torch.float32))
 
@@ -142,7 +145,8 @@ class Objective:
                 )
                 with tracked():
                     moved = model.from_embedded(at(embedded, perturbed), batch.packed, counts, seed=adversary)
-            size = (perturbed - embedded.detach()).abs().amax(1).float().mean()
+            sizes = (perturbed - embedded.detach()).abs().amax(1).float()
+            size = sizes.sum() / (batch.packed.share.tokens if batch.packed.share else len(sizes))
             smart = divergences(tasks, moved, outputs)
             smart_terms = [weight * smart[name] for name, weight in zip(counts, batch.smart_weights, strict=True)]
             on_phase("smart")

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from minbert import kernels
 
+State = Mapping[Tensor, Mapping[str, Tensor]]  # by parameter
+
 
 class AdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2).
@@ -124,6 +126,17 @@ class AdamW(torch.optim.Optimizer):
         """Take back one step from each of these counts."""
         for count in counts:
             count -= 1
+
+    @torch.no_grad()
+    def load(self, state: State) -> None:
+        """Take over moments, averages and step counts, which may be on another device."""
+        for param, entries in state.items():
+            own = self.state[param]
+            for name, value in entries.items():
+                if name in own:  # the average, which others hold too
+                    own[name].copy_(value)
+                else:
+                    own[name] = value.to(param.device) if value.ndim else value.clone()
 
     def select(self, name: str) -> None:
         """Have the next steps use moments and step counts of this name, as an optimizer of its own would.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minbert.kernels.attention import tile_rows
+from minbert.ranks import Share
 
 # Batches for CUDA graphs come in buckets of these numbers of tokens: small enough to waste little, large enough to be
 # met again soon. A task's 32 sequences of the real data have 900 tokens, give or take 70.
@@ -35,11 +36,22 @@ class Packed:
     # Of T tasks, task t has sequences sequence_bounds[t] to [t + 1], and tokens token_bounds[t] to [t + 1].
     sequence_bounds: tuple[int, ...] | None = None
     token_bounds: tuple[int, ...] | None = None
+    share: Share | None = None  # what this is of a stream that several ranks have together
 
     @property
     def tiles(self) -> tuple[Tensor, Tensor] | None:
         """`tile_bounds` and `starts`, for `kernels.attention`; None for sequences that are too long for tiles."""
         return None if self.tile_bounds is None or self.starts is None else (self.tile_bounds, self.starts)
+
+    @property
+    def all_sequences(self) -> int:
+        """S, and those that other ranks have of the stream."""
+        return sum(self.share.sequences) if self.share else len(self.cu_seqlens) - 1
+
+    @property
+    def all_bounds(self) -> tuple[int, ...] | None:
+        """`sequence_bounds` of the stream that all ranks have together."""
+        return self.share.bounds if self.share else self.sequence_bounds
 
     @property
     def lengths(self) -> Tensor:

@@ -76,11 +76,11 @@ class Run:
 
     def check_same(self, config: TrainConfig) -> None:
         """Raise a UserError that names the options in which `config` differs from those the run was started with."""
-        saved = self.config()
+        saved, free = self.config(), ("out", "resume", "timeout")
         differing = [
             f"--{field.name.replace('_', '-')} (was {getattr(saved, field.name)}, is {getattr(config, field.name)})"
             for field in dataclasses.fields(config)
-            if field.name not in ("out", "resume") and getattr(saved, field.name) != getattr(config, field.name)
+            if field.name not in free and getattr(saved, field.name) != getattr(config, field.name)
         ]
         if differing:
             raise UserError(f"{self.path} was started with other options: {', '.join(differing)}; resume with its own")
@@ -176,6 +176,26 @@ class Run:
 
     def _details(self, task: Task, split: str) -> Path:
         return self.path / "predictions" / f"{task.predictions}-{split}.jsonl"
+
+
+class Followed(Run):
+    """A run directory that another process writes."""
+
+    @contextmanager
+    def opened(self, resume: bool) -> Iterator[None]:
+        yield
+
+    def begin(self, config: TrainConfig) -> None:
+        pass
+
+    def log(self, record: dict[str, Any]) -> None:
+        pass
+
+    def open_board(self, step: int) -> None:
+        pass
+
+    def forget_after(self, step: int) -> None:
+        pass
 
 
 def _finite(value: Any) -> Any:

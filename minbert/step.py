@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minbert import kernels
-from minbert.data import Encoded, pack_batches
+from minbert.arena import Arena
+from minbert.data import Encoded, pack_batches, token_split
+from minbert.errors import UserError
 from minbert.gradients import TaskGradients
 from minbert.model import MultitaskModel
 from minbert.objective import Batch, Losses, Objective
 from minbert.optimizer import AdamW
+from minbert.packing import Packed
 from minbert.pending import Clock, Pending
+from minbert.ranks import Ranks, Share
 from minbert.replay import Replay
 from minbert.seeds import derive_seed
 from minbert.surgery import Surgery
@@ -43,6 +48,8 @@ class Stepper:
         seed: what dropout, noise and the order of surgery follow.
         bucket_to: replay CUDA graphs, with batches in buckets of token counts; no sequence may be longer than this.
             None does neither.
+        ranks: those that take each step together: every rank has a stretch of each stream, of about as many tokens.
+        arena: where gradients, parameters and moments lie that the ranks share out; needed where there are several.
     """
 
     model: MultitaskModel
@@ -58,6 +65,8 @@ class Stepper:
     seed: int
     device: torch.device
     bucket_to: int | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    arena: Arena | None = None
     _replay: Replay | None = field(default=None, init=False)
     _unsettled: tuple[Readings, list[Tensor]] | None = field(default=None, init=False)  # the last update
 
@@ -79,11 +88,16 @@ class Stepper:
         for number, surgery in enumerate(self.surgeries):
             self.gradients.clear()
             self.optimizer.zero_grad(set_to_none=True)
-            found = [
-                self._backward(parts, row, derive_seed(self.seed, "step", step, number, micro, stream), done, clock)
+            streams = [
+                (row, parts, derive_seed(self.seed, "step", step, number, micro, stream))
                 for micro, batch in enumerate(batches)
                 for stream, (row, parts) in enumerate(self._streams(batch))
             ]
+            found = []
+            for left, (row, parts, seed) in zip(reversed(range(len(streams))), streams, strict=True):
+                if self.arena is not None and not left:
+                    self.arena.expect()
+                found.append(self._backward(parts, row, seed, done, clock))
             allowed = self._update(found, surgery, derive_seed(self.seed, "surgery", step, number), allowed, updates)
             clock.lap("update")
         examples = sum(len(indices) for batch in batches for _, indices in batch)
@@ -103,11 +117,7 @@ class Stepper:
 
     def _backward(self, parts: Parts, row: int | None, seed: int, done: float, clock: Clock) -> Losses:
         """Add the gradients of one stream."""
-        packed = pack_batches([(self.data[task.name], indices) for task, indices in parts], self.bucket_to)
-        if row is None and self._split:
-            names = [{task.name for task in group} for group in self.groups]
-            sizes = {task.name: len(i) * self.data[task.name].width + packed.padding for task, i in parts}
-            packed = packed.by_task([sum(sizes.get(name, 0) for name in group) for group in names])
+        packed = self._packed(parts, row)
         labels = {task.name: torch.from_numpy(self.data[task.name].labels[i]) for task, i in parts}  # type: ignore[index]
         batch = self.objective.batch(packed, labels, seed=seed, done=done)
         clock.lap("batch")
@@ -119,11 +129,49 @@ class Stepper:
         clock.lap("backward")
         return losses
 
+    def _packed(self, parts: Parts, row: int | None) -> Packed:
+        """A stream, or this rank's stretch of it."""
+        here, share = parts, None
+        if self.arena is not None:
+            here, share = self._shared_out(parts)
+        packed = pack_batches([(self.data[task.name], indices) for task, indices in here], self.bucket_to)
+        if row is None and self._split:
+            packed = packed.by_task(self._sequences(here, packed.padding))
+            if share is not None:
+                share = replace(share, bounds=(0, *accumulate(self._sequences(parts))))
+        return replace(packed, share=share)
+
+    def _sequences(self, parts: Parts, padding: int = 0) -> list[int]:
+        """Of each group in a stream."""
+        sizes = {task.name: len(indices) * self.data[task.name].width + padding for task, indices in parts}
+        return [sum(sizes.get(task.name, 0) for task in group) for group in self.groups]
+
+    def _shared_out(self, parts: Parts) -> tuple[Parts, Share]:
+        """This rank's examples of a stream.
+
+        Raises:
+            UserError: there are fewer examples than ranks.
+        """
+        lengths = np.concatenate([self.data[task.name].lengths[indices] for task, indices in parts])
+        widths = np.concatenate([np.full(len(indices), self.data[task.name].width) for task, indices in parts])
+        if len(lengths) < self.ranks.size:
+            raise UserError(
+                f"a batch of {len(lengths)} examples is too small for {self.ranks.size} processes; give a larger"
+                " --batch-size, or fewer processes"
+            )
+        bounds = token_split(lengths, self.ranks.size)
+        start, end = bounds[self.ranks.rank : self.ranks.rank + 2]
+        first = np.cumsum([0, *(len(indices) for _, indices in parts)])
+        own = [i[max(start - at, 0) : max(end - at, 0)] for (_, i), at in zip(parts, first[:-1], strict=True)]
+        here = [(task, indices) for (task, _), indices in zip(parts, own, strict=True) if len(indices)]
+        sequences = tuple(np.add.reduceat(widths, bounds[:-1]).tolist())
+        return here, Share(self.ranks, sequences, int(lengths[:start].sum()), int(lengths.sum()))
+
     def _differentiate(
         self, batch: Batch, row: int | None, on_phase: Callable[[str], None] = lambda name: None
     ) -> Losses:
         losses = self.objective(batch, partial(self.gradients.attached, row), on_phase=on_phase)
-        (losses.total / self.accumulate).backward()
+        (losses.total / (self.accumulate * self.ranks.size)).backward()
         return losses
 
     def _update(
@@ -134,18 +182,23 @@ class Stepper:
         Returns:
             whether anything did, 1 or 0.
         """
-        rows = self.gradients.rows
-        own = [param.grad for param in self.model.heads.parameters() if param.grad is not None]
-        gram = self._gram(rows)
+        shared, own = self._gradients()
+        rows = [list(row) for row in zip(*shared.values(), strict=True)] or [[] for _ in self.gradients.rows]
+        sizes = [losses.perturbation for losses in found if losses.perturbation is not None]
+        sums = torch.cat([self._gram(rows).flatten(), self._gram([own]).flatten(), *(size.view(1) for size in sizes)])
+        squares, own_square, perturbations = self.ranks.sum_(sums).split([len(rows) ** 2, 1, len(sizes)])
+        gram = squares.view(len(rows), -1)
         total = torch.stack([losses.total for losses in found]).sum().double()
-        own_square = self._gram([own])[0, 0] + (total - total)  # a loss that is not finite marks the update so
+        own_square = own_square[0] + (total - total)  # a loss that is not finite marks the update so
         generator = torch.Generator().manual_seed(seed)
         weights, stats = surgery.weights(gram, generator, own_square, self.clip_norm)
         updated = stats[2] * allowed
         self._settle()
-        shared: dict[Tensor, Sequence[Tensor | None]]
-        shared = dict(zip(self.gradients.params, zip(*rows, strict=True), strict=True))
         counted = self.optimizer.combined_step(shared, weights, stats[1:2], skip_unless=updated)
+        if self.arena is not None:
+            self.arena.gather()
+            for param, copy in self.objective.copies.items():
+                copy.copy_(param.detach())
 
         numbers: dict[Hashable, list[Tensor]] = defaultdict(list)
         for losses in found:
@@ -154,12 +207,19 @@ class Stepper:
                     numbers[kind, name].append(value)
             numbers["smart"].append(losses.smart_term)
             numbers["total"].append(losses.total)
-            if losses.perturbation is not None:
-                numbers["perturbation"].append(losses.perturbation)
+        if sizes:
+            numbers["perturbation"] = list(perturbations)
         numbers |= {"gram": [gram], "stats": [stats], "updated": [updated]}
         updates.append(Readings({name: torch.stack(of) for name, of in numbers.items()}))
         self._unsettled = updates[-1], counted
         return updated
+
+    def _gradients(self) -> tuple[Mapping[Tensor, Sequence[Tensor | None]], list[Tensor]]:
+        """Of all streams and ranks: by parameter that the tasks share its gradient in each row, and all others."""
+        if self.arena is not None:
+            return self.arena.reduced()
+        own = [param.grad for param in self.model.heads.parameters() if param.grad is not None]
+        return dict(zip(self.gradients.params, zip(*self.gradients.rows, strict=True), strict=True)), own
 
     def _gram(self, rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
         """On the device even where there is no gradient, as of a frozen encoder."""

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import signal
+import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import torch
 from rich.console import Console
 
 import minbert
-from minbert import checkpoint, cli, kernels
-from minbert.checkpoint import Progress, Scores
+from minbert import cli, kernels
+from minbert.checkpoint import Progress, Scores, load_progress
 from minbert.config import TrainConfig
 from minbert.console import TrainingProgress, score_table
 from minbert.data import Plan, TaskSampler, encode, plan
-from minbert.device import describe, peak_memory_bytes
+from minbert.device import describe, peak_memory_bytes, resolve_device
 from minbert.errors import UserError
 from minbert.evaluate import evaluate, load_model
 from minbert.metrics import overall
 from minbert.model import reading
 from minbert.pending import Pending, Taken
+from minbert.ranks import RankLost, Ranks
 from minbert.report import plot_run, write_report
-from minbert.runs import Run
+from minbert.runs import Followed, Run
 from minbert.schedule import learning_rate_factor
 from minbert.step import Parts
 from minbert.workbench import Workbench, prepare, restore
@@ -42,24 +47,50 @@ class Stopped(Exception):
 
 
 def main(arguments: Sequence[str]) -> int:
-    config = cli.parse_layers("train", TrainConfig, arguments)
+    config = restarted(cli.parse_layers("train", TrainConfig, arguments))
     try:
-        train(config, Console(soft_wrap=True))
+        with Ranks.joined(resolve_device(config.device), config.timeout) as ranks:
+            train(config, Console(soft_wrap=True, quiet=not ranks.leads), ranks)
     except Stopped as stopped:
         return 128 + stopped.number
+    except RankLost as lost:
+        if lost.tells:
+            print(f"error: {lost}", file=sys.stderr)
+        return 1
     return 0
 
 
-def train(config: TrainConfig, console: Console) -> dict[str, object]:
+def restarted(config: TrainConfig) -> TrainConfig:
+    """The options for a process that torchrun has started again (--max-restarts): the run goes on.
+
+    Raises:
+        UserError: it cannot be found.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or config.resume:
+        return config
+    if config.out is None:
+        raise UserError("--max-restarts of torchrun needs --out: a process that is started again finds the run there")
+    return config.replace(resume=(Path(config.out) / "config.yaml").exists())
+
+
+def train(config: TrainConfig, console: Console, ranks: Ranks | None = None) -> dict[str, object]:
     """Train as `config` says, and return what summary.json holds.
+
+    Args:
+        ranks: the processes that train together, each of which calls this; one by itself when left out. The first one
+            writes and prints.
 
     Raises:
         UserError: bad input, a full disk, or a loss that stays non-finite.
         Stopped: SIGINT or SIGTERM came; the run is saved.
+        RankLost: another process ended or was silent.
     """
-    run = Run(config.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    ranks = ranks or Ranks(device=resolve_device(config.device))
+    path = ranks.agreed(config.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    run = Run(path) if ranks.leads else Followed(path)
     with run.opened(config.resume), StopSignal() as stop:
-        bench = prepare(config, run, console)
+        ranks.agreed("opened")
+        bench = prepare(config, run, console, ranks)
         config = bench.config
         run.check_same(config) if config.resume else run.begin(config)
         progress = restore(bench, run, console)
@@ -76,9 +107,9 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
         bench.model.train()
 
         ahead = int(bench.device.type == "cuda")  # a GPU is given the next step before the last one is looked at
-        pending: deque[tuple[int, float, Pending]] = deque()
+        pending: deque[tuple[int, float, int, Pending]] = deque()
 
-        with TrainingProgress(console, total_steps, progress.step) as display:
+        with TrainingProgress(console, total_steps, progress.step) as display, where(progress, run):
             for step in range(progress.step, total_steps):
                 started = time.perf_counter()
                 turns = planned.at(step)
@@ -92,13 +123,15 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
                     group["lr"] = peak * factor
 
                 batches = [batch_at(bench, samplers, turns, micro) for micro in range(config.accumulate)]
-                pending.append((step, factor, bench.stepper.take(batches, step, step / total_steps)))
+                before = ranks.sent
+                waiting = bench.stepper.take(batches, step, step / total_steps)
+                pending.append((step, factor, ranks.sent - before, waiting))
 
                 ends_epoch = (step + 1) % epoch_steps == 0 or step + 1 == total_steps
-                stops = stop.number if step + 1 < total_steps else 0
+                stops = ranks.highest(stop.number) if step + 1 < total_steps else 0
                 saves = ends_epoch or (step + 1) % config.checkpoint_steps == 0 or stops
                 while len(pending) > (0 if saves else ahead):
-                    done, its_factor, waiting = pending.popleft()
+                    done, its_factor, sent, waiting = pending.popleft()
                     taken = waiting.taken()
                     if taken.updated:
                         count_losses(progress, taken)
@@ -112,6 +145,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
                     epoch, rate = done // epoch_steps + 1, progress.examples / progress.seconds
                     if progress.step % config.log_steps == 0:
                         record = {"lr": its_factor * peak_rates[0], **taken.record(), "examples_per_second": rate}
+                        record |= {"bytes_sent": sent} if ranks.size > 1 else {}
                         run.log({"step": progress.step, "epoch": epoch, **record})
                     shown = sum(progress.mean_losses().values())
                     display.update(progress.step, f"epoch {epoch}/{epochs}", rate, shown)
@@ -119,7 +153,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, object]:
                 if ends_epoch:
                     finish_epoch(bench, run, progress, epoch, console)
                 elif saves:
-                    checkpoint.save(run.last, bench.model, bench.tokenizer, bench.optimizer, progress)
+                    bench.save(run.last, progress)
                 if stops:
                     console.print(f"stopped after step {progress.step}; the same command with --resume goes on")
                     raise Stopped(stops)
@@ -195,7 +229,7 @@ def skip_step(progress: Progress, taken: Taken, config: TrainConfig) -> None:
 def finish_epoch(bench: Workbench, run: Run, progress: Progress, epoch: int, console: Console) -> None:
     """Score the dev split, show it, and save: best/ first, so that last/ never knows of a best/ that is not there."""
     evaluated = [task for task in bench.tasks if task.name in bench.dev]
-    scores, _ = evaluate(bench.model, evaluated, bench.dev, bench.device)
+    scores, _ = evaluate(bench.model, evaluated, bench.dev, bench.device, bench.ranks)
     total = overall(scores)
     losses = progress.mean_losses()
     rates = {pair: conflicts / steps for pair, (conflicts, steps) in progress.conflicts.items()}
@@ -208,8 +242,18 @@ def finish_epoch(bench: Workbench, run: Run, progress: Progress, epoch: int, con
     console.print(score_table(f"train loss: {shown}", [(f"dev, epoch {epoch}", scores, total)]))
     if total > progress.best_overall:
         progress.best_epoch, progress.best_overall = epoch, total
-        checkpoint.save(run.best, bench.model, bench.tokenizer, bench.optimizer, progress)
-    checkpoint.save(run.last, bench.model, bench.tokenizer, bench.optimizer, progress)
+        bench.save(run.best, progress)
+    bench.save(run.last, progress)
+
+
+@contextmanager
+def where(progress: Progress, run: Run) -> Iterator[None]:
+    """Say where the run stood when a rank was lost, and what goes on from there."""
+    try:
+        yield
+    except RankLost as lost:
+        saved = f"{run.last} holds step {load_progress(run.last).step}" if run.last.exists() else "nothing is saved yet"
+        raise lost.saying(f"after step {progress.step}; {saved}: the same command with --resume goes on") from None
 
 
 class StopSignal:
@@ -239,6 +283,7 @@ class StopSignal:
 
 def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int, console: Console) -> dict[str, object]:
     """Write the best epoch's predictions, the plots and summary.json; show the dev table of all epochs."""
+    bench.ranks.agreed("saved")
     model, _ = load_model(run.best, bench.config, bench.device)
     scores: dict[str, Scores] = {}
     for split in ("dev", "test"):
@@ -251,9 +296,11 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int,
                 )
                 for task in present
             }
-        scores[split], outputs = evaluate(model, present, encoded, bench.device)
-        for task in present:
+        scores[split], outputs = evaluate(model, present, encoded, bench.device, bench.ranks)
+        for task in present if bench.ranks.leads else ():
             run.write_predictions(task, split, encoded[task.name], outputs[task.name])
+    if not bench.ranks.leads:
+        return {}
     plot_run(run)
     best = progress.dev[progress.best_epoch - 1]
     tested = {"test": {**scores["test"], "overall": overall(scores["test"])}} if scores["test"] else {}

@@ -5,23 +5,26 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 import minbert
 from minbert import checkpoint, kernels
+from minbert.arena import Arena
 from minbert.checkpoint import Progress
 from minbert.choices import of_task
 from minbert.config import TrainConfig, task_groups
 from minbert.console import data_table
 from minbert.data import Encoded, Examples, Source, WithReviews, encode, joined, open_source, read_augmented, swapped
-from minbert.device import describe, keep_freed_memory, resolve_device, resolve_precision
+from minbert.device import describe, keep_freed_memory, resolve_precision
 from minbert.errors import UserError
 from minbert.gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel, load_heads, reading
 from minbert.objective import Objective
-from minbert.optimizer import AdamW
+from minbert.optimizer import AdamW, State
+from minbert.ranks import Ranks
 from minbert.runs import Run
 from minbert.seeds import derive_seed
 from minbert.smart import embedding_scale, rounds_away
@@ -44,19 +47,33 @@ class Workbench:
     model: MultitaskModel
     optimizer: AdamW
     stepper: Stepper
+    arena: Arena | None  # where there are several ranks
+    ranks: Ranks
     train: dict[str, Encoded]
     dev: dict[str, Encoded]
     device: torch.device
     max_length: int
 
+    def save(self, path: Path, progress: Progress) -> None:
+        """Write a checkpoint, once for all ranks, which have to call this together."""
+        state: State = self.optimizer.state if self.arena is None else self.arena.whole_state(self.optimizer.state)
+        if self.ranks.leads:
+            checkpoint.save(path, self.model, self.tokenizer, state, progress)
 
-def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
+    def load(self, path: Path) -> None:
+        """Take over a checkpoint's heads and its optimizer's state."""
+        load_heads(self.model, path / "heads.safetensors")
+        state = checkpoint.load_state(path, self.model)
+        self.optimizer.load(state if self.arena is None else self.arena.own_state(state))
+
+
+def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Workbench:
     """Read the data, build or load the model, and settle what `config` left open. Nothing is written.
 
     Raises:
         UserError: bad data, a bad model directory, or options that do not fit them.
     """
-    device = resolve_device(config.device)
+    device = ranks.device
     if config.threads:
         torch.set_num_threads(config.threads)
     kernels.set_backend(config.backend)
@@ -65,6 +82,8 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     precision = resolve_precision(config.precision, device)
     console.print(f"minbert {minbert.__version__} on {describe(device, precision)}")
     console.print(kernels_line(device))
+    if ranks.size > 1:
+        console.print(f"{ranks.size} processes over {ranks.backend}")
 
     source, tasks = open_tasks(config)
     dev = {task.name: source.load(task, "dev") for task in tasks if task.evaluated}
@@ -153,12 +172,26 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
     params = model.parameter_groups(config.weight_decay)
     for group in params:
         group["lr"] = config.head_lr if config.head_lr and group["name"].startswith("heads.") else lr
-    optimizer = AdamW(params, lr=lr, eps=config.adam_eps, average_beta=beta, copies=copies)
+    arena = None
+    if ranks.size > 1:
+        trunk = [param for param in model.trunk.parameters() if param.requires_grad]
+        arena = Arena(list(model.heads.parameters()), trunk, rows, ranks)
+        arena.gather()  # all ranks start alike
+        params = arena.groups(params)
+        sent = len(surgeries) * arena.bytes_sent(averages=beta is not None)
+        console.print(f"each process sends {sent / 1e6:.1f} MB a step")
+    optimizer = AdamW(params, lr=lr, eps=config.adam_eps, average_beta=beta, copies=None if arena else copies)
+    if arena is not None and beta is not None:
+        arena.keep_averages(optimizer)
+    gradients = TaskGradients(model.trunk, rows, copies)
+    if arena is not None:
+        arena.watch(gradients)
+    averages = optimizer.averages if arena is None else arena.averages
     stepper = Stepper(
         model,
-        Objective(model, config.smart, config.bregman, optimizer.averages, copies, config.loss_weights, l2),
+        Objective(model, config.smart, config.bregman, averages, copies, config.loss_weights, l2),
         optimizer,
-        TaskGradients(model.trunk, rows, copies),
+        gradients,
         groups,
         surgeries,
         encoded["train"],
@@ -167,7 +200,9 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
         config.clip_norm,
         config.seed,
         device,
-        bucket_to=max_length if device.type == "cuda" and config.cuda_graphs and one_stream else None,
+        bucket_to=max_length if device.type == "cuda" and config.cuda_graphs and one_stream and not arena else None,
+        ranks=ranks,
+        arena=arena,
     )
     return Workbench(
         config,
@@ -177,6 +212,8 @@ def prepare(config: TrainConfig, run: Run, console: Console) -> Workbench:
         model,
         optimizer,
         stepper,
+        arena,
+        ranks,
         encoded["train"],
         encoded["dev"],
         device,
@@ -284,8 +321,7 @@ def restore(bench: Workbench, run: Run, console: Console) -> Progress:
     changed = [name for name in data if data[name] != progress.data.get(name)]
     if changed:
         raise UserError(f"the training data of {', '.join(changed)} changed since {run.path} began; start a new run")
-    load_heads(bench.model, run.last / "heads.safetensors")
-    checkpoint.load_optimizer(run.last, bench.model, bench.optimizer)
+    bench.load(run.last)
     run.forget_after(progress.step)
     console.print(f"resuming {run.path} after step {progress.step}")
     return progress

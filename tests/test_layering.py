@@ -13,11 +13,12 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [  # a module imports only from its own room and the rooms above
     ["errors"],
     ["files", "seeds", "tasks", "kernels", "recipes"],
+    ["ranks"],
     ["packing", "hub"],
     ["tokenizer"],
     ["data", "model"],
     ["losses", "metrics", "schedule", "optimizer", "surgery", "gradients", "transfer"],
-    ["smart"],
+    ["arena", "smart"],
     ["objective"],
     ["choices"],
     ["config", "cli", "device"],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minbert import train
+from minbert import checkpoint, train
 from minbert.errors import UserError
 from minbert.runs import Run
 
@@ -16,7 +16,7 @@ ONE_AT_A_TIME = ["sequential", "round-robin", "shuffled", "proportional"]
 PLAIN = ["--surgery=sum", "--smart.lambda-s=0"]
 
 
-def checkpoint(run: Path) -> dict[str, torch.Tensor]:
+def saved(run: Path) -> dict[str, torch.Tensor]:
     names = ("model", "heads", "optimizer")
     return {
         f"{name}/{key}": value for name in names for key, value in load_file(run / f"last/{name}.safetensors").items()
@@ -28,7 +28,7 @@ def losses(run: Path) -> list[dict[str, float]]:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    first, second = checkpoint(one), checkpoint(other)
+    first, second = saved(one), saved(other)
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
@@ -48,16 +48,16 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_moments(
     ]
     assert train.main([*options, f"--out={tmp_path / 'straight'}"]) == 0
 
-    real = train.checkpoint.save
+    real = checkpoint.save
 
     def stop_after(path, model, tokenizer, optimizer, progress):
         real(path, model, tokenizer, optimizer, progress)
         if progress.step == 4:
             raise train.Stopped(2)
 
-    monkeypatch.setattr(train.checkpoint, "save", stop_after)
+    monkeypatch.setattr(checkpoint, "save", stop_after)
     assert train.main(options) == 130
-    monkeypatch.setattr(train.checkpoint, "save", real)
+    monkeypatch.setattr(checkpoint, "save", real)
     assert train.main([*options, "--resume"]) == 0
     assert_same(tmp_path / "straight", tmp_path / "run")
     assert losses(tmp_path / "straight") == losses(tmp_path / "run")
@@ -96,7 +96,7 @@ def test_the_heads_learn_at_a_rate_of_their_own(quick, tmp_path):
     common = [*quick, *PLAIN, "--steps=1", "--warmup=0", "--weight-decay=0", "--schedule=constant"]
     for name, rate in (("start", "1e-30"), ("slow", "1e-3"), ("fast", "4e-3")):
         assert train.main([*common, "--lr=1e-3", f"--head-lr={rate}", f"--out={tmp_path / name}"]) == 0
-    start, slow, fast = (checkpoint(tmp_path / name) for name in ("start", "slow", "fast"))
+    start, slow, fast = (saved(tmp_path / name) for name in ("start", "slow", "fast"))
     for key in start:
         if key.startswith("model/"):
             assert torch.equal(slow[key], fast[key])

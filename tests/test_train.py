@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minbert import train
+from minbert import checkpoint, train
 from minbert.data import open_source
 from minbert.errors import UserError
 from minbert.files import verify
@@ -288,7 +288,7 @@ def test_too_many_non_finite_steps_end_the_run_with_advice(quick, tmp_path, monk
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(quick, tmp_path, monkeypatch):
-    real = train.checkpoint.save_file
+    real = checkpoint.save_file
     calls = []
 
     def full(tensors, path):
@@ -297,7 +297,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(quick, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         real(tensors, path)
 
-    monkeypatch.setattr(train.checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"no room left on the disk.*--resume"):
         train.main(quick)
     verify(tmp_path / "run" / "last")

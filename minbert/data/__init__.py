@@ -3,7 +3,7 @@
 from minbert.data.augmentation import joined, read_augmented, swapped
 from minbert.data.encoded import Encoded, encode, pack_batches
 from minbert.data.formats import Examples, Skipped, read_examples, read_glue
-from minbert.data.sampling import Plan, TaskSampler, plan, token_budget_batches
+from minbert.data.sampling import Plan, TaskSampler, plan, token_budget_batches, token_split
 from minbert.data.sources import Source, WithReviews, open_source
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "read_glue",
     "swapped",
     "token_budget_batches",
+    "token_split",
 ]

@@ -123,7 +123,8 @@ class MultitaskModel(nn.Module):
         """Pool hidden states [N, D] and apply the heads: what `forward` does after the encoder."""
         sizes, seed = self._sizes(packed, counts), self._seed(seed)
         ways = [self.pooling if isinstance(self.pooling, str) else self.pooling.get(name, "cls") for name in counts]
-        pooled = {how: self.encoder.pool(hidden, packed, how).split(sizes)[::2] for how in dict.fromkeys(ways)}
+        seed = seed if seed is None or seed.ndim == 0 else seed[0]  # every rank has all rows here
+        pooled = {how: self._pooled(hidden, packed, how).split(sizes)[::2] for how in dict.fromkeys(ways)}
         views = self.views(packed, counts) if self.shared is not None else {}
         outputs = {}
         for i, (name, how) in enumerate(zip(counts, ways, strict=True)):
@@ -133,10 +134,15 @@ class MultitaskModel(nn.Module):
             outputs[name] = self.heads[name](rows, seed=seed, sites=sites)
         return outputs
 
+    def _pooled(self, hidden: Tensor, packed: Packed, how: str) -> Tensor:
+        """One vector per sequence of the stream, those of other ranks among them."""
+        pooled = self.encoder.pool(hidden, packed, how)
+        return packed.share.gathered(pooled) if packed.share else pooled
+
     def views(self, packed: Packed, counts: Mapping[str, int]) -> dict[str, int]:
         """Which view of a shared parameter each task reads, where there is one for each group of tasks."""
         starts = list(accumulate(self._sizes(packed, counts), initial=0))[:-1:2]
-        bounds = (packed.sequence_bounds or (0, 0))[:-1]
+        bounds = (packed.all_bounds or (0, 0))[:-1]
         return {name: bisect_right(bounds, start) - 1 for name, start in zip(counts, starts, strict=True)}
 
     def parameters_of(self, task: str, view: int = 0) -> list[Tensor]:
@@ -152,7 +158,7 @@ class MultitaskModel(nn.Module):
             raise ValueError(
                 f"no head for task {unknown[0]!r}{did_you_mean(unknown[0], known)}; heads: {', '.join(known)}"
             )
-        sequences = len(packed.cu_seqlens) - 1
+        sequences = packed.all_sequences
         widths = {name: sequences_of(self.tasks[name]) for name in counts}
         sizes = [size for name, count in counts.items() for size in (count * widths[name], packed.padding)]
         if sum(sizes) != sequences:

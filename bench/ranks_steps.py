@@ -1,0 +1,78 @@
+"""Steps of several processes, one thread each: `python -m torch.distributed.run --nproc-per-node N ranks_steps.py`.
+
+Prints JSON: by method the median seconds of a step, and the bytes that a rank sends in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from batches import joint_batch
+from bench_methods import ours
+from peers import TASKS, labels, shape
+from torch import nn
+
+from minbert.device import keep_freed_memory
+from minbert.losses import LOSSES
+from minbert.model import Encoder, EncoderConfig, MultitaskModel
+from minbert.ranks import Ranks
+
+ROUNDS = 1 if os.environ.get("MINBERT_BENCH_SMOKE") == "1" else 5
+DDP = "DistributedDataParallel, plain"
+
+
+def data_parallel(sizes: dict[str, int], batch_size: int, ranks: Ranks) -> Callable[[], object]:
+    """The plain step of the same encoder under torch's own wrapper, with its fused AdamW; each rank has whole rows."""
+    torch.manual_seed(0)
+    model: nn.Module = MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS)
+    if ranks.size > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    rows = -(-batch_size // ranks.size)
+    packed, targets = joint_batch(rows, sizes["vocab_size"]), labels(rows)
+    counts = {task.name: rows for task in TASKS}
+
+    def step() -> None:
+        outputs = model(packed, counts)
+        torch.stack([LOSSES[task.loss](outputs[task.name], targets[task.name]) for task in TASKS]).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    smoke = ROUNDS == 1
+    sizes, batch_size = shape(smoke), 4 if smoke else 32
+    with Ranks.joined(torch.device("cpu"), 300.0) as ranks:
+        steps = {name: ours(name, sizes, batch_size, ranks=ranks) for name in ("plain", "PCGrad", "SMART + PCGrad")}
+        steps[DDP] = data_parallel(sizes, batch_size, ranks)
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        sent = {}
+        for _ in range(ROUNDS + 1):  # the first warms up
+            for name, step in steps.items():
+                before = ranks.sent
+                ranks.agreed("go")
+                start = time.perf_counter()
+                step()
+                ranks.highest(0)  # until all are done
+                seconds[name].append(time.perf_counter() - start)
+                sent[name] = ranks.sent - before
+        parameters = sum(p.numel() for p in MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS).parameters())
+        sent[DDP] = 2 * 4 * parameters * (ranks.size - 1) // ranks.size  # of an all-reduce
+        if ranks.leads:
+            found = {name: [statistics.median(times[1:]), sent[name]] for name, times in seconds.items()}
+            json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

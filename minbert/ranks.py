@@ -1,0 +1,265 @@
+"""The processes that train together, and what they say to one another (`torchrun`, torch.distributed).
+
+A single process is a group of one, in which every word here costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minbert.errors import UserError
+
+ROLL_CALL = 2.0  # seconds in which the ranks that are left answer, once one is lost
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # until torch 2.12
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class RankLost(Exception):
+    """A rank ended, or was silent for longer than the timeout."""
+
+    def __init__(self, message: str, *, tells: bool) -> None:
+        """`tells` says whether this process is the one to say so: that of the first rank that is left."""
+        super().__init__(message)
+        self.tells = tells
+
+    def saying(self, more: str) -> RankLost:
+        """The same, and more words about it."""
+        return RankLost(f"{self} {more}", tells=self.tells)
+
+
+@dataclass
+class Ranks:
+    """`size` processes, of which this is number `rank`.
+
+    Attributes:
+        device: where tensors to be sent are.
+        sent: bytes that this rank has sent in collectives of tensors on the device, as ring algorithms send them: of B
+            bytes a gather or a reduce-scatter sends B (size - 1) / size, an all-reduce twice that.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sent: int = 0
+    _host: Any = None  # a group of the CPUs, for words about the run
+    _store: Any = None  # what torchrun keeps for all ranks, whoever is lost
+
+    @classmethod
+    @contextmanager
+    def joined(cls, device: torch.device, timeout: float) -> Iterator[Ranks]:
+        """Join the processes that torchrun started; a process that it did not start is alone.
+
+        A `UserError` within leaves through the first rank that has one; the others exit with code 2 and say nothing.
+
+        Args:
+            timeout: seconds for which a rank may be silent.
+
+        Raises:
+            UserError: the other processes cannot be found.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield cls(device=device)
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        patience = timedelta(seconds=timeout)
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+            # A restart may meet the same store, with what the processes before it left there.
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(
+                cls(device=device).backend, store=store, rank=rank, world_size=size, timeout=patience
+            )
+            host = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=patience)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the {os.environ['WORLD_SIZE']} processes cannot join: {_first_line(error)}") from None
+        try:
+            yield cls(rank, size, device, _host=host, _store=store)
+        except UserError:
+            if store.add("refused", 1) > 1:
+                raise SystemExit(2) from None
+            raise
+        except RankLost:
+            if store.check(["refused"]):
+                raise SystemExit(2) from None
+            raise
+        finally:
+            dist.destroy_process_group()
+
+    @property
+    def backend(self) -> str:
+        """What carries tensors on the device."""
+        return "gloo" if self.device.type == "cpu" else "nccl"
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+    # Tensors on the device ---------------------------------------------------------------------------------------
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, in this one's place."""
+        if self.size > 1:
+            self._count(2 * tensor.nbytes)
+            with self.watched():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def reduce_scatter(self, part: Tensor, whole: Tensor) -> Sent:
+        """Start to write this rank's part of the sum of all ranks' `whole` [size * n] to `part` [n]."""
+        self._count(whole.nbytes)
+        with self.watched():
+            if self.backend == "nccl":
+                return Sent(self, whole, _reduce_scatter(part, whole, async_op=True))
+            # gloo's own takes three times as long (91 MB, 2 to 4 processes on one machine)
+            parts = torch.empty_like(whole)
+            work = dist.all_to_all_single(parts, whole, async_op=True)
+            return Sent(self, whole, work, lambda: torch.sum(parts.view(self.size, -1), 0, out=part))
+
+    def all_gather(self, whole: Tensor) -> Sent:
+        """Start to fill `whole` [size * n] with what each rank has in its own part of it."""
+        self._count(whole.nbytes)
+        with self.watched():
+            if self.backend == "nccl":
+                return Sent(self, whole, _all_gather(whole, self.part(whole), async_op=True))
+            copies = self.part(whole).reshape(-1).repeat(self.size)  # gloo's own takes twice as long
+            return Sent(self, copies, dist.all_to_all_single(whole.view(-1), copies, async_op=True))
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This rank's of `size` equal parts."""
+        return whole.chunk(self.size)[self.rank]
+
+    def gathered(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """All ranks' rows [n, D], one rank after the other: [sum of counts, D].
+
+        A loss of them is computed by every rank, alike; a sum over the ranks of the gradients of its share of
+        1 / size is then the gradient of the loss, in this function's own backward as elsewhere.
+
+        Args:
+            counts: rows of each rank.
+        """
+        return _Gathered.apply(rows, counts, self)  # type: ignore[no-any-return]
+
+    def _count(self, nbytes: int) -> None:
+        self.sent += nbytes * (self.size - 1) // self.size
+
+    # Words about the run -----------------------------------------------------------------------------------------
+
+    def agreed(self, word: Any) -> Any:
+        """What the first rank says."""
+        words = [word]
+        if self.size > 1:
+            with self.watched():
+                dist.broadcast_object_list(words, src=0, group=self._host)
+        return words[0]
+
+    def told(self, word: Any) -> list[Any]:
+        """What every rank says, by rank."""
+        words = [word] * self.size
+        if self.size > 1:
+            with self.watched():
+                dist.all_gather_object(words, word, group=self._host)
+        return words
+
+    def highest(self, number: int) -> int:
+        """The highest of all ranks' numbers."""
+        if self.size > 1:
+            shared = torch.tensor(number)
+            with self.watched():
+                dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._host)
+            number = int(shared)
+        return number
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Say which rank was lost, where what is said to them fails.
+
+        Raises:
+            RankLost: one was.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            lost = self._lost()
+            named = " and ".join(f"rank {rank}" for rank in lost)
+            message = f"{named} was lost" if lost else f"the ranks lost one another ({_first_line(error)})"
+            raise RankLost(message, tells=self.rank == min({*range(self.size)} - {*lost})) from error
+
+    def _lost(self) -> list[int]:
+        """The ranks that do not answer a roll-call over the store, which outlives them."""
+        try:
+            self._store.set(f"alive/{self.rank}", "1")
+            until = time.monotonic() + ROLL_CALL
+            silent = [rank for rank in range(self.size) if rank != self.rank]
+            while silent and time.monotonic() < until:
+                time.sleep(0.05)
+                silent = [rank for rank in silent if not self._store.check([f"alive/{rank}"])]
+        except RuntimeError:  # the store is gone with the process that kept it
+            return []
+        return silent
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of a packed stream a rank has.
+
+    Args:
+        sequences: how many each rank has.
+        first_token, tokens: where this rank's part begins, and tokens of the whole stream.
+        bounds: first sequences of each task in the whole stream, and the end of the last (`Packed.sequence_bounds`).
+    """
+
+    ranks: Ranks
+    sequences: tuple[int, ...]
+    first_token: int
+    tokens: int
+    bounds: tuple[int, ...] | None = None
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Vectors of all the stream's sequences, from those of this rank's (`Ranks.gathered`)."""
+        return self.ranks.gathered(rows, self.sequences)
+
+
+class Sent(NamedTuple):
+    """What is on its way between ranks; the memory it lies in is kept until it is there."""
+
+    ranks: Ranks
+    whole: Tensor
+    work: Any
+    then: Callable[[], object] = lambda: None  # what is left to do once it is there
+
+    def wait(self) -> None:
+        with self.ranks.watched():
+            self.work.wait()
+        self.then()
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], ranks: Ranks) -> Tensor:
+        most = max(counts)
+        ctx.start, ctx.size = sum(counts[: ranks.rank]), ranks.size
+        ctx.end = ctx.start + len(rows)
+        whole = rows.new_empty(ranks.size * most, rows.shape[1])
+        ranks.part(whole)[: len(rows)] = rows
+        ranks.all_gather(whole).wait()
+        return torch.cat([part[:count] for part, count in zip(whole.split(most), counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, d_whole: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return d_whole[ctx.start : ctx.end] * ctx.size, None, None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

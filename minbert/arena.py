@@ -72,7 +72,7 @@ class Arena:
     """
 
     def __init__(self, own: Sequence[Tensor], shared: Sequence[Tensor], rows: int, ranks: Ranks) -> None:
-        self.ranks, self.rows = ranks, rows
+        self.ranks = ranks
         self.buckets = [Bucket(params, 1, ranks) for params in _by_bucket(own)]
         self.buckets += [Bucket(params, rows, ranks) for params in _by_bucket(list(reversed(shared)))]
         self.averages: dict[Tensor, Tensor] = {}
@@ -107,7 +107,7 @@ class Arena:
                     gradients.leaves[row * per_row + places[param]] if param in places else param
                     for param in bucket.params
                 ]
-                unit = _Row(bucket, row, leaves)
+                unit = _Row(bucket, leaves)
                 for leaf in leaves:
                     leaf.register_post_accumulate_grad_hook(partial(self._arrived, unit))
                 self._units.append(unit)
@@ -243,8 +243,8 @@ class Arena:
 class _Row:
     """One row of a bucket's gradients."""
 
-    def __init__(self, bucket: Bucket, row: int, leaves: Sequence[Tensor]) -> None:
-        self.bucket, self.row, self.leaves = bucket, row, leaves
+    def __init__(self, bucket: Bucket, leaves: Sequence[Tensor]) -> None:
+        self.bucket, self.leaves = bucket, leaves
         self.missing = 0  # leaves that the backward has not filled yet
         self.reached: set[Tensor] = set()
         self.part: Tensor

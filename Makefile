@@ -7,7 +7,7 @@ help:       ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 test:       ## all tests
-	python -m pytest -n auto
+	python -m pytest -n auto --dist worksteal
 
 bench:      ## all benchmarks, with ratios to their peers
 	python -m pytest bench/ --benchmark-only

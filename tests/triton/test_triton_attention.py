@@ -231,15 +231,15 @@ def test_large_scores_do_not_overflow(run, lengths: list[int], size: float) -> N
 @pytest.mark.parametrize(
     ("tokens", "capability", "dtype", "expected"),
     [
-        (32, 9, torch.float16, "_forward_whole _backward_whole"),
-        (64, 9, torch.float16, "_forward_whole _backward_whole"),
-        (128, 9, torch.float16, "_forward_blocks _backward_whole"),
-        (129, 9, torch.float16, "_forward_blocks _backward_queries _backward_keys"),
-        (32, 8, torch.float16, "_forward_whole _backward_whole"),
-        (64, 8, torch.float16, "_forward_blocks _backward_queries _backward_keys"),
-        (32, 9, torch.float32, "_forward_whole _backward_whole"),
-        (64, 9, torch.float32, "_forward_blocks _backward_whole"),
-        (129, 9, torch.float32, "_forward_blocks _backward_queries _backward_keys"),
+        (32, 9, torch.float16, "forward_whole backward_whole"),
+        (64, 9, torch.float16, "forward_whole backward_whole"),
+        (128, 9, torch.float16, "forward_blocks backward_whole"),
+        (129, 9, torch.float16, "forward_blocks backward_queries backward_keys"),
+        (32, 8, torch.float16, "forward_whole backward_whole"),
+        (64, 8, torch.float16, "forward_blocks backward_queries backward_keys"),
+        (32, 9, torch.float32, "forward_whole backward_whole"),
+        (64, 9, torch.float32, "forward_blocks backward_whole"),
+        (129, 9, torch.float32, "forward_blocks backward_queries backward_keys"),
     ],
 )
 def test_the_kernels_that_run(

@@ -23,6 +23,11 @@ class Shape(NamedTuple):
     keys: int
     num_warps: int = 4
     num_stages: int = 1
+    maxnreg: int | None = None  # of a thread; left alone, ptxas may spill registers to get by with 128 or 168
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"enable_fp_fusion": True, **({"maxnreg": self.maxnreg} if self.maxnreg else {})}
 
 
 class Shapes(NamedTuple):
@@ -36,14 +41,15 @@ class Shapes(NamedTuple):
     key_blocks: Shape
 
 
-# Chosen so that no register spills. Half precision, heads of up to 64 elements; then up to 128; then float32.
+# Chosen so that no register spills. First heads of 32 and 64 elements in half precision, then others, which need masks
+# or more registers.
 _HALF = Shapes(
     forward={32: Shape(32, 32, num_stages=2)},
-    backward={32: Shape(32, 32)},
-    blocks=Shape(64, 32, num_stages=2),
-    long_blocks=Shape(64, 32, num_stages=2),
+    backward={32: Shape(16, 32, maxnreg=168)},
+    blocks=Shape(64, 32, maxnreg=255),
+    long_blocks=Shape(64, 32, num_stages=2, maxnreg=255),
     query_blocks=Shape(64, 32),
-    key_blocks=Shape(32, 64),
+    key_blocks=Shape(32, 64, maxnreg=255),
 )
 _HOPPER = Shapes(  # has matrix instructions for 64 rows, and takes them from shared memory
     forward={32: Shape(32, 32, num_stages=3), 64: Shape(64, 64, num_stages=2)},
@@ -53,21 +59,29 @@ _HOPPER = Shapes(  # has matrix instructions for 64 rows, and takes them from sh
     query_blocks=Shape(128, 64, num_warps=8, num_stages=2),
     key_blocks=Shape(64, 128, num_warps=8),
 )
-_LARGE_HEADS = Shapes(
-    forward={32: Shape(32, 32, num_stages=2)},
-    backward={32: Shape(32, 32)},
-    blocks=Shape(64, 32, num_warps=8, num_stages=2),
-    long_blocks=Shape(64, 32, num_warps=8, num_stages=2),
-    query_blocks=Shape(32, 32, num_stages=2),
-    key_blocks=Shape(32, 32),
+_OTHER_HEADS = Shapes(
+    forward={32: Shape(32, 32, num_stages=2, maxnreg=255)},
+    backward={32: Shape(32, 32, num_warps=8, maxnreg=255)},
+    blocks=Shape(32, 32, num_stages=2, maxnreg=255),
+    long_blocks=Shape(32, 32, num_stages=2, maxnreg=255),
+    query_blocks=Shape(32, 32, num_stages=2, maxnreg=255),
+    key_blocks=Shape(32, 32, maxnreg=255),
 )
 _FLOAT32 = Shapes(
     forward={32: Shape(32, 32)},
-    backward={32: Shape(16, 32), 64: Shape(16, 64, num_warps=16)},
-    blocks=Shape(32, 16),
-    long_blocks=Shape(32, 16),
-    query_blocks=Shape(16, 32),
-    key_blocks=Shape(16, 32),
+    backward={32: Shape(16, 32, num_warps=8, maxnreg=224)},
+    blocks=Shape(32, 16, maxnreg=255),
+    long_blocks=Shape(32, 16, maxnreg=255),
+    query_blocks=Shape(16, 32, maxnreg=255),
+    key_blocks=Shape(16, 32, maxnreg=255),
+)
+_FLOAT32_LARGE_HEADS = Shapes(
+    forward={},
+    backward={},
+    blocks=Shape(32, 16, num_warps=8, maxnreg=255),
+    long_blocks=Shape(32, 16, num_warps=8, maxnreg=255),
+    query_blocks=Shape(16, 16, num_warps=8, maxnreg=255),
+    key_blocks=Shape(16, 32, num_warps=8, maxnreg=255),
 )
 
 
@@ -77,9 +91,9 @@ def _padded(head_dim: int) -> int:
 
 def _shapes(head_dim: int, dtype: torch.dtype, max_seqlen: int, capability: tuple[int, int]) -> Shapes:
     if dtype == torch.float32:
-        return _FLOAT32
-    if _padded(head_dim) > 64:
-        return _LARGE_HEADS
+        return _FLOAT32 if head_dim <= 64 else _FLOAT32_LARGE_HEADS
+    if head_dim not in (32, 64):
+        return _OTHER_HEADS
     return _HOPPER if capability[0] == 9 and max_seqlen <= 512 else _HALF
 
 
@@ -126,7 +140,7 @@ class Launch(NamedTuple):
             **{name: given[name] for name in self.kernel.arg_names},
             num_warps=self.shape.num_warps,
             num_stages=self.shape.num_stages,
-            enable_fp_fusion=True,
+            **self.shape.options,
         )
 
 
@@ -230,16 +244,6 @@ def compilations() -> Iterator[Compilation]:
         yield _compilation(*key, architectures)
 
 
-def _spills(dtype: torch.dtype, head_dim: int) -> int:
-    """Bytes a thread that the compiler may spill: none for BERT's heads in half precision, for which tiles were chosen.
-
-    Elsewhere it does in some configurations, by a few registers, and in float32 with a head dimension of 128 by many.
-    """
-    if dtype != torch.float32:
-        return 0 if head_dim == 64 else 32
-    return 400 if head_dim == 128 else 32
-
-
 def _compilation(
     kernel: Any,
     dtype: torch.dtype,
@@ -265,6 +269,7 @@ def _compilation(
     return Compilation(
         f"attention {kernel.fn.__name__.replace('_', ' ')}, {element[1:]}, head dim {head_dim}, "
         f"{shape.queries} queries, {shape.keys} keys, {heads} heads, {shape.num_warps} warps, {shape.num_stages} stages"
+        f"{f', {shape.maxnreg} registers' if shape.maxnreg else ''}"
         f"{', dropout' if dropout else ''}{', tiles' if table else ''}",
         kernel,
         signature,
@@ -273,5 +278,5 @@ def _compilation(
         shape.num_warps,
         shape.num_stages,
         architectures=architectures,
-        spills=_spills(dtype, head_dim),
+        options=shape.options,
     )

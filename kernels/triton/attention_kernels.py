@@ -7,7 +7,8 @@ sequence. Up to 64 rows, all of a tile's scores are there at once; beyond, the s
 (Milakov and Gimelshein 2018, Dao et al. 2022).
 
 Inside a program rows count from the tile's first, and scores are in units of log(2), for exp2 is what the hardware
-has. Over blocks, the forward leaves `lse` [H, N], log2 of the sum of 2**score, for the backward.
+has. Over blocks, the forward leaves `lse` [H, N], log2 of the sum of 2**score, for the backward, which computes masks
+and addresses again for each head (`disable_licm`): there are no registers to keep them in.
 """
 
 from __future__ import annotations
@@ -242,7 +243,7 @@ def backward_whole(
         at, mask = _at(rows, token_stride, PAD), _there(own >= 0, D, PAD)
         grad_at = _at(rows, 3 * heads * D, PAD)
         check = tl.zeros([QUERIES], tl.float32)
-        for h in tl.range(0, tl.minimum(HEADS, heads - head)):
+        for h in tl.range(0, tl.minimum(HEADS, heads - head), disable_licm=True):
             k = tl.load(qkv + h * head_stride + part_stride + at, mask=mask, other=0.0)
             v = tl.load(qkv + h * head_stride + 2 * part_stride + at, mask=mask, other=0.0)
             dk, dv = tl.zeros([KEYS, PAD], tl.float32), tl.zeros([KEYS, PAD], tl.float32)
@@ -305,7 +306,7 @@ def backward_queries(
             keys = block * KEYS + tl.arange(0, KEYS)
             kept = _kept(seed, site, threshold, head, (first + queries)[:, None], keys[None, :])
             bits |= (kept & ((1 << HEADS) - 1)) << HEADS * block
-    for h in tl.range(0, tl.where(top < size, tl.minimum(HEADS, heads - head), 0)):
+    for h in tl.range(0, tl.where(top < size, tl.minimum(HEADS, heads - head), 0), disable_licm=True):
         q = tl.load(qkv + h * head_stride + at, mask=mask, other=0.0)
         do = tl.load(grad_out + h * grad_head_stride + do_at, mask=mask, other=0.0)
         result = tl.load(out + h * D + out_at, mask=mask, other=0.0)
@@ -355,7 +356,7 @@ def backward_keys(
             queries = first + block * QUERIES + tl.arange(0, QUERIES)
             kept = _kept(seed, site, threshold, head, queries[None, :], keys[:, None])
             bits |= (kept & ((1 << HEADS) - 1)) << HEADS * block
-    for h in tl.range(0, tl.where(top < size, tl.minimum(HEADS, heads - head), 0)):
+    for h in tl.range(0, tl.where(top < size, tl.minimum(HEADS, heads - head), 0), disable_licm=True):
         k = tl.load(qkv + h * head_stride + part_stride + at, mask=mask, other=0.0)
         v = tl.load(qkv + h * head_stride + 2 * part_stride + at, mask=mask, other=0.0)
         dk, dv = tl.zeros([KEYS, PAD], tl.float32), tl.zeros([KEYS, PAD], tl.float32)

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minbert import kernels
 from minbert.kernels import roofline
+from minbert.packing import pack
 
 HEADS, HEAD_DIM, HIDDEN, INNER = 12, 64, 768, 3072
 P, EPS = 0.1, 1e-12
@@ -72,7 +73,8 @@ def test_attention(gpu_race, device: torch.device, smoke: bool, batch: str, way:
     sizes, *goals = BATCHES[batch]
     sizes = [min(n, 40) for n in sizes[:2]] if smoke else sizes
     tokens, longest = sum(sizes), max(sizes)
-    cu_seqlens = torch.tensor([0, *sizes]).cumsum(0).int().to(device)
+    stream = pack([[0] * n for n in sizes]).to(device)
+    cu_seqlens = stream.cu_seqlens
     seed = torch.tensor(1, device=device)
     sets = input_sets(11 * tokens * HIDDEN * 2, device)
     packed = [randn(tokens, 3, HEADS, HEAD_DIM, device=device).requires_grad_() for _ in range(sets)]
@@ -86,7 +88,7 @@ def test_attention(gpu_race, device: torch.device, smoke: bool, batch: str, way:
     padded_grads = [pad(grad).transpose(1, 2).contiguous() for grad in grads]
 
     def ours(i: int) -> Tensor:
-        return kernels.attention(packed[i], cu_seqlens, longest, dropout_p=dropout_p, seed=seed)
+        return kernels.attention(packed[i], cu_seqlens, longest, dropout_p=dropout_p, seed=seed, tiles=stream.tiles)
 
     def sdpa(backend: SDPBackend) -> Numbered:
         attn_mask = None if min(sizes) == longest else mask

@@ -42,7 +42,6 @@ class Compilation:
         divisible: the arguments that are divisible by 16 in every launch: aligned pointers, strides of whole rows.
         num_warps, num_stages: as launched.
         registers, shared_memory: the most that a thread and a program may take, in 4-byte registers and bytes.
-        spills: bytes of registers that a thread may spill: none, but where a module says why.
         architectures: on which it is launched.
         options: other launch options. All our launches ask for fused multiply-adds, whatever Triton's default is.
     """
@@ -57,7 +56,6 @@ class Compilation:
     registers: int = 255
     shared_memory: int = 99 * 1024  # of sm_86 and sm_89, the least of those we ship for
     architectures: tuple[int, ...] = ARCHITECTURES
-    spills: int = 0
     options: Mapping[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": True})
 
 
@@ -116,9 +114,8 @@ def compile_for(compilation: Compilation, architecture: int) -> Resources:
     registers, local_memory, shared_memory = usage["REG"], usage["STACK"], compiled.metadata.shared
     limits = {
         f"{registers} registers of {compilation.registers}": registers > compilation.registers,
-        f"{local_memory} bytes of spilled registers": local_memory > compilation.spills,
-        f"{sass.local_accesses(counts)} accesses of local memory": sass.local_accesses(counts) > 0
-        and not compilation.spills,
+        f"{local_memory} bytes of spilled registers": local_memory > 0,
+        f"{sass.local_accesses(counts)} accesses of local memory": sass.local_accesses(counts) > 0,
         f"{shared_memory} bytes of shared memory of {compilation.shared_memory}": shared_memory
         > compilation.shared_memory,
     }

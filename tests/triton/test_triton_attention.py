@@ -132,19 +132,23 @@ def test_launches_of_other_architectures(run, monkeypatch, device: torch.device,
 
 
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "scale", "lengths"),
+    ("dtype", "heads", "head_dim", "scale", "lengths"),
     [
-        (5, 8, 1.0, [13, 9]),
-        (2, 40, -0.3, [40]),
-        (9, 64, 0.0, [20]),
-        (2, 72, 0.1, [5, 6]),
-        (2, 128, 0.1, [40, 3, 70]),
-        (5, 16, 0.3, [140]),
-        (2, 96, 0.1, [130]),
+        (torch.float16, 5, 8, 1.0, [13, 9]),
+        (torch.float16, 2, 40, -0.3, [40]),
+        (torch.float16, 9, 64, 0.0, [20]),
+        (torch.float16, 2, 72, 0.1, [5, 6]),
+        (torch.float16, 2, 128, 0.1, [40, 3, 70]),
+        (torch.float16, 5, 16, 0.3, [140]),
+        (torch.float16, 2, 96, 0.1, [130]),
+        (torch.float32, 2, 72, 0.1, [20, 9]),
+        (torch.float32, 5, 128, 0.1, [130]),
     ],
 )
-def test_any_heads_and_scale(run, lengths: list[int], heads: int, head_dim: int, scale: float) -> None:
-    tokens, dtype = sum(lengths), torch.float16
+def test_any_heads_and_scale(
+    run, dtype: torch.dtype, heads: int, head_dim: int, scale: float, lengths: list[int]
+) -> None:
+    tokens = sum(lengths)
     qkv, grad_out = randn(tokens, 3, heads, head_dim, dtype=dtype), randn(tokens, heads, head_dim, seed=1, dtype=dtype)
     ours = run(qkv, lengths, grad_out, 0.2, scale=scale)
     assert_as_near_to_float64_as_the_reference(ours, qkv, lengths, grad_out, 0.2, scale)
@@ -217,10 +221,10 @@ def test_held_rows_draw_what_they_draw_in_the_whole_stream(run, lengths: list[in
 def test_what_is_not_finite_spreads_as_in_the_reference(run, lengths: list[int], part: int, poison: float) -> None:
     """Within its own sequence: the others of a tile stay as they are."""
     tokens, heads, p = sum(lengths), 2, 0.3
-    qkv, grad_out = randn(tokens, 3, heads, 16), randn(tokens, heads, 16, seed=1)
+    qkv, grad_out = randn(tokens, 3, heads, 32), randn(tokens, heads, 32, seed=1)
     (qkv[20, part] if part < 3 else grad_out[20])[1, 7] = poison
     ours = run(qkv.half(), lengths, grad_out.half(), p)
-    theirs = specified(qkv.half(), lengths, grad_out.half(), p, 0.25)
+    theirs = specified(qkv.half(), lengths, grad_out.half(), p, 32**-0.5)
     inside = slice(12, 12 + lengths[1])
     for got, expected in zip(ours, theirs, strict=True):
         assert torch.equal(got.isfinite(), expected.isfinite())
@@ -241,24 +245,33 @@ def test_large_scores_do_not_overflow(run, lengths: list[int], size: float) -> N
 
 
 @pytest.mark.parametrize(
-    ("tokens", "capability", "dtype", "expected"),
+    ("tokens", "capability", "dtype", "head_dim", "expected"),
     [
-        (32, 9, torch.float16, "_forward_whole _backward_whole"),
-        (64, 9, torch.float16, "_forward_whole _backward_whole"),
-        (128, 9, torch.float16, "_forward_blocks _backward_whole"),
-        (129, 9, torch.float16, "_forward_blocks _backward_queries _backward_keys"),
-        (32, 8, torch.float16, "_forward_whole _backward_whole"),
-        (64, 8, torch.float16, "_forward_blocks _backward_queries _backward_keys"),
-        (32, 9, torch.float32, "_forward_whole _backward_whole"),
-        (64, 9, torch.float32, "_forward_blocks _backward_whole"),
-        (129, 9, torch.float32, "_forward_blocks _backward_queries _backward_keys"),
+        (32, 9, torch.float16, 32, "forward_whole backward_whole"),
+        (64, 9, torch.float16, 32, "forward_whole backward_whole"),
+        (128, 9, torch.float16, 32, "forward_blocks backward_whole"),
+        (129, 9, torch.float16, 32, "forward_blocks backward_queries backward_keys"),
+        (64, 9, torch.float16, 40, "forward_blocks backward_queries backward_keys"),
+        (32, 8, torch.float16, 32, "forward_whole backward_whole"),
+        (64, 8, torch.float16, 32, "forward_blocks backward_queries backward_keys"),
+        (32, 9, torch.float32, 32, "forward_whole backward_whole"),
+        (64, 9, torch.float32, 32, "forward_blocks backward_queries backward_keys"),
+        (129, 9, torch.float32, 32, "forward_blocks backward_queries backward_keys"),
+        (32, 9, torch.float32, 72, "forward_blocks backward_queries backward_keys"),
     ],
 )
 def test_the_kernels_that_run(
-    run, launched: list[str], monkeypatch, tokens: int, capability: int, dtype: torch.dtype, expected: str
+    run,
+    launched: list[str],
+    monkeypatch,
+    tokens: int,
+    capability: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    expected: str,
 ) -> None:
     monkeypatch.setattr(attention, "_capability", lambda _: (capability, 0))
-    run(randn(tokens, 3, 1, 8, dtype=dtype), [tokens], randn(tokens, 1, 8, dtype=dtype))
+    run(randn(tokens, 3, 1, head_dim, dtype=dtype), [tokens], randn(tokens, 1, head_dim, dtype=dtype))
     assert launched == expected.split()
 
 

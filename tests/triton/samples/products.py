@@ -1,8 +1,9 @@
-"""A product of matrices, and the same with a limit that it cannot keep."""
+"""A product of matrices, and the same with a limit that it cannot keep, and where it has to spill registers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -23,6 +24,9 @@ def product(x, y, out, inner, STRIDE: tl.constexpr, SIZE: tl.constexpr):
 
 def compilations() -> Iterator[Compilation]:
     signature = {"x": "*bf16", "y": "*bf16", "out": "*bf16", "inner": "i32"}
-    for name, registers in (("product", 255), ("product in 32 registers", 32)):
-        constants = {"STRIDE": 1024, "SIZE": 64}
-        yield Compilation(name, product, signature, constants, (*signature,), 4, num_stages=2, registers=registers)
+    product_of_64 = Compilation(
+        "product", product, signature, {"STRIDE": 1024, "SIZE": 64}, (*signature,), num_warps=4, num_stages=2
+    )
+    yield product_of_64
+    yield replace(product_of_64, name="product in 32 registers", registers=32)
+    yield replace(product_of_64, name="product that spills", options={"maxnreg": 48}, architectures=(80,))

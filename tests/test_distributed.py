@@ -173,8 +173,8 @@ class Started:
 
     def worker(self, rank: int) -> int:
         """The process of a rank."""
-        pids = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=True)
-        for pid in map(int, pids.stdout.split()):
+        launcher = self.process.pid
+        for pid in map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()):
             if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 return pid
         raise AssertionError(f"no rank {rank}")

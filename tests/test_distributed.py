@@ -228,7 +228,7 @@ def test_a_rank_that_dies_ends_the_run_with_one_line(start, whole, tmp_path, sha
 
 @pytest.mark.slow
 def test_torchrun_starts_a_run_again_where_it_stood(start, whole, tmp_path):
-    run = start(2, launch=("--max-restarts=1",))
+    run = start(2, launch=("--max-restarts=3",))
     run.wait_for_step(12)
     os.kill(run.worker(0), signal.SIGKILL)
     assert run.process.wait(120) == 0, run.log.read_text()

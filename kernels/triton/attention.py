@@ -69,7 +69,7 @@ _OTHER_HEADS = Shapes(
 )
 _FLOAT32 = Shapes(
     forward={32: Shape(32, 32)},
-    backward={32: Shape(16, 32, num_warps=8, maxnreg=224)},
+    backward={32: Shape(16, 32, num_warps=8, maxnreg=224), 64: Shape(16, 64, num_warps=16, maxnreg=128)},
     blocks=Shape(32, 16, maxnreg=255),
     long_blocks=Shape(32, 16, maxnreg=255),
     query_blocks=Shape(16, 32, maxnreg=255),

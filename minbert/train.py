@@ -26,6 +26,7 @@ from minbert.data import Plan, TaskSampler, encode, plan
 from minbert.device import describe, peak_memory_bytes, resolve_device
 from minbert.errors import UserError
 from minbert.evaluate import evaluate, load_model
+from minbert.files import readable
 from minbert.metrics import overall
 from minbert.model import reading
 from minbert.pending import Pending, Taken
@@ -157,7 +158,8 @@ def train(config: TrainConfig, console: Console, ranks: Ranks | None = None) -> 
                 if stops:
                     console.print(f"stopped after step {progress.step}; the same command with --resume goes on")
                     raise Stopped(stops)
-        return finish_run(bench, run, progress, epoch_steps, console)
+        with where(progress, run):
+            return finish_run(bench, run, progress, epoch_steps, console)
 
 
 # In the loop ------------------------------------------------------------------------------------------------------
@@ -252,7 +254,8 @@ def where(progress: Progress, run: Run) -> Iterator[None]:
     try:
         yield
     except RankLost as lost:
-        saved = f"{run.last} holds step {load_progress(run.last).step}" if run.last.exists() else "nothing is saved yet"
+        last = readable(run.last)
+        saved = f"{run.last} holds step {load_progress(last).step}" if last.exists() else "nothing is saved yet"
         raise lost.saying(f"after step {progress.step}; {saved}: the same command with --resume goes on") from None
 
 

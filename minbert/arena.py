@@ -117,7 +117,7 @@ class Arena:
         self._armed = True
         for unit in self._units:
             unit.missing = len(unit.leaves)
-        self._waiting, self._under_way = deque(self._units), deque[_Row]()
+        self._waiting, self._under_way = deque(self._units), deque[Sent]()
 
     def reduced(self) -> tuple[dict[Tensor, list[Tensor | None]], list[Tensor]]:
         """The sums over the ranks of what lies in this rank's parts, once they are there.
@@ -131,7 +131,7 @@ class Arena:
         while self._waiting:
             self._send(self._waiting.popleft())
         while self._under_way:
-            self._under_way.popleft().sent.wait()
+            self._under_way.popleft().wait()
         self._armed = False
         shared: dict[Tensor, list[Tensor | None]] = {}
         own = []
@@ -154,7 +154,7 @@ class Arena:
     @torch.no_grad()
     def _send(self, unit: _Row) -> None:
         if len(self._under_way) == IN_FLIGHT:
-            self._under_way.popleft().sent.wait()
+            self._under_way.popleft().wait()
         bucket = unit.bucket
         whole = torch.empty_like(bucket.whole)
         unit.reached = set()
@@ -166,8 +166,7 @@ class Arena:
             place.copy_(leaf.grad)
             leaf.grad = None
         unit.part = torch.empty_like(self.ranks.part(whole))
-        unit.sent = self.ranks.reduce_scatter(unit.part, whole)
-        self._under_way.append(unit)
+        self._under_way.append(self.ranks.reduce_scatter(unit.part, whole))
 
     # Parameters --------------------------------------------------------------------------------------------------
 
@@ -247,8 +246,7 @@ class _Row:
         self.bucket, self.leaves = bucket, leaves
         self.missing = 0  # leaves that the backward has not filled yet
         self.reached: set[Tensor] = set()
-        self.part: Tensor
-        self.sent: Sent
+        self.part: Tensor  # this rank's, of the sum
 
 
 def _by_bucket(params: Sequence[Tensor]) -> list[list[Tensor]]:

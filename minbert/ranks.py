@@ -6,6 +6,7 @@ A single process is a group of one, in which every word here costs nothing.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # which binds the group that it finds when imported, and would keep its threads
 from torch import Tensor
 
 from minbert.errors import UserError
@@ -72,28 +74,30 @@ class Ranks:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        patience = timedelta(seconds=timeout)
+        ranks, patience = cls(device=device), timedelta(seconds=timeout)
         try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+            store, ranks.rank, ranks.size = next(dist.rendezvous("env://", timeout=patience))
             # A restart may meet the same store, with what the processes before it left there.
-            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            ranks._store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             dist.init_process_group(
-                cls(device=device).backend, store=store, rank=rank, world_size=size, timeout=patience
+                ranks.backend, store=ranks._store, rank=ranks.rank, world_size=ranks.size, timeout=patience
             )
-            host = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=patience)
+            ranks._host = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=patience)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the {os.environ['WORLD_SIZE']} processes cannot join: {_first_line(error)}") from None
         try:
-            yield cls(rank, size, device, _host=host, _store=store)
+            yield ranks
         except UserError:
-            if store.add("refused", 1) > 1:
+            if ranks._refused(1) > 1:
                 raise SystemExit(2) from None
             raise
         except RankLost:
-            if store.check(["refused"]):
+            if ranks._refused(0):
                 raise SystemExit(2) from None
             raise
         finally:
+            # gloo's threads end with the last reference to their group; one that outlives the interpreter aborts it
+            ranks._host = None
             dist.destroy_process_group()
 
     @property
@@ -192,12 +196,21 @@ class Ranks:
             yield
         except RuntimeError as error:
             lost = self._lost()
+            if lost is None:  # nor can it be settled who says so
+                raise RankLost(f"the ranks lost torchrun and one another ({_first_line(error)})", tells=True) from error
             named = " and ".join(f"rank {rank}" for rank in lost)
             message = f"{named} was lost" if lost else f"the ranks lost one another ({_first_line(error)})"
             raise RankLost(message, tells=self.rank == min({*range(self.size)} - {*lost})) from error
 
-    def _lost(self) -> list[int]:
-        """The ranks that do not answer a roll-call over the store, which outlives them."""
+    def _refused(self, more: int) -> int:
+        """How many ranks have refused their input, of which `more` do so now."""
+        try:
+            return self._store.add("refused", more)  # type: ignore[no-any-return]
+        except RuntimeError:  # the store is gone with the process that kept it
+            return more
+
+    def _lost(self) -> list[int] | None:
+        """The ranks that do not answer a roll-call over torchrun's store, which outlives them; None if it does not."""
         try:
             self._store.set(f"alive/{self.rank}", "1")
             until = time.monotonic() + ROLL_CALL
@@ -206,7 +219,7 @@ class Ranks:
                 time.sleep(0.05)
                 silent = [rank for rank in silent if not self._store.check([f"alive/{rank}"])]
         except RuntimeError:  # the store is gone with the process that kept it
-            return []
+            return None
         return silent
 
 
@@ -262,4 +275,6 @@ class _Gathered(torch.autograd.Function):
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first sentence of an error's message, without the line of gloo's source that it begins with."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0]

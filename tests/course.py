@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -42,3 +43,12 @@ def write_course_data(directory: Path, train: int = 48, dev: int = 24) -> Path:
     test = "\n".join(f"{i}\t{i}.0\tx{i}\tthe {noun} was good ." for i, noun in enumerate(NOUNS))
     (directory / "ids-sst-test-student.csv").write_text(f"0\t\tid\tsentence\n{test}\n", encoding="utf-8")
     return directory
+
+
+def write_further_data(directory: Path) -> dict[str, Path]:
+    """Reviews with stars, and a further example of sst: the files that some rows of the papers need, by option."""
+    files = {name: directory / name for name in ("reviews", "augmented")}
+    reviews = ({"stars": 1 + i % 5, "text": f"review {i}"} for i in range(2500))
+    files["reviews"].write_text("".join(json.dumps(review) + "\n" for review in reviews))
+    files["augmented"].write_text("id\tsentence\tsentiment\na1\tthe film was fine .\t3\n")
+    return files

@@ -7,8 +7,10 @@ import math
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from course import write_further_data
 
 from minbert import reproduce, train
 from minbert.cli import parse_layers
@@ -72,16 +74,14 @@ def course(course_data, tmp_path):
 @pytest.mark.slow
 def test_a_papers_table_runs_end_to_end(number, course, tmp_path, monkeypatch):
     def in_this_process(recipe, seed, directory, options):
-        status = train.main([f"--recipe={recipe}", f"--seed={seed}", f"--out={directory}", *options])
+        with patch("minbert.train.plot_run"), patch("minbert.train.write_report"):  # test_report.py draws
+            status = train.main([f"--recipe={recipe}", f"--seed={seed}", f"--out={directory}", *options])
         for checkpoint in ("best", "last"):
             shutil.rmtree(directory / checkpoint)
         return None if status == 0 else f"exit code {status}"
 
     monkeypatch.setattr(reproduce, "train", in_this_process)
-    stars = "\n".join(json.dumps({"stars": 1 + i % 5, "text": f"review {i}"}) for i in range(2500))
-    (tmp_path / "reviews").write_text(stars)
-    (tmp_path / "augmented").write_text("id\tsentence\tsentiment\na1\tthe film was fine .\t3\n")
-    files = [f"--reviews={tmp_path / 'reviews'}", f"--augmented={tmp_path / 'augmented'}"]
+    files = [f"--{name}={path}" for name, path in write_further_data(tmp_path).items()]
     assert reproduce.main([number, *course, *files, "--steps=2", f"--out={tmp_path / 'out'}"]) == 0
     found = json.loads((tmp_path / "out" / "table.json").read_text())
     assert list(found) == list(paper(number).rows)

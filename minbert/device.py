@@ -59,7 +59,8 @@ def keep_freed_memory() -> None:
 def describe(device: torch.device, precision: str) -> str:
     """One line: the device, the precision, and which kernels run compiled."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    n = torch.get_num_threads()
+    threads = "" if device.type == "cuda" else f", {n} thread{'s' * (n > 1)}"
     return f"{where}{threads}, {precision}, torch {torch.__version__}"
 
 

@@ -69,7 +69,7 @@ class Ranks:
         Raises:
             UserError: the other processes cannot be found.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             yield cls(device=device)
             return
         if device.type == "cuda":

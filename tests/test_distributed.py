@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from minbert import train
 from minbert.data import token_split
+from minbert.errors import UserError
 from minbert.ranks import Ranks
 from minbert.recipes import paper, papers
 from minbert.reproduce import FILES
@@ -192,6 +193,13 @@ def test_one_process_is_a_group_of_its_own():
     assert ranks.highest(3) == 3
     assert torch.equal(ranks.sum_(torch.ones(2)), torch.ones(2))
     assert ranks.sent == 0
+
+
+@pytest.mark.parametrize("size", ["2", "x"])
+def test_processes_that_nobody_started_are_one_line(size, monkeypatch, quick):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UserError, match=f"the {size} processes cannot join: .*RANK expected"):
+        train.main(quick)
 
 
 # Failures ---------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def sequences(task: str, count: int, vocabulary: int, seed: int = 0) -> list[lis
     return [generator.integers(1, vocabulary, n).tolist() for n in lengths(task, count, seed)]
 
 
-def joint_batch(batch_size: int, vocabulary: int) -> Packed:
-    """`batch_size` sequences of each task in one packed stream."""
-    return pack([row for i, task in enumerate(DECILES) for row in sequences(task, batch_size, vocabulary, 100 * i)])
+def joint_batch(batch_size: int, vocabulary: int, part: slice = slice(None)) -> Packed:
+    """`batch_size` sequences of each task, or a part of them, in one packed stream."""
+    rows = [sequences(task, batch_size, vocabulary, 100 * i)[part] for i, task in enumerate(DECILES)]
+    return pack([row for of_task in rows for row in of_task])

@@ -28,15 +28,19 @@ DDP = "DistributedDataParallel, plain"
 
 
 def data_parallel(sizes: dict[str, int], batch_size: int, ranks: Ranks) -> Callable[[], object]:
-    """The plain step of the same encoder under torch's own wrapper, with its fused AdamW; each rank has whole rows."""
+    """The plain step of the same encoder on the same batch under torch's own wrapper, with its fused AdamW.
+
+    Each rank has every `size`th example, as from a DistributedSampler.
+    """
     torch.manual_seed(0)
     model: nn.Module = MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS)
     if ranks.size > 1:
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    rows = -(-batch_size // ranks.size)
-    packed, targets = joint_batch(rows, sizes["vocab_size"]), labels(rows)
-    counts = {task.name: rows for task in TASKS}
+    own = slice(ranks.rank, None, ranks.size)
+    packed = joint_batch(batch_size, sizes["vocab_size"], own)
+    targets = {name: values[own] for name, values in labels(batch_size).items()}
+    counts = {name: len(values) for name, values in targets.items()}
 
     def step() -> None:
         outputs = model(packed, counts)

@@ -23,7 +23,7 @@ from minbert.ranks import Ranks, Sent
 
 BUCKET = 8 << 20  # elements: 32 MiB of float32
 ALIGNMENT = 16  # elements: where a parameter begins, kernels read quickly
-IN_FLIGHT = 2  # rows of gradients that are sent at once, each in memory of its own
+IN_FLIGHT = 4  # rows of gradients that are sent at once, each in memory of its own
 
 
 class Piece(NamedTuple):

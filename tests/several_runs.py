@@ -1,5 +1,6 @@
-"""Train several runs one after another in one group of processes: `torchrun several_runs.py FILE`, lists of options.
+"""Train several runs one after another in one group of processes: `torchrun several_runs.py FILE DEVICE [BACKEND]`.
 
+FILE has lists of options. The ranks speak as over BACKEND, whatever carries it: what NCCL is given runs over gloo too.
 No plots are drawn, which would take longer than such small runs.
 """
 
@@ -7,20 +8,23 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
 from rich.console import Console
 
 from minbert.cli import parse_layers
 from minbert.config import TrainConfig
+from minbert.device import resolve_device
 from minbert.ranks import Ranks
 from minbert.train import train
 
+file, device, *backend = sys.argv[1:]
 no_plots, no_report = patch("minbert.train.plot_run"), patch("minbert.train.write_report")
-with no_plots, no_report, Ranks.joined(torch.device("cpu"), 60.0) as ranks:
-    for options in json.loads(Path(sys.argv[1]).read_text()):
+speaking = patch.object(Ranks, "backend", *backend) if backend else nullcontext()
+with no_plots, no_report, Ranks.joined(resolve_device(device), 60.0) as ranks, speaking:
+    for options in json.loads(Path(file).read_text()):
         train(parse_layers("train", TrainConfig, options), Console(quiet=True), ranks)
 
 # A thread that is left may want a tensor's memory freed when there is no interpreter any more: that aborts the process.

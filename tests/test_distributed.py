@@ -80,12 +80,12 @@ def once(directory: Path, make: Callable[[Path], object]) -> Path:
     return directory
 
 
-def train_all(cases: dict[str, list[str]], size: int, out: Path) -> None:
-    """Train a run of every case by so many processes, to a directory of its name in `out`."""
+def train_all(cases: dict[str, list[str]], size: int, out: Path, *how: str) -> None:
+    """Train a run of every case by so many processes, to a directory of its name in `out`; `how`: device, backend."""
     out.mkdir()
     (out / "options.json").write_text(json.dumps([[*words, f"--out={out / name}"] for name, words in cases.items()]))
-    alone = [sys.executable, Path(__file__).with_name("several_runs.py"), out / "options.json"]
-    subprocess.run(command(size, *alone[1:]) if size > 1 else alone, check=True, timeout=500)
+    words = [Path(__file__).with_name("several_runs.py"), out / "options.json", *(how or ["cpu"])]
+    subprocess.run(command(size, *words) if size > 1 else [sys.executable, *words], check=True, timeout=500)
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +102,14 @@ def state(run: Path) -> dict[str, torch.Tensor]:
     return {f"{name}.{k}": v for name in names for k, v in load_file(run / "last" / f"{name}.safetensors").items()}
 
 
-def assert_close(one: Path, other: Path) -> None:
-    """Equal to float32 rounding: 5e-6 of a tensor's largest number, and 1e-8, as a gradient that should be 0 rounds."""
+def assert_close(one: Path, other: Path, within: float = 5e-6) -> None:
+    """Equal to float32 rounding: within 5e-6 of a tensor's largest number, and 1e-8, as a gradient of 0 rounds."""
     first, second = state(one), state(other)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         found, expected = (x.sqrt() if "exp_avg_sq" in name else x for x in (second[name], tensor))
-        within = 5e-6 * float(expected.abs().max()) + 1e-8
-        torch.testing.assert_close(found, expected, rtol=0, atol=within, msg=lambda text, name=name: f"{name}: {text}")
+        most = within * float(expected.abs().max()) + 1e-8
+        torch.testing.assert_close(found, expected, rtol=0, atol=most, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def assert_same(one: Run, several: Run) -> None:
@@ -130,6 +130,25 @@ def assert_same(one: Run, several: Run) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_several_processes_give_the_weights_of_one(case, size, runs):
     assert_same(Run(runs(1) / case), Run(runs(size) / case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_what_nccl_is_given_gives_the_weights_of_one_process(size, shared, runs, tmp_path):
+    cases = {name: [*shared[1], "--steps=3", *CASES[name].split()] for name in ("smart-pcgrad", "gse", "bregman")}
+    train_all(cases, size, tmp_path / "runs", "cpu", "nccl")
+    for name in cases:
+        assert_same(Run(runs(1) / name), Run(tmp_path / "runs" / name))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_weights_of_one(shared, tmp_path):
+    cases = {name: [*shared[1], "--steps=3", "--precision=fp32", *case.split()] for name, case in CASES.items()}
+    for size in (1, 2):
+        train_all(cases, size, tmp_path / str(size), "cuda")
+    for name in cases:
+        assert_close(tmp_path / "1" / name, tmp_path / "2" / name, within=1e-4)
 
 
 @pytest.mark.slow

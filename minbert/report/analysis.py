@@ -11,6 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -24,7 +25,7 @@ PRONOUN = re.compile(
 )
 NEGATION = re.compile("no|not|never|none|nobody|nothing|neither|nor|nowhere|without|cannot|cant|dont|.*n't")
 NAMES = ("no", "yes", "in neither", "in one", "in both")  # of groups
-_WORD = re.compile(r"\w+(?:['’]\w+)*")
+_WORD = re.compile(r"\w+(?:'\w+)*")
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class Example:
 # Properties of the texts -------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=8)  # the texts of an example, of which several properties are asked in turn
 def words(text: str) -> list[str]:
     """The words of a text in lower case, with typewriter apostrophes."""
-    return [word.replace("’", "'") for word in _WORD.findall(text.lower())]
+    return _WORD.findall(text.lower().replace("’", "'"))
 
 
 def word_overlap(first: str, second: str) -> float:
@@ -180,11 +182,12 @@ class Group:
 def groups(task: Task, examples: Sequence[Example], looked_at: Sequence[Property]) -> list[Group]:
     """Every group of every property that is not empty."""
     found = []
-    for each in looked_at:
-        members: dict[tuple[int, str], list[Example]] = {}
-        for example in examples:
-            members.setdefault(each.group(example), []).append(example)
-        for (_, name), of_group in sorted(members.items()):
+    members: list[dict[tuple[int, str], list[Example]]] = [{} for _ in looked_at]
+    for example in examples:
+        for each, by_group in zip(looked_at, members, strict=True):
+            by_group.setdefault(each.group(example), []).append(example)
+    for each, by_group in zip(looked_at, members, strict=True):
+        for (_, name), of_group in sorted(by_group.items()):
             label = sum(example.label for example in of_group) / len(of_group)
             predicted = sum(example.prediction.predicted for example in of_group) / len(of_group)
             found.append(Group(each.title, name, len(of_group), score(task, of_group), label, predicted))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -23,6 +25,8 @@ from torch import Tensor
 from minbert.errors import UserError
 
 ROLL_CALL = 2.0  # seconds in which the ranks that are left answer, once one is lost
+BEAT = 1.0  # seconds between a rank's signs of life
+SILENCE = 10.0  # seconds without one, after which a rank is lost
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # until torch 2.12
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -64,6 +68,7 @@ class Ranks:
         """Join the processes that torchrun started; a process that it did not start is alone.
 
         A `UserError` within leaves through the first rank that has one; the others exit with code 2 and say nothing.
+        After a `RankLost` all exit with code 1, and the first rank that is left says so.
 
         Args:
             timeout: seconds for which a rank may be silent.
@@ -88,15 +93,20 @@ class Ranks:
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the {os.environ['WORLD_SIZE']} processes cannot join: {_first_line(error)}") from None
         try:
-            yield ranks
+            with ranks.beating() if ranks.backend == "nccl" else nullcontext():
+                yield ranks
         except UserError:
             if ranks._refused(1) > 1:
                 raise SystemExit(2) from None
             raise
-        except RankLost:
-            if ranks._refused(0):
-                raise SystemExit(2) from None
-            raise
+        except RankLost as lost:
+            code = 2 if ranks._refused(0) else 1
+            if code == 1 and lost.tells:
+                print(f"error: {lost}", file=sys.stderr)
+            if ranks.backend == "nccl":  # a GPU that waits for the lost rank keeps any farewell waiting too
+                sys.stdout.flush()
+                os._exit(code)
+            raise SystemExit(code) from None
         finally:
             # gloo's threads end with the last reference to their group; one that outlives the interpreter aborts it
             ranks._host = None
@@ -215,6 +225,44 @@ class Ranks:
             number = int(shared)
         return number
 
+    def wait_for(self, event: Any) -> None:
+        """Wait for a CUDA event, which NCCL may never let come once a rank is lost.
+
+        Raises:
+            RankLost: one gave no sign of life (`beating`) meanwhile.
+        """
+        if self.size == 1:
+            event.synchronize()
+            return
+        heard: dict[int, tuple[bytes, float]] = {}
+        looked = time.monotonic()
+        while not event.query():
+            time.sleep(1e-4)
+            if time.monotonic() > looked + BEAT:
+                looked = time.monotonic()
+                silent = self._silent(heard, looked)
+                if silent != []:
+                    raise self._loss(silent)
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Give signs of life."""
+        done = threading.Event()
+
+        def beat() -> None:
+            with suppress(RuntimeError):  # the store is gone with the process that kept it
+                while not done.wait(BEAT):
+                    self._store.set(f"beat/{self.rank}", str(time.monotonic()))
+
+        self._store.set(f"beat/{self.rank}", "")
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Say which rank was lost, where what is said to them fails.
@@ -225,12 +273,15 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            lost = self._lost()
-            if lost is None:  # nor can it be settled who says so
-                raise RankLost(f"the ranks lost torchrun and one another ({_first_line(error)})", tells=True) from error
-            named = " and ".join(f"rank {rank}" for rank in lost)
-            message = f"{named} was lost" if lost else f"the ranks lost one another ({_first_line(error)})"
-            raise RankLost(message, tells=self.rank == min({*range(self.size)} - {*lost})) from error
+            raise self._loss(self._absent(), f" ({_first_line(error)})") from error
+
+    def _loss(self, lost: Sequence[int] | None, why: str = "") -> RankLost:
+        """What to raise when these ranks were lost; or torchrun, when nobody can say which (None)."""
+        if lost is None:  # nor can it be settled who says so
+            return RankLost(f"the ranks lost torchrun and one another{why}", tells=True)
+        named = " and ".join(f"rank {rank}" for rank in lost)
+        message = f"{named} {'was' if len(lost) == 1 else 'were'} lost" if lost else f"the ranks lost one another{why}"
+        return RankLost(message, tells=self.rank == min({*range(self.size)} - {*lost}))
 
     def _refused(self, more: int) -> int:
         """How many ranks have refused their input, of which `more` do so now."""
@@ -239,7 +290,7 @@ class Ranks:
         except RuntimeError:  # the store is gone with the process that kept it
             return more
 
-    def _lost(self) -> list[int] | None:
+    def _absent(self) -> list[int] | None:
         """The ranks that do not answer a roll-call over torchrun's store, which outlives them; None if it does not."""
         try:
             self._store.set(f"alive/{self.rank}", "1")
@@ -251,6 +302,21 @@ class Ranks:
         except RuntimeError:  # the store is gone with the process that kept it
             return None
         return silent
+
+    def _silent(self, heard: dict[int, tuple[bytes, float]], now: float) -> list[int] | None:
+        """The ranks without a sign of life for too long; None if there is no store to ask.
+
+        Args:
+            heard: of each rank its last sign, and when it was new. It is kept up to date.
+        """
+        try:
+            for rank in {*range(self.size)} - {self.rank}:
+                beat = self._store.get(f"beat/{rank}")
+                if rank not in heard or heard[rank][0] != beat:
+                    heard[rank] = beat, now
+        except RuntimeError:
+            return None
+        return sorted(rank for rank, (_, since) in heard.items() if now - since > SILENCE)
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ class Stepper:
         if sizes:
             numbers["perturbation"] = list(perturbations)
         numbers |= {"gram": [gram], "stats": [stats], "updated": [updated]}
-        updates.append(Readings({name: torch.stack(of) for name, of in numbers.items()}))
+        updates.append(Readings({name: torch.stack(of) for name, of in numbers.items()}, self.ranks.wait_for))
         self._unsettled = updates[-1], counted
         return updated
 

@@ -6,7 +6,6 @@ import datetime
 import math
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,10 +53,6 @@ def main(arguments: Sequence[str]) -> int:
             train(config, Console(soft_wrap=True, quiet=not ranks.leads), ranks)
     except Stopped as stopped:
         return 128 + stopped.number
-    except RankLost as lost:
-        if lost.tells:
-            print(f"error: {lost}", file=sys.stderr)
-        return 1
     return 0
 
 

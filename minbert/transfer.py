@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +48,11 @@ def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 class Readings:
     """Numbers that a device computes, in one copy to the host that starts at once; `read` waits for it."""
 
-    def __init__(self, numbers: Mapping[Hashable, Tensor]) -> None:
-        """Of any float dtype and shape, on one device."""
+    def __init__(
+        self, numbers: Mapping[Hashable, Tensor], wait: Callable[[Any], None] = torch.cuda.Event.synchronize
+    ) -> None:
+        """Of any float dtype and shape, on one device; `wait` is how to wait for a CUDA event."""
+        self._wait = wait
         self._sizes = {name: tensor.numel() for name, tensor in numbers.items()}
         flat = torch.cat([tensor.detach().double().reshape(-1) for tensor in numbers.values()])
         self._copied = None
@@ -62,6 +66,6 @@ class Readings:
     def read(self) -> dict[Hashable, list[float]]:
         """The numbers by name, each flat."""
         if self._copied is not None:
-            self._copied.synchronize()
+            self._wait(self._copied)
         parts = self._flat.split(list(self._sizes.values()))
         return {name: part.tolist() for name, part in zip(self._sizes, parts, strict=True)}

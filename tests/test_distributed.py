@@ -340,6 +340,29 @@ def test_ranks_that_lost_torchrun_too_say_so(start):
 
 
 @pytest.mark.slow
+def test_a_rank_without_a_sign_of_life_is_lost_to_those_whose_gpu_waits(tmp_path):
+    (tmp_path / "waiting.py").write_text(
+        "import os, signal, time, torch\n"
+        "from minbert import ranks\n"
+        "ranks.BEAT, ranks.SILENCE = 0.1, 3.0\n"
+        "class Event:\n"
+        "    def __init__(self, seconds): self.there = time.monotonic() + seconds\n"
+        "    def query(self): return time.monotonic() > self.there\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun's, which training notes\n"
+        "with ranks.Ranks.joined(torch.device('cpu'), 60.0) as group, group.beating():\n"
+        "    group.wait_for(Event(4.0))\n"
+        "    group.agreed('all waited')\n"
+        "    if group.rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    group.wait_for(Event(1000.0))\n"
+    )
+    with open(tmp_path / "log", "w") as log:
+        words = command(3, tmp_path / "waiting.py")
+        assert subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, timeout=60).returncode != 0
+    text = (tmp_path / "log").read_text()
+    assert [line for line in text.splitlines() if line.startswith("error: ")] == ["error: rank 1 was lost"]
+
+
+@pytest.mark.slow
 def test_a_run_that_is_stopped_is_saved_and_goes_on_with_fewer_processes(start, whole, tmp_path):
     run = start(4)
     run.wait_for_step(7)

@@ -74,6 +74,11 @@ class Run:
         with no_room_is_a_user_error(self.path, "choose another --out"):
             write_atomically(self.path / "config.yaml", config.replace(resume=False).to_yaml())
 
+    def check_seen(self) -> None:
+        """Raise a UserError where the directory of a run that has begun is not to be seen."""
+        if not (self.path / "config.yaml").exists():
+            raise UserError(f"{self.path} is not there for every process: all machines have to share its file system")
+
     def check_same(self, config: TrainConfig) -> None:
         """Raise a UserError that names the options in which `config` differs from those the run was started with."""
         saved, free = self.config(), ("out", "resume", "timeout")

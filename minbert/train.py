@@ -89,6 +89,8 @@ def train(config: TrainConfig, console: Console, ranks: Ranks | None = None) -> 
         bench = prepare(config, run, console, ranks)
         config = bench.config
         run.check_same(config) if config.resume else run.begin(config)
+        ranks.agreed("begun")
+        run.check_seen()
         progress = restore(bench, run, console)
         if config.tensorboard:
             run.open_board(progress.step)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -306,6 +307,43 @@ def test_torchrun_starts_a_run_again_where_it_stood(start, whole, tmp_path):
     assert run.process.wait(120) == 0, run.log.read_text()
     assert run.lines("resuming")
     assert_close(whole, tmp_path / "run")
+
+
+@pytest.fixture
+def machines(shared, tmp_path):
+    """`machines(options)`: the exit codes and outputs of two launchers, each in a working directory of its own."""
+    _, options = shared
+
+    def run(*words: str) -> list[tuple[int, str]]:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        how = [f"--rdzv-endpoint=localhost:{port}", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+        train = ["-m", "minbert.train", *options, *LONG, *words]
+        started = []
+        for name in ("one", "other"):
+            (tmp_path / name).mkdir()
+            command = [sys.executable, "-m", "torch.distributed.run", *how, *train]
+            pipe = subprocess.PIPE
+            started.append(subprocess.Popen(command, cwd=tmp_path / name, stdout=pipe, stderr=pipe, text=True))
+        outputs = [each.communicate(timeout=120)[1] for each in started]
+        return [(each.returncode, output) for each, output in zip(started, outputs, strict=True)]
+
+    return run
+
+
+@pytest.mark.slow
+def test_two_machines_that_share_a_file_system(machines, whole, tmp_path):
+    assert [code for code, _ in machines(f"--out={tmp_path / 'run'}")] == [0, 0]
+    assert_close(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_machines_that_do_not_are_told_before_the_first_step(machines):
+    (first, one), (second, other) = machines("--out=run")
+    assert 0 not in (first, second)
+    (line,) = (line for line in f"{one}\n{other}".splitlines() if line.startswith("error: "))
+    assert line == "error: run is not there for every process: all machines have to share its file system"
 
 
 @pytest.mark.slow

@@ -229,20 +229,30 @@ class Ranks:
         """Wait for a CUDA event, which NCCL may never let come once a rank is lost.
 
         Raises:
-            RankLost: one gave no sign of life (`beating`) meanwhile.
+            RankLost: one gave no sign of life (`beating`) meanwhile, which the rank before it notices and tells all.
         """
         if self.size == 1:
             event.synchronize()
             return
-        heard: dict[int, tuple[bytes, float]] = {}
-        looked = time.monotonic()
+        after = (self.rank + 1) % self.size
+        beat, looked = b"", time.monotonic()
+        heard = looked
         while not event.query():
             time.sleep(1e-4)
-            if time.monotonic() > looked + BEAT:
-                looked = time.monotonic()
-                silent = self._silent(heard, looked)
-                if silent != []:
-                    raise self._loss(silent)
+            if time.monotonic() < looked + BEAT:
+                continue
+            last, looked = beat, time.monotonic()
+            try:
+                beat = self._store.get(f"beat/{after}")
+                heard = heard if beat == last else looked
+                if looked > heard + SILENCE:
+                    self._store.set("lost", str(after))
+                if not self._store.check(["lost"]):
+                    continue
+                lost = int(self._store.get("lost"))
+            except RuntimeError:
+                raise self._loss(None) from None
+            raise RankLost(f"rank {lost} was lost", tells=lost == after)
 
     @contextmanager
     def beating(self) -> Iterator[None]:
@@ -302,21 +312,6 @@ class Ranks:
         except RuntimeError:  # the store is gone with the process that kept it
             return None
         return silent
-
-    def _silent(self, heard: dict[int, tuple[bytes, float]], now: float) -> list[int] | None:
-        """The ranks without a sign of life for too long; None if there is no store to ask.
-
-        Args:
-            heard: of each rank its last sign, and when it was new. It is kept up to date.
-        """
-        try:
-            for rank in {*range(self.size)} - {self.rank}:
-                beat = self._store.get(f"beat/{rank}")
-                if rank not in heard or heard[rank][0] != beat:
-                    heard[rank] = beat, now
-        except RuntimeError:
-            return None
-        return sorted(rank for rank, (_, since) in heard.items() if now - since > SILENCE)
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class Ranks:
     def _exchanged(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> Iterator[int]:
         """Start to send each rank its tensor and to receive one from each, and yield the ranks whose tensor is there.
 
-        gloo's own collectives take 1.6 to 3.3 times as long (33 MB, 2 to 4 processes of one machine).
+        In place, and quicker than gloo's own collectives.
         """
         self._exchanges += 1
         received: dict[int, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 # Small work on few threads that sleep when idle: quick even when something else keeps the cores busy.
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from course import write_course_data
+from groups import SMALL
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,6 +24,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def course_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_course_data(tmp_path_factory.mktemp("course"))
+
+
+@pytest.fixture(scope="session")
+def shared(course_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A directory for the runs that tests of several processes share, and the options of all runs."""
+    own = tmp_path_factory.getbasetemp()
+    directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "ranks"
+    directory.mkdir(exist_ok=True)
+    small = tmp_path_factory.mktemp("small") / "small.yaml"
+    small.write_text(json.dumps(SMALL))
+    return directory, [f"--config={small}", f"--data={course_data}"]
 
 
 @pytest.fixture

@@ -23,6 +23,6 @@ def test_ranks(benchmark, record, smoke: bool, size: int) -> None:
     )
     found = json.loads(answer)
     assert {"plain", DDP} <= found.keys() <= {*METHODS, DDP}
-    for name, (seconds, sent) in found.items():
+    for name, (seconds, sent, most) in found.items():
         case = f"step of {size} processes, {sent / 1e6:.0f} MB sent by each"
-        record(case, name, seconds, seconds / found["plain"][0], bytes_sent=sent)
+        record(case, name, seconds, seconds / found["plain"][0], bytes_sent=sent, most_tokens=most)

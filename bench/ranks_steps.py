@@ -1,6 +1,7 @@
 """Steps of several processes, one thread each: `python -m torch.distributed.run --nproc-per-node N ranks_steps.py`.
 
-Prints JSON: by method the median seconds of a step, and the bytes that a rank sends in it.
+Prints JSON: by method the median seconds of a step, the bytes that a rank sends in it, and the most tokens of a rank as
+a multiple of an equal share.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from batches import joint_batch
+from batches import DECILES, joint_batch
+from batches import lengths as lengths_of
 from bench_methods import ours
 from peers import TASKS, labels, shape
 from torch import nn
 
+from minbert.data import token_split
 from minbert.device import keep_freed_memory
 from minbert.losses import LOSSES
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
@@ -73,8 +77,17 @@ def main() -> None:
                 sent[name] = ranks.sent - before
         parameters = sum(p.numel() for p in MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS).parameters())
         sent[DDP] = 2 * 4 * parameters * (ranks.size - 1) // ranks.size  # of an all-reduce
+        lengths = np.concatenate([lengths_of(task, batch_size, 100 * i) for i, task in enumerate(DECILES)])
+        tokens = np.add.reduceat(lengths, token_split(lengths, ranks.size)[:-1])
+        dealt = [
+            len(joint_batch(batch_size, sizes["vocab_size"], slice(rank, None, ranks.size)).token_ids)
+            for rank in range(ranks.size)
+        ]
+        most = [max(share) * ranks.size / sum(share) for share in (tokens.tolist(), dealt)]
         if ranks.leads:
-            found = {name: [statistics.median(times[1:]), sent[name]] for name, times in seconds.items()}
+            found = {
+                name: [statistics.median(times[1:]), sent[name], most[name == DDP]] for name, times in seconds.items()
+            }
             json.dump(found, sys.stdout)
 
 

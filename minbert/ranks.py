@@ -102,7 +102,7 @@ class Ranks:
         except RankLost as lost:
             code = 2 if ranks._refused(0) else 1
             if code == 1 and lost.tells:
-                print(f"error: {lost}", file=sys.stderr)
+                sys.stderr.write(f"error: {lost}\n")  # at once: others may be writing too
             if ranks.backend == "nccl":  # a GPU that waits for the lost rank keeps any farewell waiting too
                 sys.stdout.flush()
                 os._exit(code)

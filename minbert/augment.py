@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from minbert import cli
-from minbert.console import SECONDS_BETWEEN_LINES
+from minbert.console import SECONDS_BETWEEN_LINES, Terminal
 from minbert.data import Examples, open_source
 from minbert.device import resolve_device
 from minbert.errors import UserError, require
@@ -106,7 +106,7 @@ class Translator:
 def main(arguments: Sequence[str]) -> int:
     parser = cli.Parser("augment", AugmentConfig, description="Translate training sentences there and back.")
     options = vars(parser.parse(arguments))
-    augment(AugmentConfig(**{name: options[name] for name in AugmentConfig.__dataclass_fields__}), Console())
+    augment(AugmentConfig(**{name: options[name] for name in AugmentConfig.__dataclass_fields__}), Terminal())
     return 0
 
 
@@ -150,7 +150,7 @@ def augment(config: AugmentConfig, console: Console) -> None:
     except KeyboardInterrupt:
         console.print(f"{done} of {len(rows)} are in {out}; the same command goes on")
         raise
-    console.print(f"{len(rows)} in {out}; train with --augmented.{task.name} {out}", soft_wrap=True)
+    console.print(f"{len(rows)} in {out}; train with --augmented.{task.name} {out}")
 
 
 def finished(out: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -> tuple[int, int]:

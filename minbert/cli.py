@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
-from minbert.errors import UserError, did_you_mean
+from minbert.errors import UserError, did_you_mean, one_line
 from minbert.recipes import recipe
 
 Config = TypeVar("Config")
@@ -146,7 +146,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from minbert.errors import one_line
 from minbert.tasks import TASKS, Task
 
 SECONDS_BETWEEN_LINES = 10.0
+
+
+class Terminal(Console):
+    """The console of every command: what it prints is text, never markup, an emoji's name or a control sequence.
+
+    Args:
+        quiet: print nothing.
+        stderr: print to standard error.
+    """
+
+    def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
+        super().__init__(soft_wrap=True, quiet=quiet, stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text for a line or a table's cell; characters that are not printable become their escapes."""
+        return super().render_str("\n".join(map(one_line, text.split("\n"))), **options)
 
 
 class TrainingProgress:
@@ -24,10 +43,10 @@ class TrainingProgress:
         self.started, self.done_before = time.monotonic(), done
         self.next_line = self.started + SECONDS_BETWEEN_LINES
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:.0f} examples/s, loss {task.fields[loss]:.3f}, left"),
+            TextColumn("{task.fields[rate]:.0f} examples/s, loss {task.fields[loss]:.3f}, left", markup=False),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,

@@ -15,6 +15,15 @@ def require(ok: bool, option: str, expected: str, got: object) -> None:
         raise UserError(f"--{option.replace('_', '-')} must be {expected}, got {got}")
 
 
+def one_line(text: str) -> str:
+    """The text with every character that is not printable as its escape: a name cannot break a line or colour it."""
+    return "".join(character if character.isprintable() else _escaped(character) for character in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
 def did_you_mean(word: str, known: "list[str] | tuple[str, ...]") -> str:
     """`" (did you mean 'x'?)"` for the known name nearest to `word`, or `""` when none is near."""
     import difflib

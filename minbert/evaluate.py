@@ -9,12 +9,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from minbert import cli, kernels
 from minbert.checkpoint import Scores
 from minbert.config import TrainConfig
-from minbert.console import score_table
+from minbert.console import Terminal, score_table
 from minbert.data import Encoded, encode, open_source, token_budget_batches
 from minbert.device import describe, resolve_device, resolve_precision
 from minbert.errors import UserError
@@ -117,7 +116,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse(arguments)
     run = Run(options.run)
     config = run.config()
-    console = Console(soft_wrap=True)
+    console = Terminal()
     device = resolve_device(options.device)
     kernels.set_backend(config.backend)
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from minbert import cli, kernels
+from minbert.console import Terminal
 from minbert.data import Examples, encode, read_examples
 from minbert.device import resolve_device
 from minbert.errors import UserError
@@ -45,20 +46,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", type=str, help="run directory")
     options = parser.parse(arguments)
     run = Run(options.run)
-    config = run.config()
+    config, console = run.config(), Terminal(stderr=True)
     (task,) = run_tasks(config, [options.task])
     examples = read_input(task, options.input)
     for skipped in examples.skipped:
-        print(f"skipped {skipped.file}, line {skipped.line}: {skipped.reason}", file=sys.stderr)
+        console.print(f"skipped {skipped.file}, line {skipped.line}: {skipped.reason}")
     device = resolve_device(options.device)
     kernels.set_backend(config.backend)
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)
     limit = config.max_length or model.encoder.config.max_position_embeddings
     encoded = encode(examples, tokenizer, limit, reading=reading(task))
     if encoded.truncated:
-        print(
-            f"{encoded.truncated} {'examples' if encoded.width == 1 else 'sequences'} were cut to {limit} tokens",
-            file=sys.stderr,
+        console.print(
+            f"{encoded.truncated} {'examples' if encoded.width == 1 else 'sequences'} were cut to {limit} tokens"
         )
     predicted = predictions(task, head_outputs(model, task, encoded, device))
     text = "".join(format_predictions(task, encoded.ids, predicted))

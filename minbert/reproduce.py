@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from minbert import cli
+from minbert.console import Terminal
 from minbert.errors import UserError, did_you_mean
 from minbert.files import write_atomically, write_json
 from minbert.recipes import Paper, Row, paper
@@ -95,11 +95,11 @@ def main(arguments: Sequence[str]) -> int:
     parser = cli.Parser("reproduce", ReproduceConfig, description=(ReproduceConfig.__doc__ or "").split("\n")[0])
     parser.add_argument("paper", type=str, help="the paper's number: 000 to 004")
     options = parser.parse(arguments)
-    console = Console(soft_wrap=True)
+    console = Terminal()
     found = paper(options.paper)
     if options.rows == ["list"]:
         for row in found.rows.values():
-            console.print(f"{row.name}: {row.title}", highlight=False)
+            console.print(f"{row.name}: {row.title}")
         return 0
     rows = chosen(found, options.rows)
     seeds, out = options.seeds or [0], Path(options.out or f"runs/{found.number}")
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
             if problem is None:
                 runs.append(Run(directory))
             else:
-                console.print(f"{found.number}/{row.name}, seed {seed}: {problem}", highlight=False)
+                console.print(f"{found.number}/{row.name}, seed {seed}: {problem}")
                 failures.append(f"seed {seed}: {problem}")
         outcomes[i] = Outcome(row, runs, failures)
         write_results(out, found, outcomes)

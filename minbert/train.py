@@ -20,7 +20,7 @@ import minbert
 from minbert import cli, kernels
 from minbert.checkpoint import Progress, Scores, load_progress
 from minbert.config import TrainConfig
-from minbert.console import TrainingProgress, score_table
+from minbert.console import Terminal, TrainingProgress, score_table
 from minbert.data import Plan, TaskSampler, encode, plan
 from minbert.device import describe, peak_memory_bytes, resolve_device
 from minbert.errors import UserError
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     config = restarted(cli.parse_layers("train", TrainConfig, arguments))
     try:
         with Ranks.joined(resolve_device(config.device), config.timeout) as ranks:
-            train(config, Console(soft_wrap=True, quiet=not ranks.leads), ranks)
+            train(config, Terminal(quiet=not ranks.leads), ranks)
     except Stopped as stopped:
         return 128 + stopped.number
     return 0

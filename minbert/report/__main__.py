@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minbert import cli
+from minbert.console import Terminal
 from minbert.report import write_report
 from minbert.runs import Run
 
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = cli.Parser("report", ReportConfig, description="Write RUN/report.html, as training does at its end.")
     parser.add_argument("run", type=str, help="run directory")
     options = parser.parse(arguments)
-    print(write_report(Run(options.run), options.data))
+    Terminal().print(str(write_report(Run(options.run), options.data)))
     return 0
 
 

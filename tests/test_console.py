@@ -1,0 +1,88 @@
+"""What a command prints is text: no name, path or text in it is markup, an emoji or a control sequence."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from minbert import cli, evaluate, predict, train
+from minbert.console import Terminal, TrainingProgress, data_table, score_table
+from minbert.errors import UserError, one_line
+from minbert.report import __main__ as report
+from minbert.tasks import TASKS
+
+TEXTS = ["d/a[/b]", "r/[v2] run", "[bold]x[/bold]", ":smile:", "[link=x]y", r"back\[slash", "12 'x' http://y"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_printed_as_it_is(text, capsys):
+    Terminal().print(f"run directory: {text}")
+    assert capsys.readouterr().out == f"run directory: {text}\n"
+    Terminal(stderr=True).print(text)
+    assert capsys.readouterr().err == f"{text}\n"
+    Terminal(quiet=True).print(text)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_cells_and_titles_of_tables_are_text(text, capsys):
+    Terminal().print(score_table(text, [(text, {"sst": {"accuracy": 0.5}}, 0.5)]))
+    assert capsys.readouterr().out.count(text) == 2
+    Terminal().rule(text, align="left")
+    assert text in capsys.readouterr().out
+
+
+def test_control_characters_are_shown_and_not_obeyed(capsys):
+    Terminal().print("a\x1b[2Jb\rc\x07d\u202ee\x9bf\ng")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\rc\\x07d\\u202ee\\x9bf\ng\n"
+    Terminal().print(data_table([(TASKS["sst"], {"train": 1, "dev": 2}, 0, 0)]))
+    assert "SST-5 sentiment" in capsys.readouterr().out
+    assert one_line("naïve 猫 a\nb\tc\u2028d") == "naïve 猫 a\\nb\\tc\\u2028d"
+
+
+def test_the_progress_bar_has_no_markup():
+    with TrainingProgress(Terminal(), 2, 0) as display:
+        display.update(1, "epoch [/1]", 1.0, 0.5)
+        assert all(not getattr(column, "markup", False) for column in display.bar.columns)
+
+
+def test_an_error_is_one_line_whatever_is_in_it(monkeypatch, capsys):
+    def refuse(arguments):
+        raise UserError("/a\nb/\x1b[31m[red]: no such directory")
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit):
+        cli.run(refuse)
+    assert capsys.readouterr().err == "error: /a\\nb/\\x1b[31m[red]: no such directory\n"
+
+
+def test_every_command_prints_through_the_terminal():
+    """But what is data: predictions, and pages of help."""
+    for path in (Path(train.__file__).parent).rglob("*.py"):
+        text = path.read_text()
+        if path.name != "console.py":
+            assert not re.search(r"\bConsole\(", text), path
+        if path.name != "cli.py" and "kernels" not in path.parts:
+            assert not re.search(r"(?<![\w.])print\(", text), path
+
+
+def test_paths_that_look_like_markup_are_paths(quick, course_data, tmp_path, capsys):
+    data, run = tmp_path / "d" / "a[" / "b] :smile:", tmp_path / "r" / "[v2] run"
+    shutil.copytree(course_data, data)
+    options = [word for word in quick if not word.startswith(("--data", "--out", "--epochs"))]
+    assert train.main([*options, f"--data={data}", f"--out={run}", "--steps=1"]) == 0
+    shown = capsys.readouterr().out
+    assert f"data: {data};" in shown
+    assert f"run directory: {run}\n" in shown
+    assert evaluate.main([str(run)]) == 0
+    assert f"predictions in {run}/predictions/sst-dev-output.csv" in capsys.readouterr().out
+    assert report.main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run}/report.html\n"
+    (tmp_path / "[x].txt").write_text("the film\n")
+    output = tmp_path / "[o].csv"
+    assert predict.main([str(run), "--task=sst", f"--input={tmp_path / '[x].txt'}", f"--output={output}"]) == 0
+    assert output.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from minbert.errors import UserError
 from minbert.files import no_room_is_a_user_error, write_directory, write_json
 from minbert.model import MultitaskModel, save_heads
 from minbert.optimizer import State
+from minbert.surgery import Surgery
 from minbert.tokenizer import Tokenizer
 
 Scores = dict[str, dict[str, float]]
@@ -41,14 +43,22 @@ class Progress:
         return {name: total / self.loss_counts[name] for name, total in self.loss_sums.items()}
 
 
-def save(path: Path, model: MultitaskModel, tokenizer: Tokenizer, state: State, progress: Progress) -> None:
+def save(
+    path: Path,
+    model: MultitaskModel,
+    tokenizer: Tokenizer,
+    state: State,
+    progress: Progress,
+    surgeries: Sequence[Surgery] = (),
+) -> None:
     """Replace the checkpoint at `path`, or leave it as it was.
 
     Args:
         state: the optimizer's, by parameter of the model.
+        surgeries: those whose state is written too.
 
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full, or a surgery's state cannot be saved.
     """
 
     def fill(directory: Path) -> None:
@@ -61,6 +71,9 @@ def save(path: Path, model: MultitaskModel, tokenizer: Tokenizer, state: State, 
             for key, value in state.get(param, {}).items()
         }
         save_file(entries, directory / "optimizer.safetensors")
+        for surgery in surgeries:
+            if surgery.weighting is not None:
+                surgery.weighting.save(directory)
         write_json(directory / "progress.json", asdict(progress))
 
     with no_room_is_a_user_error(path, "free some space and run the same command with --resume"):

@@ -16,6 +16,7 @@ import yaml
 
 from minbert.errors import UserError, did_you_mean, one_line
 from minbert.recipes import recipe
+from minbert.surgery import names_code
 
 Config = TypeVar("Config")
 
@@ -98,10 +99,17 @@ def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -
     """The config of a command with `--recipe NAME` and `--config FILE`: command line over file over recipe.
 
     Raises:
-        UserError: an unknown option or recipe, an unreadable file, or a value that `config` refuses.
+        UserError: an unknown option or recipe, an unreadable file, a value that `config` refuses, or code that a file
+            names without --allow-code.
     """
     parser = Parser(command, config, description=(config.__doc__ or "").split("\n")[0])
     parser.add_argument("--config", action="config", help="YAML file of options")
+    parser.add_argument(
+        "--allow_code",
+        action="store_true",
+        default=argparse.SUPPRESS,  # so that no file of options holds it
+        help="import the code that --config FILE names, such as surgery: MODULE:NAME",
+    )
     parser.kinds["--config"] = "str"
     words = parser.normalise(arguments)
     files = [word.split("=", 1)[1] for word in words if word.startswith("--config=")]
@@ -111,6 +119,12 @@ def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -
     if chosen:
         parser.set_defaults(dict(_flat(recipe(chosen[-1]), parser.kinds)))
     values = parser.parse(sorted(words, key=lambda word: not word.startswith("--config=")))
+    surgery = str(values.get("surgery"))
+    if names_code(surgery) and not any(word.startswith("--surgery=") for word in words) and "allow_code" not in values:
+        raise UserError(
+            f"surgery {surgery} names code to import, and does not stand on the command line; give --surgery"
+            " MODULE:NAME there, or --allow-code if you trust the file and the module"
+        )
     return config(**{field.name: values[field.name] for field in dataclasses.fields(config)})  # type: ignore[arg-type]
 
 

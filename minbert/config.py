@@ -14,7 +14,7 @@ from minbert.choices import check_known, check_tasks, chosen, of_task
 from minbert.errors import UserError, require
 from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
 from minbert.smart import BregmanConfig, SmartConfig
-from minbert.surgery import find_surgery
+from minbert.surgery import check_surgery, needs_task_gradients
 from minbert.tasks import TASKS, Task, find_tasks
 
 
@@ -65,7 +65,9 @@ class TrainConfig:
         threads: CPU threads; torch's own choice when left out.
         mode: finetune trains everything, pretrain freezes the encoder and trains the heads.
         surgery: how the tasks' gradients become one update: sum, mean, pcgrad, gse (a pcgrad update with the mean, then
-            one with the sum), or MODULE:NAME of a callable from Gram matrix to weights, such as TorchJD's weightings.
+            one with the sum), or MODULE:NAME of a callable from Gram matrix to weights, such as TorchJD's weightings,
+            with arguments if need be: MODULE:NAME(c=0.4). It is imported and called: from the command line only, unless
+            --allow-code is given there.
         surgery_reduction: whether pcgrad sums the projected gradients or takes their mean.
         surgery_groups: tasks whose gradients surgery sees as one, joined by +, such as sst+qqp+sts,cfimdb; left out,
             each task is its own.
@@ -204,8 +206,8 @@ class TrainConfig:
         self._check_sampling()
         self._check_tasks_named()
         self._check_heads()
-        surgeries = find_surgery(self.surgery, self.surgery_reduction)
-        if self.sampling != "joint" and any(surgery.per_task for surgery in surgeries):
+        check_surgery(self.surgery)
+        if self.sampling != "joint" and needs_task_gradients(self.surgery):
             raise UserError(
                 f"--surgery {self.surgery} needs a batch of every task in each step, and --sampling {self.sampling}"
                 " takes one task a step; give --surgery sum, or --sampling joint"

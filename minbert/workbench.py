@@ -58,13 +58,16 @@ class Workbench:
         """Write a checkpoint, once for all ranks, which have to call this together."""
         state: State = self.optimizer.state if self.arena is None else self.arena.whole_state(self.optimizer.state)
         if self.ranks.leads:
-            checkpoint.save(path, self.model, self.tokenizer, state, progress)
+            checkpoint.save(path, self.model, self.tokenizer, state, progress, self.stepper.surgeries)
 
     def load(self, path: Path) -> None:
-        """Take over a checkpoint's heads and its optimizer's state."""
+        """Take over a checkpoint's heads, and the state of its optimizer and its surgery."""
         load_heads(self.model, path / "heads.safetensors")
         state = checkpoint.load_state(path, self.model)
         self.optimizer.load(state if self.arena is None else self.arena.own_state(state))
+        for surgery in self.stepper.surgeries:
+            if surgery.weighting is not None:
+                surgery.weighting.load(path, self.device)
 
 
 def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Workbench:
@@ -74,6 +77,7 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
         UserError: bad data, a bad model directory, or options that do not fit them.
     """
     device = ranks.device
+    surgeries = find_surgery(config.surgery, config.surgery_reduction)
     if config.threads:
         torch.set_num_threads(config.threads)
     kernels.set_backend(config.backend)
@@ -162,7 +166,6 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
         )
     )
     groups = task_groups(tasks, config.surgery_groups)
-    surgeries = find_surgery(config.surgery, config.surgery_reduction)
     rows = len(groups) if any(surgery.per_task for surgery in surgeries) else 1
     one_stream = config.accumulate == 1 and not config.low_memory
     # Gradients of copies are in half precision: fit for what one backward gives, not to sum up several.

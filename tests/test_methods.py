@@ -200,7 +200,11 @@ def test_without_tensorboard_the_option_names_the_remedy(quick, monkeypatch):
         (["--surgery=pcgard"], r"--surgery pcgard: unknown \(did you mean 'pcgrad'\?\); expected sum, mean"),
         (["--surgery=no.such:thing"], r"--surgery no.such:thing: cannot be loaded \(No module named 'no'\)"),
         (["--surgery=math:pi"], "--surgery math:pi: expected a callable from Gram matrix to weights, got 3.14"),
-        (["--surgery=torch:linalg.inv"], "--surgery torch:linalg.inv: cannot be loaded"),
+        (["--surgery=torch:linalg.no"], "--surgery torch:linalg.no: cannot be loaded"),
+        (
+            ["--surgery=torch:linalg.inv"],
+            r"--surgery torch:linalg.inv: must return a tensor of 3 weights, got \[3, 3\]",
+        ),
         (
             ["--surgery=torch:diag_embed"],
             r"--surgery torch:diag_embed: must return a tensor of 3 weights, got \[3, 3, 3\]",

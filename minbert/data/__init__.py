@@ -2,8 +2,10 @@
 
 from minbert.data.augmentation import joined, read_augmented, swapped
 from minbert.data.encoded import Encoded, encode, pack_batches
-from minbert.data.formats import Examples, Skipped, read_examples, read_glue
+from minbert.data.examples import Examples
+from minbert.data.formats import read_examples, read_file, read_glue
 from minbert.data.sampling import Plan, TaskSampler, plan, token_budget_batches, token_split
+from minbert.data.skipped import Skipped, skipped_lines
 from minbert.data.sources import Source, WithReviews, open_source
 
 __all__ = [
@@ -21,7 +23,9 @@ __all__ = [
     "plan",
     "read_augmented",
     "read_examples",
+    "read_file",
     "read_glue",
+    "skipped_lines",
     "swapped",
     "token_budget_batches",
     "token_split",

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from minbert.data.formats import Examples, Skipped, label_of, read_rows
-from minbert.errors import UserError
+from minbert.data.examples import Examples, Row, checked, label_of
+from minbert.data.formats import read_rows
+from minbert.data.skipped import Skipped
+from minbert.errors import UserError, one_line
 from minbert.tasks import Task
 
 
@@ -33,8 +35,8 @@ def swapped(examples: Examples) -> Examples:
 def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: Collection[str] = ()) -> Examples:
     """Read further training examples, such as back-translations or paraphrases of those there are (paper 002, 4.6).
 
-    The file is tab-separated with the columns of the task's training file, or has a JSON object with them on each line.
-    A row takes its label from its original, the training example with its id; without one it needs a label itself.
+    The file is a table or JSON objects on lines, as `minbert.data.formats` tells them apart. A row takes its label from
+    its original, the training example with its id; without one, or with several that differ, it needs a label itself.
     Rows with an empty text, and rows that say what their original says, are left out and noted.
 
     Args:
@@ -46,30 +48,30 @@ def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: 
     Raises:
         UserError: the file cannot be read, or a row of it is not usable, by its line.
     """
-    labels = dict(zip(originals.ids, [] if originals.labels is None else originals.labels.tolist(), strict=True))
+    labels: dict[str, set[float]] = {}  # of the originals with an id
+    texts: dict[str, set[tuple[str, ...]]] = {}
     columns = zip(*filter(None, (originals.texts, originals.pairs)), strict=True)
-    texts = dict(zip(originals.ids, columns, strict=True))
+    values = [] if originals.labels is None else originals.labels.tolist()
+    for identity, label, sentences in zip(originals.ids, values, columns, strict=True):
+        labels.setdefault(identity, set()).add(label)
+        texts.setdefault(identity, set()).add(sentences)
     kept, skipped = [], []
     for row in read_rows(path, task):
         where = f"{path}, line {row.line}"
-        if row.problem:
-            raise UserError(f"{where}: {row.problem}")
+        sentences = tuple(text.strip() for text in row.texts)
+        if not row.problem and not all(sentences):
+            skipped.append(Skipped(str(path), row.line, "empty text", row.id))
+            continue
         if row.id in held_out and row.id not in labels:
             raise UserError(
                 f"{where}: {row.id} is an example of the dev split; train on sentences made from train alone"
             )
-        own = labels.get(row.id)
         try:
-            label = label_of(row.label.strip(), task) if row.label.strip() or own is None else own
+            label = _label(checked(row), task, labels.get(row.id, set()))
         except ValueError as error:
-            raise UserError(f"{where}: {error}, nor a training example with the id {row.id!r}") from None
-        if own is not None and not np.isclose(label, own):
-            raise UserError(f"{where}: label {label:g} differs from its original's, {own:g} (id {row.id})")
-        sentences = tuple(text.strip() for text in row.texts)
-        if not all(sentences):
-            skipped.append(Skipped(str(path), row.line, "empty text"))
-        elif sentences == texts.get(row.id):
-            skipped.append(Skipped(str(path), row.line, "the same as its original"))
+            raise UserError(f"{where}: {one_line(str(error))}") from None
+        if sentences in texts.get(row.id, set()):
+            skipped.append(Skipped(str(path), row.line, "the same as its original", row.id))
         else:
             kept.append((row.id, sentences, label))
     if not kept:
@@ -81,3 +83,24 @@ def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: 
         np.array([label for _, _, label in kept], np.float32),
         skipped,
     )
+
+
+def _label(row: Row, task: Task, own: set[float]) -> float:
+    """The label of a row, or else of its originals, whose labels are `own`.
+
+    Raises:
+        ValueError: there is none, or it is another than theirs.
+    """
+    if not row.label.strip() and len(own) == 1:
+        return next(iter(own))
+    if not row.label.strip() and own:
+        found = " and ".join(f"{label:g}" for label in sorted(own))
+        raise ValueError(f"no label, and the training examples with the id {row.id!r} have {found}; give it one")
+    try:
+        label = label_of(row.label.strip(), task)
+    except ValueError as error:
+        raise ValueError(f"{error}, nor a training example with the id {row.id!r}") from None
+    if own and not any(np.isclose(label, each) for each in own):
+        found = " and ".join(f"{each:g}" for each in sorted(own))
+        raise ValueError(f"label {label:g} differs from its original's, {found} (id {row.id})")
+    return label

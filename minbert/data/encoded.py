@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from minbert.data.formats import Examples
+from minbert.data.examples import Examples
 from minbert.kernels.cache import cache_directory
 from minbert.packing import Packed, dummies, length_bucket, pack_flat
 from minbert.tasks import READINGS
@@ -55,6 +57,29 @@ class Encoded:
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64 [n]."""
         return np.diff(self.offsets[:: self.width])
+
+    @property
+    def without_tokens(self) -> np.ndarray:
+        """Indices of the examples with a text that has no token of its own, such as one of control characters alone.
+
+        The model reads nothing but [CLS] and [SEP] of it.
+        """
+        second = np.add.reduceat(self.token_type_ids, self.offsets[:-1], dtype=np.int64)  # of a pair, with its [SEP]
+        empty = (np.diff(self.offsets) - second <= 2) | (second == 1)
+        return np.flatnonzero(empty.reshape(-1, self.width).any(1))
+
+    @property
+    def checksum(self) -> str:
+        """The same for examples that train alike: of the same tokens, labels and ids in the same order."""
+        arrays = {"token_ids": self.token_ids, "token_type_ids": self.token_type_ids, "offsets": self.offsets}
+        arrays["ids"] = np.frombuffer(json.dumps(self.ids).encode(), np.uint8)
+        if self.labels is not None:
+            arrays["labels"] = self.labels
+        return f"{self.width} {_checksum(arrays)}"
+
+    def is_recorded_as(self, checksum: object) -> bool:
+        """Whether a checkpoint recorded these examples: by their checksum, or, up to 0.1.0, by the tokens' crc32."""
+        return checksum in (self.checksum, zlib.crc32(self.token_ids.tobytes()))
 
     def pack(self, indices: np.ndarray) -> Packed:
         """The examples at `indices` (int64, at least one), in that order, as one packed stream."""

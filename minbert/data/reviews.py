@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import heapq
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minbert.data.formats import Examples
-from minbert.errors import UserError
+from minbert.data.examples import Examples
+from minbert.data.lines import is_unicode, json_object, read_lines, short, split_quoted
+from minbert.data.skipped import Skipped
+from minbert.errors import UserError, one_line
 from minbert.seeds import derive_seed
 
 STARS = (1, 2, 3, 4, 5)
@@ -25,7 +25,8 @@ def read_reviews(path: str | Path, per_star: int, seed: int) -> Examples:
     The file is read once, and only what may be drawn is kept: it may be larger than memory.
 
     Args:
-        path: JSON objects on lines, or CSV with a header; both with `stars` and `text`. Empty texts are left out.
+        path: JSON objects on lines, or CSV with a header; both with `stars` and `text`. Empty texts are left out, and
+            noted.
         per_star: reviews for each number of stars.
         seed: what the draw follows.
 
@@ -36,14 +37,18 @@ def read_reviews(path: str | Path, per_star: int, seed: int) -> Examples:
         UserError: the file cannot be read, a line of it is not a review, or it has too few with some number of stars.
     """
     words = np.random.PCG64(derive_seed(seed, "reviews"))
+    skipped: list[Skipped] = []
     drawn: dict[int, list[tuple[int, int, str]]] = {stars: [] for stars in STARS}  # heaps: the largest word goes first
     for line, review in _records(Path(path)):
-        text = review.get("text")
+        where, text = f"{path}, line {line}", review.get("text")
         if not isinstance(text, str):
-            raise UserError(f"{path}, line {line}: expected a review with stars and text; found {_names(review)}")
+            raise UserError(f"{where}: expected a review with stars and text; found {_names(review)}")
+        if not is_unicode(text):
+            raise UserError(f"{where}: not Unicode text (half a surrogate pair); write the file anew")
         if not text.strip():
+            skipped.append(Skipped(str(path), line, "empty text", str(line)))
             continue
-        chosen = drawn[_stars(review.get("stars"), f"{path}, line {line}")]
+        chosen = drawn[_stars(review.get("stars"), where)]
         entry = (-int(words.random_raw()), line, text.strip())
         if len(chosen) < per_star:
             heapq.heappush(chosen, entry)
@@ -57,62 +62,70 @@ def read_reviews(path: str | Path, per_star: int, seed: int) -> Examples:
             )
     rows = sorted((line, stars, text) for stars, chosen in drawn.items() for _, line, text in chosen)
     labels = np.array([stars - 1 for _, stars, _ in rows], np.float32)
-    return Examples([str(line) for line, _, _ in rows], [text for _, _, text in rows], None, labels)
+    return Examples([str(line) for line, _, _ in rows], [text for _, _, text in rows], None, labels, skipped)
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Lines (from 1) and what they hold by name."""
-    lines = _lines(path)
+    """Lines (from 1; the last one, of a review over several) and what they hold by name."""
+    lines = _Counted(read_lines(path, "reviews with stars and text", option="--reviews"))
     first = next(lines, "")
     if first.lstrip().startswith("{"):
-        for number, line in enumerate(itertools.chain([first], lines), 1):
+        for line in itertools.chain([first], lines):
             if line.strip():
-                yield number, _json_object(line, f"{path}, line {number}")
+                try:
+                    yield lines.number, json_object(line, "a JSON object with stars and text")
+                except ValueError as error:
+                    remedy = "; is the file cut short?" if str(error).startswith("not JSON") else ""
+                    raise UserError(f"{path}, line {lines.number}: {one_line(str(error))}{remedy}") from None
         return
-    reader = csv.DictReader(itertools.chain([first], lines), strict=True)
-    if not {"stars", "text"} <= set(reader.fieldnames or ()):
-        found = ", ".join(reader.fieldnames or ()) or "nothing"
-        raise UserError(
-            f"{path}, line 1: expected a JSON object, or a CSV header with stars and text; found {found[:80]}"
-        )
-    try:
-        for record in reader:
-            yield reader.line_num, record
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: cannot tell its fields apart ({error})") from None
+    names = [name.strip() for name in _fields(path, first, lines)]
+    if not {"stars", "text"} <= set(names):
+        found = one_line(short(", ".join(filter(None, names)) or "nothing", 80))
+        raise UserError(f"{path}, line 1: expected a JSON object, or a CSV header with stars and text; found {found}")
+    for name in ("stars", "text"):
+        if names.count(name) > 1:
+            raise UserError(f"{path}, line 1: the header has the column {name!r} twice; expected one")
+    for line in lines:
+        if not line.strip():
+            continue
+        fields = _fields(path, line, lines)
+        if len(fields) != len(names):
+            raise UserError(
+                f"{path}, line {lines.number}: expected a review with stars and text in {len(names)} fields, found"
+                f" {len(fields)}; a text with commas needs quotes"
+            )
+        yield lines.number, dict(zip(names, fields, strict=True))
 
 
-def _lines(path: Path) -> Iterator[str]:
-    number = 0
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except OSError as error:
-        raise UserError(f"--reviews {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}, line {number}: not UTF-8 text; convert the file to UTF-8") from None
+def _fields(path: Path, line: str, lines: _Counted) -> list[str]:
+    number = lines.number
+    fields, problem = split_quoted(line, ",", lines)
+    if problem:
+        raise UserError(f"{path}, line {number}: {problem}")
+    return fields
 
 
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); is the file cut short?") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object with stars and text, got a {type(record).__name__}")
-    return record
+class _Counted(Iterator[str]):
+    """Lines, and the number of the last one that was taken, from 1."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self.lines, self.number = lines, 0
+
+    def __next__(self) -> str:
+        line = next(self.lines)
+        self.number += 1
+        return line
 
 
 def _stars(value: object, where: str) -> int:
     try:
-        stars = float(str(value))
+        stars = float(str(value).replace("_", "?"))
     except ValueError:
         stars = 0.0
     if stars not in STARS:
-        raise UserError(f"{where}: expected 1, 2, 3, 4 or 5 stars, got {str(value)[:40]!r}")
+        raise UserError(f"{where}: expected 1, 2, 3, 4 or 5 stars, got {short(str(value))!r}")
     return int(stars)
 
 
 def _names(record: dict[str, Any]) -> str:
-    return ", ".join(map(str, record))[:80] or "nothing"
+    return one_line(short(", ".join(map(str, record)), 80)) or "nothing"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from minbert.data import demo
-from minbert.data.formats import Examples, Row, collect, read_examples, read_glue
+from minbert.data.examples import Columns, Examples, collect, record_row
+from minbert.data.formats import read_file
 from minbert.data.reviews import read_reviews
 from minbert.errors import UserError
 from minbert.tasks import TASKS, Task
@@ -49,10 +51,10 @@ def open_source(data: str | None) -> Source:
     """
     if data is None:
         return DemoSource()
-    directory = Path(data).expanduser()
-    if directory.is_dir():
-        return FolderSource(directory)
-    if directory.exists():
+    directory = os.path.expanduser(data)
+    if os.path.isdir(directory):
+        return FolderSource(Path(directory))
+    if os.path.exists(directory):
         raise UserError(f"{data} is a file; {ACCEPTED}")
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", data):
         return HubSource(data)
@@ -100,14 +102,11 @@ class FolderSource:
             raise UserError(
                 f"{self.name} has no {split} split of {task.name}: no {files}; add it or choose other tasks"
             )
-        name, read = found
-        return read(self._directory / name, task, labels="optional" if split == "test" else "required")
+        return read_file(found, task, labels="optional" if split == "test" else "required")
 
-    def _find(self, task: Task, split: str) -> tuple[str, Callable[..., Examples]] | None:
-        for name, read in _candidates(task, split).items():
-            if (self._directory / name).exists():
-                return name, read
-        return None
+    def _find(self, task: Task, split: str) -> Path | None:
+        files = [self._directory / name for name in _candidates(task, split)]
+        return next((file for file in files if os.path.lexists(file)), None)
 
 
 class WithReviews:
@@ -131,14 +130,10 @@ class WithReviews:
         return self._source.load(task, split)
 
 
-def _candidates(task: Task, split: str) -> dict[str, Callable[..., Examples]]:
-    """The files that may hold a split, with their readers."""
-    candidates: dict[str, Callable[..., Examples]] = {}
-    if split in task.files:
-        candidates[task.files[split]] = read_examples
-    if task.glue is not None and split in SPLITS:
-        candidates[f"{task.glue.folder}/{split}.tsv"] = read_glue
-    return candidates
+def _candidates(task: Task, split: str) -> list[str]:
+    """The files that may hold a split."""
+    candidates = [task.files[split]] if split in task.files else []
+    return [*candidates, *([f"{task.glue.folder}/{split}.tsv"] if task.glue and split in SPLITS else [])]
 
 
 class HubSource:
@@ -184,15 +179,13 @@ class HubSource:
         if absent:
             found = ", ".join(table.column_names)
             raise UserError(f"{self.name}/{glue.hub}: no column {', '.join(sorted(absent))}; found {found}")
-        labels = list(table[HUB_LABEL])
-        labelled = split != "test" or any(label != -1 for label in labels)  # GLUE hides its test labels as -1
-        columns = [list(table[column]) for column in glue.columns]
-        ids = list(table["idx"]) if "idx" in table.column_names else list(range(len(labels)))
+        names = [*glue.columns, HUB_LABEL, *(["idx"] if "idx" in table.column_names else [])]
         rows = (
-            Row(number, str(identity), texts, str(label))
-            for number, (identity, label, *texts) in enumerate(zip(ids, labels, *columns, strict=True), 1)
+            record_row(number, dict(zip(names, values, strict=True)), Columns(glue.columns, HUB_LABEL), "idx")
+            for number, values in enumerate(zip(*(table[name] for name in names), strict=True))
         )
-        return collect(f"{self.name}/{glue.hub}/{HUB_SPLITS[split]}", rows, task, labelled)
+        where = f"{self.name}/{glue.hub}/{HUB_SPLITS[split]}"
+        return collect(where, rows, task, "optional" if split == "test" else "required")
 
     def _ask(self, question: Callable[..., Any], *arguments: str, **options: str) -> Any:
         """Call into `datasets`, and turn what the hub may answer into one line."""

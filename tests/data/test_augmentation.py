@@ -74,6 +74,27 @@ def test_pairs_can_be_augmented_too(tmp_path):
     assert (examples.texts, examples.pairs, examples.labels.tolist()) == (["a cat"], ["a single cat"], [5.0])
 
 
+def test_originals_with_one_id_and_several_labels_give_none(tmp_path):
+    originals = Examples(["a", "a"], ["a good film", "a bad film"], None, np.array([3, 1], np.float32))
+    with pytest.raises(UserError, match="line 2: no label, and the training examples with the id 'a' have 1 and 3"):
+        read_augmented(write(tmp_path / "more.csv", "id\tsentence", "a\tfine"), SST, originals)
+    file = write(tmp_path / "more.csv", "id\tsentence\tsentiment", "a\tfine\t3", "a\tpoor\t1", "a\ta bad film\t1")
+    examples = read_augmented(file, SST, originals)
+    assert examples.labels.tolist() == [3, 1]
+    assert [(row.line, row.id) for row in examples.skipped] == [(4, "a")]
+
+
+def test_files_are_told_apart_as_everywhere(tmp_path):
+    file = write(tmp_path / "more.tsv", "id\tsentence1\tsentence2", 'p\t"a cat\t"a single cat"')
+    examples = read_augmented(file, STS, PAIRS)
+    assert (examples.texts, examples.pairs) == (['"a cat'], ['"a single cat"'])
+    assert read_augmented(
+        write(tmp_path / "more.jsonl", '{"sentence": "x", "sentiment": 1}'),
+        SST,
+        Examples(["0"], ["y"], None, np.array([2])),
+    ).labels.tolist() == [1]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import zlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 
 from minbert.data import Encoded, Examples, encode, pack_batches
 from minbert.packing import Packed, pack
+from minbert.tokenizer import Tokenizer
 
 
 class Letters:
@@ -69,6 +74,41 @@ def test_packing_lays_the_chosen_examples_end_to_end(tmp_path_factory, data):
     assert_same_packed(
         encoded.pack(np.array(indices)), pack([ids[index] for index in indices], [types[index] for index in indices])
     )
+
+
+@pytest.mark.parametrize("reading", ["joint", "apart", "both"])
+def test_texts_of_which_no_token_is_left_are_told(tmp_path, reading):
+    tokenizer = Tokenizer.train(["one two three"], 100)
+    texts, pairs = ["one", "\x01\u200b", "two", "\x02"], ["two", "one", "\x03", "\x04"]
+    pair = encode(Examples(list("abcd"), texts, pairs, None), tokenizer, 8, tmp_path, reading=reading)
+    assert pair.without_tokens.tolist() == [1, 2, 3]
+    single = encode(Examples(list("abcd"), texts, None, None), tokenizer, 8, tmp_path)
+    assert single.without_tokens.tolist() == [1, 3]
+
+
+def test_the_checksum_is_of_tokens_types_lengths_labels_and_ids_in_order(encoded, tmp_path):
+    other = {
+        "token_ids": encoded.token_ids[::-1].copy(),
+        "token_type_ids": 1 - encoded.token_type_ids,
+        "offsets": np.array([0, 5, 14, 17]),
+        "labels": np.array([1, 0, 1], np.float32),
+        "ids": ["a", "c", "b"],
+        "width": 3,
+    }
+    changed = [replace(encoded, **{name: value}).checksum for name, value in other.items()]
+    changed += [replace(encoded, labels=None).checksum, replace(encoded, ids=["a", 'b", "c', "c"]).checksum]
+    assert len({encoded.checksum, *changed}) == len(changed) + 1
+    again = encode(EXAMPLES, Letters(), 8, tmp_path)
+    assert again.checksum == encoded.checksum
+    assert encoded.is_recorded_as(json.loads(json.dumps(encoded.checksum)))
+    assert not any(encoded.is_recorded_as(checksum) for checksum in (*changed, None, {}, [], 0, True))
+
+
+def test_a_checkpoint_of_0_1_0_knows_the_tokens_alone(encoded):
+    recorded = zlib.crc32(encoded.token_ids.tobytes())
+    assert encoded.is_recorded_as(recorded)
+    assert replace(encoded, labels=None).is_recorded_as(recorded)
+    assert not replace(encoded, token_ids=encoded.token_ids[::-1].copy()).is_recorded_as(recorded)
 
 
 def test_packing_batches_lays_tasks_end_to_end(encoded, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minbert.data import Examples, Skipped, read_examples, read_glue
+from minbert.data import Examples, Skipped, read_examples, read_file, read_glue, skipped_lines
 from minbert.errors import UserError
 from minbert.tasks import TASKS
 
@@ -101,7 +101,10 @@ def test_without_an_id_column_ids_are_row_numbers_that_skipping_does_not_shift(w
         ("9\tz\twhy ?\thow ?\t-1", "label -1 lies outside 0 to 1"),
         ("9\tz\twhy ?\thow ?\tnan", "label nan lies outside 0 to 1"),
         ("9\tz\twhy ?\thow ?\t0.5", "label 0.5 is not a whole number"),
+        ("9\tz\twhy ?\thow ?\t1_0", "label '1_0' is not a number"),
         ("9\tz\twhy ?\t \t1.0", "empty text"),
+        ("9\tz\t \t \t ", "empty text"),
+        ("9\tz\twhy\0?\thow ?\t1.0", "a NUL character"),
         ("9\tz\twhy ?\t1.0", "expected 5 fields, found 4"),
         ("9\tz\twhy ?\thow ?\t1.0\t1.0", "expected 5 fields, found 6"),
         ('9\tz\t"why ?\thow ?\t1.0', "is a quote unbalanced?"),
@@ -115,7 +118,7 @@ def test_a_bad_row_is_skipped_with_its_line_and_costs_no_other_row(write, row, r
     examples = read_examples(path, QQP)
     assert examples.ids == ["q0", "q1", "q2", "q3"]
     (skipped,) = examples.skipped
-    assert (skipped.file, skipped.line) == (str(path), 4)
+    assert (skipped.file, skipped.line, skipped.id) == (str(path), 4, "z")
     assert reason in skipped.reason
 
 
@@ -141,6 +144,13 @@ def test_a_regression_takes_any_number_in_its_range(write):
             "{path}, line 1: no column 'sentiment' in the header; found id, sentence, ",
         ),
         (['id\t"sentence', "a\tb"], "{path}, line 1: cannot read the header: "),
+        (
+            ["id\tsentence\tsentence\tsentiment", "a\tb\tc\t1"],
+            "{path}, line 1: the header has the column 'sentence' twice",
+        ),
+        (["id\tsentence\tid\tsentiment", "a\tb\tc\t1"], "{path}, line 1: the header has the column 'id' twice"),
+        (["id,sentence,sentiment", "a,b,1"], "{path}, line 1: no column 'sentence' in the header; found id,sentence,"),
+        (["i\0d\0", "a"], "{path}, line 1: no column 'sentence' in the header; found i\\x00d\\x00"),
         (
             ["id\tsentence\tsentiment", "a\tb\t7", "a\tb\t"],
             "{path}: none of its 2 rows is usable; line 2: label 7 lies ",
@@ -179,6 +189,171 @@ def test_glue_has_no_quoting(write):
 def test_glue_ids_come_from_the_index_or_the_row(write):
     assert read_glue(write("index\tsentence", "5\tgood"), TASKS["sst2"]).ids == ["5"]
     assert read_glue(write("sentence\tlabel", "good\t1", "bad\t0"), TASKS["sst2"]).ids == ["0", "1"]
+
+
+def test_names_and_fields_may_be_quoted_and_have_blanks_around_them(write):
+    path = write('"id"\t" sentence "\tsentiment ', '"a"\t"good film"\t" 3"')
+    examples = read_examples(path, SST, labels="required")
+    assert (examples.ids, examples.texts, examples.labels.tolist()) == (["a"], ["good film"], [3])
+
+
+def test_a_row_of_tabs_is_a_row_and_a_blank_line_is_none(write):
+    examples = read_examples(write("id\tsentence\tsentiment", "a\tone\t1", "\t\t", "", "  ", "b\ttwo\t2"), SST)
+    assert examples.ids == ["a", "b"]
+    assert [(row.line, row.reason) for row in examples.skipped] == [(3, "empty text")]
+
+
+def test_labels_that_are_kept_back_are_none(write):
+    for hidden in ("", "-1", "-1.0"):
+        path = write("id\tsentence\tsentiment", f"a\tone\t{hidden}", f"b\ttwo\t{hidden}")
+        assert read_examples(path, SST).labels is None
+        with pytest.raises(UserError, match="none of its 2 rows is usable"):
+            read_examples(path, SST, labels="required")
+    half = read_examples(write("id\tsentence\tsentiment", "a\tone\t", "b\ttwo\t2"), SST)
+    assert (half.ids, half.labels.tolist(), half.skipped[0].id) == (["b"], [2], "a")
+
+
+# Which format a file is in ------------------------------------------------------------------------------------------
+
+QUOTED_PAIR = '"We won"\tThey won.'
+GLUE_STS = ("index\tgenre\tsentence1\tsentence2", f"0\tnews\t{QUOTED_PAIR}", '1\tnews\t"We won, he said.\tThey won.')
+COURSE_STS = ("\tid\tsentence1\tsentence2", f"0\ta\t{QUOTED_PAIR}")
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize(
+    ("task", "name", "lines", "first", "skipped"),
+    [
+        (STS, "test.tsv", GLUE_STS, '"We won"', 0),
+        (STS, "test", GLUE_STS, '"We won"', 0),
+        (STS, "test.csv", GLUE_STS, "We won", 1),
+        (STS, "test.csv", COURSE_STS, "We won", 0),
+        (STS, "test.txt", COURSE_STS, "We won", 0),
+        (STS, "test.TSV", COURSE_STS, '"We won"', 0),
+        (QQP, "test.tsv", ("id\tquestion1\tquestion2", f"0\t{QUOTED_PAIR}"), '"We won"', 0),
+        (QQP, "test.txt", ("id\tquestion1\tquestion2", f"0\t{QUOTED_PAIR}"), '"We won"', 0),
+        (QQP, "test.txt", ("id\tsentence1\tsentence2", f"0\t{QUOTED_PAIR}"), "We won", 0),
+        (SST, "test.tsv", ("sentence", '"We won"'), "We won", 0),
+        (TASKS["sst2"], "test.txt", ("index\tsentence", '0\t"We won"'), '"We won"', 0),
+        (STS, "some.txt", ("", '{"sentence1": "We won", "sentence2": "b"}', ""), "We won", 0),
+        (STS, "some.jsonl", ("{", '{"sentence1": "We won", "sentence2": "b"}'), "We won", 1),
+        (QQP, "some.jsonl", ('{"question1": "We won", "question2": "b", "is_duplicate": 1}',), "We won", 0),
+    ],
+)
+def test_name_and_first_line_say_the_format(write, bare, task, name, lines, first, skipped):
+    examples = read_file(write(*lines, name=name), task, bare=bare)
+    assert examples.texts[0] == first
+    assert len(examples.skipped) == skipped
+
+
+def test_bare_lines_have_their_numbers_and_every_one_is_there_or_named(write):
+    path = write("first", "", "third \f\u2028 one", '"quoted', "two\tfields", "a\0b", name="some.txt")
+    examples = read_file(path, SST, bare=True)
+    assert dict(zip(examples.ids, examples.texts, strict=True)) == {
+        "0": "first",
+        "2": "third \f\u2028 one",
+        "3": '"quoted',
+    }
+    assert [(row.line, row.id) for row in examples.skipped] == [(2, "1"), (5, "4"), (6, "5")]
+    assert [row.reason[:14] for row in examples.skipped] == ["empty text", "expected a sen", "a NUL characte"]
+    pairs = read_file(write("a\tb", "c", " \td", "e\tf\tg", '"h\ti"', name="pairs"), STS, bare=True)
+    assert (pairs.texts, pairs.pairs, pairs.ids) == (["a", '"h'], ["b", 'i"'], ["0", "4"])
+    assert [row.reason for row in pairs.skipped] == [
+        "expected a pair of sentences separated by a tab, got 1 field",
+        "empty text",
+        "expected a pair of sentences separated by a tab, got 3 fields",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "lines", "message"),
+    [
+        (SST, ["id,sentence", "a,good"], "line 1: a header separated by ','; expected columns separated by tabs"),
+        (STS, ['"id";"sentence1";"sentence2"', "a;b;c"], "line 1: a header separated by ';'"),
+        (STS, ["id\tpremise", "a\tgood"], "line 1: no column 'sentence1' in the header; found id, premise"),
+        (STS, ["sentence1\ttext", "a\tgood"], "line 1: no column 'sentence2' in the header"),
+    ],
+)
+def test_a_header_is_not_taken_for_a_sentence(write, task, lines, message):
+    with pytest.raises(UserError, match=message):
+        read_file(write(*lines, name="some.txt"), task, bare=True)
+
+
+def test_a_sentence_with_commas_is_not_taken_for_a_header(write):
+    assert len(read_file(write("A word, sentence, or id, please", name="some.txt"), SST, bare=True)) == 1
+
+
+def test_json_objects_of_any_values_are_rows_or_named(write):
+    path = write(
+        '{"id": 7, "sentence": "good", "sentiment": 3}',
+        '{"sentence": "fine", "sentiment": "2"}',
+        '{"id": "c", "sentence": null, "sentiment": 1}',
+        '{"id": "d", "sentence": ["x"], "sentiment": 1}',
+        '{"id": {"a": 1}, "sentence": "x", "sentiment": 1}',
+        '{"id": "a\\nb", "sentence": "x", "sentiment": 1}',
+        '{"id": "e", "sentence": "\\ud800", "sentiment": 1}',
+        '{"id": "f", "sentence": "x", "sentiment": true}',
+        '{"id": "g", "sentence": "x", "sentiment": NaN}',
+        '{"id": "h", "sentence": "x", "sentence": "y", "sentiment": 1}',
+        "",
+        '{"id": "i", "text": "x"}',
+        "[" * 10_000,
+        name="some.jsonl",
+    )
+    examples = read_file(path, SST)
+    assert (examples.ids, examples.labels.tolist()) == (["7", "1"], [3, 2])
+    found = [(row.line, row.id, row.reason) for row in examples.skipped]
+    assert [line for line, _, _ in found] == [3, 4, 5, 6, 7, 8, 9, 10, 12, 13]
+    for (_, identity, reason), (expected, part) in zip(
+        found,
+        [
+            ("c", "expected text for sentence, got nothing"),
+            ("d", "expected text for sentence, got a list"),
+            ("4", "expected text or a number for id, got a dict"),
+            ("a\nb", "its id holds a line end"),
+            ("e", "half a surrogate pair"),
+            ("f", "label 'True' is not a number"),
+            ("g", "label nan lies outside"),
+            ("9", "the name 'sentence' comes twice"),
+            ("i", "expected text for sentence; found id, text"),
+            ("12", "nested too deeply"),
+        ],
+        strict=True,
+    ):
+        assert identity == expected
+        assert part in reason
+        assert "\n" not in reason
+
+
+@given(
+    st.sampled_from(["id\tsentence", "sentence", "sentence\tid", "bare"]),
+    st.lists(st.text(st.sampled_from('ab \t"\r\f\0\u2028{}'), max_size=6), max_size=6),
+)
+def test_every_line_is_a_row_or_is_named_or_is_blank(tmp_path_factory, header, lines):
+    path = tmp_path_factory.getbasetemp() / "any.txt"
+    path.write_bytes("\n".join([header, *lines, ""]).encode())
+    try:
+        examples = read_file(path, SST, labels="ignored", bare=True)
+    except UserError as error:
+        assert "usable" in str(error) or "no rows under its header" in str(error)  # noqa: PT017
+        return
+    rows = [line for line in lines if line.strip() or "\t" in line or "\t" not in header]
+    assert len(examples) + len(examples.skipped) == len(rows) + (header == "bare")
+
+
+def test_a_file_of_rows_that_are_left_out_says_how_many_and_which(write):
+    rows = [f"a{i}\t" for i in range(7)]
+    skipped = read_file(write("id\tsentence", "z\tgood", *rows), SST).skipped
+    assert [line.replace(skipped[0].file, "FILE") for line in skipped_lines(skipped, "see RUN")] == [
+        "warning: 7 rows of FILE left out:",
+        *(f"  line {i + 3}, id a{i}: empty text" for i in range(5)),
+        "  and 2 more: see RUN",
+    ]
+    odd = Skipped("some\nfile", 3, "empty text", "\x1b[31m" + "x" * 100)
+    assert skipped_lines([odd], "") == [
+        "warning: 1 row of some\\nfile left out:",
+        "  line 3, id \\x1b[31m" + "x" * 34 + "…: empty text",
+    ]
 
 
 def test_examples_of_unequal_lengths_are_refused():

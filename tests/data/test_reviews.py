@@ -45,6 +45,19 @@ def test_json_lines_and_csv_give_the_same_draw(tmp_path):
     assert one.labels.tolist() == other.labels.tolist()
 
 
+def test_an_empty_text_is_named_and_a_text_may_be_long(tmp_path):
+    long = "x" * 200_000
+    for path in (
+        json_lines(tmp_path / "reviews.json", [*REVIEWS, {"stars": 1, "text": " "}, {"stars": 1, "text": long}]),
+        csv_file(
+            tmp_path / "reviews.csv", [{"stars": 5, "text": ""}, *({"stars": i, "text": long} for i in range(1, 6))]
+        ),
+    ):
+        drawn = read_reviews(path, 1, seed=0)
+        assert [(row.file, row.reason) for row in drawn.skipped] == [(str(path), "empty text")]
+        assert drawn.skipped[0].line == (101 if path.suffix == ".json" else 2)
+
+
 def test_the_draw_follows_the_seed_and_every_review_has_the_same_chance(tmp_path):
     path = json_lines(tmp_path / "reviews.json", REVIEWS)
     assert read_reviews(path, 5, 1).texts == read_reviews(path, 5, 1).texts != read_reviews(path, 5, 2).texts
@@ -63,6 +76,18 @@ def test_the_draw_follows_the_seed_and_every_review_has_the_same_chance(tmp_path
         ('{"stars": 1, "text": "x"}\n[]\n', "line 2: expected a JSON object with stars and text, got a list"),
         ("5,good\n", "line 1: expected a JSON object, or a CSV header with stars and text; found 5, good"),
         ("", "found nothing"),
+        ("stars,text,text\n5,a,b\n", "line 1: the header has the column 'text' twice; expected one"),
+        (
+            "stars,text\n1,bad, very bad\n",
+            "line 2: expected a review .* in 2 fields, found 3; a text with commas needs",
+        ),
+        ('stars,text\n\n5,"good\nfilm"\n4,nice,or not\n', "line 5: expected a review .* in 2 fields, found 3"),
+        ('stars,text\n5,"good" film\n', "line 2: cannot tell its fields apart .text after a closing quote"),
+        ('stars,text\n5,good\n4,"bad\n3,more\n', "line 3: cannot tell its fields apart .a quote is not closed"),
+        ('{"stars": 1, "text": "x"}\n' + "[" * 9999 + "\n", r"line 2: not JSON \(nested too deeply"),
+        ('{"stars": 1, "text": "\\ud800"}\n', "line 1: not Unicode text"),
+        ('{"stars": 1, "stars": 2, "text": "x"}\n', "line 1: not JSON .the name 'stars' comes twice"),
+        ("stars,text\r1,x\r", "its lines end with carriage returns alone"),
         ('stars,text\n5,good\nsix,"good\nfilm"\n', "line 4: expected 1, 2, 3, 4 or 5 stars, got 'six'"),
         ('stars,text\n5,"good\n', "cannot tell its fields apart"),
         ("stars,text\n5\n", "line 2: expected a review with stars and text"),

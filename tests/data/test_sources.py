@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 
@@ -87,6 +88,22 @@ def test_what_cannot_be_opened_is_said_with_what_can(tmp_path):
     assert "QQP/train.tsv" in empty
 
 
+@pytest.mark.parametrize("data", ["x" * 5000, "a\0b", "~nobody-of-this-name/data"])
+def test_a_path_that_cannot_be_is_no_directory(data):
+    assert message(data).startswith("no such directory: ")
+
+
+def test_a_data_file_that_is_none_is_refused_and_not_passed_over(tmp_path):
+    os.mkfifo(tmp_path / "ids-sst-train.csv")
+    (tmp_path / "ids-sst-dev.csv").mkdir()
+    (tmp_path / "ids-sst-test-student.csv").symlink_to("absent")
+    (tmp_path / "STS-B").mkdir()
+    source = open_source(str(tmp_path))
+    for split, reason in (("train", "not a regular file"), ("dev", "Is a directory"), ("test", "No such file")):
+        with pytest.raises(UserError, match=f"cannot read .*ids-sst.*: {reason}"):
+            source.load(SST, split)
+
+
 class FakeTable:
     def __init__(self, columns: dict[str, list]) -> None:
         self.column_names = list(columns)
@@ -125,6 +142,25 @@ def test_glue_on_the_hub_is_read():
     assert (dev.ids, dev.texts, dev.pairs) == (["7", "9"], ["a?", "c?"], ["d?", "d?"])
     np.testing.assert_array_equal(dev.labels, [1, 0])
     assert [(skipped.file, skipped.line) for skipped in dev.skipped] == [("nyu-mll/glue/qqp/validation", 2)]
+
+
+def test_rows_of_the_hub_without_text_or_label_are_named(hub, monkeypatch):
+    columns = {
+        "question1": ["a?", None, "c?", "d?", 5, "f?"],
+        "question2": ["x?", "y?", None, "\ud800", "z?", "w?"],
+        "label": [1, 0, 0, 0, 0, None],
+        "idx": [7, 8, None, 10, 11, 12],
+    }
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lambda *names, split: FakeTable(columns))
+    dev = open_source("nyu-mll/glue").load(QQP, "dev")
+    assert dev.ids == ["7"]
+    assert [(row.line, row.id, row.reason) for row in dev.skipped] == [
+        (2, "8", "expected text for question1, got nothing (null)"),
+        (3, "2", "expected text for question2, got nothing (null)"),
+        (4, "10", "not Unicode text (half a surrogate pair)"),
+        (5, "11", "expected text for question1, got a int"),
+        (6, "12", "no label"),
+    ]
 
 
 @pytest.mark.usefixtures("hub")

@@ -1,0 +1,163 @@
+"""Lines of text files and the fields in them, as every reader takes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from minbert.errors import UserError
+
+LONGEST_LINE = 1 << 26  # bytes
+LONGEST_RECORD = 1 << 26  # characters of a quoted field over several lines
+STANDARD_INPUT = "-"
+
+
+def read_lines(path: str | Path, expected: str, *, option: str = "", pipes: bool = False) -> Iterator[str]:
+    r"""The lines of a UTF-8 text file one by one, without their ends.
+
+    A line ends with `\n` or `\r\n`. Every other character is text: a lone `\r`, form feeds, U+0085, U+2028. A byte
+    order mark at the start is no part of the text.
+
+    Args:
+        path: a regular file.
+        expected: what should be in the file, for messages.
+        option: the option that named the file, for messages.
+        pipes: also read a pipe, or standard input when `path` is `-`.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8, has a line of more than 64 MiB, or ends its lines with `\r`
+            alone.
+    """
+    named = "standard input" if pipes and str(path) == STANDARD_INPUT else str(path)
+    try:
+        with _opened(path, pipes) as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), file.read(0)), 1):
+                if len(line) > LONGEST_LINE:
+                    raise UserError(
+                        f"{named}, line {number}: longer than {LONGEST_LINE >> 20} MiB; expected {expected}"
+                    )
+                text = line if isinstance(line, str) else _decoded(line, number, named)
+                if number == 1 and not text.endswith("\n") and "\r" in text.rstrip("\r"):
+                    raise UserError(f"{named}: its lines end with carriage returns alone; convert them to line feeds")
+                yield text.removesuffix("\n").removesuffix("\r")
+    except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
+        reason = getattr(error, "strerror", None) or str(error)
+        if option:
+            raise UserError(f"{option} {named}: cannot be read ({reason})") from None
+        raise UserError(f"cannot read {named}: {reason}; expected {expected}") from None
+
+
+@contextmanager
+def _opened(path: str | Path, pipes: bool) -> Iterator[IO[Any]]:
+    if pipes and str(path) == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise OSError(0, "it is closed")
+        yield getattr(sys.stdin, "buffer", sys.stdin)
+        return
+    mode = os.stat(path).st_mode  # before it is opened: opening a pipe waits for its writer
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (pipes and stat.S_ISFIFO(mode))):
+        raise OSError(0, "not a regular file")
+    with open(path, "rb") as file:
+        yield file
+
+
+def _decoded(line: bytes, number: int, named: str) -> str:
+    if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{named}: UTF-16 text; convert the file to UTF-8")
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{named}, line {number}: not UTF-8 text; convert the file to UTF-8") from None
+
+
+def split_quoted(line: str, delimiter: str = "\t", more: Iterator[str] | None = None) -> tuple[list[str], str]:
+    """The fields of a line of CSV, with one level of quoting undone.
+
+    A field that begins with a quote ends with the next one that is not doubled; quotes elsewhere are text.
+
+    Args:
+        more: the lines that follow, of which a quoted field takes as many as it spans; by default a quoted field ends
+            on its line.
+
+    Returns:
+        The fields, and why there are no more of them: the problem that kept the rest from being told apart, or nothing.
+    """
+    if '"' not in line:
+        return line.split(delimiter), ""
+    fields: list[str] = []
+    position = 0
+    while True:
+        if not line.startswith('"', position):
+            end = line.find(delimiter, position)
+            end = len(line) if end < 0 else end
+            fields.append(line[position:end])
+        else:
+            parts: list[str] = []
+            size = 0
+            position += 1
+            while (end := line.find('"', position)) < 0 or line.startswith('""', end):
+                parts.append(line[position:] if end < 0 else line[position : end + 1])
+                position = end + 2
+                size += len(parts[-1])
+                if end < 0:
+                    following = next(more, None) if more is not None and size < LONGEST_RECORD else None
+                    if following is None:
+                        return fields, "cannot tell its fields apart (a quote is not closed); is a quote unbalanced?"
+                    parts.append("\n")
+                    line, position = following, 0
+            fields.append("".join([*parts, line[position:end]]))
+            end += 1
+            if end < len(line) and not line.startswith(delimiter, end):
+                return fields[:-1], "cannot tell its fields apart (text after a closing quote); is a quote unbalanced?"
+        if end >= len(line):
+            return fields, ""
+        position = end + len(delimiter)
+
+
+def json_object(line: str, expected: str = "a JSON object") -> dict[str, Any]:
+    """The JSON object that a line holds.
+
+    Args:
+        expected: what it should be, for messages.
+
+    Raises:
+        ValueError: it holds none, or one with the same name twice.
+    """
+    try:
+        record = json.loads(line, object_pairs_hook=_named_once)
+    except RecursionError:
+        raise ValueError("not JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected {expected}, got a {type(record).__name__}")
+    return record
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {short(twice)!r} comes twice")
+    return record
+
+
+def short(text: str, limit: int = 40) -> str:
+    """A text cut to `limit` characters, for messages."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8: JSON may escape half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

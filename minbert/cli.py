@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonargparse
-import yaml
 
 from minbert.errors import UserError, did_you_mean, one_line
 from minbert.recipes import recipe
+from minbert.records import checked, read_yaml, short, types_of_fields, without_format
 from minbert.surgery import names_code
 
 Config = TypeVar("Config")
@@ -27,6 +27,7 @@ class Parser(jsonargparse.ArgumentParser):
     def __init__(self, command: str, config: type, **kwargs: Any) -> None:
         super().__init__(prog=f"python -m minbert.{command}", exit_on_error=False, allow_abbrev=False, **kwargs)
         self.kinds = dict(_kinds(config))  # type of each option, as text
+        self.types = dict(_types(config))  # and as it is
         self.add_class_arguments(config, None)
 
     def parse(self, arguments: Sequence[str]) -> jsonargparse.Namespace:
@@ -36,7 +37,11 @@ class Parser(jsonargparse.ArgumentParser):
             UserError: an unknown option, or a value of the wrong type.
         """
         try:
-            return self.instantiate(self.parse_args(self.normalise(arguments)))
+            values = self.parse_args(self.normalise(arguments))
+            for name, kind in self.types.items():
+                if not dataclasses.is_dataclass(kind):
+                    checked(values[name], kind, f"--{name.replace('_', '-')}")
+            return self.instantiate(values)
         except argparse.ArgumentError as error:
             raise UserError(self._one_line(str(error))) from None
 
@@ -84,6 +89,10 @@ class Parser(jsonargparse.ArgumentParser):
             entry = re.fullmatch(r"NestedArg\(key='(.*)', val='(.*)'\)", wrong[2].strip())  # of a dictionary
             key, value = (f".{entry[1]}", entry[2]) if entry else ("", wrong[2].strip())
             return f"--{wrong[1].replace('_', '-')}{key}: expected {expected}, got {value!r}"
+        record = re.search(r'Parser key "([\w.]+)":\s+Unable to load config "(.*)"', message, re.DOTALL)
+        if record and dataclasses.is_dataclass(kind := self.types.get(record[1])):
+            names = ", ".join(field.name for field in dataclasses.fields(kind))
+            return f"--{record[1].replace('_', '-')}: expected a record of {names}, got {short(record[2])}"
         return " ".join(message.split())
 
 
@@ -93,6 +102,14 @@ def _kinds(config: type, prefix: str = "--") -> Iterator[tuple[str, str]]:
         yield prefix + option.name, str(option.type)
         if dataclasses.is_dataclass(option.default_factory):
             yield from _kinds(option.default_factory, f"{prefix}{option.name}.")  # type: ignore[arg-type]
+
+
+def _types(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted names of the options of a record and of the records in it, and their types."""
+    for name, kind in types_of_fields(config).items():
+        yield prefix + name, kind
+        if dataclasses.is_dataclass(kind):
+            yield from _types(kind, f"{prefix}{name}.")
 
 
 def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -> Config:
@@ -114,11 +131,14 @@ def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -
     words = parser.normalise(arguments)
     files = [word.split("=", 1)[1] for word in words if word.startswith("--config=")]
     chosen = [word.split("=", 1)[1] for word in words if word.startswith("--recipe=")]
-    for options in [_options_in(Path(file), parser) for file in files]:
+    layers = [_options_in(Path(file), parser) for file in files]
+    for options in layers:
         chosen = chosen or ([options["recipe"]] if options.get("recipe") else [])
     if chosen:
-        parser.set_defaults(dict(_flat(recipe(chosen[-1]), parser.kinds)))
-    values = parser.parse(sorted(words, key=lambda word: not word.startswith("--config=")))
+        layers.insert(0, dict(_flat(recipe(chosen[-1]), parser.kinds)))
+    for options in layers:
+        parser.set_defaults(options)
+    values = parser.parse([word for word in words if not word.startswith("--config=")])
     surgery = str(values.get("surgery"))
     if names_code(surgery) and not any(word.startswith("--surgery=") for word in words) and "allow_code" not in values:
         raise UserError(
@@ -134,24 +154,20 @@ def _flat(options: Mapping[str, Any], known: Collection[str], prefix: str = "") 
         if isinstance(value, Mapping) and any(option.startswith(f"--{prefix}{name}.") for option in known):
             yield from _flat(value, known, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield f"{prefix}{name}", value
 
 
 def _options_in(path: Path, parser: Parser) -> dict[str, Any]:
+    """The options in a file of --config by their dotted names."""
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"--config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if not isinstance(options, dict):
-        raise UserError(f"--config {path}: expected `option: value` lines, got a {type(options).__name__}")
-    known = [option[2:] for option in parser.kinds if option != "--config"]
-    for option in options:
-        if option not in known:
-            raise UserError(f"--config {path}: unknown option {option}{did_you_mean(str(option), known)}")
+        values = read_yaml(path, "give a file of options", regular=False)
+        options = dict(_flat(without_format(values, str(path)), parser.kinds))
+        for name, value in options.items():
+            if name not in parser.types:
+                raise UserError(f"{path}: unknown option {name}{did_you_mean(str(name), list(parser.types))}")
+            checked(value, parser.types[name], f"{path}: --{name.replace('_', '-')}")
+    except UserError as error:
+        raise UserError(f"--config {error}") from None
     return options
 
 

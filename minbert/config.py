@@ -13,6 +13,7 @@ import yaml
 from minbert.choices import check_known, check_tasks, chosen, of_task
 from minbert.errors import UserError, require
 from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
+from minbert.records import FORMAT, build, read_yaml, without_format
 from minbert.smart import BregmanConfig, SmartConfig
 from minbert.surgery import check_surgery, needs_task_gradients
 from minbert.tasks import TASKS, Task, find_tasks
@@ -296,28 +297,19 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        return yaml.safe_dump({"format": FORMAT, **dataclasses.asdict(self)}, sort_keys=False)
 
     @classmethod
     def from_yaml(cls, path: Path) -> TrainConfig:
-        """Read what `to_yaml` wrote.
+        """Read what `to_yaml` wrote; an option that an earlier minbert did not have has its default.
 
         Raises:
-            UserError: no such file, or it is not such a record.
+            UserError: no such file, it is not such a record, or a later minbert wrote it.
         """
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-            nested = {name: kind(**values[name]) for name, kind in NESTED.items()}
-            return cls(**{**values, **nested})
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing: {path.parent} is not a run directory of minbert") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{path} is damaged ({str(error).splitlines()[0]}); restore it or start a new run"
-            ) from None
-
-
-NESTED = {"scratch": ScratchConfig, "smart": SmartConfig, "bregman": BregmanConfig}
+        if not path.exists():
+            raise UserError(f"{path} is missing: {path.parent} is not a run directory of minbert")
+        values = read_yaml(path, "restore it or start a new run")
+        return build(cls, without_format(values, str(path)), str(path))
 
 
 def task_groups(tasks: Sequence[Task], groups: Sequence[str] | None) -> list[list[Task]]:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # a module imports only from its own room and the rooms above
     ["errors"],
-    ["files", "seeds", "tasks", "kernels", "recipes", "weighting_state"],
+    ["files", "seeds", "tasks", "kernels", "recipes", "records", "weighting_state"],
     ["ranks"],
     ["packing", "hub"],
     ["tokenizer"],

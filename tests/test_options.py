@@ -9,6 +9,7 @@ import pytest
 from minbert.cli import parse_layers
 from minbert.config import ScratchConfig, TrainConfig
 from minbert.errors import UserError
+from minbert.smart import SmartConfig
 
 
 def parse(*words: str) -> TrainConfig:
@@ -172,3 +173,81 @@ def test_a_mistake_in_a_file_is_named_in_one_line(tmp_path, text, parts):
 def test_a_missing_config_file_is_named():
     with pytest.raises(UserError, match=r"nowhere\.yaml.*No such file"):
         parse("--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("smart: null", ["--smart", "a record of lambda_s", "got null"]),
+        ("smart: {steps: null}", ["--smart.steps", "int", "got null"]),
+        ("smart: {stepz: 1}", ["smart.stepz", "did you mean 'smart.steps'"]),
+        ("scratch: [1]", ["--scratch", "a record of vocab_size", "a list"]),
+        ("batch_size: {sst: null}", ["--batch-size.sst", "int", "got null"]),
+        ("batch_size: {sst: {a: 1}}", ["--batch-size.sst", "int", "an object"]),
+        ("batch_size: 9223372036854775808", ["--batch-size", "int", "9223372036854775808"]),
+        ("batch_size: true", ["--batch-size", "int", "got true"]),
+        ("epochs: null", ["--epochs", "int", "null"]),
+        ("epochs: 2.5", ["--epochs", "int", "2.5"]),
+        ("epochs: 2001-01-01", ["--epochs", "int", "'2001-01-01'"]),
+        ("seed: {}", ["--seed", "int", "an object"]),
+        ("lr: .inf", ["--lr", "float", "inf"]),
+        ("lr: .nan", ["--lr", "float", "nan"]),
+        ("tasks: sst", ["--tasks", "list[str]", "'sst'"]),
+        ("tasks: [sst, 1]", ["--tasks[1]", "str", "got 1"]),
+        ("heads: {1: linear}", ["--heads", "names as keys", "got 1"]),
+        ("heads: []", ["--heads", "a mapping", "a list"]),
+        ("resume: 1", ["--resume", "bool", "got 1"]),
+        ("epoch_length: [1]", ["--epoch-length", "'smallest'", "int", "a list"]),
+        ("1: 2", ["unknown option 1"]),
+        ("lr: 0.1\nlr: 0.2", ["line 1", "twice"]),
+        ("heads: &a {sst: linear}\nlosses: *a", ["line 2", "aliases"]),
+        ("out: !!python/object/apply:os.system [touch x]", ["line 1", "python/object/apply:os.system"]),
+        ("[" * 5000, ["nested too deeply"]),
+        ("format: 9", ["format 9", "formats up to 2"]),
+        ("format: new", ["format", "'new'"]),
+        ("a: " + "x" * 300_000, ["262144 bytes"]),
+    ],
+)
+def test_any_value_of_any_type_in_a_file_is_one_line(tmp_path, text, parts):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text + "\n")
+    with pytest.raises(UserError) as caught:
+        parse("--config", str(file))
+    message = str(caught.value)
+    assert message.startswith("--config ")
+    assert str(file) in message
+    assert "\n" not in message
+    assert len(message) < 500
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("--smart=null", ["--smart", "a record of", "null"]),
+        ("--smart={steps: null}", ["--smart.steps", "int", "null"]),
+        ("--scratch=[1]", ["--scratch", "a record of", "[1]"]),
+        ("--batch-size={sst: null}", ["--batch-size", "int"]),
+        ("--batch-size=9223372036854775808", ["--batch-size", "int", "9223372036854775808"]),
+        ("--lr=1e400", ["--lr", "float", "inf"]),
+    ],
+)
+def test_any_value_of_any_type_on_the_command_line_is_one_line(word, parts):
+    with pytest.raises(UserError) as caught:
+        parse(word)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_the_config_of_a_run_is_a_file_of_options(tmp_path):
+    config = TrainConfig(tasks=["sts"], lr=0.125, heads={"sts": "cosine"}, smart=SmartConfig(steps=3))
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert parse("--config", str(tmp_path / "config.yaml")) == config
+    (tmp_path / "mine.yaml").write_text("smart: {eta: 0.5}\nbatch_size: {sts: 4}\nlr: 1e-3\n")
+    layered = parse("--config", str(tmp_path / "config.yaml"), "--config", str(tmp_path / "mine.yaml"), "--epochs=5")
+    smart = SmartConfig(steps=3, eta=0.5)
+    assert layered == config.replace(smart=smart, batch_size={"sts": 4}, lr=0.001, epochs=5)
+    assert parse("--config", str(tmp_path / "config.yaml"), "--heads.sts=linear").heads == {"sts": "linear"}

@@ -8,17 +8,40 @@ import os
 # Small work on few threads that sleep when idle: quick even when something else keeps the cores busy.
 os.environ.update(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
 
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from course import write_course_data
-from groups import SMALL
+from groups import SMALL, quick_options
+
+from minbert.device import resolve_precision
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the tests' encoded texts out of the user's cache."""
     os.environ["MINBERT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def named_precision() -> Iterator[None]:
+    """Let no test leave the precision of a run open: what `auto` chooses depends on the processor."""
+
+    def resolve(name: str, *arguments: object) -> str:
+        assert name != "auto", "name the precision of a test's run: --precision=fp32 or bf16"
+        return resolve_precision(name, *arguments)
+
+    with patch("minbert.workbench.resolve_precision", resolve), patch("minbert.evaluate.resolve_precision", resolve):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_plots() -> Iterator[None]:
+    """Draw no plots, which would take longer than the small runs themselves; `groups.drawing` does."""
+    with patch("minbert.train.plot_run"):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -40,16 +63,4 @@ def shared(course_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 @pytest.fixture
 def quick(course_data: Path, tmp_path: Path) -> list[str]:
     """Options of a run of twelve steps in two epochs with a very small encoder, in `tmp_path / "run"`."""
-    options = {
-        "data": course_data,
-        "out": tmp_path / "run",
-        "batch-size": 8,
-        "epochs": 2,
-        "checkpoint-steps": 4,
-        "log-steps": 1,
-        "scratch.hidden-size": 16,
-        "scratch.num-attention-heads": 2,
-        "scratch.intermediate-size": 32,
-        "scratch.num-hidden-layers": 1,
-    }
-    return [f"--{name}={value}" for name, value in options.items()]
+    return quick_options(course_data, tmp_path / "run")

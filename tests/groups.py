@@ -5,10 +5,14 @@ from __future__ import annotations
 import fcntl
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
+
+from minbert.report import plot_run
 
 # Adam divides a gradient that is 0 but for rounding by itself: a large epsilon keeps that out of the weights.
 SMALL = {
@@ -16,8 +20,27 @@ SMALL = {
     "log_steps": 1,
     "dropout": 0.1,
     "adam_eps": 1e-3,
+    "precision": "fp32",
     "scratch": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2},
 }
+
+
+def quick_options(data: Path, out: Path) -> list[str]:
+    """Options of a run of twelve steps in two epochs with a very small encoder."""
+    options = {
+        "data": data,
+        "out": out,
+        "precision": "fp32",
+        "batch-size": 8,
+        "epochs": 2,
+        "checkpoint-steps": 4,
+        "log-steps": 1,
+        "scratch.hidden-size": 16,
+        "scratch.num-attention-heads": 2,
+        "scratch.intermediate-size": 32,
+        "scratch.num-hidden-layers": 1,
+    }
+    return [f"--{name}={value}" for name, value in options.items()]
 
 
 def command(size: int, *words: str | Path, options: tuple[str, ...] = ()) -> list[str]:
@@ -35,6 +58,11 @@ def once(directory: Path, make: Callable[[Path], object]) -> Path:
             make(directory)
             done.touch()
     return directory
+
+
+def drawing() -> AbstractContextManager[object]:
+    """A context in which runs draw their plots."""
+    return patch("minbert.train.plot_run", plot_run)
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:

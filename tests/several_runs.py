@@ -25,7 +25,9 @@ no_plots, no_report = patch("minbert.train.plot_run"), patch("minbert.train.writ
 speaking = patch.object(Ranks, "backend", *backend) if backend else nullcontext()
 with no_plots, no_report, Ranks.joined(resolve_device(device), 60.0) as ranks, speaking:
     for options in json.loads(Path(file).read_text()):
-        train(parse_layers("train", TrainConfig, options), Console(quiet=True), ranks)
+        config = parse_layers("train", TrainConfig, options)
+        assert config.precision != "auto", "what it chooses depends on the processor"
+        train(config, Console(quiet=True), ranks)
 
 # A thread that is left may want a tensor's memory freed when there is no interpreter any more: that aborts the process.
 threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]

@@ -19,11 +19,8 @@ from minbert.model import HEADS
 def run(course_data, tmp_path_factory) -> Path:
     """A short run."""
     path = tmp_path_factory.mktemp("commands") / "run"
-    small = ["--scratch.hidden-size=32", "--scratch.num-hidden-layers=1"]
-    assert (
-        train.main([f"--data={course_data}", f"--out={path}", "--batch-size=8", "--epochs=4", "--lr=0.005", *small])
-        == 0
-    )
+    options = ["--precision=fp32", "--batch-size=8", "--epochs=4", "--lr=0.005", "--scratch.hidden-size=32"]
+    assert train.main([f"--data={course_data}", f"--out={path}", *options, "--scratch.num-hidden-layers=1"]) == 0
     return path
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from groups import quick_options
 
 from minbert import cli, evaluate, predict, train
 
@@ -24,8 +25,8 @@ def outcome(command, arguments: list[str], monkeypatch, capsys) -> tuple[int, st
 def run(course_data, tmp_path_factory) -> Path:
     """A run of one step."""
     path = tmp_path_factory.mktemp("messages") / "run"
-    small = ["--scratch.hidden-size=16", "--scratch.num-attention-heads=2", "--scratch.intermediate-size=32"]
-    assert train.main([f"--data={course_data}", f"--out={path}", "--steps=1", "--batch-size=4", *small]) == 0
+    options = quick_options(course_data, path)
+    assert train.main([*options, "--steps=1", "--batch-size=4"]) == 0
     return path
 
 
@@ -53,7 +54,7 @@ def damaged(course_data: Path, tmp_path: Path, name: str, text: str | None) -> P
 )
 def test_bad_data_files(course_data, tmp_path, monkeypatch, capsys, name, text, parts):
     data = damaged(course_data, tmp_path, name, text)
-    options = [f"--data={data}", f"--out={tmp_path / 'run'}", "--tasks=sst,qqp,sts"]
+    options = [f"--data={data}", f"--out={tmp_path / 'run'}", "--tasks=sst,qqp,sts", "--precision=fp32"]
     code, error = outcome(train, options, monkeypatch, capsys)
     assert code == 2
     assert error.startswith("error: ")
@@ -84,7 +85,7 @@ def test_bad_options(course_data, tmp_path, monkeypatch, capsys, options, parts)
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     options = [option.format(tmp=tmp_path / "empty", file=tmp_path / "file" / "run") for option in options]
-    defaults = [f"--data={course_data}", f"--out={tmp_path / 'run'}", "--steps=1"]
+    defaults = [f"--data={course_data}", f"--out={tmp_path / 'run'}", "--precision=fp32", "--steps=1"]
     given = {option.split("=")[0] for option in options}
     options += [option for option in defaults if option.split("=")[0] not in given]
     code, error = outcome(train, options, monkeypatch, capsys)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from groups import drawing
 from safetensors.torch import load_file
 
 from minbert import train
@@ -130,7 +131,8 @@ def records(run: Path) -> list[dict]:
 
 
 def test_what_is_watched_is_written_down(quick, tmp_path):
-    assert train.main([*quick, "--bregman.mu=1"]) == 0
+    with drawing():
+        assert train.main([*quick, "--bregman.mu=1"]) == 0
     first = records(tmp_path / "run")[0]
     pairs = {"sst/qqp", "sst/sts", "qqp/sts"}
     assert first["cosine"].keys() == first["magnitude_similarity"].keys() == pairs
@@ -148,7 +150,8 @@ def test_what_is_watched_is_written_down(quick, tmp_path):
 
 
 def test_a_plain_run_watches_no_conflicts(quick, tmp_path):
-    assert train.main([*quick, *PLAIN]) == 0
+    with drawing():
+        assert train.main([*quick, *PLAIN]) == 0
     assert not {"cosine", "smart", "bregman"} & records(tmp_path / "run")[0].keys()
     assert {path.name for path in (tmp_path / "run" / "plots").iterdir()} == {"curves.png", "timing.png"}
 

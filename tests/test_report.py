@@ -42,7 +42,7 @@ from minbert.tasks import TASKS
 
 HOSTILE = """</td><script>alert(1)</script><img src=x onerror=alert(2)> "quoted' & 'such" {{ 7 * 7 }} <b>film</b>"""
 SMALL = ["--batch-size=8", "--log-steps=1", "--scratch.hidden-size=16", "--scratch.num-attention-heads=2"]
-SMALL += ["--scratch.intermediate-size=32", "--scratch.num-hidden-layers=1"]
+SMALL += ["--scratch.intermediate-size=32", "--scratch.num-hidden-layers=1", "--precision=fp32"]
 
 
 class Page(HTMLParser):

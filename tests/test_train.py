@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from groups import drawing, quick_options
 from safetensors.torch import load_file
 
 from minbert import checkpoint, train
@@ -62,9 +63,8 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 def finished(course_data, tmp_path_factory) -> Path:
     """A finished run, for tests that only read it."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    options = ["--batch-size=8", "--epochs=2", "--checkpoint-steps=4", "--log-steps=1", "--scratch.hidden-size=16"]
-    options += ["--scratch.num-attention-heads=2", "--scratch.intermediate-size=32", "--scratch.num-hidden-layers=1"]
-    assert train.main([f"--data={course_data}", f"--out={run}", *options]) == 0
+    with drawing():
+        assert train.main(quick_options(course_data, run)) == 0
     return run
 
 

@@ -18,7 +18,7 @@ from minbert.console import SECONDS_BETWEEN_LINES, Terminal
 from minbert.data import Examples, open_source
 from minbert.device import resolve_device
 from minbert.errors import UserError, require
-from minbert.files import no_room_is_a_user_error
+from minbert.files import writing
 from minbert.seeds import derive_seed
 from minbert.tasks import Task, find_tasks
 
@@ -131,7 +131,10 @@ def augment(config: AugmentConfig, console: Console) -> None:
         translators = [Translator(name, config, device) for name in names]
     started, shown = time.monotonic(), time.monotonic()
     try:
-        with no_room_is_a_user_error(out, "free some space and run the same command again"), open(out, "ab") as file:
+        with (
+            writing(out, "free some space and run the same command again"),
+            open(out, "ab") as file,
+        ):
             file.truncate(size)
             for start in track(left, "translating", console=console, transient=True, disable=not console.is_terminal):
                 batch = rows[start : start + config.batch_size]

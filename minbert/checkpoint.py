@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from minbert.errors import UserError
-from minbert.files import no_room_is_a_user_error, write_directory, write_json
+from minbert.files import write_directory, write_json, write_tensors, writing
 from minbert.model import MultitaskModel, save_heads
 from minbert.optimizer import State
 from minbert.surgery import Surgery
@@ -70,13 +70,13 @@ def save(
             for name, param in model.named_parameters()
             for key, value in state.get(param, {}).items()
         }
-        save_file(entries, directory / "optimizer.safetensors")
+        write_tensors(directory / "optimizer.safetensors", entries)
         for surgery in surgeries:
             if surgery.weighting is not None:
                 surgery.weighting.save(directory)
         write_json(directory / "progress.json", asdict(progress))
 
-    with no_room_is_a_user_error(path, "free some space and run the same command with --resume"):
+    with writing(path, "free some space and run the same command with --resume"):
         write_directory(path, fill)
 
 

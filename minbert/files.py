@@ -3,49 +3,145 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from torch import Tensor
 
 from minbert.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+try:
+    import msvcrt
+except ImportError:  # everywhere else
+    msvcrt = None  # type: ignore[assignment]
+
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+BLOCK = 1 << 24  # bytes handed to the system at once
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DTYPES = {  # as safetensors names them, in the order in which it writes them
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @contextmanager
-def no_room_is_a_user_error(path: Path, remedy: str) -> Iterator[None]:
-    """Turn a full disk while writing `path` into one clear line that ends with `remedy`."""
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what the system says against writing `path` into one clear line that ends with `remedy`.
+
+    Raises:
+        UserError: a full disk, one that fails or is read-only, or a directory that is gone.
+    """
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors reports the system's error as text
-        if getattr(error, "errno", None) in _NO_ROOM or any(os.strerror(code) in str(error) for code in _NO_ROOM):
+    except OSError as error:
+        if error.errno in _NO_ROOM:
             raise UserError(f"no room left on the disk to write {path}; {remedy}") from None
-        raise
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from None
+
+
+# One file ---------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, parts: Iterable[Any]) -> None:
+    """Write bytes-like parts to a new file, one after the other, and sync it. A failure may leave a part of it."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        for part in parts:
+            left = memoryview(part).cast("B")
+            while left:
+                left = left[os.write(descriptor, left[:BLOCK]) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write` as UTF-8."""
+    write(path, [text.encode()])
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`: after a crash the file is the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
+    try:
+        write_text(temporary, text)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """`write` a safetensors file, tensor by tensor: no more than one is copied at a time.
+
+    The bytes are those of `safetensors.torch.save`.
+    """
+    order = sorted(tensors, key=lambda name: (list(_DTYPES).index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name in order:
+        tensor = tensors[name]
+        end = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    words = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    words += b" " * (-len(words) % 8)
+
+    def parts() -> Iterator[Any]:
+        yield len(words).to_bytes(8, "little") + words
+        for name in order:
+            yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+    write(path, parts())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line, or leave the file as it was."""
+    data = f"{line}\n".encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            while data:
+                data = data[os.write(descriptor, data) :]
+        except BaseException:
+            with suppress(OSError):
+                os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# A directory ------------------------------------------------------------------------------------------------------
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
@@ -53,31 +149,35 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
 
     After a crash at any moment, `recover(path)` finds the old directory or the new one, whole.
     """
+    recover(path)
     new, old = _new(path), _old(path)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
     try:
+        new.mkdir(parents=True)
         fill(new)
         write_json(new / MANIFEST, {file.name: sha256(file) for file in sorted(new.iterdir())})
         for file in new.iterdir():
-            _sync(file)
-        _sync(new)
+            sync(file)
+        sync(new)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        sync(path.parent)
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        with suppress(OSError):
+            recover(path)
         raise
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def recover(path: Path) -> None:
     """Undo a `write_directory` that a crash cut short."""
-    if not path.exists() and _old(path).exists():
-        _old(path).rename(path)
-    for leftover in (_new(path), _old(path)):
+    new, old = _new(path), _old(path)
+    if not (new.exists() or old.exists()):
+        return
+    if not path.exists() and old.exists():
+        old.rename(path)
+    sync(path.parent)  # before what may be the only whole directory on the disk goes
+    for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -102,7 +202,13 @@ def verify(directory: Path) -> None:
         file = directory / name
         if not file.is_file():
             raise UserError(f"{file} is missing; restore it from a copy, or use another checkpoint")
-        if sha256(file) != checksum:
+        try:
+            found = sha256(file)
+        except OSError as error:
+            raise UserError(
+                f"{file} cannot be read ({error.strerror}); restore it from a copy, or use another checkpoint"
+            ) from None
+        if found != checksum:
             raise UserError(f"{file} was truncated or altered; restore it from a copy, or use another checkpoint")
 
 
@@ -114,6 +220,9 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+# Who may write ----------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold `directory`, made if need be, for this process; on leaving, it goes again if nothing was put there.
@@ -122,22 +231,54 @@ def locked(directory: Path) -> Iterator[None]:
         UserError: another process holds it, or it cannot be made.
     """
     lock = directory / LOCK
+    descriptor = -1
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock.touch()
+        while descriptor < 0:
+            _make(directory)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            _hold(descriptor)
+            if not _is_at(descriptor, lock):  # whoever held it has left and removed it
+                os.close(descriptor)
+                descriptor = -1
     except OSError as error:
-        raise UserError(f"--out {directory}: cannot be written ({error.strerror})") from None
-    with open(lock) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if descriptor >= 0:
+            os.close(descriptor)
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK) and descriptor >= 0:
             raise UserError(f"{directory} is in use by another training process; choose another --out") from None
-        try:
-            yield
-        finally:
+        raise UserError(f"--out {directory}: cannot be written ({error.strerror or error})") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
             if [entry.name for entry in directory.iterdir()] == [LOCK]:
                 lock.unlink()
                 directory.rmdir()
+        os.close(descriptor)
+
+
+def _hold(descriptor: int) -> None:
+    """Lock an open file for this process, until it is closed; an OSError says that another process holds it."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    elif msvcrt is not None:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        raise OSError(errno.ENOTSUP, "this system has no file locks: minbert trains on Linux, macOS and Windows")
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _make(directory: Path) -> None:
+    """Make a directory and its parents, and have the disk know of them."""
+    if not directory.is_dir():
+        _make(directory.parent)
+        directory.mkdir(exist_ok=True)
+        sync(directory.parent)
 
 
 def _new(path: Path) -> Path:
@@ -148,7 +289,10 @@ def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk know a file's content, or which names a directory holds."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no directories
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

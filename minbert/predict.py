@@ -14,7 +14,7 @@ from minbert.data import Examples, encode, read_examples
 from minbert.device import resolve_device
 from minbert.errors import UserError
 from minbert.evaluate import head_outputs, load_model, run_tasks
-from minbert.files import no_room_is_a_user_error, write_atomically
+from minbert.files import write_atomically, writing
 from minbert.metrics import predictions
 from minbert.model import reading
 from minbert.runs import Run, format_predictions
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(text)
     else:
         try:
-            with no_room_is_a_user_error(Path(options.output), "free some space"):
+            with writing(Path(options.output), "free some space"):
                 write_atomically(Path(options.output), text)
         except OSError as error:
             raise UserError(f"--output {options.output}: cannot be written ({error.strerror})") from None

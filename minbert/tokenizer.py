@@ -19,6 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import WordPieceTrainer
 
 from minbert.errors import UserError
+from minbert.files import write_text
 from minbert.hub import TOKENIZER, checkpoint_directory
 
 REQUIRED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -184,8 +185,8 @@ class Tokenizer:
         vocab = self._backend.get_vocab(with_added_tokens=True)
         token_of = {i: token for token, i in vocab.items()}
         lines = [token_of.get(i, f"[unused line {i + 1}]") for i in range(self.vocab_size)]
-        (directory / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self._backend.save(str(directory / "tokenizer.json"))
+        write_text(directory / "vocab.txt", "\n".join(lines) + "\n")
+        write_text(directory / "tokenizer.json", self._backend.to_str(pretty=True))
         normalizer: Any = self._backend.normalizer
         config = {
             "tokenizer_class": "BertTokenizer",
@@ -193,7 +194,7 @@ class Tokenizer:
             **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL if token in vocab},
             "model_max_length": self._model_max_length,
         }
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def _words(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Each text's token ids without [CLS] and [SEP], encoded in parallel chunk by chunk."""

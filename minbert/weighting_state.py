@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from minbert.files import write_tensors
 
 _PLAIN = (type(None), bool, int, float, str)
 _SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {"list": list, "tuple": tuple, "set": set, "deque": deque}
@@ -50,7 +51,7 @@ def state_of(weighting: Any) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
 
 def save_state(state: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> None:
     """Write what `state_of` gave."""
-    save_file(tensors, path, metadata={"state": json.dumps(state)})
+    write_tensors(path, tensors, metadata={"state": json.dumps(state)})
 
 
 def load_state(weighting: Any, path: Path, device: torch.device) -> None:

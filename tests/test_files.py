@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import os
+import re
 
 import pytest
-from safetensors import SafetensorError
+import safetensors.torch
+import torch
 
+from minbert import files
 from minbert.errors import UserError
 from minbert.files import (
     locked,
-    no_room_is_a_user_error,
     readable,
     recover,
     verify,
     write_atomically,
     write_directory,
+    write_tensors,
+    writing,
 )
 
 
@@ -32,7 +37,7 @@ def test_a_write_that_fails_leaves_the_old_directory_whole(tmp_path):
         (directory / "a.txt").write_text("two")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(UserError, match="no room left"), no_room_is_a_user_error(path, "free some space"):
+    with pytest.raises(UserError, match="no room left"), writing(path, "free some space"):
         write_directory(path, fill)
     verify(path)
     assert (path / "a.txt").read_text() == "one"
@@ -77,17 +82,34 @@ def test_a_write_replaces_the_whole_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "x"), SafetensorError("I/O error: No space left on device (os error 28)")]
+    ("code", "said"),
+    [
+        (errno.ENOSPC, "no room left on the disk to write {path}; free some space"),
+        (errno.EDQUOT, "no room left on the disk to write {path}; free some space"),
+        (errno.EIO, "{path} cannot be written (Input/output error); free some space"),
+        (errno.EROFS, "{path} cannot be written (Read-only file system); free some space"),
+        (errno.EACCES, "{path} cannot be written (Permission denied); free some space"),
+        (errno.ENOENT, "{path} cannot be written (No such file or directory); free some space"),
+    ],
 )
-def test_a_full_disk_is_one_clear_line(tmp_path, error):
-    with pytest.raises(UserError, match=r"no room left on the disk to write .*; free some space"):  # noqa: SIM117
-        with no_room_is_a_user_error(tmp_path / "x", "free some space"):
-            raise error
+def test_what_the_system_says_against_writing_is_one_clear_line(tmp_path, code, said):
+    path = tmp_path / "x"
+    with pytest.raises(UserError, match=f"^{re.escape(said.format(path=path))}$"), writing(path, "free some space"):
+        raise OSError(code, os.strerror(code))
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(PermissionError), no_room_is_a_user_error(tmp_path / "x", "free some space"):
-        raise PermissionError(errno.EACCES, "no")
+    with pytest.raises(ValueError, match="no"), writing(tmp_path / "x", "free some space"):
+        raise ValueError("no")
+
+
+def test_tensors_are_written_as_safetensors_writes_them(tmp_path):
+    tensors = {f"t{i} \u00e9": torch.ones(3, i, dtype=dtype) for i, dtype in enumerate(files._DTYPES)}
+    tensors |= {"scalar": torch.zeros(()), "transposed": torch.rand(3, 2).t(), "a": torch.rand(5)}
+    for metadata in (None, {"format": "pt"}):
+        write_tensors(tmp_path / "x", tensors, metadata)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        assert (tmp_path / "x").read_bytes() == safetensors.torch.save(whole, metadata)
 
 
 def _try_to_lock(directory, answer):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minbert.errors import UserError
+from minbert.files import write_text
 
 _SIZES = (
     "vocab_size",
@@ -106,7 +107,7 @@ class EncoderConfig:
     def to_json(self, path: str | Path) -> None:
         """Write a config.json that transformers reads as a BertModel's."""
         saved: dict[str, Any] = {"architectures": ["BertModel"], "model_type": "bert", **asdict(self)}
-        Path(path).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        write_text(Path(path), json.dumps(saved, indent=2) + "\n")
 
 
 def _is_number(value: object) -> bool:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minbert.errors import UserError, did_you_mean
+from minbert.files import write_tensors
 from minbert.model.encoder import Encoder, draw_seed
 from minbert.model.heads import HEADS, sequences_of
 from minbert.model.layers import SHARED_LAYERS, view_of
@@ -207,7 +207,7 @@ class MultitaskModel(nn.Module):
 
 def save_heads(model: MultitaskModel, path: str | Path) -> None:
     """Write what was added to the encoder to a safetensors file: `task.name` of heads, `shared.name` of their layer."""
-    save_file({name: tensor.to("cpu", copy=True) for name, tensor in _added(model).items()}, path)
+    write_tensors(Path(path), _added(model))
 
 
 def load_heads(model: MultitaskModel, path: str | Path) -> None:

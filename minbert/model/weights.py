@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minbert.errors import UserError
+from minbert.files import write_tensors
 
 if TYPE_CHECKING:
     from minbert.model.encoder import Encoder
@@ -62,10 +62,8 @@ def load_weights(encoder: Encoder, directory: Path, *, pooler: bool) -> None:
 
 def save_weights(encoder: Encoder, directory: Path) -> None:
     """Write model.safetensors."""
-    tensors = {
-        name: place.detach().to("cpu", copy=True) for name, place in _places(encoder, encoder.pooler is not None)
-    }
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    places = dict(_places(encoder, encoder.pooler is not None))
+    write_tensors(directory / WEIGHTS_FILE, places, metadata={"format": "pt"})
 
 
 def has_pooler(directory: Path) -> bool:

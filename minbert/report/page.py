@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from minbert.files import no_room_is_a_user_error, write_atomically
+from minbert.files import write_atomically, writing
 
 
 def write_page(path: Path, template: str, **content: object) -> Path:
@@ -20,7 +20,7 @@ def write_page(path: Path, template: str, **content: object) -> Path:
         UserError: the disk is full.
     """
     page = _environment().get_template(template).render(**content)
-    with no_room_is_a_user_error(path, "free some space and run python -m minbert.report"):
+    with writing(path, "free some space and run python -m minbert.report"):
         write_atomically(path, page)
     return path
 

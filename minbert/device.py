@@ -5,13 +5,19 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from minbert import kernels
 from minbert.errors import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -47,8 +53,25 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
+@contextmanager
+def settings(threads: int | None, backend: str) -> Iterator[None]:
+    """Choose CPU threads (None leaves them) and kernels in this block; afterwards they and torch's generator are as
+    before it."""
+    before = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]), kernels.use_backend(backend):
+        try:
+            if threads:
+                torch.set_num_threads(threads)
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed: else each step's large tensors are pages that the kernel has to zero anew."""
+    """Have glibc keep what is freed: else each step's large tensors are pages that the kernel has to zero anew.
+
+    For the whole process and for good: it is for the commands to call, not for a library.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         trim_threshold, mmap_max = -1, -4  # malloc.h
@@ -64,8 +87,12 @@ def describe(device: torch.device, precision: str) -> str:
     return f"{where}{threads}, {precision}, torch {torch.__version__}"
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: allocated on a GPU, resident on a CPU."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory this process has held: allocated on a GPU, resident on a CPU; None where the system keeps no
+    count."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

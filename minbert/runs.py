@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
+from minbert.checkpoint import load_progress
 from minbert.config import TrainConfig
 from minbert.data import Encoded
 from minbert.errors import UserError
-from minbert.files import LOCK, locked, no_room_is_a_user_error, recover, verify, write_atomically, write_json
+from minbert.files import (
+    LOCK,
+    append_line,
+    locked,
+    readable,
+    recover,
+    sync,
+    verify,
+    write_atomically,
+    write_json,
+    writing,
+)
 from minbert.metrics import predictions, probabilities
+from minbert.resume import remarks, resumed
 from minbert.tasks import Task
+
+RESUME = "free some space and run the same command with --resume"
+BEFORE_A_RUN = (LOCK, ".config.yaml.tmp")  # what a run that was killed as it began may leave
 
 
 @dataclass(frozen=True)
@@ -41,22 +57,22 @@ class Run:
         self.last = self.path / "last"
         self.metrics = self.path / "metrics.jsonl"
         self.board: Any = None  # a SummaryWriter, or None
+        self.record: TrainConfig | None = None  # the options before it was resumed
 
     @contextmanager
     def opened(self, resume: bool) -> Iterator[None]:
-        """Hold the directory for writing: an empty one for a new run, one that holds a run to resume it.
+        """Hold the directory for writing: one with a run to resume it, else an empty one, or one that a run was begun
+        in without coming to a checkpoint.
 
         Raises:
             UserError: it holds something already, no run or a damaged one to resume, or another process writes to it.
         """
-        if resume:
-            self.config()
-        elif self.path.is_dir() and any(entry.name != LOCK for entry in self.path.iterdir()):
-            what = "holds a run" if (self.path / "config.yaml").exists() else "is not empty"
-            raise UserError(f"{self.path} {what}: give --resume to continue it, or another --out")
+        self._check_usable(resume)
         with locked(self.path):
-            recover(self.last)
-            recover(self.best)
+            self._check_usable(resume)
+            with writing(self.path, RESUME):
+                recover(self.last)
+                recover(self.best)
             if self.last.exists():
                 verify(self.last)
             try:
@@ -65,30 +81,58 @@ class Run:
                 if self.board is not None:
                     self.board.close()
 
-    def begin(self, config: TrainConfig) -> None:
-        """Record the options of a new run.
+    def _check_usable(self, resume: bool) -> None:
+        begun = (self.path / "config.yaml").exists()
+        if resume and not begun:
+            raise UserError(f"{self.path}: no such run directory; without --resume the command starts a run")
+        if not resume and self.has_checkpoint:
+            raise UserError(f"{self.path} holds a run: give --resume to continue it, or another --out")
+        if begun:
+            self.config()
+        elif self.path.is_dir() and any(entry.name not in BEFORE_A_RUN for entry in self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty, and holds no run: give another --out")
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return readable(self.last).exists() or readable(self.best).exists()
+
+    def where_it_stands(self) -> str:
+        """What is saved, and how to go on."""
+        last = readable(self.last)
+        if last.exists():
+            return f"{last} holds step {load_progress(last).step}: the same command with --resume goes on"
+        return "nothing is saved yet: the same command begins anew"
+
+    def options(self, given: TrainConfig, console: Console) -> TrainConfig:
+        """The options with which the run begins or goes on.
 
         Raises:
-            UserError: the disk is full.
+            UserError: it is resumed, and an option that may not change differs from its record.
         """
-        with no_room_is_a_user_error(self.path, "choose another --out"):
-            write_atomically(self.path / "config.yaml", config.replace(resume=False).to_yaml())
+        if not self.has_checkpoint:
+            if (self.path / "config.yaml").exists():
+                console.print(f"{self.path} was begun and nothing of it is saved: it begins anew")
+            return given
+        self.record = self.config()
+        config = resumed(self.record, given, self.path)
+        for line in remarks(self.record, given.replace(threads=config.threads, backend=config.backend)):
+            console.print(line)
+        return config
+
+    def write_options(self, config: TrainConfig) -> None:
+        """Record the options of the run that begins, or goes on.
+
+        Raises:
+            UserError: the disk refuses them.
+        """
+        text = config.replace(resume=False).to_yaml()
+        with writing(self.path, "choose another --out"):
+            write_atomically(self.path / "config.yaml", text)
 
     def check_seen(self) -> None:
         """Raise a UserError where the directory of a run that has begun is not to be seen."""
         if not (self.path / "config.yaml").exists():
             raise UserError(f"{self.path} is not there for every process: all machines have to share its file system")
-
-    def check_same(self, config: TrainConfig) -> None:
-        """Raise a UserError that names the options in which `config` differs from those the run was started with."""
-        saved, free = self.config(), ("out", "resume", "timeout")
-        differing = [
-            f"--{field.name.replace('_', '-')} (was {getattr(saved, field.name)}, is {getattr(config, field.name)})"
-            for field in dataclasses.fields(config)
-            if field.name not in free and getattr(saved, field.name) != getattr(config, field.name)
-        ]
-        if differing:
-            raise UserError(f"{self.path} was started with other options: {', '.join(differing)}; resume with its own")
 
     def config(self) -> TrainConfig:
         if not self.path.is_dir():
@@ -96,10 +140,13 @@ class Run:
         return TrainConfig.from_yaml(self.path / "config.yaml")
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        remedy = "free some space and run the same command with --resume"
-        with no_room_is_a_user_error(self.metrics, remedy), open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record)) + "\n")
+        """Append one line to metrics.jsonl.
+
+        Raises:
+            UserError: the disk refuses it.
+        """
+        with writing(self.metrics, RESUME):
+            append_line(self.metrics, json.dumps(_finite(record)))
         if self.board is not None:
             for name, value in _flat(record):
                 self.board.add_scalar(name, value, record["step"])
@@ -116,10 +163,22 @@ class Run:
             raise UserError("--tensorboard needs the package tensorboard: pip install 'minbert[tensorboard]'") from None
         self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
+    def sync(self) -> None:
+        """Have the disk know the lines of metrics.jsonl, before a checkpoint that comes after them."""
+        if self.metrics.exists():
+            with writing(self.metrics, RESUME):
+                sync(self.metrics)
+
     def forget_after(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that a resumed run will write again, and a half-written last one."""
         kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
-        write_atomically(self.metrics, "".join(kept))
+        with writing(self.metrics, RESUME):
+            write_atomically(self.metrics, "".join(kept))
+
+    def forget_summary(self) -> None:
+        """Drop summary.json: the run has not finished."""
+        with writing(self.path, RESUME):
+            (self.path / "summary.json").unlink(missing_ok=True)
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, without a last line that a crash cut short."""
@@ -133,7 +192,8 @@ class Run:
         return records
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_json(self.path / "summary.json", summary)
+        with writing(self.path, RESUME):
+            write_json(self.path / "summary.json", summary)
 
     def summary(self) -> dict[str, Any]:
         """What summary.json holds; nothing while the run has not finished.
@@ -158,9 +218,9 @@ class Run:
             The former.
         """
         path = self.path / "predictions" / f"{task.predictions}-{split}-output.csv"
-        path.parent.mkdir(exist_ok=True)
         predicted = predictions(task, outputs)
-        with no_room_is_a_user_error(path, "free some space and run minbert.evaluate"):
+        with writing(path, "free some space and run minbert.evaluate"):
+            path.parent.mkdir(exist_ok=True)
             write_atomically(path, "".join(format_predictions(task, examples.ids, predicted)))
             write_atomically(self._details(task, split), "".join(_format_details(task, examples, outputs)))
         return path
@@ -190,7 +250,10 @@ class Followed(Run):
     def opened(self, resume: bool) -> Iterator[None]:
         yield
 
-    def begin(self, config: TrainConfig) -> None:
+    def options(self, given: TrainConfig, console: Console) -> TrainConfig:
+        return given
+
+    def write_options(self, config: TrainConfig) -> None:
         pass
 
     def log(self, record: dict[str, Any]) -> None:
@@ -199,7 +262,13 @@ class Followed(Run):
     def open_board(self, step: int) -> None:
         pass
 
+    def sync(self) -> None:
+        pass
+
     def forget_after(self, step: int) -> None:
+        pass
+
+    def forget_summary(self) -> None:
         pass
 
 

@@ -18,7 +18,7 @@ from minbert.choices import of_task
 from minbert.config import TrainConfig, task_groups
 from minbert.console import data_table
 from minbert.data import Encoded, Examples, Source, WithReviews, encode, joined, open_source, read_augmented, swapped
-from minbert.device import describe, keep_freed_memory, resolve_precision
+from minbert.device import describe, resolve_precision
 from minbert.errors import UserError
 from minbert.gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel, load_heads, reading
@@ -73,16 +73,13 @@ class Workbench:
 def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Workbench:
     """Read the data, build or load the model, and settle what `config` left open. Nothing is written.
 
+    The weights are drawn from torch's default generator, which stays as it is then.
+
     Raises:
         UserError: bad data, a bad model directory, or options that do not fit them.
     """
     device = ranks.device
     surgeries = find_surgery(config.surgery, config.surgery_reduction)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    kernels.set_backend(config.backend)
-    if device.type == "cpu":
-        keep_freed_memory()
     precision = resolve_precision(config.precision, device)
     console.print(f"minbert {minbert.__version__} on {describe(device, precision)}")
     console.print(kernels_line(device))
@@ -94,8 +91,9 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
     splits = {"train": {task.name: training_examples(task, source, config, dev) for task in tasks}, "dev": dev}
 
     pooler = any(of_task(config.pooling, task.name, "cls") == "pooler" for task in tasks)
-    torch.manual_seed(derive_seed(config.seed, "weights"))
-    start = run.last if config.resume and run.last.exists() else config.model
+    torch.default_generator.manual_seed(derive_seed(config.seed, "weights"))
+    goes_on = config.resume and run.last.exists()
+    start = run.last if goes_on else config.model
     if start is not None:
         tokenizer = Tokenizer.from_pretrained(start)
         encoder = Encoder.from_pretrained(start, pooler=True if pooler else None, dropout=config.dropout)
@@ -118,7 +116,7 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
         raise UserError(f"--max-length {config.max_length} is more than the {limit} positions of the encoder")
     encoder.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
-    torch.manual_seed(derive_seed(config.seed, "heads"))
+    torch.default_generator.manual_seed(derive_seed(config.seed, "heads"))
     model = MultitaskModel(
         encoder,
         tasks,
@@ -134,7 +132,8 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
                     f"--mode pretrain leaves nothing to train for {task.name}: its head {task.head} has no parameters;"
                     f" give another --heads.{task.name}, or --mode finetune"
                 )
-    precision = fit_for_smart(model, config, precision, console)
+    if not goes_on:  # else it was decided by the weights that the run began with
+        precision = fit_for_smart(model, config, precision, console)
     lr = config.lr or default_learning_rate(config, encoder.config.hidden_size)
     config = config.replace(
         tasks=[task.name for task in tasks],
@@ -318,13 +317,11 @@ def restore(bench: Workbench, run: Run, console: Console) -> Progress:
     """
     data = {name: zlib.crc32(encoded.token_ids.tobytes()) for name, encoded in bench.train.items()}
     if not (bench.config.resume and run.last.exists()):
-        run.forget_after(-1)
         return Progress(data=data)
     progress = checkpoint.load_progress(run.last)
     changed = [name for name in data if data[name] != progress.data.get(name)]
     if changed:
         raise UserError(f"the training data of {', '.join(changed)} changed since {run.path} began; start a new run")
     bench.load(run.last)
-    run.forget_after(progress.step)
     console.print(f"resuming {run.path} after step {progress.step}")
     return progress

@@ -40,7 +40,7 @@ def named_precision() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def without_plots() -> Iterator[None]:
     """Draw no plots, which would take longer than the small runs themselves; `groups.drawing` does."""
-    with patch("minbert.train.plot_run"):
+    with patch("minbert.finish.plot_run"):
         yield
 
 

@@ -62,7 +62,7 @@ def once(directory: Path, make: Callable[[Path], object]) -> Path:
 
 def drawing() -> AbstractContextManager[object]:
     """A context in which runs draw their plots."""
-    return patch("minbert.train.plot_run", plot_run)
+    return patch("minbert.finish.plot_run", plot_run)
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from minbert.ranks import Ranks
 from minbert.train import train
 
 file, device, *backend = sys.argv[1:]
-no_plots, no_report = patch("minbert.train.plot_run"), patch("minbert.train.write_report")
+no_plots, no_report = patch("minbert.finish.plot_run"), patch("minbert.finish.write_report")
 speaking = patch.object(Ranks, "backend", *backend) if backend else nullcontext()
 with no_plots, no_report, Ranks.joined(resolve_device(device), 60.0) as ranks, speaking:
     for options in json.loads(Path(file).read_text()):

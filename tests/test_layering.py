@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # a module imports only from its own room and the rooms above
     ["errors"],
-    ["files", "seeds", "tasks", "kernels", "recipes", "records", "weighting_state"],
+    ["files", "seeds", "signals", "tasks", "kernels", "recipes", "records", "weighting_state"],
     ["ranks"],
     ["packing", "hub"],
     ["tokenizer"],
@@ -23,8 +23,9 @@ ROOMS = [  # a module imports only from its own room and the rooms above
     ["choices"],
     ["config", "cli", "device"],
     ["pending", "replay"],
-    ["checkpoint", "runs", "console", "step"],
+    ["checkpoint", "runs", "resume", "console", "step"],
     ["report", "evaluate", "workbench"],
+    ["finish"],
     ["train", "predict", "reproduce", "augment"],
     ["integrations"],
 ]

@@ -75,7 +75,7 @@ def course(course_data, tmp_path):
 @pytest.mark.slow
 def test_a_papers_table_runs_end_to_end(number, course, tmp_path, monkeypatch):
     def in_this_process(recipe, seed, directory, options):
-        with patch("minbert.train.write_report"):
+        with patch("minbert.finish.write_report"):
             status = train.main([f"--recipe={recipe}", f"--seed={seed}", f"--out={directory}", *options])
         for checkpoint in ("best", "last"):
             shutil.rmtree(directory / checkpoint)

@@ -288,16 +288,16 @@ def test_too_many_non_finite_steps_end_the_run_with_advice(quick, tmp_path, monk
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(quick, tmp_path, monkeypatch):
-    real = checkpoint.save_file
+    real = checkpoint.write_tensors
     calls = []
 
-    def full(tensors, path):
+    def full(path, tensors):
         calls.append(path)
         if len(calls) > 1:
             raise OSError(28, "No space left on device")
-        real(tensors, path)
+        real(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(UserError, match=r"no room left on the disk.*--resume"):
         train.main(quick)
     verify(tmp_path / "run" / "last")

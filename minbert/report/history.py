@@ -104,19 +104,21 @@ class Epoch:
 
 
 def epochs(records: Sequence[Record]) -> list[Epoch]:
-    """The epochs that ended, in order."""
-    return [
-        Epoch(
-            record["epoch"],
-            record["step"],
-            record["train_loss"],
-            flat_scores(record["dev"]),
-            record["dev"]["overall"],
-            record.get("conflict_rate", {}),
-        )
-        for record in records
-        if "dev" in record
-    ]
+    """The epochs that ended, in order; of one in whose middle the run once ended, the better scores."""
+    found: dict[int, Epoch] = {}
+    for record in records:
+        if "dev" in record:
+            epoch = Epoch(
+                record["epoch"],
+                record["step"],
+                record["train_loss"],
+                flat_scores(record["dev"]),
+                record["dev"]["overall"],
+                record.get("conflict_rate", {}),
+            )
+            before = found.setdefault(epoch.epoch, epoch)
+            found[epoch.epoch] = max(before, epoch, key=lambda each: each.overall)
+    return list(found.values())
 
 
 def flat_scores(dev: Mapping[str, Any]) -> dict[str, float]:

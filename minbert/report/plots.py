@@ -28,16 +28,12 @@ def plot_run(run: Run) -> list[Path]:
 
 
 def _draw(path: Path, picture: Callable[[Any, Sequence[Record]], None], records: Sequence[Record]) -> Path:
-    import matplotlib
+    from matplotlib.figure import Figure  # whose own canvas needs no backend to be chosen for the process
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure = pyplot.figure(layout="constrained")
+    figure = Figure(layout="constrained")
     picture(figure, records)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
     return path
 
 

@@ -1,0 +1,75 @@
+"""What a run leaves when its steps are taken: the best epoch's predictions, plots, summary.json and the report."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+
+import minbert
+from minbert import kernels
+from minbert.checkpoint import Progress, Scores
+from minbert.console import score_table
+from minbert.data import encode
+from minbert.device import describe, peak_memory_bytes
+from minbert.evaluate import evaluate, load_model
+from minbert.files import writing
+from minbert.metrics import overall
+from minbert.model import reading
+from minbert.report import plot_run, write_report
+from minbert.runs import RESUME, Run
+from minbert.workbench import Workbench
+
+
+def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int, console: Console) -> dict[str, object]:
+    """Write the best epoch's predictions, the plots and summary.json; show the dev table of all epochs."""
+    bench.ranks.agreed("saved")
+    model, _ = load_model(run.best, bench.config, bench.device)
+    scores: dict[str, Scores] = {}
+    for split in ("dev", "test"):
+        present = [task for task in bench.tasks if split in bench.source.splits(task)]
+        encoded = bench.dev
+        if split == "test":
+            encoded = {
+                task.name: encode(
+                    bench.source.load(task, split), bench.tokenizer, bench.max_length, reading=reading(task)
+                )
+                for task in present
+            }
+        scores[split], outputs = evaluate(model, present, encoded, bench.device, bench.ranks)
+        for task in present if bench.ranks.leads else ():
+            run.write_predictions(task, split, encoded[task.name], outputs[task.name])
+    if not bench.ranks.leads:
+        return {}
+    with writing(run.path / "plots", RESUME):
+        plot_run(run)
+    best = progress.dev[progress.best_epoch - 1]
+    tested = {"test": {**scores["test"], "overall": overall(scores["test"])}} if scores["test"] else {}
+    summary: dict[str, object] = {
+        "dev": {**best, "overall": progress.best_overall},
+        **tested,
+        "best_epoch": progress.best_epoch,
+        "steps": progress.step,
+        "steps_per_epoch": epoch_steps,
+        "skipped_steps": progress.skipped,
+        "examples": progress.examples,
+        "seconds": progress.seconds,
+        "examples_per_second": progress.examples / progress.seconds,
+        "peak_memory_bytes": peak_memory_bytes(bench.device),
+        "parameters": sum(param.numel() for param in model.parameters()),
+        "device": describe(bench.device, bench.config.precision),
+        "precision": bench.config.precision,
+        "backends": kernels.backends(bench.device),
+        "versions": {"minbert": minbert.__version__, "torch": torch.__version__},
+    }
+    run.write_summary(summary)
+    report = write_report(run)
+    rows = [
+        (f"dev, epoch {epoch}{' (best)' if epoch == progress.best_epoch else ''}", scores, overall(scores))
+        for epoch, scores in enumerate(progress.dev, 1)
+    ]
+    console.print(score_table("all epochs", rows))
+    if progress.skipped:
+        console.print(f"{progress.skipped} steps were skipped: their loss or gradient was not finite")
+    console.print(f"report: {report}")
+    console.print(f"{progress.examples / progress.seconds:.0f} examples/s; run directory: {run.path}")
+    return summary

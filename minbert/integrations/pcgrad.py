@@ -2,40 +2,65 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import compress
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from minbert.integrations.loss_gradients import (
+    accumulate,
+    check_parameters,
+    grad_set_aside,
+    gradients,
+    python_functions,
+    scalars,
+)
 from minbert.kernels import checks, combine, gram, surgery_weights
 from minbert.surgery import Conflicts, Weighting, mean_weights, pcgrad_weights, sum_weights
-
-Gradients = list[list[Tensor | None]]  # one row per task, one column per parameter; None where a loss does not reach
 
 _PLAIN: dict[str, Weighting] = {"sum": sum_weights, "mean": mean_weights}
 
 
-class PCGrad:
+class PCGrad(torch.optim.Optimizer):
     """An optimizer whose gradients go through gradient surgery first (Yu et al. 2020, algorithm 1).
 
         optimizer = PCGrad(torch.optim.AdamW(model.parameters(), lr=1e-5))
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer)
         optimizer.zero_grad()
         optimizer.pc_backward([first_loss, second_loss])  # in place of (first_loss + second_loss).backward()
         optimizer.step()
+        schedule.step()
 
-    Learning-rate schedulers and GradScaler take `.optimizer`, the optimizer inside. Losses that a GradScaler scaled
-    are fine: surgery does not depend on the scale.
+    It is a torch.optim.Optimizer whose parameter groups, state and hooks are those of `.optimizer`, the one inside: a
+    learning-rate schedule, GradScaler, accelerate or transformers' scheduler takes either. Losses that a GradScaler
+    scaled are fine: surgery does not depend on the scale.
 
-    Unlike Pytorch-PCGrad, it projects shared parameters only, so no head's gradient enters an inner product or a norm;
-    "sum" sums; gradients add to what `.grad` holds, as with `backward`; parameters that no loss reaches keep a `.grad`
-    of None; and the orders of projection come from a generator.
+    Unlike Pytorch-PCGrad:
+    - The default reduction is "sum", as in the paper; there it is "mean", and the shared parameters' gradients are T
+      times smaller for T losses. `PCGrad(optimizer, "mean")` has those of the same size.
+    - Only shared parameters are projected, and only their gradients enter inner products and norms. There, all
+      parameters are projected, heads too.
+    - Parameters that at least two losses reach are shared. There, a parameter that one of the losses does not reach
+      gets the sum of the projected gradients, whatever the reduction.
+    - Gradients add to what `.grad` holds, as with `backward`. There, they replace it.
+    - Parameters that no loss reaches keep their `.grad`. There, it becomes zeros, and weight decay and momentum act.
+    - The orders of projection follow a generator of torch. There, they follow Python's `random`.
+    - The graph goes with the last loss. There, it stays.
+
+    Gradients are torch.autograd.grad's. A graph with a checkpoint of torch.utils.checkpoint(..., use_reentrant=True),
+    whose parameters it does not show, is refused. DistributedDataParallel does not see these gradients: give the losses
+    of `model.module`, and average `.grad` over the processes before `step`.
 
     Args:
         optimizer: its parameters are float32, bfloat16 or float64, on one device.
-        reduction: "sum" of the projected gradients, as in the paper, or their "mean".
+        reduction: "sum" of the projected gradients, or their "mean".
         shared: the parameters that surgery is about; when left out, those that at least two of the losses reach, found
             anew in each call. Every other parameter gets the plain sum of its gradients: a head's is its task's own.
         generator: a CPU generator for the orders of projection; torch's default generator when left out.
@@ -43,7 +68,8 @@ class PCGrad:
             `reduction` is then the plain combination that it departs from.
 
     Attributes:
-        conflicts: how the gradients of the last `pc_backward` disagreed, a `minbert.surgery.Conflicts`; None before.
+        conflicts: how the gradients of the last `pc_backward` disagreed, a `minbert.surgery.Conflicts`, with NaN where
+            nothing is shared; None before.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -52,17 +78,20 @@ class PCGrad:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        *,
         reduction: str = "sum",
+        *,
         shared: Iterable[Tensor] | None = None,
         generator: torch.Generator | None = None,
         weighting: Weighting | None = None,
     ) -> None:
+        # Optimizer.__init__ would give this object groups, state and hooks of its own.
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"PCGrad: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         checks.choice("PCGrad", "reduction", reduction, tuple(_PLAIN))
         if not isinstance(generator, torch.Generator | None):
             raise TypeError(f"PCGrad: generator must be a torch.Generator or None, got {type(generator).__name__}")
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"PCGrad: generator must be a CPU generator, got one of {generator.device}")
         if weighting is not None and generator is not None:
             raise ValueError("PCGrad: generator is for PCGrad's own weighting; leave it out when giving a weighting")
         self.optimizer = optimizer
@@ -72,27 +101,37 @@ class PCGrad:
             weighting = partial(pcgrad_weights, generator=generator, reduction=reduction)
         self._weighting = weighting
         self._shared = None if shared is None else self._known(shared)
+        self._warned = False
 
     def pc_backward(self, losses: Iterable[Tensor]) -> None:
         """Add to the parameters' `.grad` what surgery makes of the losses' gradients.
 
         The losses may share a graph: it is kept until the last of them is differentiated. If a shared parameter's
         gradient is not finite, nothing is projected, and the plain combination shows it to whoever looks for it.
-        DistributedDataParallel does not see these gradients: all-reduce `.grad` yourself.
 
         Args:
-            losses: T scalars, one per task.
+            losses: T scalars, one per task; each of them reaches a parameter of the optimizer.
 
         Raises:
-            ValueError, TypeError: `losses`, a gradient, or what the weighting returned is not as described; `.grad` is
-                as before.
+            ValueError, TypeError: `losses`, a gradient, or what the weighting returned is not as described, or the
+                graph hides parameters; `.grad` is as before.
         """
-        parameters = [parameter for parameter in self._parameters() if parameter.requires_grad]
-        if not parameters:
-            raise ValueError("PCGrad.pc_backward: the optimizer needs a parameter that requires gradients, got none")
-        grads = _gradients(_scalars(losses), parameters)
+        parameters = [parameter for parameter in dict.fromkeys(self._parameters()) if parameter.requires_grad]
+        check_parameters(parameters)
+        listed = scalars(losses)
+        functions = python_functions(listed)
+        with grad_set_aside(parameters):
+            grads = gradients(listed, parameters)
+        reached = [sum(grad is not None for grad in column) for column in zip(*grads, strict=True)]
+        for task, row in enumerate(grads):
+            if not any(grad is not None for grad in row):
+                raise ValueError(
+                    f"PCGrad.pc_backward: losses[{task}] reaches no parameter of the optimizer; leave it out, or give"
+                    " the optimizer the parameters that it depends on"
+                )
+        self._warn_once(functions, reached)
         if self._shared is None:
-            shared = [sum(grad is not None for grad in column) > 1 for column in zip(*grads, strict=True)]
+            shared = [count > 1 for count in reached]
         else:
             shared = [parameter in self._shared for parameter in parameters]
         others = [not is_shared for is_shared in shared]
@@ -105,24 +144,85 @@ class PCGrad:
 
         projected = combine(rows, weights)
         summed = combine([list(compress(row, others)) for row in grads], sum_weights(products))
-        _accumulate(compress(parameters, shared), projected)
-        _accumulate(compress(parameters, others), summed)
+        accumulate(compress(parameters, shared), projected)
+        accumulate(compress(parameters, others), summed)
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """The inner optimizer's `step`."""
-        return self.optimizer.step(closure)
+    def _warn_once(self, functions: list[str], reached: list[int]) -> None:
+        """Say what may be missing from the gradients and cannot be seen."""
+        found = []
+        if functions and 0 in reached:
+            found.append(
+                f"no loss reaches {reached.count(0)} of {len(reached)} parameters, and the losses' graph has"
+                f" {', '.join(functions)}, written in Python: parameters that such a function uses without taking them"
+                " as arguments get no gradient"
+            )
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            found.append(
+                "DistributedDataParallel does not average these gradients; average .grad over the processes before"
+                " step()"
+            )
+        if found and not self._warned:
+            self._warned = True
+            warnings.warn(f"PCGrad: {'; '.join(found)}", stacklevel=3)
+
+    # The rest is the inner optimizer's ----------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        """The inner optimizer's `step`. A closure calls `zero_grad` and `pc_backward`, and returns a loss."""
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The inner optimizer's `zero_grad`."""
         self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state; surgery has none of its own."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave."""
+        """Load what `state_dict` gave, or what the inner optimizer's did."""
         self.optimizer.load_state_dict(state_dict)
+
+    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+        """On the inner optimizer, which the hook is given; so are the hooks below."""
+        return self.optimizer.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
+        return self.optimizer.register_step_post_hook(hook)
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        return self.optimizer.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        return self.optimizer.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    # Surgery --------------------------------------------------------------------------------------------------------
 
     def _parameters(self) -> Iterable[Tensor]:
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
@@ -148,60 +248,3 @@ class PCGrad:
             got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"PCGrad: weighting must return one weight for each of {len(products)} losses, got {got}")
         return weights.detach().to(products)
-
-
-def _scalars(losses: Iterable[Tensor]) -> list[Tensor]:
-    if not isinstance(losses, Iterable) or (isinstance(losses, Tensor) and losses.ndim == 0):
-        got = type(losses).__name__
-        raise TypeError(f"PCGrad.pc_backward: losses must be a list of scalar tensors, got one {got}; write [loss]")
-    listed = list(losses)
-    if not listed:
-        raise ValueError("PCGrad.pc_backward: losses must hold one scalar tensor per task, got none")
-    for task, loss in enumerate(listed):
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"PCGrad.pc_backward: losses[{task}] must be a scalar tensor, got {type(loss).__name__}")
-        if loss.numel() != 1:
-            raise ValueError(
-                f"PCGrad.pc_backward: losses[{task}] must be a scalar, got shape {list(loss.shape)}; take its mean"
-            )
-        if not loss.requires_grad:
-            raise ValueError(
-                f"PCGrad.pc_backward: losses[{task}] depends on nothing that requires gradients; compute it outside "
-                "torch.no_grad() and without .detach() or .item()"
-            )
-    return listed
-
-
-def _gradients(losses: list[Tensor], parameters: list[Tensor]) -> Gradients:
-    """The losses' gradients, one loss after the other; the graph they may share goes with the last one."""
-    rows: Gradients = []
-    last = len(losses) - 1
-    for i, loss in enumerate(losses):
-        row = torch.autograd.grad(loss, parameters, retain_graph=i < last, allow_unused=True)
-        rows.append(
-            [_laid_out(grad, parameter, i, k) for k, (grad, parameter) in enumerate(zip(row, parameters, strict=True))]
-        )
-    return rows
-
-
-def _laid_out(grad: Tensor | None, parameter: Tensor, task: int, index: int) -> Tensor | None:
-    """A gradient laid out as its parameter, as `backward` would store it; autograd also gives expanded ones."""
-    if grad is None:
-        return None
-    where = f"PCGrad.pc_backward: losses[{task}]'s gradient of parameter {index}, of shape {list(parameter.shape)},"
-    if grad.layout != torch.strided:
-        raise ValueError(f"{where} must be dense, got {grad.layout}; build the layer with sparse=False")
-    if grad.dtype not in checks.GRADIENTS:
-        raise TypeError(f"{where} must be float32, bfloat16 or float64, got {grad.dtype}; keep parameters in float32")
-    if grad.stride() == parameter.stride() and checks.is_dense(grad):
-        return grad
-    return torch.empty_like(parameter).copy_(grad)
-
-
-@torch.no_grad()
-def _accumulate(parameters: Iterable[Tensor], updates: Iterable[Tensor | None]) -> None:
-    for parameter, update in zip(parameters, updates, strict=True):
-        if parameter.grad is None:
-            parameter.grad = update
-        elif update is not None:
-            parameter.grad.add_(update)

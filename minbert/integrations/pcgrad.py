@@ -43,8 +43,8 @@ class PCGrad(torch.optim.Optimizer):
     scaled are fine: surgery does not depend on the scale.
 
     Unlike Pytorch-PCGrad:
-    - The default reduction is "sum", as in the paper; there it is "mean", and the shared parameters' gradients are T
-      times smaller for T losses. `PCGrad(optimizer, "mean")` has those of the same size.
+    - The default reduction is "sum", as in the paper. There, it is "mean", which its code takes for "sum" too: the
+      shared parameters' gradients are T times smaller for T losses. `PCGrad(optimizer, "mean")` has that size.
     - Only shared parameters are projected, and only their gradients enter inner products and norms. There, all
       parameters are projected, heads too.
     - Parameters that at least two losses reach are shared. There, a parameter that one of the losses does not reach

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minbert.integrations.kept_statistics import statistics_kept
 from minbert.kernels import checks, smart_ascend, smart_init
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # the perturbed state and the clean one -> a scalar
@@ -32,7 +33,13 @@ class SMARTLoss(nn.Module):
     The embeddings start from normal noise and climb `loss_fn` for `num_steps` steps; the loss between the outputs at
     the end of the climb and the clean ones is returned. Its gradient flows through both outputs and through `embed`;
     the climb itself leaves no gradient in any parameter. Dropout inside `eval_fn` counts as movement, unless its masks
-    are the same as in the clean pass.
+    are the same as in the clean pass; the passes draw from torch's generator.
+
+    Batch normalisation in training normalises a perturbed batch by its own statistics, and only clean batches, those
+    that are not given here, enter the running ones: torch's BatchNorm, SyncBatchNorm and InstanceNorm modules and
+    minbert's own leave them alone in here, and spectral_norm its vectors. Statistics that are kept elsewhere cannot be
+    seen: by modules of one's own, by torch.nn.functional.batch_norm called directly, inside a function compiled by
+    torch.compile or torch.jit (a compiled module is fine), or when torch.utils.checkpoint runs a pass again.
 
     The arguments and defaults are smart-pytorch's. Unlike there, with projection="ball" a gradient is scaled to norm 1
     before `step_size` multiplies it, as in the paper; the perturbation is projected onto the ball of radius `epsilon`,
@@ -104,7 +111,9 @@ class SMARTLoss(nn.Module):
         Args:
             embed: float [batch, tokens, D] padded, or [N, D] packed.
             state: `eval_fn(embed)`, with its graph.
-            mask: [batch, tokens], true or 1 at real tokens: padding is not perturbed. Without it, every token is.
+            mask: [batch, tokens], true or 1 at real tokens and false or 0 at padding, which is not perturbed, as
+                transformers' tokenizers return it. Without it, every token is. The inverse, torch.nn.Transformer's
+                key_padding_mask, looks the same and would perturb the padding alone: give its `~`.
             cu_seqlens: int32 [S + 1], the packed sequences' bounds; needed for [N, D] with per="sequence" only.
 
         Returns:
@@ -121,10 +130,12 @@ class SMARTLoss(nn.Module):
         x = clean[real]  # [N, D]
         seed = torch.randint(2**63 - 1, (), device=embed.device, generator=self.generator)
         perturbed = smart_init(x, sigma=self.noise_var**0.5, seed=seed, site=0)
-        for _ in range(self.num_steps):
-            slope = self._slope(clean + _spread(perturbed - x, real), state.detach())[real]
-            perturbed = self._climb(perturbed, x, slope, bounds)
-        return self.loss_last_fn(self.eval_fn(embed + _spread(perturbed - x, real)), state)
+        with statistics_kept(self.eval_fn):
+            for _ in range(self.num_steps):
+                slope = self._slope(clean + _spread(perturbed - x, real), state.detach())[real]
+                perturbed = self._climb(perturbed, x, slope, bounds)
+            moved = self.eval_fn(embed + _spread(perturbed - x, real))
+        return self.loss_last_fn(moved, state)
 
     def _slope(self, perturbed: Tensor, state: Tensor) -> Tensor:
         """The gradient of `loss_fn` with respect to the perturbed embeddings alone."""
@@ -205,6 +216,12 @@ def _real_tokens(embed: Tensor, mask: Tensor | None) -> Tensor:
         raise ValueError(
             f"SMARTLoss: mask must be [batch, tokens] like embeddings [batch, tokens, D], got {list(mask.shape)} for "
             f"{list(embed.shape)}; packed embeddings need none"
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        low, high = (value.item() + 0 for value in mask.aminmax())  # + 0 makes 0 of -0
+        raise ValueError(
+            f"SMARTLoss: mask must be 1 at real tokens and 0 at padding, got values from {low:g} to {high:g}; give the"
+            " attention_mask that the tokenizer returns, not one to add to scores"
         )
     if not mask.any():
         raise ValueError("SMARTLoss: mask must hold a real token, got none; leave such a batch out")

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from minbert import cli
 from minbert.console import SECONDS_BETWEEN_LINES, Terminal
-from minbert.data import Examples, open_source
+from minbert.data import Examples, open_source, refuse_skipped, skipped_lines
 from minbert.device import resolve_device
 from minbert.errors import UserError, require
 from minbert.files import writing
@@ -43,6 +43,7 @@ class AugmentConfig:
         max_length: tokens of a translation at most.
         seed: what the draws follow.
         device: auto, cpu, cuda or cuda:N.
+        strict: translate nothing if a row of the data cannot be used; else such rows are named and left out.
     """
 
     model: str
@@ -56,6 +57,7 @@ class AugmentConfig:
     max_length: int = 256
     seed: int = 0
     device: str = "auto"
+    strict: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "beams", "max_length"):
@@ -120,6 +122,10 @@ def augment(config: AugmentConfig, console: Console) -> None:
     """
     (task,) = find_tasks([config.task])
     examples = open_source(config.data).load(task, "train")
+    if config.strict:
+        refuse_skipped(examples.skipped)
+    for line in skipped_lines(examples.skipped, "minbert.train lists all of them in its run"):
+        console.print(line)
     order = sorted(range(len(examples)), key=lambda i: len(examples.texts[i]))
     rows = [_row(task, examples, i, config.origin) for i in order]
     out = Path(config.out)

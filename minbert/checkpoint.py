@@ -37,7 +37,7 @@ class Progress:
     best_epoch: int = 0
     best_overall: float = -1.0
     dev: list[Scores] = field(default_factory=list)  # one entry per finished epoch
-    data: dict[str, int] = field(default_factory=dict)  # checksum of each task's training tokens
+    data: dict[str, int | str] = field(default_factory=dict)  # checksums of each task's data; up to 0.1.0, numbers
 
     def mean_losses(self) -> dict[str, float]:
         return {name: total / self.loss_counts[name] for name, total in self.loss_sums.items()}

@@ -101,6 +101,7 @@ class TrainConfig:
         reviews: file of reviews with 1 to 5 stars, which adds the task yelp to the others: JSON objects on lines, or
             CSV with a header, with stars and text. Never evaluated.
         reviews_per_star: reviews drawn for each number of stars.
+        strict: start no run whose data has a row that cannot be used; else such rows are left out and named.
         heads: by task, how pooled vectors become outputs, such as {qqp: concatenated, sts: cosine}; it decides whether
             a pair is read as one sequence or each sentence by itself; linear for tasks left out.
         losses: by task, what is minimised, such as {sts: cosine_embedding}; the task's own for tasks left out.
@@ -161,6 +162,7 @@ class TrainConfig:
     augmented: dict[str, str] | None = None
     reviews: str | None = None
     reviews_per_star: int = 500
+    strict: bool = False
     heads: dict[str, str] = field(default_factory=dict)
     losses: dict[str, str] = field(default_factory=dict)
     l2: float | dict[str, float] = 0.0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +17,19 @@ from minbert import cli, kernels
 from minbert.checkpoint import Scores
 from minbert.config import TrainConfig
 from minbert.console import Terminal, score_table
-from minbert.data import Encoded, encode, open_source, token_budget_batches
+from minbert.data import (
+    Encoded,
+    encode,
+    open_source,
+    refuse_skipped,
+    skipped_lines,
+    skipped_rows,
+    token_budget_batches,
+    update_skipped,
+)
 from minbert.device import describe, resolve_device, resolve_precision
 from minbert.errors import UserError
-from minbert.files import readable, verify
+from minbert.files import readable, verify, writing
 from minbert.metrics import METRICS, overall, predictions
 from minbert.model import Encoder, MultitaskModel, load_heads, reading
 from minbert.ranks import Ranks
@@ -96,11 +108,15 @@ class EvaluateConfig:
     """Score a run on a split and write its predictions.
 
     Args:
-        data: where the split is; the run's own training data when left out.
+        data: where the split is; the run's own training data when left out. RUN/predictions/ and RUN/skipped.jsonl are
+            of the best epoch and of the run's own data, as the report shows them. What --checkpoint last predicts is
+            written to RUN/predictions/last/; of other data, to a directory under these that is named after the data,
+            with a skipped.jsonl of its own.
         split: dev, or test (test files may lack labels: then predictions are written and nothing is scored).
         tasks: tasks to evaluate; those of the run when left out.
         checkpoint: best or last.
         device: auto, cpu, cuda or cuda:N.
+        strict: evaluate nothing if a row of the split cannot be used.
     """
 
     data: str | None = None
@@ -108,6 +124,7 @@ class EvaluateConfig:
     tasks: list[str] | None = None
     checkpoint: Literal["best", "last"] = "best"
     device: str = "auto"
+    strict: bool = False
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -116,29 +133,66 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse(arguments)
     run = Run(options.run)
     config = run.config()
-    console = Terminal()
-    device = resolve_device(options.device)
-    kernels.set_backend(config.backend)
-    model, tokenizer = load_model(run.path / options.checkpoint, config, device)
+    console, warnings = Terminal(), Terminal(stderr=True)
     tasks = run_tasks(config, options.tasks)
     source = open_source(options.data if options.data is not None else config.data)
     present = [task for task in tasks if options.split in source.splits(task)]
     if not present:
         names = ", ".join(task.name for task in tasks)
         raise UserError(f"{source.name} has no {options.split} split of {names}; --split and --data choose another")
+    examples = {task.name: source.load(task, options.split) for task in present}
+    skipped = [row for each in examples.values() for row in each.skipped]
+    if options.strict:
+        refuse_skipped(skipped)
+    place = predictions_place(options.checkpoint, options.data, config.data)
+    own = same_data(options.data, config.data)
+    listed = run.skipped if own else run.predictions_directory(place) / run.skipped.name
+    for line in skipped_lines(skipped, str(listed)):
+        warnings.print(line)
+
+    device = resolve_device(options.device)
+    kernels.set_backend(config.backend)
+    model, tokenizer = load_model(run.path / options.checkpoint, config, device)
     console.print(f"{run.path}/{options.checkpoint} on {describe(device, config.precision)}")
     limit = config.max_length or model.encoder.config.max_position_embeddings
-    encoded = {
-        task.name: encode(source.load(task, options.split), tokenizer, limit, reading=reading(task)) for task in present
-    }
+    encoded = {task.name: encode(examples[task.name], tokenizer, limit, reading=reading(task)) for task in present}
+    for task in present:
+        for line in encoded[task.name].notes(limit):
+            warnings.print(f"warning: {task.title}, {options.split}: {line}")
     scores, outputs = evaluate(model, present, encoded, device)
     if scores:
         console.print(score_table(f"{source.name}", [(options.split, scores, overall(scores))]))
     for task in present:
-        path = run.write_predictions(task, options.split, encoded[task.name], outputs[task.name])
-        note = "" if task.name in scores else f" (no labels in this split, so no {task.metric})"
-        console.print(f"{task.title}: {len(encoded[task.name])} predictions in {path}{note}")
+        path = run.write_predictions(task, options.split, encoded[task.name], outputs[task.name], place)
+        count, left_out = len(encoded[task.name]), len(examples[task.name].skipped)
+        notes = [f"{left_out} of {count + left_out} rows left out"] if left_out else []
+        notes += [] if task.name in scores else [f"no labels in this split, so no {task.metric}"]
+        said = f" ({'; '.join(notes)})" if notes else ""
+        console.print(f"{task.title}: {count} predictions in {path}{said}")
+    files = {(task.name, examples[task.name].file) for task in present}
+    rows = [row for task in present for row in skipped_rows(options.split, task.name, examples[task.name].skipped)]
+    with writing(listed, "free some space and run minbert.evaluate"):
+        update_skipped(listed, options.split, files, rows)
+    if absent := [task.name for task in tasks if task not in present and task.evaluated]:
+        warnings.print(f"warning: {source.name} has no {options.split} split of {', '.join(absent)}")
     return 0
+
+
+def same_data(one: str | None, own: str | None) -> bool:
+    """Whether what --data names is the run's own data, which it is when left out."""
+    if one is None or own is None:
+        return one is None
+    return one == own or os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(own))
+
+
+def predictions_place(checkpoint: str, data: str | None, own: str | None) -> str:
+    """Where under RUN/predictions/ the predictions of a checkpoint for some data belong."""
+    parts = [] if checkpoint == "best" else [checkpoint]
+    if data is not None and not same_data(data, own):
+        path = os.path.realpath(os.path.expanduser(data)) if os.path.exists(os.path.expanduser(data)) else data
+        name = re.sub(r"[^\w-]", "_", os.path.basename(path))[:80]
+        parts.append(f"{name}-{zlib.crc32(os.fsencode(path)):08x}")
+    return "/".join(parts)
 
 
 def run_tasks(config: TrainConfig, names: Sequence[str] | None) -> list[Task]:

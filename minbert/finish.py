@@ -9,12 +9,10 @@ import minbert
 from minbert import kernels
 from minbert.checkpoint import Progress, Scores
 from minbert.console import score_table
-from minbert.data import encode
 from minbert.device import describe, peak_memory_bytes
 from minbert.evaluate import evaluate, load_model
 from minbert.files import writing
 from minbert.metrics import overall
-from minbert.model import reading
 from minbert.report import plot_run, write_report
 from minbert.runs import RESUME, Run
 from minbert.workbench import Workbench
@@ -25,16 +23,8 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int,
     bench.ranks.agreed("saved")
     model, _ = load_model(run.best, bench.config, bench.device)
     scores: dict[str, Scores] = {}
-    for split in ("dev", "test"):
-        present = [task for task in bench.tasks if split in bench.source.splits(task)]
-        encoded = bench.dev
-        if split == "test":
-            encoded = {
-                task.name: encode(
-                    bench.source.load(task, split), bench.tokenizer, bench.max_length, reading=reading(task)
-                )
-                for task in present
-            }
+    for split, encoded in (("dev", bench.dev), ("test", bench.test)):
+        present = [task for task in bench.tasks if task.name in encoded]
         scores[split], outputs = evaluate(model, present, encoded, bench.device, bench.ranks)
         for task in present if bench.ranks.leads else ():
             run.write_predictions(task, split, encoded[task.name], outputs[task.name])

@@ -10,15 +10,13 @@ from typing import Literal
 
 from minbert import cli, kernels
 from minbert.console import Terminal
-from minbert.data import Examples, encode, read_examples
+from minbert.data import encode, read_file, refuse_skipped, skipped_lines, skipped_rows, write_skipped
 from minbert.device import resolve_device
-from minbert.errors import UserError
 from minbert.evaluate import head_outputs, load_model, run_tasks
 from minbert.files import write_atomically, writing
 from minbert.metrics import predictions
 from minbert.model import reading
 from minbert.runs import Run, format_predictions
-from minbert.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,13 @@ class PredictConfig:
 
     Args:
         task: a task the run was trained on: sst, qqp, sts or cfimdb.
-        input: CS224N file (tab-separated with a header), or text with a sentence or a tab-separated pair on each line;
-            - reads such lines from standard input.
+        input: file of the course or of GLUE (tab-separated with a header), JSON objects on lines, or text with a
+            sentence or a tab-separated pair on each line, which goes by the line's number, from 0; - reads any of them
+            from standard input. Names, headers and fields are read as in training (minbert/data/formats.py).
         output: file to write; standard output when left out.
+        skipped: file to list all rows in that cannot be used, with line, id and reason; the first few of them are
+            named on standard error anyway.
+        strict: predict nothing if there is such a row.
         checkpoint: best or last.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -37,6 +39,8 @@ class PredictConfig:
     task: str
     input: str
     output: str | None = None
+    skipped: str | None = None
+    strict: bool = False
     checkpoint: Literal["best", "last"] = "best"
     device: str = "auto"
 
@@ -48,64 +52,33 @@ def main(arguments: Sequence[str]) -> int:
     run = Run(options.run)
     config, console = run.config(), Terminal(stderr=True)
     (task,) = run_tasks(config, [options.task])
-    examples = read_input(task, options.input)
-    for skipped in examples.skipped:
-        console.print(f"skipped {skipped.file}, line {skipped.line}: {skipped.reason}")
+    examples = read_file(options.input, task, labels="ignored", bare=True, option="--input")
+    if options.strict:
+        refuse_skipped(examples.skipped)
+    for line in skipped_lines(examples.skipped, options.skipped or "--skipped FILE lists all of them"):
+        console.print(line)
     device = resolve_device(options.device)
     kernels.set_backend(config.backend)
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)
     limit = config.max_length or model.encoder.config.max_position_embeddings
     encoded = encode(examples, tokenizer, limit, reading=reading(task))
-    if encoded.truncated:
-        console.print(
-            f"{encoded.truncated} {'examples' if encoded.width == 1 else 'sequences'} were cut to {limit} tokens"
-        )
+    for line in encoded.notes(limit):
+        console.print(f"warning: {line}")
     predicted = predictions(task, head_outputs(model, task, encoded, device))
     text = "".join(format_predictions(task, encoded.ids, predicted))
+    if options.skipped is not None:
+        with writing(Path(options.skipped), "choose another --skipped"):
+            write_skipped(Path(options.skipped), skipped_rows("input", task.name, examples.skipped))
     if options.output is None:
         sys.stdout.write(text)
-    else:
-        try:
-            with writing(Path(options.output), "free some space"):
-                write_atomically(Path(options.output), text)
-        except OSError as error:
-            raise UserError(f"--output {options.output}: cannot be written ({error.strerror})") from None
+        return 0
+    path = Path(options.output)
+    with writing(path, "choose another --output"):
+        if path.exists() and not path.is_file():  # a device or a pipe, which is not to be replaced
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_atomically(path, text)
     return 0
-
-
-def read_input(task: Task, name: str) -> Examples:
-    """Examples of `task` from a file with a header, or from bare lines numbered from 0.
-
-    Raises:
-        UserError: the file cannot be read, is empty, or no line of it is an example.
-    """
-    if name == "-":
-        return _from_lines(task, "standard input", sys.stdin.read())
-    path = Path(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--input {name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    header = text.split("\n", 1)[0].split("\t")
-    if set(task.columns) <= set(header):
-        return read_examples(path, task, labels="ignored")
-    return _from_lines(task, name, text)
-
-
-def _from_lines(task: Task, name: str, text: str) -> Examples:
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines:
-        raise UserError(f"--input {name} is empty; expected a {_shape(task)} per line")
-    rows = [[part.strip() for part in line.split("\t")] for _, line in lines]
-    for (number, _), row in zip(lines, rows, strict=True):
-        if len(row) != len(task.columns) or not all(row):
-            raise UserError(f"--input {name}, line {number}: expected a {_shape(task)}, got {len(row)} fields")
-    pairs = [row[1] for row in rows] if task.is_pair else None
-    return Examples([str(i) for i in range(len(rows))], [row[0] for row in rows], pairs, None, [])
-
-
-def _shape(task: Task) -> str:
-    return "pair of sentences separated by a tab" if task.is_pair else "sentence"
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ FREE = {  # options that change neither weights nor scores, and why
     "checkpoint_steps": "when to save",
     "log_steps": "what is written down",
     "tensorboard": "what is written down",
+    "strict": "whether to begin at all",
 }
 
 # The same arithmetic, with sums in another order: the run goes on, but not to the bit as if undisturbed.

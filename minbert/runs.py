@@ -15,7 +15,7 @@ from rich.console import Console
 
 from minbert.checkpoint import load_progress
 from minbert.config import TrainConfig
-from minbert.data import Encoded
+from minbert.data import Encoded, SkippedRow, write_skipped
 from minbert.errors import UserError
 from minbert.files import (
     LOCK,
@@ -56,6 +56,7 @@ class Run:
         self.best = self.path / "best"
         self.last = self.path / "last"
         self.metrics = self.path / "metrics.jsonl"
+        self.skipped = self.path / "skipped.jsonl"
         self.board: Any = None  # a SummaryWriter, or None
         self.record: TrainConfig | None = None  # the options before it was resumed
 
@@ -207,22 +208,29 @@ class Run:
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); --resume of the run writes it anew") from None
 
-    def write_predictions(self, task: Task, split: str, examples: Encoded, outputs: np.ndarray) -> Path:
+    def predictions_directory(self, place: str = "") -> Path:
+        """predictions/, where those of the best epoch for the run's own data are, or a place under it for others."""
+        return self.path / "predictions" / place
+
+    def write_predictions(
+        self, task: Task, split: str, examples: Encoded, outputs: np.ndarray, place: str = ""
+    ) -> Path:
         """Write predictions/<task>-<split>-output.csv in the course's format; and <task>-<split>.jsonl, which adds
         labels, lengths and the probabilities of the classes.
 
         Args:
             outputs: the head's for every example, [n, C] or [n].
+            place: of `predictions_directory`.
 
         Returns:
             The former.
         """
-        path = self.path / "predictions" / f"{task.predictions}-{split}-output.csv"
+        path = self.predictions_directory(place) / f"{task.predictions}-{split}-output.csv"
         predicted = predictions(task, outputs)
         with writing(path, "free some space and run minbert.evaluate"):
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, "".join(format_predictions(task, examples.ids, predicted)))
-            write_atomically(self._details(task, split), "".join(_format_details(task, examples, outputs)))
+            write_atomically(self._details(task, split, place), "".join(_format_details(task, examples, outputs)))
         return path
 
     def predictions(self, task: Task, split: str) -> list[Prediction] | None:
@@ -231,7 +239,7 @@ class Run:
         Raises:
             UserError: it is damaged.
         """
-        path = self._details(task, split)
+        path = self._details(task, split, "")
         if not path.exists():
             return None
         try:
@@ -239,8 +247,17 @@ class Run:
         except (ValueError, TypeError):
             raise UserError(f"{path} is damaged; minbert.evaluate {self.path} writes it anew") from None
 
-    def _details(self, task: Task, split: str) -> Path:
-        return self.path / "predictions" / f"{task.predictions}-{split}.jsonl"
+    def _details(self, task: Task, split: str, place: str) -> Path:
+        return self.predictions_directory(place) / f"{task.predictions}-{split}.jsonl"
+
+    def write_skipped(self, rows: Sequence[SkippedRow]) -> None:
+        """Write skipped.jsonl: the rows of the run's data that were left out.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with writing(self.skipped, RESUME):
+            write_skipped(self.skipped, rows)
 
 
 class Followed(Run):
@@ -269,6 +286,9 @@ class Followed(Run):
         pass
 
     def forget_summary(self) -> None:
+        pass
+
+    def write_skipped(self, rows: Sequence[SkippedRow]) -> None:
         pass
 
 

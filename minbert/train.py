@@ -112,6 +112,7 @@ def take_steps(config: TrainConfig, run: Run, console: Console, ranks: Ranks, st
     ranks.agreed("begun")
     run.check_seen()
     run.forget_after(progress.step)
+    run.write_skipped(bench.skipped)
     if progress.step < total_steps:
         run.forget_summary()
     if config.tensorboard:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,21 @@ from minbert.checkpoint import Progress
 from minbert.choices import of_task
 from minbert.config import TrainConfig, task_groups
 from minbert.console import data_table
-from minbert.data import Encoded, Examples, Source, WithReviews, encode, joined, open_source, read_augmented, swapped
+from minbert.data import (
+    Encoded,
+    Examples,
+    SkippedRow,
+    Source,
+    WithReviews,
+    encode,
+    joined,
+    open_source,
+    read_augmented,
+    refuse_skipped,
+    skipped_lines,
+    skipped_rows,
+    swapped,
+)
 from minbert.device import describe, resolve_precision
 from minbert.errors import UserError
 from minbert.gradients import TaskGradients
@@ -51,6 +64,8 @@ class Workbench:
     ranks: Ranks
     train: dict[str, Encoded]
     dev: dict[str, Encoded]
+    test: dict[str, Encoded]
+    skipped: list[SkippedRow]  # rows of the splits that were left out
     device: torch.device
     max_length: int
 
@@ -88,7 +103,13 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
 
     source, tasks = open_tasks(config)
     dev = {task.name: source.load(task, "dev") for task in tasks if task.evaluated}
-    splits = {"train": {task.name: training_examples(task, source, config, dev) for task in tasks}, "dev": dev}
+    splits = {
+        "train": {task.name: training_examples(task, source, config, dev) for task in tasks},
+        "dev": dev,
+        "test": {task.name: source.load(task, "test") for task in tasks if "test" in source.splits(task)},
+    }
+    if config.strict:
+        refuse_skipped([row for of in splits.values() for examples in of.values() for row in examples.skipped])
 
     pooler = any(of_task(config.pooling, task.name, "cls") == "pooler" for task in tasks)
     torch.default_generator.manual_seed(derive_seed(config.seed, "weights"))
@@ -164,6 +185,13 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
             ]
         )
     )
+    skipped = []
+    for split, by_task in splits.items():
+        for name, examples in by_task.items():
+            skipped += skipped_rows(split, name, examples.skipped)
+            lines = [f"warning: {name}, {split}: {note}" for note in encoded[split][name].notes()]
+            for line in (*skipped_lines(examples.skipped, str(run.skipped)), *lines):
+                console.print(line)
     groups = task_groups(tasks, config.surgery_groups)
     rows = len(groups) if any(surgery.per_task for surgery in surgeries) else 1
     one_stream = config.accumulate == 1 and not config.low_memory
@@ -218,6 +246,8 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
         ranks,
         encoded["train"],
         encoded["dev"],
+        encoded["test"],
+        skipped,
         device,
         max_length,
     )
@@ -313,15 +343,19 @@ def restore(bench: Workbench, run: Run, console: Console) -> Progress:
     """Where the run stands: at its last checkpoint if it is resumed and has one, else at the start.
 
     Raises:
-        UserError: the checkpoint is of another model, or the training data has changed since.
+        UserError: the checkpoint is of another model, or the training or dev data has changed since.
     """
-    data = {name: zlib.crc32(encoded.token_ids.tobytes()) for name, encoded in bench.train.items()}
+    data: dict[str, int | str] = {name: encoded.checksum for name, encoded in bench.train.items()}
+    data |= {f"{name} dev": encoded.checksum for name, encoded in bench.dev.items()}
     if not (bench.config.resume and run.last.exists()):
         return Progress(data=data)
     progress = checkpoint.load_progress(run.last)
-    changed = [name for name in data if data[name] != progress.data.get(name)]
-    if changed:
-        raise UserError(f"the training data of {', '.join(changed)} changed since {run.path} began; start a new run")
+    for split, part, suffix in (("training", bench.train, ""), ("dev", bench.dev, " dev")):
+        recorded = {name: progress.data.get(f"{name}{suffix}") for name in part}
+        changed = [name for name, checksum in recorded.items() if not part[name].is_recorded_as(checksum)]
+        if changed and (split == "training" or any(recorded.values())):  # up to 0.1.0, there were none of dev
+            raise UserError(f"the {split} data of {', '.join(changed)} changed since {run.path} began; start a new run")
+    progress.data = data
     bench.load(run.last)
     console.print(f"resuming {run.path} after step {progress.step}")
     return progress

@@ -5,7 +5,16 @@ from minbert.data.encoded import Encoded, encode, pack_batches
 from minbert.data.examples import Examples
 from minbert.data.formats import read_examples, read_file, read_glue
 from minbert.data.sampling import Plan, TaskSampler, plan, token_budget_batches, token_split
-from minbert.data.skipped import Skipped, skipped_lines
+from minbert.data.skipped import (
+    Skipped,
+    SkippedRow,
+    read_skipped,
+    refuse_skipped,
+    skipped_lines,
+    skipped_rows,
+    update_skipped,
+    write_skipped,
+)
 from minbert.data.sources import Source, WithReviews, open_source
 
 __all__ = [
@@ -13,6 +22,7 @@ __all__ = [
     "Examples",
     "Plan",
     "Skipped",
+    "SkippedRow",
     "Source",
     "TaskSampler",
     "WithReviews",
@@ -25,8 +35,13 @@ __all__ = [
     "read_examples",
     "read_file",
     "read_glue",
+    "read_skipped",
+    "refuse_skipped",
     "skipped_lines",
+    "skipped_rows",
     "swapped",
     "token_budget_batches",
     "token_split",
+    "update_skipped",
+    "write_skipped",
 ]

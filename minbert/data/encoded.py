@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from minbert.data.examples import Examples
+from minbert.data.lines import short
+from minbert.data.skipped import SHOWN
 from minbert.kernels.cache import cache_directory
 from minbert.packing import Packed, dummies, length_bucket, pack_flat
 from minbert.tasks import READINGS
@@ -67,6 +69,22 @@ class Encoded:
         second = np.add.reduceat(self.token_type_ids, self.offsets[:-1], dtype=np.int64)  # of a pair, with its [SEP]
         empty = (np.diff(self.offsets) - second <= 2) | (second == 1)
         return np.flatnonzero(empty.reshape(-1, self.width).any(1))
+
+    def notes(self, max_length: int | None = None) -> list[str]:
+        """What to say of texts that the model reads nothing of; or, by the most tokens it takes, in part."""
+        notes = []
+        if self.truncated and max_length is not None:
+            what = "example" if self.width == 1 else "sequence"
+            notes.append(f"{_counted(self.truncated, what)} cut to {max_length} tokens")
+        empty = self.without_tokens
+        if len(empty):
+            ids = ", ".join(short(self.ids[index]) for index in empty[:SHOWN])
+            more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
+            notes.append(
+                f"{_counted(len(empty), 'example')} with a text of which the tokenizer leaves nothing, such as one of"
+                f" control characters alone: id {ids}{more}"
+            )
+        return notes
 
     @property
     def checksum(self) -> str:
@@ -166,6 +184,10 @@ def encode(
         examples.ids,
         int(arrays["truncated"][0]),
     )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _side_by_side(*parts: Encoded) -> Encoded:

@@ -31,6 +31,7 @@ class Examples:
     pairs: list[str] | None  # the second sentences of a pair task
     labels: np.ndarray | None  # float32 [n]; None without labels
     skipped: list[Skipped] = field(default_factory=list)
+    file: str = ""  # where they are from
 
     def __post_init__(self) -> None:
         for name in ("texts", "pairs", "labels"):
@@ -90,6 +91,7 @@ def collect(where: str, rows: Iterable[Row], task: Task, labels: Labels) -> Exam
         [row.texts[1] for row in kept] if task.is_pair else None,
         np.array(values, np.float32) if labelled else None,
         skipped,
+        where,
     )
 
 

@@ -1,12 +1,17 @@
-"""Rows of an input that have no output: their record, and how they are named."""
+"""Rows of an input that are left out: how they are named on the terminal, and the file that lists all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import json
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+from minbert import records
 from minbert.data.lines import short
-from minbert.errors import one_line
+from minbert.errors import UserError, one_line
+from minbert.files import write_atomically
 
 SHOWN = 5  # rows of a file that a command names on the terminal
 
@@ -42,3 +47,68 @@ def skipped_lines(skipped: Sequence[Skipped], rest: str) -> list[str]:
         if len(rows) > SHOWN:
             lines.append(f"  and {len(rows) - SHOWN} more: {rest}")
     return lines
+
+
+def refuse_skipped(skipped: Sequence[Skipped]) -> None:
+    """What --strict does: raise a UserError if a row was left out."""
+    if skipped:
+        count = "1 row" if len(skipped) == 1 else f"{len(skipped)} rows, the first"
+        raise UserError(f"--strict: {count} cannot be used: {skipped[0].file}, {skipped[0]}")
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A line of a list of rows that were left out."""
+
+    split: str
+    task: str
+    file: str
+    line: int
+    id: str
+    reason: str
+
+
+def skipped_rows(split: str, task: str, skipped: Sequence[Skipped]) -> list[SkippedRow]:
+    return [
+        SkippedRow(split, task, one_line(row.file), row.line, one_line(short(row.id, 200)), short(row.reason, 1000))
+        for row in skipped
+    ]
+
+
+def write_skipped(path: Path, rows: Sequence[SkippedRow]) -> None:
+    """List the rows in a file, a JSON object on each line; without any, there is no file."""
+    if rows:
+        write_atomically(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def update_skipped(path: Path, split: str, files: Collection[tuple[str, str]], rows: Sequence[SkippedRow]) -> None:
+    """Replace what a list has of some files of a split.
+
+    Args:
+        files: tasks, and the file of each that was read.
+        rows: those of the files that were left out.
+    """
+    read = {(task, os.path.realpath(file)) for task, file in files}
+    listed = read_skipped(path)
+    kept = [row for row in listed if row.split != split or (row.task, os.path.realpath(row.file)) not in read]
+    write_skipped(path, [*kept, *rows])
+
+
+def read_skipped(path: Path) -> list[SkippedRow]:
+    """The rows that a list names; none where there is no list.
+
+    Raises:
+        UserError: the list is damaged.
+    """
+    if not os.path.lexists(path):
+        return []
+    remedy = "delete the file and evaluate the run again"
+    rows = []
+    for number, found in records.read_lines(path, remedy):
+        where = f"{path}, line {number}"
+        if isinstance(found, ValueError):
+            raise UserError(f"{where}: damaged ({found}); {remedy}")
+        rows.append(records.build(SkippedRow, found, where))
+    return rows

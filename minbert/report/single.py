@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minbert.config import TrainConfig
-from minbert.data import Examples, Source, open_source
+from minbert.data import Examples, SkippedRow, Source, open_source, read_skipped
 from minbert.errors import UserError
 from minbert.report import analysis, history
 from minbert.report.analysis import Example, Group
@@ -58,6 +58,7 @@ def write_report(run: Run, data: str | None = None) -> Path:
         options=history.options(config),
         kernels=kernels_by_backend(summary),
         sections=[task_section(run, task, source) for task in tasks],
+        skipped=skipped_by_split(run),
     )
 
 
@@ -180,6 +181,14 @@ def task_section(run: Run, task: Task, source: Source | str) -> TaskSection:
         texts_missing=texts_missing,
         **section,
     )
+
+
+def skipped_by_split(run: Run) -> dict[tuple[str, str], list[SkippedRow]]:
+    """The rows of the run's data that were left out, by split and task."""
+    found: dict[tuple[str, str], list[SkippedRow]] = {}
+    for row in read_skipped(run.skipped):
+        found.setdefault((row.split, row.task), []).append(row)
+    return found
 
 
 def kernels_by_backend(summary: dict[str, Any]) -> dict[str, list[str]]:

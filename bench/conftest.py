@@ -226,7 +226,7 @@ def _machine() -> dict[str, object]:
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
-        "isa": native.library().get_isa() if native.available() else "none",
+        "isa": native.isa() or "none",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
     }

@@ -129,9 +129,13 @@ def dropout_add_layer_norm(
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x + bias) with the exact error function; x [N, D], bias [D]."""
+    """GELU(x + bias) = z Phi(z) with the exact error function; x [N, D], bias [D].
+
+    F.gelu is the same formula, but torch's AVX-512 code for it overflows from 1.7e38 and gives NaN for infinity.
+    """
     wide = _wide(x)
-    return F.gelu(wide + bias.to(wide.dtype)).to(x.dtype)
+    z = wide + bias.to(wide.dtype)
+    return (z * (0.5 * (1 + torch.erf(z * 0.5**0.5)))).to(x.dtype)
 
 
 def embedding(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import jsonargparse
 
+from minbert import kernels
 from minbert.errors import UserError, did_you_mean, one_line
 from minbert.recipes import recipe
 from minbert.records import checked, read_yaml, short, types_of_fields, without_format
@@ -174,6 +175,8 @@ def _options_in(path: Path, parser: Parser) -> dict[str, Any]:
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Run a command's `main` and exit: 0 done, 2 bad input (one line on stderr), 130 on Ctrl-C."""
     try:
+        if (refusal := kernels.native.refusal()) is not None:
+            raise UserError(refusal)
         code = main(sys.argv[1:])
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)

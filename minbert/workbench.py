@@ -330,11 +330,15 @@ def default_learning_rate(config: TrainConfig, hidden_size: int) -> float:
 
 
 def kernels_line(device: torch.device) -> str:
-    """Which ops run compiled and which in plain PyTorch; and, without compiled code, how to get it."""
+    """Which ops run compiled, on CPUs with which instruction set, and which in plain PyTorch.
+
+    Without compiled code, a second line says how to get it.
+    """
     by_backend: dict[str, list[str]] = {}
     for op, backend in kernels.backends(device).items():
         by_backend.setdefault(backend, []).append(op)
-    line = "kernels: " + "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in sorted(by_backend.items()))
+    isa = f" ({kernels.native.isa()})" if device.type == "cpu" and "native" in by_backend else ""
+    line = f"kernels{isa}: " + "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in sorted(by_backend.items()))
     missing = kernels.native.missing_reason()
     return f"{line}\n{missing}" if missing else line
 

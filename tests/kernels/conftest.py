@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -11,30 +12,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minbert.kernels import native, set_backend
 
-ISAS = ("portable", "avx2", "avx512")
-
 
 @pytest.fixture(autouse=True)
 def own_settings() -> Iterator[None]:
-    """Give every test the default backend and thread count, and restore them."""
-    threads = torch.get_num_threads()
+    """Give every test the usual backend, instruction set and thread count, and restore them."""
+    threads, isa = torch.get_num_threads(), native.isa()
     yield
     torch.set_num_threads(threads)
     set_backend("auto")
+    if isa is not None:
+        native.library().set_isa(isa)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn; those this processor lacks are skipped."""
+@pytest.fixture(params=native.ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    """Each instruction set in turn; those this processor lacks, or MINBERT_ISA rules out, are skipped."""
     if not native.available():
         pytest.skip(native.missing_reason())
     library = native.library()
     if request.param not in library.isas():
         pytest.skip(f"this processor has no {request.param}")
+    if os.environ.get("MINBERT_ISA", request.param) not in ("", request.param):
+        pytest.skip(f"MINBERT_ISA is {os.environ['MINBERT_ISA']}")
     library.set_isa(request.param)
-    assert library.get_isa() == request.param
-    yield request.param
-    library.set_isa("auto")
+    assert native.isa() == request.param
+    return request.param
 
 
 @pytest.fixture

@@ -280,6 +280,5 @@ def test_isas_agree(needs_native: None) -> None:
     for name in native.library().isas():
         native.library().set_isa(name)
         results[name] = run(qkv, [27, 63], grad_out, 0.2)
-    native.library().set_isa("auto")
     for result in results.values():
         torch.testing.assert_close(result, results["portable"], rtol=1e-4, atol=1e-5)

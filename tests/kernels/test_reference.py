@@ -89,6 +89,23 @@ def test_bias_gelu_is_its_formula() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("repeats", [1, 40], ids=["one by one", "in vectors"])
+def test_bias_gelu_of_any_number_is_its_formula_in_low_precision(dtype: torch.dtype, repeats: int) -> None:
+    kernels.set_backend("reference")
+    largest = torch.finfo(dtype).max
+    numbers = [math.inf, -math.inf, math.nan, largest, -largest, 1.7e38, 1e20, -1e20, 30.0, -30.0, 3.0, -3.0, 0.0]
+    x = torch.tensor(numbers * repeats, dtype=dtype)[None].requires_grad_()
+    y = kernels.bias_gelu(x, torch.zeros(x.shape[1]))
+    y.sum().backward()
+    exact = x.detach().double()
+    distribution = torch.tensor([0.5 * math.erfc(-z / math.sqrt(2)) for z in exact[0].tolist()], dtype=torch.float64)
+    density = (-0.5 * exact**2).exp() / math.sqrt(2 * math.pi)
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6, "equal_nan": True}
+    torch.testing.assert_close(y.detach().double(), exact * distribution, **tolerance)
+    torch.testing.assert_close(x.grad.double(), distribution + exact * density, **tolerance)
+
+
 def test_embedding_is_its_formula() -> None:
     word, token_type, position = randn(7, 6), randn(2, 6, seed=1), randn(5, 6, seed=2)
     weight, bias = randn(6, seed=3), randn(6, seed=4)

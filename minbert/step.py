@@ -191,7 +191,7 @@ class Stepper:
         total = torch.stack([losses.total for losses in found]).sum().double()
         own_square = own_square[0] + (total - total)  # a loss that is not finite marks the update so
         generator = torch.Generator().manual_seed(seed)
-        weights, stats = surgery.weights(gram, generator, own_square, self.clip_norm)
+        weights, stats = surgery.weights(gram, generator, own_square, self.clip_norm, self._of_first_rank)
         updated = stats[2] * allowed
         self._settle()
         counted = self.optimizer.combined_step(shared, weights, stats[1:2], skip_unless=updated)
@@ -213,6 +213,9 @@ class Stepper:
         updates.append(Readings({name: torch.stack(of) for name, of in numbers.items()}, self.ranks.wait_for))
         self._unsettled = updates[-1], counted
         return updated
+
+    def _of_first_rank(self, weights: Tensor) -> Tensor:
+        return self.ranks.sum_(weights if self.ranks.leads else torch.zeros_like(weights))
 
     def _gradients(self) -> tuple[Mapping[Tensor, Sequence[Tensor | None]], list[Tensor]]:
         """Of all streams and ranks: by parameter that the tasks share its gradient in each row, and all others."""

@@ -82,7 +82,12 @@ class Surgery:
     per_task: bool = True  # whether it needs the tasks' gradients apart; if not, T is 1 whatever the tasks
 
     def weights(
-        self, gram: Tensor, generator: torch.Generator, own_square: Tensor, max_norm: float
+        self,
+        gram: Tensor,
+        generator: torch.Generator,
+        own_square: Tensor,
+        max_norm: float,
+        agree: Callable[[Tensor], Tensor] = lambda weights: weights,
     ) -> tuple[Tensor, Tensor]:
         """Clipped weights [T], and what else `kernels.surgery_weights` says of them.
 
@@ -92,9 +97,10 @@ class Surgery:
             gram: float64 [T, T].
             generator: what a random order follows.
             own_square, max_norm: as for `kernels.surgery_weights`.
+            agree: gives all processes one's weights; only a user's weighting could give each process others.
         """
         orders = _orders(len(gram), generator, gram.device) if self.projects else None
-        weights = self.weighting(gram, generator) if self.weighting is not None else None
+        weights = agree(self.weighting(gram, generator)) if self.weighting is not None else None
         return kernels.surgery_weights(
             gram, orders=orders, weights=weights, reduction=self.reduction, own_square=own_square, max_norm=max_norm
         )
@@ -178,7 +184,7 @@ def _reference(name: str) -> tuple[str, str, list[Any] | None, dict[str, Any]]:
 class UserWeighting:
     """A weighting named by MODULE:NAME. It may keep a state from step to step, which goes into the checkpoints.
 
-    Every process calls it in every step, with the same Gram matrix.
+    Every process calls it in every step, with the same Gram matrix, and takes the first one's weights.
 
     Raises:
         UserError: it cannot be imported or built, is not callable, or has a state that cannot be saved.

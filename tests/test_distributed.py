@@ -31,6 +31,7 @@ CASES = {
     "accumulate": "--accumulate=2 --recipe=pcgrad",
     "low-memory": "--low-memory --recipe=pcgrad",
     "groups": "--recipe=pcgrad --surgery-groups=sst+qqp,sts",
+    "weighting": "--recipe=plain --surgery=test_user_weighting:Unseeded",
     "one-task-a-step": "--recipe=plain --sampling=round-robin --optimizers=per-task",
     "batch-norm": "--recipe=pcgrad --shared-layer=transform --heads.sst=layers --heads.sts=concatenated-layers-cosine",
     "negatives": "--recipe=plain --heads.qqp=difference --losses.qqp=multiple_negatives_ranking",

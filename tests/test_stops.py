@@ -1,0 +1,161 @@
+"""SIGINT and SIGTERM at every moment of a run: it stops at once, says what is saved, and goes on to the same end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from groups import quick_options
+from test_resume import assert_equal_runs
+
+from minbert import train
+from minbert.runs import Run
+from minbert.signals import Stopped, StopSignal
+
+
+@pytest.fixture(scope="module")
+def finished(course_data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("stops") / "run"
+    assert train.main([*quick_options(course_data, run), "--steps=8"]) == 0
+    return run
+
+
+def signalling(name: str, number: int, calls: int = 1):
+    """Have the function of this name send this process a signal instead of returning, in its n-th call."""
+    module, _, attribute = name.rpartition(".")
+    real, left = getattr(sys.modules[module], attribute), [calls]
+
+    def stopped(*arguments, **options):
+        found = real(*arguments, **options)
+        left[0] -= 1
+        if left[0] == 0:
+            signal.raise_signal(number)
+        return found
+
+    return patch(name, stopped)
+
+
+def losses_and_scores(run: Path) -> list[object]:
+    return [(record["step"], record.get("loss"), record.get("dev")) for record in Run(run).records()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "name", ["open_tasks", "training_examples", "encode", "MultitaskModel", "kernels_line", "TaskGradients"]
+)
+def test_before_the_first_step_nothing_is_left(quick, tmp_path, capsys, name, number):
+    with signalling(f"minbert.workbench.{name}", number):
+        assert train.main([*quick, "--steps=8"]) == 128 + number
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == "stopped; nothing is saved yet: the same command begins anew"
+    assert shown.err == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "step"),
+    [
+        ("minbert.train.learning_rate_factor", 3, 3),  # in a step
+        ("minbert.train.evaluate", 1, 6),  # while the first epoch is scored
+        ("minbert.train.save", 1, 4),  # while a checkpoint is written
+        ("minbert.train.learning_rate_factor", 8, 8),  # in the last step
+        ("minbert.train.evaluate", 2, 8),  # while the last epoch is scored
+        ("minbert.finish.load_model", 1, 8),
+        ("minbert.finish.evaluate", 1, 8),
+        ("minbert.runs.format_predictions", 1, 8),
+        ("minbert.finish.plot_run", 1, 8),
+        ("minbert.finish.write_report", 1, 8),
+    ],
+)
+def test_a_run_that_is_stopped_goes_on_to_the_same_end(finished, quick, tmp_path, capsys, name, calls, step):
+    with signalling(name, signal.SIGTERM, calls):
+        assert train.main([*quick, "--steps=8"]) == 128 + signal.SIGTERM
+    shown = capsys.readouterr()
+    last = tmp_path / "run" / "last"
+    if name == "minbert.train.save":
+        step = 5  # the signal came with the checkpoint of step 4 written, and the next step saw it
+    said = f"stopped; {last} holds step {step}: the same command with --resume goes on"
+    assert shown.out.splitlines()[-1] == said
+    assert "Traceback" not in shown.out + shown.err
+    assert train.main([*quick, "--steps=8", "--resume"]) == 0
+    assert_equal_runs(finished, tmp_path / "run")
+    one, other = (Run(path).summary() for path in (finished, tmp_path / "run"))
+    assert (one["dev"], one["best_epoch"], one["steps"]) == (other["dev"], other["best_epoch"], other["steps"])
+    records = [
+        [(r["step"], r.get("loss"), r.get("dev")) for r in Run(path).records()] for path in (finished, last.parent)
+    ]
+    assert records[0] == records[1]
+    assert (last.parent / "report.html").exists()
+
+
+def test_while_a_resumed_run_is_made_ready_it_says_what_is_saved(quick, tmp_path, capsys):
+    assert train.main([*quick, "--steps=4"]) == 0
+    with signalling("minbert.workbench.encode", signal.SIGINT):
+        assert train.main([*quick, "--steps=8", "--resume"]) == 130
+    said = f"stopped; {tmp_path / 'run' / 'last'} holds step 4: the same command with --resume goes on"
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    assert Run(tmp_path / "run").summary()["steps"] == 4
+
+
+def test_a_second_signal_does_not_wait():
+    with StopSignal() as stop, stop.deferred():
+        signal.raise_signal(signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGTERM)
+    assert stop.number == signal.SIGTERM
+
+
+def test_a_signal_that_waited_stops_what_does_not_wait():
+    with StopSignal() as stop, stop.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped), stop.deferred(wait=False):
+            raise AssertionError("not reached")
+
+
+def test_off_the_main_thread_the_programs_own_handlers_stay():
+    found = []
+
+    def work() -> None:
+        with StopSignal():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+def test_a_stopped_run_is_a_keyboard_interrupt_to_a_program():
+    assert issubclass(Stopped, KeyboardInterrupt)
+
+
+def test_a_command_that_is_stopped_while_it_reads_data(course_data, tmp_path):
+    """In a process of its own, in which the data never ends: nothing but the signal can end it."""
+    script = tmp_path / "reading.py"
+    script.write_text(
+        "import sys, time\n"
+        "from minbert import cli, train, workbench\n"
+        "def endless(*arguments):\n"
+        "    print('reading', flush=True)\n"
+        "    while True: time.sleep(0.01)\n"
+        "workbench.open_tasks = endless\n"
+        "cli.run(train.main)\n"
+    )
+    words = [sys.executable, str(script), *quick_options(course_data, tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert any(line == "reading\n" for line in process.stdout)
+        process.terminate()
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert output == "stopped; nothing is saved yet: the same command begins anew\n"
+    assert errors == ""
+    assert not (tmp_path / "run").exists()

@@ -1,7 +1,8 @@
 """Train the rows of a paper's tables and print them beside the published figures: `python -m minbert.reproduce 000`.
 
 Every row and seed is a run of `python -m minbert.train --recipe PAPER/ROW` in a process of its own. What is done is not
-done again, what was interrupted goes on, and a row that fails leaves the others their turn.
+done again, what was interrupted goes on, what is to be longer is extended, and a row that fails leaves the others their
+turn. A run in the same place with other options is never taken for the one that is asked for: it is named, and kept.
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from minbert import cli
+from minbert.config import TrainConfig
 from minbert.console import Terminal
 from minbert.errors import UserError, did_you_mean
 from minbert.files import write_atomically, write_json
 from minbert.recipes import Paper, Row, paper
 from minbert.report import comparison, write_comparison
 from minbert.report.history import flat_scores
+from minbert.resume import LENGTH, differences
 from minbert.runs import Run
+from minbert.signals import Stopped, StopSignal
 from minbert.tasks import TASKS
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
@@ -104,6 +109,16 @@ def main(arguments: Sequence[str]) -> int:
     rows = chosen(found, options.rows)
     seeds, out = options.seeds or [0], Path(options.out or f"runs/{found.number}")
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        with StopSignal():
+            return sweep(found, rows, seeds, out, options, console)
+    except Stopped as stopped:
+        console.print(f"stopped; the same command goes on with what {out} holds")
+        return 128 + stopped.number
+
+
+def sweep(found: Paper, rows: Sequence[Row], seeds: Sequence[int], out: Path, options: Any, console: Console) -> int:
+    """Train every row with every seed, and write and show the table; 1 if a run failed."""
     shared = common_words(options)
     outcomes = [Outcome(row, [], []) for row in rows]
     for i, row in enumerate(rows):
@@ -159,21 +174,31 @@ def train(recipe: str, seed: int, directory: Path, options: Sequence[str]) -> st
         what went wrong, in one line; None if nothing did.
 
     Raises:
-        KeyboardInterrupt: it was stopped. It has saved itself, and the same command goes on.
+        Stopped: a signal came. The run has saved itself, and the same command goes on.
     """
-    if (directory / "summary.json").exists():
-        return None
     words = [f"--recipe={recipe}", f"--seed={seed}", f"--out={directory}", *options]
+    if (directory / "summary.json").exists():
+        try:
+            changed = differences(Run(directory).config(), cli.parse_layers("train", TrainConfig, words))
+        except UserError as error:
+            return str(error)
+        other = [change for name, change in changed.items() if name not in LENGTH]
+        if other:
+            return f"{directory} holds a run with other options: {', '.join(other)}; give another --out"
+        if not changed:
+            return None
     if (directory / "config.yaml").exists():
         words.append("--resume")
     run = subprocess.Popen([sys.executable, "-m", "minbert.train", *words], stderr=subprocess.PIPE, text=True)
     try:
         _, errors = run.communicate()
-    except KeyboardInterrupt:
-        run.wait()  # the terminal has told it too
+    except Stopped as stopped:
+        if stopped.number != signal.SIGINT:  # of that the terminal has told it too
+            run.send_signal(stopped.number)
+        run.wait()
         raise
     if run.returncode in STOPPED:
-        raise KeyboardInterrupt
+        raise Stopped(signal.SIGINT)
     if run.returncode == 0:
         return None
     last = [line for line in errors.splitlines() if line.strip()][-1:] or [f"exit code {run.returncode}"]

@@ -62,8 +62,8 @@ def resumed(saved: TrainConfig, given: TrainConfig, run: Path) -> TrainConfig:
     return given.replace(**{name: value for name, value in wanted.items() if "." not in name}, **nested)
 
 
-def differences(saved: TrainConfig, given: TrainConfig) -> list[str]:
-    """The options with which another run was begun than `given` would begin, as `--name (was x, is y)`.
+def differences(saved: TrainConfig, given: TrainConfig) -> dict[str, str]:
+    """The options with which another run was begun than `given` would begin: by name, `--name (was x, is y)`.
 
     Those that change no result do not count, and those that `given` leaves for a run to decide do not.
     """
@@ -76,7 +76,7 @@ def differences(saved: TrainConfig, given: TrainConfig) -> list[str]:
             found.append(name)
     if "precision" in found and wanted["precision"] == "bf16" and raised_for_smart(saved):
         found.remove("precision")
-    return [_change(name, recorded[name], wanted[name]) for name in found]
+    return {name: _change(name, recorded[name], wanted[name]) for name in found}
 
 
 def raised_for_smart(saved: TrainConfig) -> bool:

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -17,6 +19,7 @@ from minbert.cli import parse_layers
 from minbert.config import TrainConfig
 from minbert.errors import UserError
 from minbert.recipes import paper, papers
+from minbert.runs import Run
 from minbert.tasks import TASKS
 
 ROWS = [(number, name) for number in papers() for name in paper(number).rows]
@@ -33,6 +36,23 @@ def sweep(course_data, tmp_path):
     (tmp_path / "small.yaml").write_text(SMALL)
     shared = [f"--data={course_data}", f"--options={tmp_path / 'small.yaml'}", f"--out={tmp_path / 'out'}"]
     return lambda number, *options: reproduce.main([number, *shared, "--steps=1", *options])
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The command lines of the runs that a sweep starts; they run in this process."""
+    calls = []
+
+    def start(words, **rest):
+        calls.append(words[3:])
+        try:
+            return SimpleNamespace(returncode=train.main(words[3:]), communicate=lambda: (None, ""))
+        except UserError as error:
+            message = f"error: {error}\n"
+            return SimpleNamespace(returncode=2, communicate=lambda: (None, message))
+
+    monkeypatch.setattr(reproduce.subprocess, "Popen", start)
+    return calls
 
 
 def test_the_papers_tables_are_whole():
@@ -94,7 +114,7 @@ def test_a_papers_table_runs_end_to_end(number, course, tmp_path, monkeypatch):
     assert all(f"| {row.title} |" in text for row in paper(number).rows.values())
 
 
-def test_a_sweep_shows_the_published_figures_beside_ours(sweep, tmp_path, capsys):
+def test_a_sweep_shows_the_published_figures_beside_ours(sweep, in_process, tmp_path, capsys):
     assert sweep("000", "--rows=finetune,pcgrad", "--seeds=0,1") == 0
     shown = capsys.readouterr().out
     assert "Baseline" in shown
@@ -108,20 +128,71 @@ def test_a_sweep_shows_the_published_figures_beside_ours(sweep, tmp_path, capsys
     assert "SMART Surgery" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_what_is_done_is_not_done_again_and_what_was_stopped_goes_on(sweep, tmp_path, monkeypatch):
-    calls = []
-    popen = reproduce.subprocess.Popen
-    monkeypatch.setattr(
-        reproduce.subprocess, "Popen", lambda words, **rest: calls.append(words) or popen(words, **rest)
-    )
+def test_what_is_done_is_not_done_again_and_what_was_stopped_goes_on(sweep, in_process, tmp_path):
     assert sweep("000", "--rows=finetune") == 0
     summary = tmp_path / "out" / "finetune" / "seed-0" / "summary.json"
     assert sweep("000", "--rows=finetune") == 0
-    assert len(calls) == 1
+    assert len(in_process) == 1
     summary.unlink()
     assert sweep("000", "--rows=finetune") == 0
-    assert "--resume" in calls[1]
+    assert "--resume" in in_process[1]
     assert summary.exists()
+
+
+def test_another_run_in_the_place_is_not_taken_for_this_one(sweep, in_process, course_data, tmp_path):
+    run, table = tmp_path / "out" / "finetune" / "seed-0", tmp_path / "out" / "table.md"
+    assert sweep("000", "--rows=finetune") == 0
+    (tmp_path / "other.yaml").write_text(SMALL + "lr: 0.125\n")
+    moved = shutil.copytree(course_data, tmp_path / "moved")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for option, said in (
+        (f"--model={tmp_path}", f"--model (was None, is {tmp_path})"),
+        (f"--data={moved}", f"--data (was {course_data}, is {moved})"),
+        (f"--options={tmp_path / 'other.yaml'}", "--lr (was 1e-05, is 0.125)"),
+        ("--options=/nowhere", "/nowhere"),
+    ):
+        assert sweep("000", "--rows=finetune", option) == 1
+        assert said in table.read_text()
+        assert "| Baseline finetune | 0.511 / – |" in table.read_text()
+    assert len(in_process) == 1
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_is_to_be_longer_is_extended_and_a_longer_one_is_kept(sweep, in_process, tmp_path):
+    run = Run(tmp_path / "out" / "finetune" / "seed-0")
+    assert sweep("000", "--rows=finetune") == 0
+    assert sweep("000", "--rows=finetune", "--steps=3") == 0
+    assert (len(in_process), run.summary()["steps"]) == (2, 3)
+    assert sweep("000", "--rows=finetune", "--steps=3") == 0
+    assert len(in_process) == 2
+    assert sweep("000", "--rows=finetune", "--steps=2") == 1
+    assert f"{run.path} has taken 3 steps, more than the 2 asked for" in (tmp_path / "out" / "table.md").read_text()
+    assert run.summary()["steps"] == 3
+
+
+def test_a_sweep_that_is_stopped_stops_its_run(sweep, monkeypatch, capsys, tmp_path):
+    told = []
+
+    class Waiting:
+        returncode = 143
+
+        def __init__(self, words, **rest):
+            pass
+
+        def communicate(self):
+            signal.raise_signal(signal.SIGTERM)
+
+        def send_signal(self, number):
+            told.append(number)
+
+        def wait(self):
+            told.append("waited")
+
+    monkeypatch.setattr(reproduce.subprocess, "Popen", Waiting)
+    assert sweep("000", "--rows=finetune") == 143
+    assert told == [signal.SIGTERM, "waited"]
+    said = f"stopped; the same command goes on with what {tmp_path / 'out'} holds"
+    assert capsys.readouterr().out.splitlines()[-1] == said
 
 
 def test_a_row_that_fails_leaves_the_others_their_turn(sweep, tmp_path, capsys):

@@ -145,6 +145,7 @@ def find_surgery(name: str, reduction: str = "sum") -> list[Surgery]:
     Args:
         name: "sum", "mean", "pcgrad", "gse", or "MODULE:NAME": a callable from Gram matrix to weights, or a class of
             such, as TorchJD's weightings are; "MODULE:NAME(0.4, norm_eps=1e-4)" calls it first, with Python's literals.
+            Such a name is code: pass none on from a file that is not trusted.
         reduction: of "pcgrad".
 
     Raises:

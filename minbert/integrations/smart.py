@@ -32,8 +32,9 @@ class SMARTLoss(nn.Module):
 
     The embeddings start from normal noise and climb `loss_fn` for `num_steps` steps; the loss between the outputs at
     the end of the climb and the clean ones is returned. Its gradient flows through both outputs and through `embed`;
-    the climb itself leaves no gradient in any parameter. Dropout inside `eval_fn` counts as movement, unless its masks
-    are the same as in the clean pass; the passes draw from torch's generator.
+    the climb itself leaves no gradient in any parameter, unless an autograd function inside runs a backward of its own.
+    Dropout inside `eval_fn` counts as movement, unless its masks are the same as in the clean pass; the passes draw
+    from torch's generator.
 
     Batch normalisation in training normalises a perturbed batch by its own statistics, and only clean batches, those
     that are not given here, enter the running ones: torch's BatchNorm, SyncBatchNorm and InstanceNorm modules and

@@ -46,6 +46,19 @@ def test_jensen_and_shannons_is_at_most_log_2() -> None:
     torch.testing.assert_close(js_loss(apart, apart.flip(0)).item(), 2 * math.log(2))
 
 
+def test_values_beside_smart_pytorchs() -> None:
+    """The symmetric one is the same; js_loss there has no upper bound."""
+    p, q = logits(0), logits(1)
+
+    def theirs(target: Tensor, of: Tensor) -> Tensor:
+        return (target * (target.log() - of.log_softmax(-1))).sum()
+
+    torch.testing.assert_close(sym_kl_loss(p, q), theirs(q.softmax(-1), p) + theirs(p.softmax(-1), q))
+    apart, mean = torch.eye(2, dtype=torch.float64) * 30, torch.full((2, 2), 0.5, dtype=torch.float64)
+    assert theirs(mean, apart) + theirs(mean, apart.flip(0)) > 50
+    assert js_loss(apart, apart.flip(0)) < 2 * math.log(2)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_they_are_differentiable_in_both(divergence) -> None:
     assert torch.autograd.gradcheck(divergence, (logits(0).requires_grad_(), logits(1).requires_grad_()))

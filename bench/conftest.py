@@ -26,7 +26,7 @@ import torch
 from gpu_timing import Timing, ceilings, measure, measure_wall
 
 from minbert.device import keep_freed_memory
-from minbert.kernels import native
+from minbert.kernels import matmul, native, set_matmul
 from minbert.kernels.roofline import Ceilings, Work
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[MEMORY] = {}
     config.stash[CEILINGS] = {}
     keep_freed_memory()
+    set_matmul("auto")
 
 
 @pytest.fixture
@@ -227,6 +228,7 @@ def _machine() -> dict[str, object]:
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "isa": native.isa() or "none",
+        "matmul": matmul(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
     }

@@ -15,6 +15,7 @@ if __name__ == "minbert.kernels":
     from .gelu import bias_gelu
     from .layer_norm import dropout_add_layer_norm
     from .linear import linear
+    from .matmul import faster_matmul, matmul, set_matmul, use_matmul
     from .random import attention_dropout_mask, dropout, dropout_mask
     from .smart import smart_ascend, smart_init
     from .surgery import clip_weights, combine, gram, surgery_weights
@@ -37,13 +38,17 @@ __all__ = [
     "dropout_add_layer_norm",
     "dropout_mask",
     "embedding",
+    "faster_matmul",
     "gram",
     "linear",
+    "matmul",
     "native",
     "reference",
     "set_backend",
+    "set_matmul",
     "smart_ascend",
     "smart_init",
     "surgery_weights",
     "use_backend",
+    "use_matmul",
 ]

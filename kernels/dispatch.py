@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from . import native, triton
+from .matmul import matmul
 
 CHOICES = ("auto", "reference")
 
@@ -77,7 +78,6 @@ def backends(device: torch.device | str) -> dict[str, str]:
     The encoder's ops are compiled for float32 and bfloat16, on GPUs for float16 too; other dtypes run the reference.
     """
     device = torch.device(device)
-    from .linear import runs_onednn  # it reads the choice from here
-
     found = {op: compiled(op, device) or "reference" for op in _COMPILED}
-    return {**found, "linear": "oneDNN" if runs_onednn(device) else "reference"}
+    onednn = device.type == "cpu" and _choice == "auto" and matmul() == "onednn"
+    return {**found, "linear": "oneDNN" if onednn else "reference"}

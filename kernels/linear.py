@@ -1,22 +1,9 @@
-"""Linear layers; in float32 on CPUs by whichever of torch's two matrix libraries is faster on this machine.
-
-torch multiplies float32 matrices with its BLAS (MKL in the x86 wheels) and has oneDNN beside it. On some processors
-oneDNN is much the faster. Which one is measured once per machine and kept, not guessed from the vendor's name: the two
-round differently, and a choice made anew in every process would make runs differ.
-"""
+"""Linear layers; in float32 on CPUs by the library that `matmul` has chosen."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,24 +11,13 @@ from torch import Tensor
 
 from . import checks, tasks
 from .autograd import first_order_only
-from .cache import cache_directory
 from .dispatch import choice
-
-MEASURED = (1024, 384, 1536)  # rows, inputs and outputs of the layer that is measured: BERT-small's intermediate one
-ROUNDS = 7
-MARGIN = 1.1  # oneDNN must be this many times faster to be chosen
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias by the faster library."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and _onednn_wins():
-        return _by_onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
+from .matmul import product
 
 
 @torch.library.custom_op("minbert::linear", mutates_args=())
 def _linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
-    return _product(x, weights[0].to(x.dtype), biases[0].to(x.dtype) if biases else None)
+    return product(x, weights[0].to(x.dtype), biases[0].to(x.dtype) if biases else None)
 
 
 @_linear.register_fake
@@ -60,9 +36,9 @@ def _linear_backward(
     bias: torch.dtype | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The gradients of x, of each view of the weight, of each of the bias in its dtype; empty where not asked for."""
-    d_x = _product(grad, weight.to(grad.dtype).t()) if for_x else grad.new_empty(0)
+    d_x = product(grad, weight.to(grad.dtype).t()) if for_x else grad.new_empty(0)
     parts = [slice(start, end) for start, end in pairwise(bounds)]
-    d_weights = [_product(grad[rows].t(), x[rows].t()).to(weight.dtype) for rows in parts] if for_weights else []
+    d_weights = [F.linear(grad[rows].t(), x[rows].t()).to(weight.dtype) for rows in parts] if for_weights else []
     d_biases = [grad[rows].sum(0, dtype=bias) for rows in parts] if bias else []
     return d_x, d_weights, d_biases
 
@@ -136,70 +112,3 @@ def linear(
         return F.linear(x[rows], weights[t].to(x.dtype), biases[t].to(x.dtype) if biases else None)
 
     return tasks.by_segment(bounds, of_task)
-
-
-def runs_onednn(device: torch.device) -> bool:
-    """Whether float32 layers on `device` go to oneDNN, rather than to torch's own choice."""
-    return device.type == "cpu" and choice() == "auto" and _onednn_wins()
-
-
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-@functools.lru_cache(maxsize=1)
-def _onednn_wins() -> bool:
-    """Whether oneDNN is the faster one on this machine: read from the cache, or measured now and kept there."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    file = cache_directory() / "linear.json"
-    machine = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    verdicts = _read(file)
-    if machine not in verdicts:
-        verdicts[machine] = _measure()
-        _write(file, verdicts)
-    return verdicts[machine]
-
-
-def _measure() -> bool:
-    rows, inputs, outputs = MEASURED
-    x, weight = torch.ones(rows, inputs), torch.ones(outputs, inputs)
-    ways: list[Callable[[], Tensor]] = [lambda: F.linear(x, weight), lambda: _by_onednn(x, weight)]
-    seconds: list[list[float]] = [[], []]
-    for way in ways:
-        way()
-    for _ in range(ROUNDS):
-        for way, times in zip(ways, seconds, strict=True):
-            start = time.perf_counter()
-            way()
-            times.append(time.perf_counter() - start)
-    blas, onednn = map(statistics.median, seconds)
-    return blas > MARGIN * onednn
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _read(file: Path) -> dict[str, bool]:
-    try:
-        verdicts = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return verdicts if isinstance(verdicts, dict) else {}
-
-
-def _write(file: Path, verdicts: dict[str, bool]) -> None:
-    """Keep the verdicts; a cache that cannot be written means that the next process measures again."""
-    temporary = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(verdicts, indent=2))
-        os.replace(temporary, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

@@ -63,6 +63,8 @@ class TrainConfig:
         precision: arithmetic of the encoder; auto takes bf16 where the processor has it.
         device: auto, cpu, cuda or cuda:N.
         backend: auto takes compiled kernels where there are some; reference is plain PyTorch.
+        matmul: library of float32 matrix products on CPUs: torch's BLAS, or oneDNN; auto times both as a run in fp32
+            begins, unless its encoder is narrow, and records the faster.
         threads: CPU threads; torch's own choice when left out.
         mode: finetune trains everything, pretrain freezes the encoder and trains the heads.
         surgery: how the tasks' gradients become one update: sum, mean, pcgrad, gse (a pcgrad update with the mean, then
@@ -139,6 +141,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     backend: Literal["auto", "reference"] = "auto"
+    matmul: Literal["auto", "blas", "onednn"] = "auto"
     threads: int | None = None
     mode: Literal["finetune", "pretrain"] = "finetune"
     surgery: str = "pcgrad"

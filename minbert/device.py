@@ -55,10 +55,10 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 @contextmanager
 def settings(threads: int | None, backend: str) -> Iterator[None]:
-    """Choose CPU threads (None leaves them) and kernels in this block; afterwards they and torch's generator are as
-    before it."""
+    """Choose CPU threads (None leaves them) and kernels in this block; afterwards they, the library of matrix products
+    and torch's generator are as before it."""
     before = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]), kernels.use_backend(backend):
+    with torch.random.fork_rng(devices=[]), kernels.use_backend(backend), kernels.use_matmul(kernels.matmul()):
         try:
             if threads:
                 torch.set_num_threads(threads)

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from minbert import cli, kernels
 from minbert.checkpoint import Scores
@@ -103,6 +104,15 @@ def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[M
     return model.to(device).eval(), Tokenizer.from_pretrained(path)
 
 
+def choose_kernels(config: TrainConfig, warnings: Console) -> None:
+    """Compute as the run did, or say where that is not possible."""
+    kernels.set_backend(config.backend)
+    try:
+        kernels.set_matmul(config.matmul)
+    except ValueError as error:
+        warnings.print(f"the run multiplied by another library, so outputs may differ in their last digits: {error}")
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Score a run on a split and write its predictions.
@@ -151,7 +161,7 @@ def main(arguments: Sequence[str]) -> int:
         warnings.print(line)
 
     device = resolve_device(options.device)
-    kernels.set_backend(config.backend)
+    choose_kernels(config, warnings)
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)
     console.print(f"{run.path}/{options.checkpoint} on {describe(device, config.precision)}")
     limit = config.max_length or model.encoder.config.max_position_embeddings

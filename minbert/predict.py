@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minbert import cli, kernels
+from minbert import cli
 from minbert.console import Terminal
 from minbert.data import encode, read_file, refuse_skipped, skipped_lines, skipped_rows, write_skipped
 from minbert.device import resolve_device
-from minbert.evaluate import head_outputs, load_model, run_tasks
+from minbert.evaluate import choose_kernels, head_outputs, load_model, run_tasks
 from minbert.files import write_atomically, writing
 from minbert.metrics import predictions
 from minbert.model import reading
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     for line in skipped_lines(examples.skipped, options.skipped or "--skipped FILE lists all of them"):
         console.print(line)
     device = resolve_device(options.device)
-    kernels.set_backend(config.backend)
+    choose_kernels(config, console)
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)
     limit = config.max_length or model.encoder.config.max_position_embeddings
     encoded = encode(examples, tokenizer, limit, reading=reading(task))

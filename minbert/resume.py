@@ -33,7 +33,7 @@ FREE = {  # options that change neither weights nor scores, and why
 }
 
 # The same arithmetic, with sums in another order: the run goes on, but not to the bit as if undisturbed.
-ROUNDING = ("device", "threads", "backend")
+ROUNDING = ("device", "threads", "backend", "matmul")
 
 LENGTH = ("epochs", "steps")  # a run can be extended, or end earlier
 
@@ -47,7 +47,7 @@ def resumed(saved: TrainConfig, given: TrainConfig, run: Path) -> TrainConfig:
         UserError: an option is fixed and differs; all of them are named.
     """
     recorded, wanted = dict(flat(saved)), dict(flat(given))
-    for name in (*DECIDED, *PLACES, "threads", "backend"):
+    for name in (*DECIDED, *PLACES, "threads", "backend", "matmul"):
         if wanted[name] in (None, "auto"):
             wanted[name] = recorded[name]
     if (wanted["precision"], recorded["precision"]) == ("bf16", "fp32") and raised_for_smart(saved):

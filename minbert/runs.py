@@ -116,7 +116,8 @@ class Run:
             return given
         self.record = self.config()
         config = resumed(self.record, given, self.path)
-        for line in remarks(self.record, given.replace(threads=config.threads, backend=config.backend)):
+        computing = {"threads": config.threads, "backend": config.backend, "matmul": config.matmul}
+        for line in remarks(self.record, given.replace(**computing)):
             console.print(line)
         return config
 

@@ -97,7 +97,6 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
     surgeries = find_surgery(config.surgery, config.surgery_reduction)
     precision = resolve_precision(config.precision, device)
     console.print(f"minbert {minbert.__version__} on {describe(device, precision)}")
-    console.print(kernels_line(device))
     if ranks.size > 1:
         console.print(f"{ranks.size} processes over {ranks.backend}")
 
@@ -155,11 +154,14 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
                 )
     if not goes_on:  # else it was decided by the weights that the run began with
         precision = fit_for_smart(model, config, precision, console)
+    matmul = choose_matmul(config, encoder.config, precision, ranks)
+    console.print(kernels_line(device))
     lr = config.lr or default_learning_rate(config, encoder.config.hidden_size)
     config = config.replace(
         tasks=[task.name for task in tasks],
         max_length=max_length,
         precision=precision,
+        matmul=matmul,
         lr=lr,
         out=str(run.path),
     )
@@ -299,6 +301,24 @@ def fit_for_smart(model: MultitaskModel, config: TrainConfig, precision: str, co
         return "fp32"
     console.print(f"warning: {reason}: SMART will do nothing")
     return precision
+
+
+def choose_matmul(config: TrainConfig, encoder: EncoderConfig, precision: str, ranks: Ranks) -> str:
+    """Choose the library of float32 products, on all ranks the one that the first finds the faster, and return it.
+
+    Raises:
+        UserError: torch was built without the one asked for.
+    """
+    name: str = config.matmul
+    if name == "auto":
+        measures = ranks.leads and ranks.device.type == "cpu" and precision == "fp32" and config.backend == "auto"
+        found = kernels.faster_matmul(encoder.hidden_size, encoder.intermediate_size) if measures else "blas"
+        name = ranks.agreed(found)
+    try:
+        kernels.set_matmul(name)
+    except ValueError as error:
+        raise UserError(f"--matmul {name}: {error}") from None
+    return name
 
 
 def method_line(config: TrainConfig, model: MultitaskModel) -> str:

@@ -1,0 +1,104 @@
+"""Which of torch's two libraries multiplies float32 matrices on CPUs in `linear`.
+
+torch multiplies them by its BLAS (MKL in the x86 wheels) and has oneDNN beside it, which is the faster on some
+processors. The two round differently, so nothing is chosen behind the caller's back: it is BLAS until `set_matmul` says
+otherwise, and a training run records what it chose. With oneDNN, the products that give outputs and gradients of inputs
+are oneDNN's. Those that give gradients of weights stay BLAS's, which reads their transposed operands where they lie;
+oneDNN copies them first and was 0.8 to 1.0 times as fast (Zen 4 with AVX-512).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHOICES = ("blas", "onednn")
+ROWS = 1024  # of the products that are timed: tokens of a usual step
+NARROW = 256  # encoders below this width are not measured: their products take little of a step
+ROUNDS = (7, 31)  # at least and at most; after the former, no more once SECONDS have passed
+SECONDS = 0.4
+MARGIN = 1.05  # oneDNN must be this many times as fast: a tie goes to BLAS, in every run alike
+
+_chosen = "blas"
+
+
+def matmul() -> str:
+    """The library of float32 products on CPUs: "blas" or "onednn"."""
+    return _chosen
+
+
+def set_matmul(name: str) -> None:
+    """Choose the library of float32 products on CPUs for `linear`: "blas", "onednn", or "auto" to time both now.
+
+    Raises:
+        ValueError: another name, or oneDNN where torch was built without it.
+    """
+    global _chosen
+    if name not in ("auto", *CHOICES):
+        raise ValueError(f"set_matmul: name must be one of 'auto', 'blas', 'onednn', got {name!r}")
+    if name == "onednn" and not torch.backends.mkldnn.is_available():
+        raise ValueError(f"set_matmul: torch {torch.__version__} was built without oneDNN here; 'blas' is there")
+    _chosen = faster_matmul() if name == "auto" else name
+
+
+@contextmanager
+def use_matmul(name: str) -> Iterator[None]:
+    """`set_matmul` for the length of a `with` block."""
+    global _chosen
+    before = _chosen
+    try:
+        set_matmul(name)
+        yield
+    finally:
+        _chosen = before
+
+
+def faster_matmul(hidden: int = 384, inner: int = 1536) -> str:
+    """Time both libraries on the feed-forward layers of an encoder, and name the faster: "blas" or "onednn".
+
+    Each round times the products [N, hidden] x [hidden, inner] and [N, inner] x [inner, hidden] as they occur forward
+    and as they occur in the gradients of inputs, by one library and then by the other, which comes first in turns: both
+    meet the same state of the machine. The median over the rounds of the ratio of their times decides.
+
+    Args:
+        hidden: width of the encoder; one below `NARROW` gets "blas" without a measurement.
+        inner: width of its feed-forward layers.
+    """
+    if hidden < NARROW or not torch.backends.mkldnn.is_available():
+        return "blas"
+    x, grad = torch.ones(ROWS, hidden), torch.ones(ROWS, inner)
+    up, down = torch.ones(inner, hidden), torch.ones(hidden, inner)
+    products = ((x, up), (grad, down), (x, down.t()), (grad, up.t()))
+    ratios: list[float] = []
+    end = float("inf")
+    for round_ in range(-2, ROUNDS[1]):  # two rounds to warm up: threads, pages, and the code that oneDNN generates
+        seconds = {}
+        for name in CHOICES if round_ % 2 else reversed(CHOICES):
+            started = time.perf_counter()
+            for a, weight in products:
+                by_onednn(a, weight) if name == "onednn" else F.linear(a, weight)
+            seconds[name] = time.perf_counter() - started
+        if round_ == 0:
+            end = time.perf_counter() + SECONDS
+        if round_ >= 0:
+            ratios.append(seconds["blas"] / seconds["onednn"])
+        if len(ratios) >= ROUNDS[0] and time.perf_counter() > end:
+            break
+    return "onednn" if statistics.median(ratios) > MARGIN else "blas"
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias by the library that is chosen."""
+    if _chosen == "onednn" and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel():
+        return by_onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

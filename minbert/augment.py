@@ -16,6 +16,7 @@ from rich.progress import track
 from minbert import cli
 from minbert.console import SECONDS_BETWEEN_LINES, Terminal
 from minbert.data import Examples, open_source, refuse_skipped, skipped_lines
+from minbert.data.lines import json_object
 from minbert.device import resolve_device
 from minbert.errors import UserError, require
 from minbert.files import writing
@@ -171,6 +172,8 @@ def finished(out: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -> t
     try:
         if not out.exists() and out.parent.is_dir():
             return 0, 0
+        if out.exists() and not out.is_file() and not out.is_dir():  # a pipe would be waited for
+            raise OSError(0, "not a regular file")
         with open(out, "r+b") as file:
             lines = file.read().splitlines(keepends=True)
     except OSError as error:
@@ -182,9 +185,9 @@ def finished(out: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -> t
             lines.pop()  # cut short
             break
         try:
-            found = json.loads(line)
+            found = json_object(line.decode())
             origin, identity = found["by"], found["id"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, KeyError):
             raise UserError(
                 f"--out {out}, line {number}: not a row that minbert.augment wrote; choose another"
             ) from None

@@ -74,7 +74,7 @@ class TrainingProgress:
 
 
 def data_table(rows: Sequence[tuple[Task, Mapping[str, int], int, int]]) -> Table:
-    """Examples of each split, skipped rows and truncated examples, a row per task."""
+    """Examples to train on and to score, rows of all splits that are skipped or truncated; a row per task."""
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("task", "train", "dev", "rows skipped", "truncated"):
         table.add_column(column, justify="left" if column == "task" else "right")

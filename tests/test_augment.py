@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -134,11 +135,17 @@ def test_a_file_of_another_making_is_refused(options, tmp_path):
     assert augment.main(options) == 0
     with pytest.raises(UserError, match=r"more\.jsonl, line 1: made from other data or by .*temperature 1, .*seed 0"):
         augment.main([*options, "--seed=1"])
-    for text in ("my only copy\n", "my only copy"):
+    for text in ("my only copy\n", "my only copy", "[" * 100_000, '{"id": 1}\n', "3\n"):
         (tmp_path / "more.jsonl").write_text(text)
         with pytest.raises(UserError, match=r"more\.jsonl, line 1: not a row that minbert\.augment wrote"):
             augment.main(options)
         assert (tmp_path / "more.jsonl").read_text() == text
+
+
+def test_a_pipe_is_not_waited_for(options, tmp_path):
+    os.mkfifo(tmp_path / "more.jsonl")
+    with pytest.raises(UserError, match=r"--out .*more\.jsonl: cannot be written \(not a regular file\)"):
+        augment.main(options)
 
 
 def test_a_model_that_is_not_there_leaves_no_file(options, tmp_path):

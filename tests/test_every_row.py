@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -325,3 +326,29 @@ def test_a_bad_test_file_is_refused_before_the_training(tmp_path):
     with pytest.raises(UserError, match=r"QQP/test\.tsv, line 2: not UTF-8"):
         train.main([*quick_options(data, tmp_path / "run"), "--batch-size=4"])
     assert not (tmp_path / "run").exists()
+
+
+FIXTURE = Path(__file__).parent / "fixtures" / "run-0.1.0"
+
+
+@pytest.mark.parametrize(("word", "said"), [("", None), ("film", "the training data of sst changed")])
+def test_a_checkpoint_of_0_1_0_compares_the_tokens_that_it_recorded(tmp_path, monkeypatch, word, said):
+    shutil.copytree(FIXTURE, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    options = ["--config=run/config.yaml", "--out=run", "--resume"]
+    if said:
+        path = Path("data/ids-sst-train.csv")
+        lines = path.read_text().splitlines()
+        fields = lines[1].split("\t")
+        lines[1] = "\t".join([*fields[:-2], word, fields[-1]])
+        path.write_text("\n".join(lines))
+        with pytest.raises(UserError, match=said):
+            train.main(options)
+        return
+    assert train.main(options) == 0
+    recorded = json.loads(Path("run/last/progress.json").read_text())["data"]
+    assert recorded.keys() == {"sst", "sts", "sst dev", "sts dev"}
+    path = Path("data/ids-sst-dev.csv")
+    path.write_text(path.read_text().replace("\t1\n", "\t2\n"))
+    with pytest.raises(UserError, match="the dev data of sst changed"):
+        train.main([*options, "--epochs=3"])

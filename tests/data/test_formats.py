@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minbert.data import Examples, Skipped, read_examples, read_file, read_glue, skipped_lines
+from minbert.data import (
+    Examples,
+    Skipped,
+    read_examples,
+    read_file,
+    read_glue,
+    read_skipped,
+    skipped_lines,
+    skipped_rows,
+    update_skipped,
+    write_skipped,
+)
 from minbert.errors import UserError
 from minbert.tasks import TASKS
 
@@ -339,6 +350,82 @@ def test_every_line_is_a_row_or_is_named_or_is_blank(tmp_path_factory, header, l
         return
     rows = [line for line in lines if line.strip() or "\t" in line or "\t" not in header]
     assert len(examples) + len(examples.skipped) == len(rows) + (header == "bare")
+
+
+BYTES = st.sampled_from(
+    [
+        b"a",
+        b"1",
+        b"\t",
+        b"\n",
+        b"\r",
+        b"\r\n",
+        b'"',
+        b",",
+        b"{",
+        b"}",
+        b"\0",
+        b"\xff",
+        b"\xc2\x85",
+        b"\xe2\x80\xa8",
+        b" ",
+    ]
+)
+
+
+@given(
+    st.sampled_from([SST, STS]),
+    st.sampled_from(["x.csv", "x.tsv", "x.jsonl", "x"]),
+    st.sampled_from(
+        [b"", b"id\tsentence\tsentiment\n", b"index\tsentence1\tsentence2\tscore\n", b"\xef\xbb\xbf", b"\xff\xfe"]
+    ),
+    st.lists(BYTES, max_size=30),
+    st.sampled_from(["required", "optional", "ignored"]),
+    st.booleans(),
+)
+def test_any_bytes_are_rows_or_one_line_says_why_not(tmp_path_factory, task, name, start, parts, labels, bare):
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(start + b"".join(parts))
+    try:
+        examples = read_file(path, task, labels=labels, bare=bare)
+    except UserError as error:
+        assert str(path) in str(error)  # noqa: PT017
+        assert "\n" not in str(error)  # noqa: PT017
+        return
+    lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    assert len(examples) + len(examples.skipped) <= len(lines)
+    assert all(text and text == text.strip() for text in (*examples.texts, *(examples.pairs or ())))
+    assert all(row.reason and 1 <= row.line <= len(lines) for row in examples.skipped)
+
+
+def test_a_list_of_rows_is_replaced_file_by_file_and_read_back(tmp_path):
+    path = tmp_path / "skipped.jsonl"
+    assert read_skipped(path) == []
+    rows = skipped_rows("train", "sst", [Skipped("b.csv", 9, "r", "i"), Skipped("b.csv", 3, "r"), Skipped("a", 1, "r")])
+    rows += skipped_rows(
+        "dev", "sst", [Skipped("b.csv", 2, "r\u2028", "\ud800" + "x" * 1000), Skipped("\udcff", 1, "r")]
+    )
+    write_skipped(path, rows)
+    back = read_skipped(path)
+    assert [(row.split, row.file, row.line) for row in back] == [
+        ("train", "a", 1),
+        ("train", "b.csv", 3),
+        ("train", "b.csv", 9),
+        ("dev", "\\udcff", 1),
+        ("dev", "b.csv", 2),
+    ]
+    assert back[4].id == "\\ud800" + "x" * 198 + "…"
+    update_skipped(
+        path, "train", {("sst", "./b.csv"), ("sts", "a")}, skipped_rows("train", "sst", [Skipped("b.csv", 4, "r")])
+    )
+    assert [(row.split, row.file, row.line) for row in read_skipped(path)] == [
+        ("train", "a", 1),
+        ("train", "b.csv", 4),
+        ("dev", "\\udcff", 1),
+        ("dev", "b.csv", 2),
+    ]
+    write_skipped(path, [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_of_rows_that_are_left_out_says_how_many_and_which(write):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from safetensors.torch import load_file
+import torch
 from torch import Tensor
 
 from minbert.errors import UserError
 from minbert.files import write_directory, write_json, write_tensors, writing
 from minbert.model import MultitaskModel, save_heads
+from minbert.model.weights import fitting, open_safetensors
 from minbert.optimizer import State
+from minbert.records import FORMAT, build, read_json, short, without_format
+from minbert.run_files import Scores, check_scores
 from minbert.surgery import Surgery
 from minbert.tokenizer import Tokenizer
 
-Scores = dict[str, dict[str, float]]
+ENTRIES = ("step", "exp_avg", "exp_avg_sq", "average")  # of an optimizer's state for a parameter, perhaps with @NAME
 
 
 @dataclass
@@ -74,28 +76,58 @@ def save(
         for surgery in surgeries:
             if surgery.weighting is not None:
                 surgery.weighting.save(directory)
-        write_json(directory / "progress.json", asdict(progress))
+        write_json(directory / "progress.json", {"format": FORMAT, **asdict(progress)})
 
     with writing(path, "free some space and run the same command with --resume"):
         write_directory(path, fill)
 
 
 def load_progress(path: Path) -> Progress:
-    """Where the run stood at a checkpoint that `verify` found whole."""
-    return Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+    """Where the run stood at a checkpoint that `verify` found whole; what an earlier minbert did not note is empty.
+
+    Raises:
+        UserError: progress.json is damaged, or a later minbert wrote it.
+    """
+    file = path / "progress.json"
+    remedy = "restore it from a copy, or use another checkpoint"
+    progress = build(Progress, without_format(read_json(file, remedy=remedy), str(file)), str(file))
+    counts = (progress.step, progress.examples, progress.skipped, progress.skipped_in_a_row, progress.best_epoch)
+    try:
+        for number, scores in enumerate(progress.dev):
+            check_scores(scores, f"dev[{number}]")
+        consistent = (
+            min(counts) >= 0
+            and progress.seconds >= 0
+            and (progress.seconds > 0 or progress.step == 0)
+            and progress.best_epoch <= len(progress.dev)
+            and all(progress.loss_counts.get(name, 0) >= 1 for name in progress.loss_sums)
+            and all(len(pair) == 2 and 0 <= pair[0] <= pair[1] and pair[1] >= 1 for pair in progress.conflicts.values())
+        )
+        if not consistent:
+            raise UserError("its counts contradict each other")
+    except UserError as error:
+        raise UserError(f"{file} is damaged ({error}); {remedy}") from None
+    return progress
 
 
 def load_state(path: Path, model: MultitaskModel) -> State:
     """The optimizer's state that `save` wrote, on the CPU.
 
     Raises:
-        UserError: they belong to another model.
+        UserError: the file is damaged, or belongs to another model.
     """
+    file = path / "optimizer.safetensors"
     state: dict[Tensor, dict[str, Tensor]] = {}
     params = dict(model.named_parameters())
-    for key, value in load_file(path / "optimizer.safetensors").items():
-        name, _, entry = key.rpartition(".")
-        if name not in params or (value.ndim and value.shape != params[name].shape):
-            raise UserError(f"{path / 'optimizer.safetensors'}: {key} does not fit the model; resume with its config")
-        state.setdefault(params[name], {})[entry] = value
+    with open_safetensors(file) as tensors:
+        for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+            name, _, entry = key.rpartition(".")
+            kind = entry.partition("@")[0]
+            if name not in params or kind not in ENTRIES:
+                raise UserError(f"{file}: {short(key)} does not fit the model; resume with its config")
+            shape = torch.Size() if kind == "step" else params[name].shape
+            value = fitting(tensors.get_tensor(key), shape, f"{file}: {key}")
+            if kind in ("step", "exp_avg_sq") and value.numel() and value.min() < 0:
+                raise UserError(f"{file}: {key} is negative; restore it from a copy, or use another checkpoint")
+            state.setdefault(params[name], {})[entry] = value
     return state

@@ -91,8 +91,8 @@ class Parser(jsonargparse.ArgumentParser):
             key, value = (f".{entry[1]}", entry[2]) if entry else ("", wrong[2].strip())
             return f"--{wrong[1].replace('_', '-')}{key}: expected {expected}, got {value!r}"
         record = re.search(r'Parser key "([\w.]+)":\s+Unable to load config "(.*)"', message, re.DOTALL)
-        if record and dataclasses.is_dataclass(kind := self.types.get(record[1])):
-            names = ", ".join(field.name for field in dataclasses.fields(kind))
+        if record and dataclasses.is_dataclass(of := self.types.get(record[1])):
+            names = ", ".join(field.name for field in dataclasses.fields(of))
             return f"--{record[1].replace('_', '-')}: expected a record of {names}, got {short(record[2])}"
         return " ".join(message.split())
 

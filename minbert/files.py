@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minbert.errors import UserError
+from minbert.records import read_json, short
 
 try:
     import fcntl
@@ -192,13 +193,14 @@ def verify(directory: Path) -> None:
     Raises:
         UserError: a file is missing, or is not what was written; it is named.
     """
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{directory} is not a checkpoint: it has no {MANIFEST}") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{directory / MANIFEST} is damaged ({error}); restore it from a copy") from None
-    for name, checksum in manifest.items():
+    path, remedy = directory / MANIFEST, "restore it from a copy, or use another checkpoint"
+    if not path.exists():
+        raise UserError(f"{directory} is not a checkpoint: it has no {MANIFEST}")
+    for name, checksum in read_json(path, remedy=remedy).items():
+        if Path(name).name != name or not isinstance(checksum, str):
+            raise UserError(
+                f"{path}: expected names of files in {directory} and checksums, got {short(name)}; {remedy}"
+            )
         file = directory / name
         if not file.is_file():
             raise UserError(f"{file} is missing; restore it from a copy, or use another checkpoint")

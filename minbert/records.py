@@ -108,7 +108,8 @@ def read_lines(path: Path, remedy: str = REMEDY) -> Iterator[tuple[int, dict[str
     Raises:
         UserError: the file is missing, no regular file, cannot be read, or is longer than `LINES_LIMIT`.
     """
-    for number, line in enumerate(read_bytes(path, LINES_LIMIT, remedy).removesuffix(b"\n").split(b"\n"), 1):
+    content = read_bytes(path, LINES_LIMIT, remedy)
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n") if content else (), 1):
         try:
             if len(line) > LINE_LIMIT:
                 raise ValueError(f"longer than {LINE_LIMIT} bytes")
@@ -164,9 +165,10 @@ class _Loader(yaml.SafeLoader):
     """YAML without aliases, tags and keys that stand twice; 1e-3 is a number."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not read", event.start_mark)
+            mark: Any = event.start_mark
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not read", mark)
         if getattr(event, "tag", None) is not None:
             raise yaml.constructor.ConstructorError(None, None, f"tag {event.tag} is not read", event.start_mark)
         return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
@@ -174,7 +176,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         values = super().construct_mapping(node, deep)
         if len(values) < len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key stands twice", node.start_mark)
+            mark: Any = node.start_mark
+            raise yaml.constructor.ConstructorError(None, None, "a key stands twice", mark)
         return values
 
 
@@ -234,7 +237,7 @@ def build(kind: type[Record], values: Mapping[Any, Any], where: str, *, ignore_u
         UserError: an unknown key, a missing one, or a value of another type than its field's, each named; or a value
             that the record itself refuses.
     """
-    types_of = types_of_fields(kind)
+    types_of = types_of_fields(kind)  # type: ignore[arg-type]
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields and not ignore_unknown:

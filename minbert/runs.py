@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +29,13 @@ from minbert.files import (
     writing,
 )
 from minbert.metrics import predictions, probabilities
+from minbert.records import FORMAT
 from minbert.resume import remarks, resumed
+from minbert.run_files import Prediction, check_links, read_metrics, read_predictions, read_summary
 from minbert.tasks import Task
 
 RESUME = "free some space and run the same command with --resume"
 BEFORE_A_RUN = (LOCK, ".config.yaml.tmp")  # what a run that was killed as it began may leave
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a run says of one example."""
-
-    id: str
-    predicted: float
-    tokens: int  # that the model read
-    label: float | None = None
-    probabilities: list[float] | None = None  # of each class; None for a task without classes
 
 
 class Run:
@@ -139,6 +129,7 @@ class Run:
     def config(self) -> TrainConfig:
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such run directory")
+        check_links(self.path)
         return TrainConfig.from_yaml(self.path / "config.yaml")
 
     def log(self, record: dict[str, Any]) -> None:
@@ -171,11 +162,18 @@ class Run:
             with writing(self.metrics, RESUME):
                 sync(self.metrics)
 
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl that a resumed run will write again, and a half-written last one."""
-        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
+    def forget_after(self, step: int) -> list[str]:
+        """Drop the lines of metrics.jsonl that a resumed run will write again, a half-written last one, and damaged
+        ones.
+
+        Returns:
+            what is wrong with each damaged one.
+        """
+        records, problems = read_metrics(self.metrics) if self.metrics.exists() else ([], [])
+        kept = [json.dumps(record) + "\n" for record in records if record["step"] <= step]
         with writing(self.metrics, RESUME):
             write_atomically(self.metrics, "".join(kept))
+        return problems
 
     def forget_summary(self) -> None:
         """Drop summary.json: the run has not finished."""
@@ -183,31 +181,28 @@ class Run:
             (self.path / "summary.json").unlink(missing_ok=True)
 
     def records(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, without a last line that a crash cut short."""
-        records = []
-        if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                try:
-                    records.append(json.loads(line))
-                except ValueError:
-                    break
+        """The lines of metrics.jsonl, without a last line that a crash cut short.
+
+        Raises:
+            UserError: a line is damaged.
+        """
+        records, problems = read_metrics(self.metrics) if self.metrics.exists() else ([], [])
+        if problems:
+            raise UserError(f"{problems[0]}; {len(problems)} such; --resume of the run drops them")
         return records
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         with writing(self.path, RESUME):
-            write_json(self.path / "summary.json", summary)
+            write_json(self.path / "summary.json", {"format": FORMAT, **summary})
 
     def summary(self) -> dict[str, Any]:
         """What summary.json holds; nothing while the run has not finished.
 
         Raises:
-            UserError: it is damaged.
+            UserError: it is damaged, or a later minbert wrote it.
         """
         path = self.path / "summary.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); --resume of the run writes it anew") from None
+        return read_summary(path) if path.exists() else {}
 
     def predictions_directory(self, place: str = "") -> Path:
         """predictions/, where those of the best epoch for the run's own data are, or a place under it for others."""
@@ -243,10 +238,7 @@ class Run:
         path = self._details(task, split, "")
         if not path.exists():
             return None
-        try:
-            return [Prediction(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (ValueError, TypeError):
-            raise UserError(f"{path} is damaged; minbert.evaluate {self.path} writes it anew") from None
+        return read_predictions(path, task, f"minbert.evaluate {self.path} writes it anew")
 
     def _details(self, task: Task, split: str, place: str) -> Path:
         return self.predictions_directory(place) / f"{task.predictions}-{split}.jsonl"
@@ -283,8 +275,8 @@ class Followed(Run):
     def sync(self) -> None:
         pass
 
-    def forget_after(self, step: int) -> None:
-        pass
+    def forget_after(self, step: int) -> list[str]:
+        return []
 
     def forget_summary(self) -> None:
         pass

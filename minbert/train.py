@@ -111,7 +111,8 @@ def take_steps(config: TrainConfig, run: Run, console: Console, ranks: Ranks, st
     run.write_options(config)
     ranks.agreed("begun")
     run.check_seen()
-    run.forget_after(progress.step)
+    if damaged := run.forget_after(progress.step):
+        console.print(f"warning: {len(damaged)} damaged lines of {run.metrics} are dropped; {damaged[0]}")
     run.write_skipped(bench.skipped)
     if progress.step < total_steps:
         run.forget_summary()

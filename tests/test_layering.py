@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # a module imports only from its own room and the rooms above
     ["errors"],
-    ["files", "seeds", "signals", "tasks", "kernels", "recipes", "records", "weighting_state"],
+    ["records"],
+    ["files", "seeds", "signals", "tasks", "kernels", "recipes", "weighting_state"],
     ["ranks"],
     ["packing", "hub"],
     ["tokenizer"],
@@ -23,6 +24,7 @@ ROOMS = [  # a module imports only from its own room and the rooms above
     ["choices"],
     ["config", "cli", "device"],
     ["pending", "replay"],
+    ["run_files"],
     ["checkpoint", "runs", "resume", "console", "step"],
     ["report", "evaluate", "workbench"],
     ["finish"],

@@ -37,7 +37,8 @@ from minbert.report.analysis import (
 )
 from minbert.report.comparison import columns, our_scores
 from minbert.report.history import curves, epochs, grid, options, phases, thinned
-from minbert.runs import Prediction, Run
+from minbert.run_files import Prediction
+from minbert.runs import Run
 from minbert.tasks import TASKS
 
 HOSTILE = """</td><script>alert(1)</script><img src=x onerror=alert(2)> "quoted' & 'such" {{ 7 * 7 }} <b>film</b>"""
@@ -222,10 +223,10 @@ def test_bad_input_is_one_line(copy, tmp_path):
     with pytest.raises(UserError, match="did you mean '--data'"):
         report.main([str(copy.path), "--dta=x"])
     (copy.path / "predictions" / "sst-dev.jsonl").write_text('{"id"')
-    with pytest.raises(UserError, match=r"sst-dev\.jsonl is damaged; minbert\.evaluate"):
+    with pytest.raises(UserError, match=r"sst-dev\.jsonl is damaged \(line 1: .*minbert\.evaluate"):
         report.main([str(copy.path)])
     (copy.path / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary\.json is damaged"):
+    with pytest.raises(UserError, match=r"cannot read .*summary\.json \(.*--resume of the run writes it anew"):
         report.main([str(copy.path)])
 
 

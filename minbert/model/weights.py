@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from minbert.errors import UserError
 from minbert.files import write_tensors
+from minbert.records import checked, read_json, short
 
 if TYPE_CHECKING:
     from minbert.model.encoder import Encoder
@@ -90,7 +90,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def fitting(tensor: Tensor, shape: torch.Size, where: str) -> Tensor:
-    """The tensor, if it holds floating-point numbers in the expected shape.
+    """The tensor, if it holds finite floating-point numbers in the expected shape.
 
     Raises:
         UserError: it does not; the message starts with `where`.
@@ -102,6 +102,8 @@ def fitting(tensor: Tensor, shape: torch.Size, where: str) -> Tensor:
         )
     if not tensor.is_floating_point():
         raise UserError(f"{where} is {tensor.dtype}, expected floating point; give weights that are not quantised")
+    if not tensor.isfinite().all():
+        raise UserError(f"{where} holds NaN or an infinity; copy or download it again, or use another checkpoint")
     return tensor
 
 
@@ -161,8 +163,11 @@ def _modern_name(name: str) -> str:
 
 def _read_index(path: Path) -> dict[str, Path]:
     """Where a sharded checkpoint keeps each tensor."""
-    try:
-        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {name: path.parent / shard for name, shard in shards.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {path} ({error!r}); copy or download the checkpoint again") from None
+    shards = checked(read_json(path).get("weight_map"), dict[str, str], f"{path}: weight_map")
+    for shard in shards.values():
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise UserError(
+                f"{path}: expected names of safetensors files in {path.parent}, got {short(shard)};"
+                " copy or download the checkpoint again"
+            )
+    return {name: path.parent / shard for name, shard in shards.items()}

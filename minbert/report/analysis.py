@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 from minbert.metrics import METRICS
-from minbert.runs import Prediction
+from minbert.run_files import Prediction
 from minbert.tasks import Task
 
 PRONOUN = re.compile(

@@ -40,15 +40,16 @@ def line_chart(
     words = "; ".join(f"{name} goes from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in lines.items())
     svg = _svg(f"{title}, by {x}: {words}.", WIDTH, HEIGHT)
     axes.draw(svg, x, whole=True)
+    of = {name: colours.get(name, "ink") for name in lines}
     for name, points in lines.items():
         places = [(axes.across(px), axes.up(py)) for px, py in points]
         path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in places)
-        SubElement(svg, "path", {"class": f"line {colours[name]}", "d": path})
+        SubElement(svg, "path", {"class": f"line {of[name]}", "d": path})
         if marked or len(places) == 1:
             for (px, py), point in zip(places, points, strict=True):
-                dot = SubElement(svg, "circle", {"class": f"dot {colours[name]}", **_xy(px, py, "c"), "r": "3.5"})
+                dot = SubElement(svg, "circle", {"class": f"dot {of[name]}", **_xy(px, py, "c"), "r": "3.5"})
                 SubElement(dot, "title").text = f"{name}, {x} {point[0]:g}: {point[1]:.3f}"
-    return Figure(title, _markup(svg), [(colours[name], name) for name in lines], note)
+    return Figure(title, _markup(svg), [(of[name], name) for name in lines], note)
 
 
 def heat_map(title: str, grid: Grid, *, signed: bool, note: str = "") -> Figure:

@@ -64,7 +64,7 @@ def _timing(figure: Any, steps: Sequence[Record]) -> None:
     figure.set_size_inches(7, 4)
     axes = figure.subplots()
     phases = _names(steps, "seconds")
-    seconds = [[record["seconds"].get(phase, 0.0) for record in steps] for phase in phases]
+    seconds = [[record.get("seconds", {}).get(phase, 0.0) for record in steps] for phase in phases]
     axes.stackplot([record["step"] for record in steps], seconds, labels=phases, alpha=0.8)
     axes.set(xlabel="step", ylabel="seconds of the step")
     if phases:

@@ -87,7 +87,10 @@ def headline(tasks: Sequence[Task], records: Sequence[Record], summary: dict[str
     epochs = history.epochs(records)
     if not epochs:
         return []
-    best = epochs[summary["best_epoch"] - 1] if summary else epochs[-1]
+    number = summary["best_epoch"] if summary else len(epochs)
+    if number > len(epochs):
+        raise UserError(f"the best epoch is {number}, but metrics.jsonl has {len(epochs)}; restore it from a copy")
+    best = epochs[number - 1]
     of_tasks = [Headline(task.title, task.metric, best.scores[task.name]) for task in tasks if task.name in best.scores]
     return [Headline("Overall", "mean of the tasks", best.overall), *of_tasks]
 
@@ -112,7 +115,7 @@ def gradient_figures(records: Sequence[Record], colours: dict[str, str]) -> dict
     """Figures of surgery (conflicts and what it removes) and of SMART; none of what the run did not do."""
     surgery: list[Figure] = []
     cosine, similarity = (history.grid(records, key) for key in ("cosine", "magnitude_similarity"))
-    if cosine.names:
+    if cosine.names and similarity.names:
         note = "Cosine of two tasks' gradients; below 0 they conflict."
         surgery.append(heat_map("Conflict", cosine, signed=True, note=note))
         note = "2|a||b| / (|a|² + |b|²): 1 for gradients of one length, near 0 where one dominates."

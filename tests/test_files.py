@@ -6,6 +6,9 @@ import errno
 import multiprocessing
 import os
 import re
+import subprocess
+import sys
+from unittest.mock import patch
 
 import pytest
 import safetensors.torch
@@ -140,3 +143,58 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/run"), locked(tmp_path / "file" / "run"):
         pass
+
+
+def test_whoever_left_the_lock_last_does_not_hold_the_next(tmp_path):
+    """The directory went, and was made again, between the moment a process opened its lock and held it."""
+    real, directory = files._hold, tmp_path / "run"
+
+    def late(descriptor):
+        if len(calls) == 0:
+            calls.append(descriptor)
+            (directory / ".lock").unlink()
+            directory.rmdir()
+        real(descriptor)
+
+    calls = []
+    with patch.object(files, "_hold", late), locked(directory):
+        assert (directory / ".lock").exists()
+    assert not directory.exists()
+
+
+class Windows:
+    """msvcrt, as far as it is used."""
+
+    LK_NBLCK = 2
+
+    def __init__(self, held):
+        self.held = held
+
+    def locking(self, descriptor, mode, nbytes):
+        assert (mode, nbytes) == (self.LK_NBLCK, 1)
+        if self.held:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_system_without_fcntl_locks_by_its_own_means(tmp_path):
+    with patch.object(files, "fcntl", None):
+        with patch.object(files, "msvcrt", Windows(held=False)), locked(tmp_path / "run"):
+            pass
+        with patch.object(files, "msvcrt", Windows(held=True)):  # noqa: SIM117
+            with pytest.raises(UserError, match="in use by another training process"), locked(tmp_path / "run"):
+                pass
+        with pytest.raises(UserError, match="Linux, macOS and Windows"), locked(tmp_path / "run"):
+            pass
+
+
+def test_everything_is_imported_without_fcntl_and_resource():
+    script = (
+        "import sys\n"
+        "sys.modules.update(fcntl=None, resource=None)\n"
+        "import minbert.train, minbert.evaluate, minbert.predict, minbert.reproduce, minbert.augment, minbert.report\n"
+        "import torch\n"
+        "from minbert.device import peak_memory_bytes\n"
+        "assert peak_memory_bytes(torch.device('cpu')) is None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -26,6 +26,7 @@ def process_state() -> dict[str, object]:
     return {
         "threads": torch.get_num_threads(),
         "backend": kernels.dispatch.choice(),
+        "matmul": kernels.matmul(),
         "generator": torch.get_rng_state().tolist(),
         "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "environment": dict(os.environ),

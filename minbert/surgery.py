@@ -247,8 +247,12 @@ class UserWeighting:
             UserError: there is none, or it is that of something else.
         """
         path = directory / STATE
-        if not path.exists() and self._state() is None:
-            return
+        if not path.exists():
+            if self._state() is None:
+                return
+            raise UserError(
+                f"{path} is missing: the checkpoint holds no state of --surgery {self.name}; start a new run"
+            )
         try:
             load_state(self.weighting, path, device)
         except Exception as error:

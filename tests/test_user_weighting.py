@@ -276,7 +276,8 @@ def test_a_state_that_does_not_fit_is_one_line(broken: str, tmp_path) -> None:
         save_file({}, path, metadata={"state": '{"attributes": {"inner": {"sequence": "system", "entries": []}}}'})
     elif broken == "other":
         UserWeighting(f"{HERE}:WithProtocol").save(tmp_path)
-    with pytest.raises(UserError, match=f"{STATE} does not fit --surgery {HERE}:Remembers .*; resume with") as caught:
+    problem = "is missing: the checkpoint holds no state of" if broken == "missing" else "does not fit"
+    with pytest.raises(UserError, match=f"{STATE} {problem} --surgery {HERE}:Remembers.*; (resume|start)") as caught:
         UserWeighting(f"{HERE}:Remembers").load(tmp_path, torch.device("cpu"))
     assert "\n" not in str(caught.value)
 

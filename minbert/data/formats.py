@@ -95,8 +95,9 @@ def read_rows(
         return (_json_row(number, line, task) for number, line in enumerate(lines) if line.strip())
     where = f"{'standard input' if bare and str(path) == '-' else path}, line {start + 1}"
     names = _names(lines[start])
-    if bare and not _is_header(names, task):
+    if not _is_header(names, task):
         _refuse_other_delimiters(where, lines[start], task)
+    if bare and not _is_header(names, task):
         return (_bare_row(number, line, task) for number, line in enumerate(lines))
     if quoted is None:
         quoted = not _is_glue(Path(path).suffix.lower(), names, task)
@@ -226,7 +227,7 @@ def _bare_row(number: int, line: str, task: Task) -> Row:
 
 
 def _refuse_other_delimiters(where: str, line: str, task: Task) -> None:
-    """Refuse a header in which something else stands where tabs should: its rows would be taken for sentences."""
+    """Refuse a header in which something else stands where tabs should: among bare lines it would be a sentence."""
     for delimiter in (",", ";", "|"):
         names = [name.strip().strip('"') for name in line.split(delimiter)]
         if len(names) > 1 and all(re.fullmatch(r"\w*", name) for name in names) and _is_header(names, task):

@@ -160,7 +160,10 @@ def test_a_regression_takes_any_number_in_its_range(write):
             "{path}, line 1: the header has the column 'sentence' twice",
         ),
         (["id\tsentence\tid\tsentiment", "a\tb\tc\t1"], "{path}, line 1: the header has the column 'id' twice"),
-        (["id,sentence,sentiment", "a,b,1"], "{path}, line 1: no column 'sentence' in the header; found id,sentence,"),
+        (
+            ["id,sentence,sentiment", "a,b,1"],
+            "{path}, line 1: a header separated by ','; expected columns separated by tabs",
+        ),
         (["i\0d\0", "a"], "{path}, line 1: no column 'sentence' in the header; found i\\x00d\\x00"),
         (
             ["id\tsentence\tsentiment", "a\tb\t7", "a\tb\t"],

@@ -55,8 +55,8 @@ class PCGrad(torch.optim.Optimizer):
     - The graph goes with the last loss. There, it stays.
 
     Gradients are torch.autograd.grad's. A graph with a checkpoint of torch.utils.checkpoint(..., use_reentrant=True),
-    whose parameters it does not show, is refused. DistributedDataParallel does not see these gradients: give the losses
-    of `model.module`, and average `.grad` over the processes before `step`.
+    whose parameters it does not show, is refused. DistributedDataParallel does not see these gradients: average `.grad`
+    over the processes before `step`.
 
     Args:
         optimizer: its parameters are float32, bfloat16 or float64, on one device.

@@ -57,7 +57,7 @@ class TrainConfig:
         steps: stop after this many optimizer steps in all, whatever epochs says.
         batch_size: examples of each task in one step, or a number for each, such as {sst: 2, qqp: 20, sts: 2}.
         lr: peak learning rate; left out, 5e-5 for a pretrained model as wide as BERT-base (growing with the square of
-            how much narrower a model is), and 1e-3 from scratch or with a frozen encoder.
+            how much narrower a model is), 1.5e-3 from scratch, and 1e-3 with a frozen encoder.
         head_lr: peak learning rate of the heads; lr when left out.
         seed: everything random follows from it.
         precision: arithmetic of the encoder; auto takes bf16 where the processor has it.

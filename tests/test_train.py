@@ -195,7 +195,7 @@ def test_a_second_run_into_the_directory_is_refused(quick, finished):
 
 def test_resume_refuses_other_options_and_other_data(quick, tmp_path, course_data):
     assert train.main([*quick, "--steps=2"]) == 0
-    with pytest.raises(UserError, match=r"--lr \(was 0.001, is 0.5\)"):
+    with pytest.raises(UserError, match=r"--lr \(was 0.0015, is 0.5\)"):
         train.main([*quick, "--steps=2", "--lr=0.5", "--resume"])
     sentences = (course_data / "ids-sst-train.csv").read_text()
     try:

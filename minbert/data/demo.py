@@ -1,5 +1,6 @@
 """The built-in demo corpus: sentiment, paraphrase and similarity in plain English, made from templates by a fixed seed.
 
+What an example is about is drawn; classes take turns by its number, so that every split has as many examples of each.
 Which split a sentence belongs to is a function of its text, so dev and test hold no sentence of the train split:
 neither as an example nor as one half of a pair.
 """
@@ -19,8 +20,10 @@ from minbert.data.demo_similarity import scenes
 from minbert.data.formats import Examples
 from minbert.seeds import derive_seed
 
-TASKS: dict[str, Callable[[Dice], tuple[tuple[str, ...], float]]] = {"sst": review, "qqp": questions, "sts": scenes}
-SIZES = {"train": 4000, "dev": 800, "test": 800}
+Draw = Callable[[Dice, int], tuple[tuple[str, ...], float]]  # the texts and the label of the example of that number
+
+TASKS: dict[str, Draw] = {"sst": review, "qqp": questions, "sts": scenes}
+SIZES = {"train": 4800, "dev": 800, "test": 800}
 SHARES = ("train", "train", "train", "dev", "test")  # of all sentences
 
 
@@ -30,7 +33,7 @@ def examples(task: str, split: str) -> Examples:
     dice = Dice(derive_seed("demo", task, split))
     rows: dict[tuple[str, ...], float] = {}
     while len(rows) < SIZES[split]:
-        texts, label = TASKS[task](dice)
+        texts, label = TASKS[task](dice, len(rows))
         if len(set(texts)) == len(texts) and all(_split(text) == split for text in texts):
             rows[texts] = label
     columns = list(zip(*rows, strict=True))

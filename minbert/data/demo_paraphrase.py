@@ -1,31 +1,28 @@
 """Demo paraphrase: pairs of questions that ask the same (1) or not (0).
 
-A question is put into words anew each time: a template and synonyms are drawn for what it asks. Duplicates are two
-wordings of one question. Of the others, many differ in a single point, such as the thing, the manner or the direction
-of a trip, and share nearly all words; the rest agree only by chance.
+A question is put into words anew each time: a form and synonyms are drawn for what it asks. Duplicates are two wordings
+of one question. Half of the others differ in a single point, such as the thing, the manner or the direction of a trip,
+and share nearly all words; the rest agree only by chance. Half of all pairs of each kind are duplicates, and what one
+question asks, its form, and whether both have the same form tell nothing of the label: only a comparison does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from minbert.data.demo_dice import Dice
 from minbert.data.demo_words import ACTIONS, MANNERS, THINGS, Concept, a, sentence, word
 
-CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Lisbon", "Prague")
-ASPECTS: tuple[Concept, ...] = (
-    ("how long is the trip", "what is the duration of the trip", "how many hours is the trip"),
-    ("how expensive is the trip", "what is the price of the trip", "how much money is the trip"),
+REQUESTS = ("any tips for", "any advice on", "any tricks for", "what helps with", "how about", "who knows about")
+CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Lisbon")
+ASPECTS = (
+    ("how long is the trip", "how many hours is it", "what is the duration"),
+    ("how expensive is the trip", "how much money is it", "what is the price"),
     ("is there a train", "can I take a train", "which train goes"),
 )
-REQUESTS = (
-    "how do I go about",
-    "what is a good way of",
-    "what should I know about",
-    "is there a trick to",
-    "any tips for",
-    "any advice on",
-)
+COMMON = 0.75  # how often a concept goes by its common word
+NEAR = 0.5  # of the pairs that ask for different things, those that differ in one point
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,8 @@ class HowTo:
     action: Concept
     thing: Concept
     manner: Concept
+
+    forms: ClassVar[range] = range(len(REQUESTS))
 
     @classmethod
     def draw(cls, dice: Dice) -> HowTo:
@@ -49,18 +48,20 @@ class HowTo:
             return replace(self, thing=dice.other(THINGS, self.thing))
         return replace(self, manner=dice.other(MANNERS, self.manner))
 
-    def words(self, dice: Dice) -> str:
-        task = f"{word(dice, self.action)} {a(word(dice, self.thing))} {word(dice, self.manner)}"
-        return sentence(f"{dice.pick(REQUESTS)} {task}", "?")
+    def words(self, dice: Dice, form: int) -> str:
+        action, thing, manner = (word(dice, slot, COMMON) for slot in (self.action, self.thing, self.manner))
+        return sentence(f"{REQUESTS[form]} {action} {a(thing)} {manner}", "?")
 
 
 @dataclass(frozen=True)
 class Trip:
     """Something about the way from one city to another."""
 
-    aspect: Concept
+    aspect: tuple[str, ...]  # its wordings
     start: str
     end: str
+
+    forms: ClassVar[range] = range(len(ASPECTS[0]))
 
     @classmethod
     def draw(cls, dice: Dice) -> Trip:
@@ -75,24 +76,26 @@ class Trip:
             return replace(self, start=self.end, end=self.start)
         return replace(self, end=dice.pick([city for city in CITIES if city not in (self.start, self.end)]))
 
-    def words(self, dice: Dice) -> str:
+    def words(self, dice: Dice, form: int) -> str:
         way = (f"from {self.start} to {self.end}", f"to {self.end} from {self.start}")
-        return sentence(f"{dice.pick(self.aspect)} {dice.pick(way)}", "?")
+        return sentence(f"{self.aspect[form]} {dice.pick(way)}", "?")
 
 
-KINDS: tuple[type[HowTo] | type[Trip], ...] = (HowTo, HowTo, HowTo, Trip)
+KINDS: tuple[type[HowTo] | type[Trip], ...] = (HowTo,) * 9 + (Trip,)
 
 
-def questions(dice: Dice) -> tuple[tuple[str, str], float]:
-    """Two questions and whether they ask the same."""
-    first = dice.pick(KINDS).draw(dice)
-    fate = dice.below(20)
-    if fate < 12:
-        second = first
-    elif fate < 15:
-        second = first.near(dice)
-    elif fate < 17:
-        second = first.draw(dice)
-    else:
-        second = dice.pick(KINDS).draw(dice)
-    return (first.words(dice), second.words(dice)), float(first == second)
+def questions(dice: Dice, number: int) -> tuple[tuple[str, str], float]:
+    """Two questions and whether they ask the same: labels, kinds, and whether the forms are alike take turns."""
+    rest, same = divmod(number, 2)
+    rest, place = divmod(rest, len(KINDS))
+    kind, alike = KINDS[place], rest % 2 == 1
+    first = second = kind.draw(dice)
+    if not same:
+        second = first.near(dice) if dice.chance(NEAR) else kind.draw(dice)
+        while second == first:
+            second = kind.draw(dice)
+    form, other_form = dice.two(kind.forms)
+    while True:
+        texts = first.words(dice, form), second.words(dice, form if alike else other_form)
+        if texts[0] != texts[1]:
+            return texts, float(same)

@@ -44,9 +44,9 @@ CONTRASTS = {  # the scores of aside and main clause that make each score
 }
 
 
-def review(dice: Dice) -> tuple[tuple[str], float]:
-    """One review and its label, a whole number from 0 (worst) to 4 (best)."""
-    score = dice.below(5) - 2
+def review(dice: Dice, number: int) -> tuple[tuple[str], float]:
+    """A review and its label, a whole number from 0 (worst) to 4 (best): the classes take turns."""
+    score = number % 5 - 2
     things, aspects = dice.pick(DOMAINS)
     thing = dice.pick(things)
     form = dice.below(5)

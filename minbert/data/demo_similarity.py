@@ -11,25 +11,26 @@ from minbert.data.demo_words import ACTIONS, MANNERS, SUBJECTS, THINGS, a, sente
 
 SLOTS = ((SUBJECTS, 1.2), (ACTIONS, 1.4), (THINGS, 1.4), (MANNERS, 1.0))
 OTHER_WORD = 0.2
+COMMON = 0.9  # how often a concept goes by its common word
 AGREEMENTS = (0.0, 0.1, 0.5, 0.9, 1.0)  # a pair's chance of agreeing in a slot: most pairs are much alike or hardly
 
 
-def scenes(dice: Dice) -> tuple[tuple[str, str], float]:
-    """Two scenes and their similarity."""
-    agreement = dice.pick(AGREEMENTS)
+def scenes(dice: Dice, number: int) -> tuple[tuple[str, str], float]:
+    """Two scenes and their similarity; the chances of agreeing take turns."""
+    agreement = AGREEMENTS[number % len(AGREEMENTS)]
     score = 0.0
     first, second = [], []
     for concepts, weight in SLOTS:
         concept = dice.pick(concepts)
-        first.append(word(dice, concept))
+        first.append(word(dice, concept, COMMON))
         if dice.chance(agreement):
-            second.append(word(dice, concept))
+            second.append(word(dice, concept, COMMON))
             score += weight if first[-1] == second[-1] else weight - OTHER_WORD
         else:
-            second.append(word(dice, dice.other(concepts, concept)))
+            second.append(word(dice, dice.other(concepts, concept), COMMON))
     return (_scene(dice, *first), _scene(dice, *second)), round(score, 1)
 
 
 def _scene(dice: Dice, subject: str, action: str, thing: str, manner: str) -> str:
     who, does = a(subject), f"{action} {a(thing)} {manner}"
-    return sentence(dice.pick((f"{who} is {does}", f"I saw {who} {does}", f"you can see {who} {does}")), ".")
+    return sentence(dice.pick((f"{who} is {does}", f"I see {who} {does}")), ".")

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 from course import write_course_data
-from groups import SMALL, quick_options
+from groups import SMALL, quick_options, quickly
 
 from minbert.device import resolve_precision
 
@@ -38,9 +38,8 @@ def named_precision() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def without_plots() -> Iterator[None]:
-    """Draw no plots, which would take longer than the small runs themselves; `groups.drawing` does."""
-    with patch("minbert.finish.plot_run"):
+def quick_runs() -> Iterator[None]:
+    with quickly():
         yield
 
 

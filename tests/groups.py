@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -58,6 +58,13 @@ def once(directory: Path, make: Callable[[Path], object]) -> Path:
             make(directory)
             done.touch()
     return directory
+
+
+@contextmanager
+def quickly() -> Iterator[None]:
+    """A context without what takes longer than a small run itself: its plots, and waiting for the disk."""
+    with patch("minbert.finish.plot_run"), patch("os.fsync", lambda descriptor: None):
+        yield
 
 
 def drawing() -> AbstractContextManager[object]:

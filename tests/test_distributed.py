@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from course import write_further_data
-from groups import SMALL, assert_close, command, once, state
+from groups import SMALL, assert_close, once, state
+from several_runs import train_all
 
 from minbert import train
 from minbert.data import token_split
@@ -38,14 +34,6 @@ CASES = {
     "norms": "--recipe=pcgrad --l2=0.1 --pooling=mean",
     "frozen": "--recipe=plain --mode=pretrain --pooling=pooler",
 }
-
-
-def train_all(cases: dict[str, list[str]], size: int, out: Path, *how: str) -> None:
-    """Train a run of every case by so many processes, to a directory of its name in `out`; `how`: device, backend."""
-    out.mkdir()
-    (out / "options.json").write_text(json.dumps([[*words, f"--out={out / name}"] for name, words in cases.items()]))
-    words = [Path(__file__).with_name("several_runs.py"), out / "options.json", *(how or ["cpu"])]
-    subprocess.run(command(size, *words) if size > 1 else [sys.executable, *words], check=True, timeout=500)
 
 
 @pytest.fixture(scope="module")

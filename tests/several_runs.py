@@ -24,6 +24,7 @@ from minbert.device import resolve_device
 from minbert.ranks import Ranks
 from minbert.train import train
 
+
 def train_all(cases: dict[str, list[str]], size: int, out: Path, device: str = "cpu", backend: str = "") -> None:
     """Train a run of every case by so many processes, to a directory of its name in `out`."""
     out.mkdir()

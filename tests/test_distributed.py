@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from course import write_further_data
-from groups import SMALL, assert_close, once, state
+from groups import SMALL, assert_close, assert_close_in_bf16, once, state
 from several_runs import train_all
 
 from minbert import train
@@ -34,13 +34,16 @@ CASES = {
     "norms": "--recipe=pcgrad --l2=0.1 --pooling=mean",
     "frozen": "--recipe=plain --mode=pretrain --pooling=pooler",
 }
+IN_BF16 = {f"bf16 {name}": f"{case} --precision=bf16 --steps=1" for name, case in CASES.items()}
+# Steps of a length at which weights that the passes read in bf16 must follow those that are updated.
+IN_BF16["bf16 far"] = "--recipe=pcgrad --precision=bf16 --steps=3 --lr=0.05"
 
 
 @pytest.fixture(scope="module")
 def runs(shared):
     """`runs(size)`: the directory with a run of every case by so many processes."""
     directory, options = shared
-    cases = {name: [*options, "--steps=3", *case.split()] for name, case in CASES.items()}
+    cases = {name: [*options, "--steps=3", *case.split()] for name, case in (CASES | IN_BF16).items()}
     return lambda size: once(directory / str(size), lambda out: train_all(cases, size, out))
 
 
@@ -62,6 +65,22 @@ def assert_same(one: Run, several: Run) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_several_processes_give_the_weights_of_one(case, size, runs):
     assert_same(Run(runs(1) / case), Run(runs(size) / case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", IN_BF16)
+def test_several_processes_give_the_gradients_of_one_in_bf16(case, size, runs):
+    assert_close_in_bf16(runs(1) / case, runs(size) / case)
+
+
+@pytest.mark.slow
+def test_the_bound_in_bf16_shows_a_task_left_out_and_a_wrong_scale(shared, runs, tmp_path):
+    options = [*shared[1], *IN_BF16["bf16 plain"].split()]
+    for name, weights in (("without sst", "{sst: 1e-9}"), ("halved", "{sst: 0.5, qqp: 0.5, sts: 0.5}")):
+        assert train.main([*options, f"--loss-weights={weights}", f"--out={tmp_path / name}"]) == 0
+        with pytest.raises(AssertionError):
+            assert_close_in_bf16(runs(1) / "bf16 plain", tmp_path / name)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from groups import drawing
+from groups import assert_close_in_bf16, drawing
 from safetensors.torch import load_file
 
 from minbert import train
@@ -22,6 +22,8 @@ NO_DROPOUT = ["--dropout=0", "--head-dropout=0"]
 PAIRS_APART = ["--heads.qqp=difference", "--heads.sts=concatenated-layers-cosine", "--shared-layer=transform"]
 PAIRS_APART += ["--losses.qqp=multiple_negatives_ranking", "--pooling.sts=mean", "--l2.sts=0.1", "--heads.sst=layers"]
 EVERYTHING = ["--recipe=smart-gse", "--bregman.mu=0.5", "--accumulate=2", "--batch-size=4"]
+in_both = pytest.mark.parametrize("precision", ["--precision=fp32", "--precision=bf16"])
+APART = [*PAIRS_APART, "--shared-layer=linear", "--losses.qqp=binary_cross_entropy"]
 
 
 @pytest.fixture
@@ -51,18 +53,21 @@ def assert_near(one, other, start):
         assert (one[name] - other[name]).abs().max() <= 0.01 * far + 1e-6, name
 
 
-def test_smart_that_moves_nothing_is_plain_training_to_the_bit(weights_of):
-    still = weights_of("--surgery=sum", "--smart.lambda-s=3", "--smart.sigma=0", "--smart.eta=0")
-    assert_equal(weights_of(*PLAIN), still)
+@in_both
+def test_smart_that_moves_nothing_is_plain_training_to_the_bit(weights_of, precision):
+    still = weights_of(precision, "--surgery=sum", "--smart.lambda-s=3", "--smart.sigma=0", "--smart.eta=0")
+    assert_equal(weights_of(precision, *PLAIN), still)
 
 
-def test_a_teacher_that_is_the_model_itself_is_plain_training_to_the_bit(weights_of):
-    assert_equal(weights_of(*PLAIN), weights_of(*PLAIN, "--bregman.mu=2", "--bregman.beta=0"))
+@in_both
+def test_a_teacher_that_is_the_model_itself_is_plain_training_to_the_bit(weights_of, precision):
+    assert_equal(weights_of(precision, *PLAIN), weights_of(precision, *PLAIN, "--bregman.mu=2", "--bregman.beta=0"))
 
 
+@in_both
 @pytest.mark.parametrize("smart", [0, 1])
-def test_all_surgeries_on_one_task_are_the_plain_update_to_the_bit(weights_of, smart):
-    options = ["--tasks=sst", "--steps=4", f"--smart.lambda-s={smart}"]
+def test_all_surgeries_on_one_task_are_the_plain_update_to_the_bit(weights_of, smart, precision):
+    options = [precision, "--tasks=sst", "--steps=4", f"--smart.lambda-s={smart}"]
     plain = weights_of(*options, "--surgery=sum")
     for surgery in ("mean", "pcgrad"):
         assert_equal(plain, weights_of(*options, f"--surgery={surgery}"))
@@ -80,7 +85,7 @@ def test_the_default_is_smart_with_pcgrad(weights_of):
     assert_equal(weights_of("--steps=3"), weights_of("--steps=3", "--recipe=smart-pcgrad"))
 
 
-@pytest.mark.parametrize("heads", [[], [*PAIRS_APART, "--shared-layer=linear", "--losses.qqp=binary_cross_entropy"]])
+@pytest.mark.parametrize("heads", [[], APART])
 @pytest.mark.parametrize("surgery", ["sum", "pcgrad"])
 def test_task_after_task_trains_like_one_stream(weights_of, surgery, heads):
     """Without SMART's noise and dropout, which follow the place in the stream."""
@@ -95,12 +100,39 @@ def test_two_half_batches_train_like_a_whole_one(weights_of):
     assert_near(weights_of(*options, "--batch-size=4", "--accumulate=2"), weights_of(*options, "--batch-size=8"), start)
 
 
+@pytest.mark.parametrize("heads", [[], APART])
+@pytest.mark.parametrize("surgery", ["sum", "pcgrad"])
+def test_in_bf16_other_streams_give_the_gradients_of_one_to_its_rounding(quick, tmp_path, surgery, heads):
+    """Task after task, and two half batches; and that a task which counts for a tenth less would show."""
+    options = [
+        *quick,
+        "--precision=bf16",
+        "--steps=1",
+        "--smart.lambda-s=0",
+        f"--surgery={surgery}",
+        *NO_DROPOUT,
+        *heads,
+    ]
+    others = {
+        "low-memory": ["--low-memory"],
+        "halves": ["--batch-size=4", "--accumulate=2"],
+        "less": ["--loss-weights={sst: 0.9}"],
+    }
+    for name, more in {"one": [], **others}.items():
+        assert train.main([*options, *more, f"--out={tmp_path / name}"]) == 0
+    for name in ("low-memory", "halves"):
+        assert_close_in_bf16(tmp_path / "one", tmp_path / name, layers=1)
+    with pytest.raises(AssertionError):
+        assert_close_in_bf16(tmp_path / "one", tmp_path / "less", layers=1)
+
+
 def test_gse_updates_twice_in_a_step(quick, tmp_path):
     assert train.main([*quick, "--recipe=gse", "--steps=3"]) == 0
     state = load_file(tmp_path / "run" / "last" / "optimizer.safetensors")
     assert {value.item() for name, value in state.items() if name.endswith(".step")} == {6.0}
 
 
+@in_both
 @pytest.mark.parametrize(
     "options",
     [
@@ -110,7 +142,10 @@ def test_gse_updates_twice_in_a_step(quick, tmp_path):
         [*PAIRS_APART, "--low-memory", "--surgery-groups=qqp+sts,sst", "--heads.sts=layers-cosine"],
     ],
 )
-def test_everything_at_once_repeats_itself_and_resumes_to_the_bit(weights_of, quick, tmp_path, options, monkeypatch):
+def test_everything_at_once_repeats_itself_and_resumes_to_the_bit(
+    weights_of, quick, tmp_path, options, monkeypatch, precision
+):
+    options = [precision, *options]
     straight, take, calls = weights_of(*options), Stepper.take, itertools.count()
 
     def interrupted(self, batches, step, done):

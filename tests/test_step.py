@@ -9,8 +9,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from groups import bf16_bound
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from minbert import kernels
 from minbert import replay as replay_module
 from minbert.data import Encoded, pack_batches
 from minbert.gradients import TaskGradients
@@ -290,6 +292,54 @@ def test_copies_in_half_precision_train_like_weights_that_are_cast_at_use():
     assert {grad.dtype for grad in copied.gradients.rows[0]} == {torch.float32, torch.bfloat16}
     for param, copy in copied.optimizer.copies.items():
         assert torch.equal(copy, param.bfloat16())
+
+
+def gradients_of(dtype: torch.dtype, batches, **options) -> dict[tuple[str, int], torch.Tensor]:
+    """What a step computes by parameter and row of task gradients, with weights that let products keep their scale."""
+    steps, found = stepper(weight=0.0, dropout=0.0, **options), {}
+    for param in steps.model.parameters():
+        if param.ndim == 2:
+            torch.nn.init.normal_(param, std=param.shape[1] ** -0.5)
+    names = {param: name for name, param in steps.model.named_parameters()}
+
+    def stop(*_):
+        shared, _ = steps._gradients()
+        rows = [((names[param], i), grad) for param, grads in shared.items() for i, grad in enumerate(grads)]
+        found.update({place: grad.double() for place, grad in rows if grad is not None})
+        found.update({(names[param], -1): param.grad.double() for param in steps.model.heads.parameters()})
+        raise StopIteration
+
+    steps._update = stop
+    if dtype == torch.float64:
+        steps.model.double()
+    else:
+        steps.model.encoder.compute_dtype = dtype
+    with pytest.raises(StopIteration):
+        steps.take(batches, 0, 1.0)
+    return found
+
+
+def apart(found, truth) -> float:
+    """The distance of all gradients, as a share of the true ones' length."""
+    assert found.keys() == truth.keys()
+    distance, length = (
+        torch.stack([x.norm() for x in of]).norm()
+        for of in ([found[place] - truth[place] for place in truth], list(truth.values()))
+    )
+    return float(distance / length)
+
+
+@pytest.mark.parametrize("surgery", ["sum", "pcgrad"])
+def test_gradients_in_bf16_are_as_near_to_float64_as_its_roundings_are_many(surgery):
+    """In one stream, task after task and of two half batches; a half batch left out is five times as far."""
+    halves = [[(task, half) for task, half in parts(n=4, step=step)] for step in (0, 1)]
+    with kernels.use_backend("reference"):
+        truth = gradients_of(torch.float64, [parts()], surgery=surgery)
+    within = bf16_bound(SIZES["num_hidden_layers"]) / math.sqrt(2)  # of one gradient, not of two
+    for batches, options in (([parts()], {}), ([parts()], {"low_memory": True}), (halves, {"accumulate": 2})):
+        assert apart(gradients_of(torch.bfloat16, batches, surgery=surgery, **options), truth) < within
+    left_out = gradients_of(torch.bfloat16, halves[:1], surgery=surgery)
+    assert apart(left_out, truth) > 5 * within
 
 
 def test_batches_of_one_bucket_have_as_many_tiles():

@@ -103,7 +103,7 @@ def test_two_half_batches_train_like_a_whole_one(weights_of):
 @pytest.mark.parametrize("heads", [[], APART])
 @pytest.mark.parametrize("surgery", ["sum", "pcgrad"])
 def test_in_bf16_other_streams_give_the_gradients_of_one_to_its_rounding(quick, tmp_path, surgery, heads):
-    """Task after task, and two half batches where none is normalised; a task that counts for a tenth less would show."""
+    """Task after task, or two half batches where none is normalised; a task that counts for a tenth less would show."""
     options = [
         *quick,
         "--precision=bf16",

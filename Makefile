@@ -1,13 +1,17 @@
 # The developers' menu. Run it inside the environment that `pip install -e '.[test,bench,dev]'` made.
 SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/tests/on_host/*.cpp \
 	csrc/tests/on_host/cuda/*.h)
-.PHONY: help test bench lint format sanitize wheel clean
+.PHONY: help test campaign bench lint format sanitize wheel clean
 
 help:       ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 test:       ## all tests
 	python -m pytest -n auto --dist worksteal
+
+campaign:   ## a night's work: 100 SIGKILLs of a run, 2,000 mutated files
+	python tests/kill_campaign.py --count 100
+	python tests/mutate_files.py --count 2000
 
 bench:      ## all benchmarks, with ratios to their peers
 	python -m pytest bench/ --benchmark-only

@@ -76,10 +76,10 @@ def drawing() -> AbstractContextManager[object]:
     return patch("minbert.finish.plot_run", plot_run)
 
 
-def state(run: Path) -> dict[str, torch.Tensor]:
+def state(run: Path, checkpoint: str = "last") -> dict[str, torch.Tensor]:
     """Weights, and the optimizer's state."""
-    names = ("model", "heads", "optimizer")
-    return {f"{name}.{k}": v for name in names for k, v in load_file(run / "last" / f"{name}.safetensors").items()}
+    files = {name: run / checkpoint / f"{name}.safetensors" for name in ("model", "heads", "optimizer")}
+    return {f"{name}.{key}": value for name, file in files.items() for key, value in load_file(file).items()}
 
 
 def assert_close(one: Path, other: Path, within: float = 5e-6) -> None:

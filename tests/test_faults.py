@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -202,3 +204,11 @@ def test_a_run_whose_disk_fails_goes_on_to_the_same_end(quick, tmp_path, error, 
     assert json.loads((tmp_path / "run" / "last" / "progress.json").read_text())["step"] == 2
     assert train.main([*options, "--resume"]) == 0
     assert_equal_runs(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_few_kills_of_the_campaign():
+    words = [sys.executable, str(Path(__file__).with_name("kill_campaign.py")), "--count=3", "--seed=0"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("3 kills (")

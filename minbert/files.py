@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -292,11 +292,20 @@ def _old(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Have the disk know a file's content, or which names a directory holds."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no directories
-        return
+    """Have the disk know a file's content, or which names a directory holds, where the system does that."""
+    if path.is_dir():
+        with suppress(PermissionError):  # Windows opens no directories, others only those that may be listed
+            _sync(path, ignored=(errno.EINVAL, errno.ENOTSUP))  # some network file systems sync none
+    else:
+        _sync(path)
+
+
+def _sync(path: Path, ignored: Sequence[int] = ()) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in ignored:
+            raise
     finally:
         os.close(descriptor)

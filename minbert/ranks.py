@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -107,6 +108,11 @@ class Ranks:
                 sys.stdout.flush()
                 os._exit(code)
             raise SystemExit(code) from None
+        except KeyboardInterrupt as stopped:
+            if ranks.backend == "nccl":  # likewise: the ranks may not have stopped at the same place
+                sys.stdout.flush()
+                os._exit(128 + getattr(stopped, "number", signal.SIGINT))
+            raise
         finally:
             # gloo's threads end with the last reference to their group; one that outlives the interpreter aborts it
             ranks._host = None

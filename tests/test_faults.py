@@ -46,7 +46,7 @@ def save() -> Callable[[Path, int], None]:
         with torch.no_grad():
             bias.fill_(step)
         state = {bias: {"step": torch.tensor(float(step)), "exp_avg": torch.full_like(bias, step)}}
-        checkpoint.save(path, model, tokenizer, state, Progress(step=step))
+        checkpoint.save(path, model, tokenizer, state, Progress(step=step, seconds=1.0))
 
     return write
 
@@ -112,14 +112,14 @@ def test_a_checkpoint_on_the_disk_has_the_lines_before_it_on_the_disk(save, tmp_
     with RecordingDisk(tmp_path / "runs").watching() as disk, locked(run.path):
         run.write_options(TrainConfig(seed=7))
         run.forget_after(0)
-        run.log({"step": 1})
+        run.log(line(1))
         run.sync()
         save(run.last, 1)
     for image in disk.moments[-1]:
         after = Run(build(image, tmp_path / f"after {len(found)}") / "run")
         verify(after.last)
         found.append((after.config().seed, after.records()))
-    assert set(map(str, found)) == {str((7, [{"step": 1}]))}
+    assert set(map(str, found)) == {str((7, [line(1)]))}
 
 
 def test_the_recording_finds_what_was_not_synced(save, tmp_path, monkeypatch):
@@ -142,6 +142,15 @@ TASK = find_tasks(["sst"])[0]
 EXAMPLES = Encoded(*(np.zeros(2, dtype) for dtype in (np.int32, np.uint8)), np.arange(3), None, ["a", "b"], 0)
 
 
+def line(step: int) -> dict[str, object]:
+    return {"step": step, "epoch": 1, "loss": {"sst": 0.5}}
+
+
+def summed_up(run: Run) -> object:
+    path = run.path / "summary.json"
+    return json.loads(path.read_text())["steps"] if path.exists() else None
+
+
 def scores(run: Run) -> object:
     found = run.predictions(TASK, "dev")
     return found and [each.predicted for each in found]
@@ -149,10 +158,10 @@ def scores(run: Run) -> object:
 
 WRITES = {  # how a file is written, and what it is found to hold afterwards: the old or the new
     "config.yaml": (lambda run, n: run.write_options(TrainConfig(seed=n)), lambda run: run.config().seed),
-    "metrics.jsonl": (lambda run, n: run.log({"step": n}), lambda run: [record["step"] for record in run.records()]),
+    "metrics.jsonl": (lambda run, n: run.log(line(n)), lambda run: [record["step"] for record in run.records()]),
     "metrics.jsonl cut": (lambda run, n: run.forget_after(2 - n), lambda run: [r["step"] for r in run.records()]),
-    "summary.json": (lambda run, n: run.write_summary({"steps": n}), lambda run: run.summary()),
-    "no summary.json": (lambda run, n: run.forget_summary(), lambda run: run.summary()),
+    "summary.json": (lambda run, n: run.write_summary({"steps": n}), summed_up),
+    "no summary.json": (lambda run, n: run.forget_summary(), summed_up),
     "predictions": (
         lambda run, n: run.write_predictions(TASK, "dev", EXAMPLES, np.eye(5, dtype=np.float32)[[n, n]]),
         scores,
@@ -179,8 +188,8 @@ def test_every_other_file_is_the_old_one_or_the_new(tmp_path, name, error):
         found.append(read(run))
         assert found[-1] in allowed
         run.forget_after(8)
-        run.log({"step": 9})  # a line that follows is whole, whatever was left before it
-        assert run.records()[-1] == {"step": 9}
+        run.log(line(9))  # a line that follows is whole, whatever was left before it
+        assert run.records()[-1] == line(9)
         if disk.calls <= at:
             break
     assert found[-1] == allowed[1]

@@ -170,6 +170,11 @@ def main(arguments: Sequence[str]) -> int:
         for line in encoded[task.name].notes(limit):
             warnings.print(f"warning: {task.title}, {options.split}: {line}")
     scores, outputs = evaluate(model, present, encoded, device)
+    files = {(task.name, examples[task.name].file) for task in present}
+    rows = [row for task in present for row in skipped_rows(options.split, task.name, examples[task.name].skipped)]
+    with writing(listed, "free some space and run minbert.evaluate"):
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        update_skipped(listed, options.split, files, rows)
     if scores:
         console.print(score_table(f"{source.name}", [(options.split, scores, overall(scores))]))
     for task in present:
@@ -179,10 +184,6 @@ def main(arguments: Sequence[str]) -> int:
         notes += [] if task.name in scores else [f"no labels in this split, so no {task.metric}"]
         said = f" ({'; '.join(notes)})" if notes else ""
         console.print(f"{task.title}: {count} predictions in {path}{said}")
-    files = {(task.name, examples[task.name].file) for task in present}
-    rows = [row for task in present for row in skipped_rows(options.split, task.name, examples[task.name].skipped)]
-    with writing(listed, "free some space and run minbert.evaluate"):
-        update_skipped(listed, options.split, files, rows)
     if absent := [task.name for task in tasks if task not in present and task.evaluated]:
         warnings.print(f"warning: {source.name} has no {options.split} split of {', '.join(absent)}")
     return 0

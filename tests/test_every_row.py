@@ -126,9 +126,12 @@ def test_a_damaged_list_is_refused_in_one_line(trained, tmp_path, content):
     before = (run / "skipped.jsonl").read_bytes()
     try:
         (run / "skipped.jsonl").write_bytes(before + content.encode("utf-8", "surrogateescape"))
-        with pytest.raises(UserError, match=r"skipped\.jsonl, line 17") as caught:
-            write_report(Run(run))
-        assert "\n" not in str(caught.value)
+        written = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        for command in (lambda: write_report(Run(run)), lambda: evaluate.main([str(run)])):
+            with pytest.raises(UserError, match=r"skipped\.jsonl, line 17") as caught:
+                command()
+            assert "\n" not in str(caught.value)
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == written
     finally:
         (run / "skipped.jsonl").write_bytes(before)
 

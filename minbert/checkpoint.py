@@ -11,13 +11,14 @@ from torch import Tensor
 
 from minbert.errors import UserError
 from minbert.files import write_directory, write_json, write_tensors, writing
-from minbert.model import MultitaskModel, save_heads
+from minbert.model import HEADS, Encoder, MultitaskModel, reading, save_heads
 from minbert.model.weights import fitting, open_safetensors
 from minbert.optimizer import State
 from minbert.records import FORMAT, build, read_json, short, without_format
 from minbert.run_files import Scores, check_scores
 from minbert.surgery import Surgery
-from minbert.tokenizer import Tokenizer
+from minbert.tasks import Task
+from minbert.tokenizer import SHORTEST, Tokenizer
 
 ENTRIES = ("step", "exp_avg", "exp_avg_sq", "average")  # of an optimizer's state for a parameter, perhaps with @NAME
 
@@ -80,6 +81,35 @@ def save(
 
     with writing(path, "free some space and run the same command with --resume"):
         write_directory(path, fill)
+
+
+def check_fits(
+    encoder: Encoder, tokenizer: Tokenizer, tasks: Sequence[Task], max_length: int | None, where: object
+) -> None:
+    """Refuse an encoder that cannot read what its tokenizer and the tasks' heads will give it.
+
+    Raises:
+        UserError: too few token embeddings, positions or token types.
+    """
+    config = encoder.config
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{where}: its tokenizer has {tokenizer.vocab_size} tokens but its encoder only {config.vocab_size};"
+            " give a directory in which they belong together"
+        )
+    positions = config.max_position_embeddings
+    if positions < SHORTEST:
+        raise UserError(f"{where}: an encoder with {positions} positions reads no text; it needs {SHORTEST} or more")
+    if max_length is not None and max_length > positions:
+        raise UserError(f"--max-length {max_length} is more than the {positions} positions of the encoder")
+    pairs = [task for task in tasks if task.is_pair and reading(task) != "apart"]
+    if pairs and config.type_vocab_size < 2:
+        apart = [head for head in HEADS if HEADS[head].reading == "apart"]
+        raise UserError(
+            f"{where}: its encoder has {config.type_vocab_size} token type, and head {pairs[0].head} of {pairs[0].name}"
+            f" reads two sentences as one sequence, with a type for each; give --heads.{pairs[0].name} one of"
+            f" {', '.join(apart)}, or another model"
+        )
 
 
 def load_progress(path: Path) -> Progress:

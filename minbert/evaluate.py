@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from minbert import cli, kernels
-from minbert.checkpoint import Scores
+from minbert.checkpoint import Scores, check_fits
 from minbert.config import TrainConfig
 from minbert.console import Terminal, score_table
 from minbert.data import (
@@ -95,13 +95,13 @@ def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[M
     """
     path = readable(path)
     verify(path)
-    encoder = Encoder.from_pretrained(path)
+    encoder, tokenizer = Encoder.from_pretrained(path), Tokenizer.from_pretrained(path)
+    tasks = config.chosen_tasks(config.tasks or [])
+    check_fits(encoder, tokenizer, tasks, config.max_length, path)
     encoder.compute_dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
-    model = MultitaskModel(
-        encoder, config.chosen_tasks(config.tasks or []), pooling=config.pooling, shared_layer=config.shared_layer
-    )
+    model = MultitaskModel(encoder, tasks, pooling=config.pooling, shared_layer=config.shared_layer)
     load_heads(model, path / "heads.safetensors")
-    return model.to(device).eval(), Tokenizer.from_pretrained(path)
+    return model.to(device).eval(), tokenizer
 
 
 def choose_kernels(config: TrainConfig, warnings: Console) -> None:
@@ -118,10 +118,10 @@ class EvaluateConfig:
     """Score a run on a split and write its predictions.
 
     Args:
-        data: where the split is; the run's own training data when left out. RUN/predictions/ and RUN/skipped.jsonl are
-            of the best epoch and of the run's own data, as the report shows them. What --checkpoint last predicts is
-            written to RUN/predictions/last/; of other data, to a directory under these that is named after the data,
-            with a skipped.jsonl of its own.
+        data: where the split is; when left out, the directory that the run was trained on. RUN/predictions/ and
+            RUN/skipped.jsonl are of the best epoch and of the run's own data, as the report shows them. What
+            --checkpoint last predicts is written to RUN/predictions/last/; of other data, to a directory under these
+            that is named after the data, with a skipped.jsonl of its own.
         split: dev, or test (test files may lack labels: then predictions are written and nothing is scored).
         tasks: tasks to evaluate; those of the run when left out.
         checkpoint: best or last.
@@ -145,7 +145,9 @@ def main(arguments: Sequence[str]) -> int:
     config = run.config()
     console, warnings = Terminal(), Terminal(stderr=True)
     tasks = run_tasks(config, options.tasks)
-    source = open_source(options.data if options.data is not None else config.data)
+    source = open_source(options.data if options.data is not None else run.own_data(config))
+    if options.data is None and config.data is not None:
+        console.print(f"data: {source.name}, which {run.path}/config.yaml names; --data DIR reads other data")
     present = [task for task in tasks if options.split in source.splits(task)]
     if not present:
         names = ", ".join(task.name for task in tasks)

@@ -52,7 +52,7 @@ def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int,
         "versions": {"minbert": minbert.__version__, "torch": torch.__version__},
     }
     run.write_summary(summary)
-    report = write_report(run)
+    report = write_report(run, bench.config.data)
     rows = [
         (f"dev, epoch {epoch}{' (best)' if epoch == progress.best_epoch else ''}", scores, overall(scores))
         for epoch, scores in enumerate(progress.dev, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -25,10 +26,10 @@ def checkpoint_directory(path_or_name: str | Path, patterns: tuple[str, ...]) ->
         UserError: no such directory, no such name on the hub, or the hub out of reach.
     """
     name = str(path_or_name)
-    path = Path(name).expanduser()
-    if name and path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if name and os.path.isdir(path):
         return path
-    if name and path.exists():
+    if name and os.path.lexists(path):
         raise UserError(f"{name} is a file; give the directory that holds config.json, vocab.txt and model.safetensors")
     if isinstance(path_or_name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise UserError(f"no directory {name!r}; give a directory of a BERT checkpoint or the name of one on the hub")

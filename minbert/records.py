@@ -310,7 +310,7 @@ _LIMITS: dict[Any, float] = {int: LARGEST_INTEGER, float: LARGEST_NUMBER}
 def _when(kind: Any, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if not holds(value):
-            limit = f" of at most {_LIMITS[kind]:g}" if kind in _LIMITS and type(value) in (int, float) else ""
+            limit = f" of at most {_LIMITS[kind]:g}" if kind in _LIMITS and type(value) in (int, kind) else ""
             raise _Unfit(described(kind) + limit, value)
         return value
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from minbert.checkpoint import load_progress
 from minbert.config import TrainConfig
-from minbert.data import Encoded, SkippedRow, write_skipped
+from minbert.data import Encoded, SkippedRow, names_hub, write_skipped
 from minbert.errors import UserError
 from minbert.files import (
     LOCK,
@@ -131,6 +131,17 @@ class Run:
             raise UserError(f"{self.path}: no such run directory")
         check_links(self.path)
         return TrainConfig.from_yaml(self.path / "config.yaml")
+
+    def own_data(self, config: TrainConfig) -> str | None:
+        """The data that the run's options name. What they name on the hub is not fetched: the file may be anyone's.
+
+        Raises:
+            UserError: it is on the hub.
+        """
+        data = config.data
+        if data is not None and names_hub(data):
+            raise UserError(f"{self.path}/config.yaml names the data {data} of the hub; give --data {data} to fetch it")
+        return data
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl.
@@ -265,6 +276,17 @@ class Followed(Run):
 
     def write_options(self, config: TrainConfig) -> None:
         pass
+
+    def own_data(self, config: TrainConfig) -> str | None:
+        """The data that the run's options name. What they name on the hub is not fetched: the file may be anyone's.
+
+        Raises:
+            UserError: it is on the hub.
+        """
+        data = config.data
+        if data is not None and names_hub(data):
+            raise UserError(f"{self.path}/config.yaml names the data {data} of the hub; give --data {data} to fetch it")
+        return data
 
     def log(self, record: dict[str, Any]) -> None:
         pass

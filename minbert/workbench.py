@@ -117,11 +117,6 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
     if start is not None:
         tokenizer = Tokenizer.from_pretrained(start)
         encoder = Encoder.from_pretrained(start, pooler=True if pooler else None, dropout=config.dropout)
-        if tokenizer.vocab_size > encoder.config.vocab_size:
-            raise UserError(
-                f"{start}: its tokenizer has {tokenizer.vocab_size} tokens but its encoder only "
-                f"{encoder.config.vocab_size}; give a directory in which they belong together"
-            )
     else:
         texts = [text for e in splits["train"].values() for text in (*e.texts, *(e.pairs or ()))]
         tokenizer = Tokenizer.train(texts, config.scratch.vocab_size)
@@ -130,10 +125,8 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
         shape = {**asdict(config.scratch), "vocab_size": tokenizer.vocab_size, "initializer_range": spread}
         encoder_config = EncoderConfig(**shape).with_dropout(config.dropout or 0.0)
         encoder = Encoder(encoder_config, pooler=pooler)
-    limit = encoder.config.max_position_embeddings
-    max_length = config.max_length or limit
-    if max_length > limit:
-        raise UserError(f"--max-length {config.max_length} is more than the {limit} positions of the encoder")
+    checkpoint.check_fits(encoder, tokenizer, tasks, config.max_length, start)
+    max_length = config.max_length or encoder.config.max_position_embeddings
     encoder.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     torch.default_generator.manual_seed(derive_seed(config.seed, "heads"))

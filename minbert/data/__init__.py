@@ -15,7 +15,7 @@ from minbert.data.skipped import (
     update_skipped,
     write_skipped,
 )
-from minbert.data.sources import Source, WithReviews, open_source
+from minbert.data.sources import Source, WithReviews, names_hub, open_source
 
 __all__ = [
     "Encoded",
@@ -28,6 +28,7 @@ __all__ = [
     "WithReviews",
     "encode",
     "joined",
+    "names_hub",
     "open_source",
     "pack_batches",
     "plan",

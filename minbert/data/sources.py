@@ -56,9 +56,14 @@ def open_source(data: str | None) -> Source:
         return FolderSource(Path(directory))
     if os.path.exists(directory):
         raise UserError(f"{data} is a file; {ACCEPTED}")
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", data):
+    if names_hub(data):
         return HubSource(data)
     raise UserError(f"no such directory: {data!r}; {ACCEPTED}")
+
+
+def names_hub(data: str) -> bool:
+    """Whether it names a data set on the hub: OWNER/NAME that is nothing here."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", data)) and not os.path.exists(data)
 
 
 class DemoSource:

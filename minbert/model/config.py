@@ -9,16 +9,17 @@ from typing import Any
 
 from minbert.errors import UserError
 from minbert.files import write_text
+from minbert.records import checked, read_json, short, types_of_fields
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
+LARGEST = {  # far beyond every BERT, and small enough that no size overflows another
+    "vocab_size": 2**24,
+    "hidden_size": 2**16,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 2**12,
+    "intermediate_size": 2**18,
+    "max_position_embeddings": 2**20,
+    "type_vocab_size": 256,
+}
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 _DECODER = ("is_decoder", "add_cross_attention")
 
@@ -47,17 +48,19 @@ class EncoderConfig:
     position_embedding_type: str = "absolute"
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
+        for name, kind in types_of_fields(EncoderConfig).items():
+            checked(getattr(self, name), kind, name)
+        for name, limit in LARGEST.items():
             value = getattr(self, name)
-            _require(isinstance(value, int) and value > 0, name, "a positive whole number", value)
+            _require(0 < value <= limit, name, f"a positive whole number up to {limit}", value)
         for name in _PROBABILITIES:
             value = getattr(self, name)
-            _require(_is_number(value) and 0 <= value < 1, name, "at least 0 and below 1", value)
+            _require(0 <= value < 1, name, "at least 0 and below 1", value)
         for name in ("layer_norm_eps", "initializer_range"):
             value = getattr(self, name)
-            _require(_is_number(value) and value > 0, name, "a positive number", value)
+            _require(0 < value <= 10, name, "a positive number up to 10", value)
         pad = self.pad_token_id
-        _require(isinstance(pad, int) and 0 <= pad < self.vocab_size, "pad_token_id", "a token of the vocabulary", pad)
+        _require(0 <= pad < self.vocab_size, "pad_token_id", "a token of the vocabulary", pad)
         _require(self.hidden_act == "gelu", "hidden_act", "'gelu' (the only one minbert has)", self.hidden_act)
         kind = self.position_embedding_type
         _require(kind == "absolute", "position_embedding_type", "'absolute' (the only one minbert has)", kind)
@@ -82,19 +85,16 @@ class EncoderConfig:
         Raises:
             UserError: no such file, not JSON, another kind of model, or impossible values.
         """
-        try:
-            saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"no file {path}; give the directory of a BERT checkpoint") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path} ({error}); copy or download it again") from None
-        if not isinstance(saved, dict) or "hidden_size" not in saved:
+        if not Path(path).exists():
+            raise UserError(f"no file {path}; give the directory of a BERT checkpoint")
+        saved = read_json(Path(path))
+        if "hidden_size" not in saved:
             raise UserError(
                 f"{path} describes no encoder (it has no hidden_size); give a BERT checkpoint's config.json"
             )
         kind = saved.get("model_type", "bert")
         if kind != "bert":
-            raise UserError(f"{path} describes a model of type {kind!r}; minbert reads BERT's, 'bert'")
+            raise UserError(f"{path} describes a model of type {short(kind)}; minbert reads BERT's, 'bert'")
         for name in _DECODER:
             if saved.get(name):
                 raise UserError(f"{path}: {name} is set, but minbert has encoders only; give an encoder checkpoint")
@@ -110,10 +110,6 @@ class EncoderConfig:
         write_text(Path(path), json.dumps(saved, indent=2) + "\n")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _require(ok: bool, name: str, expected: str, got: object) -> None:
     if not ok:
-        raise UserError(f"{name} must be {expected}, got {got!r}")
+        raise UserError(f"{name} must be {expected}, got {short(got)}")

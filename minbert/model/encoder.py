@@ -11,7 +11,7 @@ from minbert import kernels
 from minbert.hub import WEIGHTS, checkpoint_directory
 from minbert.model.config import EncoderConfig
 from minbert.model.pooling import pool
-from minbert.model.weights import has_pooler, load_weights, save_weights
+from minbert.model.weights import check_shapes, has_pooler, load_weights, save_weights
 from minbert.packing import Packed
 
 Bounds = tuple[int, ...] | None  # of each task's rows, `Packed.token_bounds`
@@ -177,6 +177,7 @@ class Encoder(nn.Module):
         """
         directory = checkpoint_directory(path_or_name, WEIGHTS)
         config = EncoderConfig.from_json(directory / "config.json").with_dropout(dropout)
+        check_shapes(config, directory)
         saved_pooler = has_pooler(directory)
         wanted = saved_pooler if pooler is None else pooler
         with torch.device("meta"):  # nothing to initialise, so torch's generator stays where it is

@@ -16,6 +16,7 @@ from minbert.files import write_tensors
 from minbert.records import checked, read_json, short
 
 if TYPE_CHECKING:
+    from minbert.model.config import EncoderConfig
     from minbert.model.encoder import Encoder
 
 WEIGHTS_FILE = "model.safetensors"
@@ -58,6 +59,39 @@ def load_weights(encoder: Encoder, directory: Path, *, pooler: bool) -> None:
                 source, stored_name = files[name]
                 if source == path:
                     place.copy_(fitting(tensors.get_tensor(stored_name), place.shape, f"{path}: {stored_name}"))
+
+
+def check_shapes(config: EncoderConfig, directory: Path) -> None:
+    """Compare an encoder's sizes with the tensors in `directory`, before memory is allocated for it.
+
+    Raises:
+        UserError: they differ; or as `load_weights` does.
+    """
+    files = _find_tensors(directory)
+    layers = {name.split(".")[2] for name in files if name.startswith("encoder.layer.")}
+    if len(layers) != config.num_hidden_layers:
+        raise UserError(
+            f"{directory}: config.json says {config.num_hidden_layers} layers, and the weights have {len(layers)};"
+            " expected a BERT checkpoint that agrees with its config.json"
+        )
+    word, position, token_type = (f"embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type"))
+    sizes = {
+        word: (config.vocab_size, config.hidden_size),
+        position: (config.max_position_embeddings, config.hidden_size),
+        token_type: (config.type_vocab_size, config.hidden_size),
+        "encoder.layer.0.intermediate.dense.weight": (config.intermediate_size, config.hidden_size),
+    }
+    for name in sizes.keys() & files.keys():  # `load_weights` names those that are missing
+        path, stored_name = files[name]
+        with open_safetensors(path) as tensors:
+            shape = tuple(tensors.get_slice(stored_name).get_shape())
+        if shape != sizes[name]:
+            raise UserError(
+                f"{path}: {stored_name} has shape {list(shape)}, expected {list(sizes[name])};"
+                " give weights that agree with the model's configuration"
+            )
+    if missing := sorted(sizes.keys() - files.keys()):
+        raise UserError(f"{directory}: no tensor {missing[0]!r}; expected a BERT checkpoint")
 
 
 def save_weights(encoder: Encoder, directory: Path) -> None:

@@ -26,7 +26,11 @@ def main(arguments: Sequence[str]) -> int:
     parser = cli.Parser("report", ReportConfig, description="Write RUN/report.html, as training does at its end.")
     parser.add_argument("run", type=str, help="run directory")
     options = parser.parse(arguments)
-    Terminal().print(str(write_report(Run(options.run), options.data)))
+    run = Run(options.run)
+    config = run.config()
+    if options.data is None and config.data is not None:
+        Terminal(stderr=True).print(f"data: {config.data}, which {run.path}/config.yaml names; --data DIR reads other")
+    Terminal().print(str(write_report(run, options.data)))
     return 0
 
 

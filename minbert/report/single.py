@@ -42,7 +42,7 @@ def write_report(run: Run, data: str | None = None) -> Path:
     config, records, summary = run.config(), run.records(), run.summary()
     tasks = config.chosen_tasks(config.tasks or [])
     colours = palette([task.name for task in tasks])
-    source = _opened(data if data is not None else config.data)
+    source = _opened(data, run, config)
     return write_page(
         run.path / "report.html",
         "run.html",
@@ -207,10 +207,10 @@ def palette(names: Sequence[str]) -> dict[str, str]:
     return {name: f"s{number % SERIES}" for number, name in enumerate(names)}
 
 
-def _opened(data: str | None) -> Source | str:
+def _opened(data: str | None, run: Run, config: TrainConfig) -> Source | str:
     """The source, or why it cannot be read."""
     try:
-        return open_source(data)
+        return open_source(data if data is not None else run.own_data(config))
     except UserError as error:
         return str(error)
 

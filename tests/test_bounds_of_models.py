@@ -36,7 +36,7 @@ def set_config(model: Path, **values: object) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("max_position_embeddings", 2**63, r"max_position_embeddings: expected int of at most .*9223372036454775808"),
+        ("max_position_embeddings", 2**63, r"max_position_embeddings: expected int of at most .*9223372036854775808"),
         ("max_position_embeddings", 10**30, r"max_position_embeddings: expected int"),
         ("max_position_embeddings", 2**20, r"position_embeddings.weight has shape \[24, 8\], expected \[1048576, 8\]"),
         ("vocab_size", 2**24, r"word_embeddings.weight has shape \[64, 8\], expected \[16777216, 8\]"),

@@ -11,7 +11,14 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from minbert.errors import UserError
 
 WEIGHTS = ("*.json", "vocab.txt", "*.safetensors")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "config.json",
+)
 
 
 def checkpoint_directory(path_or_name: str | Path, patterns: tuple[str, ...]) -> Path:

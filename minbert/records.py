@@ -355,9 +355,10 @@ def _nested(kind: Any) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if not isinstance(value, dict):
             raise _Unfit(f"a record of {', '.join(types_of_fields(kind))}", value)
-        unknown = [name for name in value if name not in types_of_fields(kind)]
-        if unknown:
-            raise _Unfit(f"a record of {', '.join(types_of_fields(kind))}", unknown[0])
+        needed = [field.name for field in dataclasses.fields(kind) if field.default is field.default_factory]
+        wrong = [name for name in value if name not in types_of_fields(kind)] + [n for n in needed if n not in value]
+        if wrong:
+            raise _Unfit(f"a record of {', '.join(types_of_fields(kind))}", wrong[0] if wrong[0] in value else value)
         return kind(**{name: _inside(f".{name}", _checker(types_of_fields(kind)[name]), value[name]) for name in value})
 
     return check

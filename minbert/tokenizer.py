@@ -18,9 +18,11 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import WordPieceTrainer
 
-from minbert.errors import UserError
+from minbert.errors import UserError, one_line
 from minbert.files import write_text
 from minbert.hub import TOKENIZER, checkpoint_directory
+from minbert.records import VOCABULARY_LIMIT, read_text, short
+from minbert.tokenizer_files import add_tokens, read_config, read_vocab
 
 REQUIRED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 SPECIAL = (*REQUIRED, "[MASK]")
@@ -28,6 +30,7 @@ CHUNK = 8192  # texts handed to the library at once: it keeps some kilobytes for
 SHORTEST = 4  # tokens that leave a pair one of its own
 SMALLEST_VOCABULARY = 100
 LARGEST_ALPHABET = 1000  # characters of a learned vocabulary
+LARGEST_VOCABULARY = 2**24
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt")  # the first that is there is read
 # transformers' names for what BertNormalizer calls otherwise
@@ -47,8 +50,17 @@ class Tokenizer:
         fingerprint: sha256 of everything that decides a token id, in hexadecimal.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, model_max_length: int = 512) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        model_max_length: int = 512,
+        directory: Path | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         """Take over a `tokenizers` tokenizer; its own truncation, padding and template are put aside.
+
+        Args:
+            directory, config: whose files and options name tokens that are added to the vocabulary.
 
         Raises:
             UserError: it is not a BERT tokenizer, or lacks a special token.
@@ -65,7 +77,12 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.add_special_tokens([token for token in SPECIAL if token in vocab])
+        if directory is not None:
+            add_tokens(backend, directory, config or {})
+            vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise UserError(f"the largest token id is {self.vocab_size - 1}; expected less than {LARGEST_VOCABULARY}")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id = (vocab[token] for token in REQUIRED)
         backend.post_processor = TemplateProcessing(
             single="[CLS]:0 $A:0 [SEP]:0",
@@ -87,14 +104,14 @@ class Tokenizer:
             UserError: nothing there, a damaged file, or a tokenizer that is not BERT's.
         """
         directory = checkpoint_directory(path_or_name, TOKENIZER)
-        config = _read_config(directory / "tokenizer_config.json")
+        config = read_config(directory)
         source = next((path for name in VOCABULARIES if (path := directory / name).is_file()), None)
         if source is None:
             raise UserError(f"{directory} holds neither {' nor '.join(VOCABULARIES)}; give a BERT checkpoint")
-        backend = _read_backend(source) if source.suffix == ".json" else _backend(_read_vocab(source))
+        backend = _read_backend(source) if source.suffix == ".json" else _backend(read_vocab(source))
         length = config.get("model_max_length")
         try:
-            return cls(_with_options(backend, config), length if isinstance(length, int) else 512)
+            return cls(_with_options(backend, config), length if isinstance(length, int) else 512, directory, config)
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
 
@@ -250,33 +267,16 @@ def _with_options(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> t
             try:
                 setattr(backend.normalizer, NORMALIZER_OPTIONS[name], config[name])
             except TypeError:
-                raise UserError(f"tokenizer_config.json: {name} must be true or false, got {config[name]!r}") from None
+                raise UserError(
+                    f"tokenizer_config.json: {name} must be true or false, got {short(config[name])}"
+                ) from None
     return backend
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"cannot read {path} ({error}); copy or download it again") from None
-
-
-def _read_vocab(path: Path) -> dict[str, int]:
-    """One token per line; a token's id is its line's number, counted from 0."""
-    try:
-        with path.open(encoding="utf-8") as lines:
-            return {line.rstrip("\n"): i for i, line in enumerate(lines)}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}); expected UTF-8 text with one token a line") from None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); copy or download it again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(config).__name__}; copy or download it again")
-    return config
+        return tokenizers.Tokenizer.from_str(read_text(path, VOCABULARY_LIMIT))
+    except (KeyboardInterrupt, UserError):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and panics beside Exception
+        raise UserError(f"cannot read {path} ({one_line(str(error))[:200]}); copy or download it again") from None

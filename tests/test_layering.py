@@ -16,6 +16,7 @@ ROOMS = [  # a module imports only from its own room and the rooms above
     ["files", "seeds", "signals", "tasks", "kernels", "recipes", "weighting_state"],
     ["ranks"],
     ["packing", "hub"],
+    ["tokenizer_files"],
     ["tokenizer"],
     ["data", "model"],
     ["losses", "metrics", "schedule", "optimizer", "surgery", "gradients", "transfer"],

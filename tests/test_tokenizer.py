@@ -290,3 +290,90 @@ def test_each_special_token_is_required(tmp_path: Path, token: str) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(word for word in WORDS if word != token))
     with pytest.raises(UserError, match=rf"lacks \[{token.strip('[]')}\];"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+def decoder(**tokens: dict) -> dict:
+    flags = {"lstrip": False, "rstrip": False, "normalized": True, "single_word": False, "special": False}
+    return {"added_tokens_decoder": {number.lstrip("n"): {**flags, **token} for number, token in tokens.items()}}
+
+
+ADDED_TEXTS = ["covid19 the cats [E1] the", "The COVID19 cat,covid19s", "[E1][E1] xcovid19x [NEW]", *TEXTS]
+N = len(WORDS)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens.json": {"covid19": N, "[E1]": N + 1}},
+        {"added_tokens.json": {"[E1]": N + 1, "covid19": N}, "tokenizer_config.json": {"do_lower_case": False}},
+        {"tokenizer_config.json": decoder(**{f"n{N}": {"content": "covid19"}, f"n{N + 1}": {"content": "[E1]"}})},
+        {
+            "tokenizer_config.json": decoder(
+                **{
+                    f"n{N}": {"content": "[E1]", "normalized": False, "special": True, "lstrip": True},
+                    f"n{N + 1}": {"content": "covid19", "single_word": True},
+                }
+            )
+        },
+        {"tokenizer_config.json": {"additional_special_tokens": ["[E1]", "[NEW]"]}},
+        {"special_tokens_map.json": {"additional_special_tokens": ["[E1]"], "unk_token": "[UNK]"}},
+        {"tokenizer_config.json": {"tokenizer_class": "BertTokenizerFast", "never_split": None}},
+        {"tokenizer_config.json": {"tokenizer_class": "DistilBertTokenizer", "do_basic_tokenize": True}},
+        {"tokenizer_config.json": {"unk_token": {"__type": "AddedToken", "content": "[UNK]", "lstrip": False}}},
+        {"tokenizer_config.json": {"strip_accents": True, "do_lower_case": False}},
+    ],
+)
+@pytest.mark.parametrize("source", ["vocab.txt", "tokenizer.json"])
+def test_added_tokens_and_options_give_the_ids_of_transformers(directory: Path, source: str, files: dict) -> None:
+    from transformers import AutoTokenizer, BertConfig
+
+    if source == "tokenizer.json":
+        Tokenizer.from_pretrained(directory).save(directory)
+        (directory / "vocab.txt").unlink()
+    files = {"tokenizer_config.json": {}, **files}
+    files["tokenizer_config.json"] = {"tokenizer_class": "BertTokenizer", **files["tokenizer_config.json"]}
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content))
+    BertConfig().save_pretrained(directory)
+    theirs = AutoTokenizer.from_pretrained(directory)
+    ours = Tokenizer.from_pretrained(directory)
+    assert [ours.encode(text) for text in ADDED_TEXTS] == theirs(ADDED_TEXTS)["input_ids"]
+    assert ours.vocab_size == len(theirs)
+    ours.save(directory / "saved")
+    again = Tokenizer.from_pretrained(directory / "saved")
+    assert [again.encode(text) for text in ADDED_TEXTS] == theirs(ADDED_TEXTS)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"tokenizer_config.json": {"tokenizer_class": "BertJapaneseTokenizer"}},
+            "'BertJapaneseTokenizer' is not BERT",
+        ),
+        ({"config.json": {"tokenizer_class": "BertJapaneseTokenizer"}}, r"config\.json: .*'BertJapaneseTokenizer'"),
+        ({"tokenizer_config.json": {"tokenizer_class": "RobertaTokenizer"}}, "'RobertaTokenizer'"),
+        ({"tokenizer_config.json": {"tokenizer_class": [1]}}, "tokenizer_class a list"),
+        ({"tokenizer_config.json": {"never_split": ["covid19"]}}, "does not have never_split a list"),
+        ({"tokenizer_config.json": {"do_basic_tokenize": False}}, "does not have do_basic_tokenize false"),
+        ({"tokenizer_config.json": {"auto_map": {"AutoTokenizer": "x.Y"}}}, "does not have auto_map an object"),
+        ({"tokenizer_config.json": {"unk_token": "un"}}, r"unk_token must be \[UNK\], as in BERT, got 'un'"),
+        ({"special_tokens_map.json": {"cls_token": "<s>"}}, r"cls_token must be \[CLS\]"),
+        ({"tokenizer_config.json": {"sep_token": 3}}, r"sep_token: expected str or Token, got 3"),
+        ({"added_tokens.json": {"covid19": 40}}, f"added token 'covid19' has id 40 there, but would be {N}"),
+        ({"added_tokens.json": {"covid19": 2**70}}, r"added_tokens\.json\.covid19: expected int"),
+        ({"added_tokens.json": {"covid19": None}}, r"added_tokens\.json\.covid19: expected int, got null"),
+        ({"added_tokens.json": {"": N}}, "an added token is empty"),
+        ({"added_tokens.json": []}, r"added_tokens\.json must hold a JSON object"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"x": {"content": "a"}}}}, "expected ids as keys, got 'x'"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"19": {}}}}, "added_tokens_decoder"),
+        ({"tokenizer_config.json": {"additional_special_tokens": "x"}}, r"additional_special_tokens: expected a list"),
+    ],
+)
+def test_tokenizers_that_minbert_does_not_have_are_refused(directory: Path, files: dict, message: str) -> None:
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer.from_pretrained(directory)
+    assert "\n" not in str(caught.value)
+    assert str(directory) in str(caught.value)

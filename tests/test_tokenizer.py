@@ -214,7 +214,10 @@ def test_trained_vocabulary_leaves_rare_characters_out_and_keeps_its_size() -> N
         ({"tokenizer.json": b'{"version": "1.0", "trunc'}, "cannot read .*tokenizer.json .*again"),
         ({"tokenizer.json": b"version https://git-lfs"}, "cannot read .*tokenizer.json .*again"),
         ({"vocab.txt": b"", "tokenizer_config.json": b"{"}, "cannot read .*tokenizer_config.json .*again"),
-        ({"vocab.txt": b"", "tokenizer_config.json": b"[]"}, "tokenizer_config.json must hold a JSON object, not list"),
+        (
+            {"vocab.txt": b"", "tokenizer_config.json": b"[]"},
+            "tokenizer_config.json must hold a JSON object, not a list",
+        ),
         (
             {"vocab.txt": "\n".join(SPECIAL).encode(), "tokenizer_config.json": b'{"do_lower_case": "yes"}'},
             "do_lower_case must be true or false, got 'yes'",

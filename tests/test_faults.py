@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from faults import NAMES, FailingDisk, Gone, RecordingDisk, build
+from safetensors.torch import load_file
 from test_resume import assert_equal_runs
 
 from minbert import checkpoint, train
@@ -60,7 +61,7 @@ def saved_step(path: Path) -> int | None:
     verify(path)
     step = load_progress(path).step
     for name in ("heads", "optimizer"):
-        for tensor in checkpoint.load_file(path / f"{name}.safetensors").values():
+        for tensor in load_file(path / f"{name}.safetensors").values():
             assert (name == "heads" and tensor.ndim > 1) or (tensor == step).all()
     return step
 

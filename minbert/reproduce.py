@@ -24,7 +24,7 @@ from minbert import cli
 from minbert.config import TrainConfig
 from minbert.console import Terminal
 from minbert.errors import UserError, did_you_mean
-from minbert.files import write_atomically, write_json
+from minbert.files import write_atomically, write_json, writing
 from minbert.recipes import Paper, Row, paper
 from minbert.report import comparison, write_comparison
 from minbert.report.history import flat_scores
@@ -108,7 +108,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     rows = chosen(found, options.rows)
     seeds, out = options.seeds or [0], Path(options.out or f"runs/{found.number}")
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out, "choose another --out"):
+        out.mkdir(parents=True, exist_ok=True)
     try:
         with StopSignal():
             return sweep(found, rows, seeds, out, options, console)
@@ -139,7 +140,8 @@ def sweep(found: Paper, rows: Sequence[Row], seeds: Sequence[int], out: Path, op
                 console.print(f"{found.number}/{row.name}, seed {seed}: {problem}")
                 failures.append(f"seed {seed}: {problem}")
         outcomes[i] = Outcome(row, runs, failures)
-        write_results(out, found, outcomes)
+        with writing(out, "free some space and run the same command again"):
+            write_results(out, found, outcomes)
     console.print(table(found, outcomes))
     console.print(f"written to {out}: table.md, table.json and report.html")
     return int(any(outcome.failures for outcome in outcomes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -214,6 +215,15 @@ def test_a_row_that_fails_leaves_the_others_their_turn(sweep, tmp_path, capsys):
 def test_a_row_says_which_file_it_needs(sweep, tmp_path):
     assert sweep("001", "--rows=auxiliary-0.3") == 1
     assert "needs a file: give --reviews FILE" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_results_that_cannot_be_written_are_one_line(sweep, in_process, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/out cannot be written .*; choose another --out"):
+        sweep("000", f"--out={tmp_path / 'file' / 'out'}")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch.object(reproduce, "write_atomically", side_effect=full), pytest.raises(UserError, match="no room left"):
+        sweep("001", "--rows=auxiliary-0.3")
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_moments(
 
     real = checkpoint.save
 
-    def stop_after(path, model, tokenizer, optimizer, progress):
-        real(path, model, tokenizer, optimizer, progress)
+    def stop_after(path, model, tokenizer, optimizer, progress, *rest):
+        real(path, model, tokenizer, optimizer, progress, *rest)
         if progress.step == 4:
             raise train.Stopped(2)
 

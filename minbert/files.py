@@ -197,7 +197,7 @@ def verify(directory: Path) -> None:
     if not path.exists():
         raise UserError(f"{directory} is not a checkpoint: it has no {MANIFEST}")
     for name, checksum in read_json(path, remedy=remedy).items():
-        if Path(name).name != name or not isinstance(checksum, str):
+        if name in ("", "..") or Path(name).name != name or not isinstance(checksum, str):
             raise UserError(
                 f"{path}: expected names of files in {directory} and checksums, got {short(name)}; {remedy}"
             )

@@ -26,7 +26,8 @@ LINE: dict[str, Any] = {  # of metrics.jsonl
 }
 SUMMARY: dict[str, Any] = {
     **dict.fromkeys(("best_epoch", "steps", "steps_per_epoch", "skipped_steps", "examples"), int),
-    **dict.fromkeys(("peak_memory_bytes", "parameters"), int),
+    "parameters": int,
+    "peak_memory_bytes": int | None,  # None: the system keeps no count
     **dict.fromkeys(("seconds", "examples_per_second"), float),
     **dict.fromkeys(("device", "precision"), str),
     **dict.fromkeys(("backends", "versions"), dict[str, str]),
@@ -123,7 +124,7 @@ def read_summary(path: Path) -> Record:
         for name in ("best_epoch", "steps", "steps_per_epoch"):
             _require(summary[name] >= 1, name, "1 or more", summary[name])
         for name in ("skipped_steps", "examples", "peak_memory_bytes", "parameters", "examples_per_second"):
-            _require(summary[name] >= 0, name, "0 or more", summary[name])
+            _require((summary[name] or 0) >= 0, name, "0 or more", summary[name])
         _require(summary["seconds"] > 0, "seconds", "more than 0", summary["seconds"])
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from None

@@ -16,6 +16,7 @@ from minbert.cli import parse_layers
 from minbert.config import TrainConfig
 from minbert.console import Terminal
 from minbert.errors import UserError
+from minbert.runs import Run
 
 
 def configured(words: list[str]) -> TrainConfig:
@@ -29,7 +30,8 @@ def process_state() -> dict[str, object]:
         "matmul": kernels.matmul(),
         "generator": torch.get_rng_state().tolist(),
         "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
-        "environment": dict(os.environ),
+        # torch names its compiler's cache when a custom op first runs
+        "environment": {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"},
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "gradients": torch.is_grad_enabled(),
     }
@@ -63,3 +65,10 @@ def test_train_works_off_the_main_thread(quick, tmp_path):
     thread.start()
     thread.join()
     assert found == [2]
+
+
+def test_a_system_that_counts_no_memory_has_a_summary_and_a_report(quick, tmp_path):
+    with patch("minbert.finish.peak_memory_bytes", return_value=None):
+        assert train.main([*quick, "--steps=2"]) == 0
+    assert Run(tmp_path / "run").summary()["peak_memory_bytes"] is None
+    assert "peak memory" not in (tmp_path / "run" / "report.html").read_text()

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from minbert.errors import UserError
 from minbert.files import write_directory, write_json, write_tensors, writing
+from minbert.json_yaml import read_json, short
 from minbert.model import HEADS, Encoder, MultitaskModel, reading, save_heads
 from minbert.model.weights import fitting, open_safetensors
 from minbert.optimizer import State
-from minbert.records import FORMAT, build, read_json, short, without_format
+from minbert.records import FORMAT, build, without_format
 from minbert.run_files import Scores, check_scores
 from minbert.surgery import Surgery
 from minbert.tasks import Task

@@ -12,8 +12,9 @@ import yaml
 
 from minbert.choices import check_known, check_tasks, chosen, of_task
 from minbert.errors import UserError, require
+from minbert.json_yaml import read_yaml
 from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
-from minbert.records import FORMAT, build, read_yaml, without_format
+from minbert.records import FORMAT, build, without_format
 from minbert.smart import BregmanConfig, SmartConfig
 from minbert.surgery import check_surgery, needs_task_gradients
 from minbert.tasks import TASKS, Task, find_tasks

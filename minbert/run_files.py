@@ -10,7 +10,8 @@ from typing import Any
 
 from minbert.choices import check_known
 from minbert.errors import UserError
-from minbert.records import build, checked, read_json, read_lines, short, without_format
+from minbert.json_yaml import read_json, read_lines, short
+from minbert.records import build, checked, without_format
 from minbert.tasks import TASKS, Task
 
 Record = dict[str, Any]

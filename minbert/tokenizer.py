@@ -21,7 +21,7 @@ from tokenizers.trainers import WordPieceTrainer
 from minbert.errors import UserError, one_line
 from minbert.files import write_text
 from minbert.hub import TOKENIZER, checkpoint_directory
-from minbert.records import VOCABULARY_LIMIT, read_text, short
+from minbert.json_yaml import VOCABULARY_LIMIT, read_text, short
 from minbert.tokenizer_files import add_tokens, read_config, read_vocab
 
 REQUIRED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # a module imports only from its own room and the rooms above
     ["errors"],
+    ["json_yaml"],
     ["records"],
     ["files", "seeds", "signals", "tasks", "kernels", "recipes", "weighting_state"],
     ["ranks"],

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from minbert import records
+from minbert import json_yaml, records
 from minbert.data.lines import short
 from minbert.errors import UserError, one_line
 from minbert.files import write_atomically
@@ -107,7 +107,7 @@ def read_skipped(path: Path) -> list[SkippedRow]:
         return []
     remedy = "delete the file and evaluate the run again"
     rows = []
-    for number, found in records.read_lines(path, remedy):
+    for number, found in json_yaml.read_lines(path, remedy):
         where = f"{path}, line {number}"
         if isinstance(found, ValueError):
             raise UserError(f"{where}: damaged ({found}); {remedy}")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from minbert.errors import UserError
 from minbert.files import write_tensors
-from minbert.records import checked, read_json, short
+from minbert.json_yaml import read_json, short
+from minbert.records import checked
 
 if TYPE_CHECKING:
     from minbert.model.config import EncoderConfig

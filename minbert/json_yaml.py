@@ -1,0 +1,227 @@
+"""JSON and YAML files from anywhere, read within limits.
+
+Every file is refused with one line if it is no regular file, longer than its limit, not UTF-8, nested too deeply, or
+holds a key twice, or in JSON a number that is none or not finite, or half a surrogate pair.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import types
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minbert.errors import UserError, one_line
+
+OPTIONS_LIMIT = 2**18  # bytes of a YAML file
+OBJECT_LIMIT = 2**24  # of a JSON file
+VOCABULARY_LIMIT = 2**26  # of vocab.txt and tokenizer.json
+LINES_LIMIT = 2**28  # of a file with a JSON object on each line
+LINE_LIMIT = 2**20  # of such a line
+
+REMEDY = "copy or download it again"
+
+
+def read_bytes(path: Path, limit: int, remedy: str = REMEDY, *, regular: bool = True) -> bytes:
+    """A file's bytes.
+
+    Args:
+        regular: whether to refuse what is no regular file, such as a pipe, which may never end or never begin.
+
+    Raises:
+        UserError: it is missing, cannot be read, or is longer than `limit` bytes.
+    """
+    try:
+        if regular and path.exists() and not path.is_file():
+            raise UserError(f"cannot read {path} (it is no regular file); {remedy}")
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"cannot read {path} ({error}); {remedy}") from None
+    if len(content) > limit:
+        raise UserError(f"cannot read {path} (it is longer than {limit} bytes, the limit for such a file); {remedy}")
+    return content
+
+
+def read_text(path: Path, limit: int, remedy: str = REMEDY, *, regular: bool = True) -> str:
+    """A file's UTF-8 text; arguments and errors as for `read_bytes`, and an error for other bytes."""
+    try:
+        return read_bytes(path, limit, remedy, regular=regular).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path} (byte {error.start + 1} is not UTF-8); {remedy}") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it has none, or is refused as the module says; the message is one line.
+    """
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\u" in text:
+        _check_surrogates(value)
+    return value
+
+
+def read_json(path: Path, limit: int = OBJECT_LIMIT, remedy: str = REMEDY) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: there is none; the line names the file and ends with `remedy`.
+    """
+    text = read_text(path, limit, remedy)
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"cannot read {path} ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not {name_of_type(value)}; {remedy}")
+    return value
+
+
+def read_lines(path: Path, remedy: str = REMEDY) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Each line's number and JSON object, or why it is none. A blank line is none.
+
+    Raises:
+        UserError: the file is missing, no regular file, cannot be read, or is longer than `LINES_LIMIT`.
+    """
+    content = read_bytes(path, LINES_LIMIT, remedy)
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n") if content else (), 1):
+        try:
+            if len(line) > LINE_LIMIT:
+                raise ValueError(f"longer than {LINE_LIMIT} bytes")
+            value = parse_json(line.decode("utf-8"))
+            if not isinstance(value, dict):
+                raise ValueError(f"expected a JSON object, got {name_of_type(value)}")
+            yield number, value
+        except UnicodeDecodeError as error:
+            yield number, ValueError(f"byte {error.start + 1} is not UTF-8")
+        except ValueError as error:
+            yield number, error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {short(next(name for name in names if names.count(name) > 1))} twice in an object")
+    return values
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"number {text:.40} is too large")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > 100:
+        raise ValueError(f"number {text:.40} is too large")
+    return int(text)
+
+
+def _check_surrogates(value: Any) -> None:
+    """Refuse strings with half a surrogate pair, which no UTF-8 file can hold."""
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending += [*value, *value.values()]
+        elif isinstance(value, list):
+            pending += value
+        elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"{short(value)} holds half a surrogate pair")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, tags and keys that stand twice; 1e-3 is a number."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            mark: Any = event.start_mark
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not read", mark)
+        if getattr(event, "tag", None) is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"tag {event.tag} is not read", event.start_mark)
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        values = super().construct_mapping(node, deep)
+        if len(values) < len(node.value):
+            mark: Any = node.start_mark
+            raise yaml.constructor.ConstructorError(None, None, "a key stands twice", mark)
+        return values
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":merge", ":value"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path, remedy: str = REMEDY, *, regular: bool = True) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file holds an empty one.
+
+    Raises:
+        UserError: there is none; the line names the file and ends with `remedy`.
+    """
+    text = read_text(path, OPTIONS_LIMIT, remedy, regular=regular)
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML ({error}); {remedy}") from None
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{path}: expected `option: value` lines, got {name_of_type(value)}; {remedy}")
+    return value or {}
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: it has none, or is refused as the module says; the message is one line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}{one_line(str(error.problem))}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(one_line(str(error).split("\n")[0])) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def short(value: object) -> str:
+    """A value from a file as a message shows it, in at most 60 characters."""
+    if isinstance(value, dict | list):
+        return name_of_type(value)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return one_line(text if len(text) <= 60 else text[:59] + "…")
+
+
+def name_of_type(value: object) -> str:
+    """What JSON calls a value of this kind."""
+    names = {dict: "an object", list: "a list", str: "a string", types.NoneType: "null", bool: "a boolean"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

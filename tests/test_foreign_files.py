@@ -214,3 +214,10 @@ def test_a_run_of_a_task_alone_is_what_it_was(run):
 
 def test_any_change_to_a_file_is_read_or_refused_in_one_line(tmp_path):
     assert campaign(tmp_path / "campaign", count=12, seed=0) == []
+
+
+def test_a_command_that_fails_otherwise_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "main", lambda words: {}["x"])
+    failures = campaign(tmp_path / "campaign", count=3, seed=0)
+    assert failures
+    assert all("KeyError" in failure for failure in failures)

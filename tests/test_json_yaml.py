@@ -1,0 +1,69 @@
+"""JSON and YAML from anywhere: read, or refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from minbert.errors import UserError
+from minbert.json_yaml import parse_json, parse_yaml, read_bytes, read_json, read_lines
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"a": 1e400}',
+        "[NaN]",
+        "[-Infinity]",
+        '["\\ud800"]',
+        '{"a": 1, "a": 2}',
+        "[" * 100_000,
+        "9" * 5000,
+        '"x',
+    ],
+)
+def test_json_that_is_refused(text):
+    with pytest.raises(ValueError, match=r".") as caught:
+        parse_json(text)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: *b", "&a [*a]", "!!python/name:os.system", "a: 1\na: 2", "[" * 9999, "? [1]\n: 2", "a: \0", "--- a\n--- b"],
+)
+def test_yaml_that_is_refused(text):
+    with pytest.raises(ValueError, match=r".") as caught:
+        parse_yaml(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_read():
+    assert parse_json('{"a": [1, 2.5, null, true, "\\ud83d\\ude00"]}') == {"a": [1, 2.5, None, True, "😀"]}
+    assert parse_yaml("a: 1e-3\nb: [x, null]\nc: 2001-01-01") == {"a": 0.001, "b": ["x", None], "c": "2001-01-01"}
+
+
+def test_files_are_read_up_to_their_limit(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 10)
+    assert read_bytes(path, 10) == b"x" * 10
+    with pytest.raises(UserError, match="longer than 9 bytes"):
+        read_bytes(path, 9)
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="no regular file"):
+        read_bytes(tmp_path / "zeros", 9)
+    path.write_bytes(b"[]")
+    with pytest.raises(UserError, match="must hold a JSON object, not a list"):
+        read_json(path)
+
+
+def test_each_line_is_an_object_or_says_why_not(tmp_path):
+    path = tmp_path / "lines"
+    path.write_bytes(b'{"a": 1}\n\n[1]\n\xff\n{"b": 2}')
+    found = list(read_lines(path))
+    assert [number for number, value in found if isinstance(value, dict)] == [1, 5]
+    assert [number for number, value in found if isinstance(value, ValueError)] == [2, 3, 4]
+    path.write_bytes(b"")
+    assert list(read_lines(path)) == []

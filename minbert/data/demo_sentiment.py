@@ -12,11 +12,11 @@ from minbert.data.demo_dice import Dice
 from minbert.data.demo_words import a, sentence
 
 ADJECTIVES = {
-    2: ("superb", "wonderful", "brilliant", "outstanding", "excellent", "magnificent", "fantastic", "marvellous"),
-    1: ("good", "pleasant", "nice", "enjoyable", "solid", "decent", "charming", "pleasing"),
-    0: ("average", "ordinary", "acceptable", "unremarkable", "passable", "standard", "so-so", "middling"),
-    -1: ("weak", "dull", "poor", "disappointing", "bland", "tedious", "clumsy", "lacklustre"),
-    -2: ("terrible", "awful", "dreadful", "horrible", "appalling", "abysmal", "atrocious", "disastrous"),
+    2: ("superb", "wonderful", "brilliant", "outstanding", "excellent", "fantastic"),
+    1: ("good", "pleasant", "nice", "enjoyable", "decent", "charming"),
+    0: ("average", "ordinary", "acceptable", "unremarkable", "passable", "standard"),
+    -1: ("weak", "dull", "poor", "disappointing", "bland", "tedious"),
+    -2: ("terrible", "awful", "dreadful", "horrible", "appalling", "abysmal"),
 }
 INTENSIFIERS = ("very", "really", "extremely", "truly")
 SOFTENERS = ("fairly", "quite", "rather", "reasonably")

@@ -42,7 +42,7 @@ def test_the_corpus_is_the_same_on_every_machine():
             some = examples(task, split)
             rows = zip(some.ids, some.texts, some.pairs or some.texts, some.labels, strict=True)
             digest.update("\n".join(f"{i}\t{text}\t{pair}\t{label:.1f}" for i, text, pair, label in rows).encode())
-    assert digest.hexdigest() == "38588ecc17defcc0375cbb3327231b4c8260f30cdbec41e472dbdcf41ec4083b"
+    assert digest.hexdigest() == "4f5a3d072b7c8aa899853eb0a0967f2fd10630562eff4d7e80c01aee32757e0e"
 
 
 @every_split
@@ -216,7 +216,8 @@ def test_half_of_each_kind_of_question_are_duplicates(split):
 def test_one_scene_tells_nothing_of_the_similarity(side):
     train, dev = examples("sts", "train"), examples("sts", "dev")
     rows = [[features(text) for text in getattr(some, side)] for some in (train, dev)]
-    assert abs(np.corrcoef(fitted(rows[0], train.labels, rows[1]), dev.labels)[0, 1]) < 0.11
+    correlation = np.corrcoef(fitted(rows[0], train.labels, rows[1]), dev.labels)[0, 1]
+    assert abs(correlation) < 0.106  # three standard deviations of that of 800 unrelated pairs
 
 
 # Sentiment --------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ def compile_in_a_process_of_its_own(*options: str) -> tuple[subprocess.Completed
     return done, json.loads(report.read_text()) if report.exists() else []
 
 
+@pytest.mark.slow
 def test_configurations_keep_their_limits():
     """A sample of them; without --sample the command compiles each for all architectures."""
     known = [each for module in ahead.modules() for each in ahead.compilations_of(module)]
@@ -47,9 +48,9 @@ def test_configurations_keep_their_limits():
     assert len(set(names)) == len(names)
     if not names:
         pytest.skip("no module of kernels has compilations")
-    done, found = compile_in_a_process_of_its_own("--sample=60")
+    done, found = compile_in_a_process_of_its_own("--sample=40")
     assert done.returncode == 0, done.stderr
-    assert len(found) == min(60, len(names))
+    assert len(found) == min(40, len(names))
     assert {each["name"] for each in found} <= set(names)
     assert all(each["local_memory"] == 0 and each["programs_per_sm"] >= 1 for each in found)
 
@@ -62,6 +63,7 @@ def test_a_sample_comes_from_everywhere_and_takes_architectures_in_turns():
     assert ahead.jobs("samples", None, "32 registers")[0].index == 1
 
 
+@pytest.mark.slow
 def test_resources_are_told_for_every_architecture_and_a_broken_limit_is_an_error():
     done, found = compile_in_a_process_of_its_own("--package=samples")
     assert done.returncode == 1

@@ -166,7 +166,15 @@ def test_any_layout(run, lengths: list[int]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("lengths", [[23, 1, 8], [40, 7, 17], [100, 28], [150]], ids=["32", "64", "128", "long"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([23, 1, 8], id="32"),
+        pytest.param([40, 7, 17], id="64"),
+        pytest.param([100, 28], id="128", marks=pytest.mark.slow),
+        pytest.param([150], id="long", marks=pytest.mark.slow),
+    ],
+)
 def test_masks_are_the_references_to_the_bit(run, lengths: list[int]) -> None:
     """With equal scores and the identity as values, attention shows its probabilities: n or 0 times the same number."""
     heads, p, longest = 5, 0.6, 128
@@ -274,13 +282,14 @@ def test_the_kernels_that_run(
     assert launched == expected.split()
 
 
-@pytest.mark.parametrize("blocks", [9, 17])
-def test_blocks_beyond_the_bits_of_an_integer(run, monkeypatch, blocks: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("blocks", "heads"), [(9, 3), (17, 2)])
+def test_blocks_beyond_the_bits_of_an_integer(run, monkeypatch, blocks: int, heads: int) -> None:
     """Two heads share random words, and then each computes its own."""
     shape, n, p = attention.Shape(16, 16), 16 * blocks - 5, 0.1
     many = attention._FLOAT32._replace(long_blocks=shape, query_blocks=shape, key_blocks=shape)
     monkeypatch.setattr(attention, "_FLOAT32", many)
-    qkv, grad_out = randn(n, 3, 3, 16), randn(n, 3, 16, seed=1)
+    qkv, grad_out = randn(n, 3, heads, 16), randn(n, heads, 16, seed=1)
     assert_as_near_to_float64_as_the_reference(run(qkv, [n], grad_out, p), qkv, [n], grad_out, p, 0.25)
 
 

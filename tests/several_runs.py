@@ -14,7 +14,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import torch._dynamo  # which the first op imports: before the fork it is once for all
 from groups import quickly
 from rich.console import Console
 
@@ -33,7 +32,8 @@ def train_all(cases: dict[str, list[str]], size: int, out: Path, device: str = "
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["several_runs"])
+    # What the first op imports, too; in this process it would bring Triton before its interpreter is chosen.
+    context.set_forkserver_preload(["several_runs", "torch._dynamo"])
     group = [context.Process(target=_rank, args=(rank, size, port, runs, device, backend)) for rank in range(size)]
     for process in group:
         process.start()

@@ -6,7 +6,8 @@ import json
 import os
 
 # Small work on few threads that sleep when idle: quick even when something else keeps the cores busy.
-os.environ.update(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
+os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from collections.abc import Iterator
 from pathlib import Path

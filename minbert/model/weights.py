@@ -70,7 +70,7 @@ def check_shapes(config: EncoderConfig, directory: Path) -> None:
     """
     files = _find_tensors(directory)
     layers = {name.split(".")[2] for name in files if name.startswith("encoder.layer.")}
-    if len(layers) != config.num_hidden_layers:
+    if layers and len(layers) < config.num_hidden_layers:  # `load_weights` names those that are too many
         raise UserError(
             f"{directory}: config.json says {config.num_hidden_layers} layers, and the weights have {len(layers)};"
             " expected a BERT checkpoint that agrees with its config.json"
@@ -91,7 +91,9 @@ def check_shapes(config: EncoderConfig, directory: Path) -> None:
                 f"{path}: {stored_name} has shape {list(shape)}, expected {list(sizes[name])};"
                 " give weights that agree with the model's configuration"
             )
-    if missing := sorted(sizes.keys() - files.keys()):
+    if sizes.keys() - files.keys():
+        wanted = (*sizes, "embeddings.LayerNorm.weight", "embeddings.LayerNorm.bias")
+        missing = sorted(name for name in wanted if name not in files)
         raise UserError(f"{directory}: no tensor {missing[0]!r}; expected a BERT checkpoint")
 
 

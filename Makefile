@@ -1,13 +1,21 @@
 # The developers' menu. Run it inside the environment that `pip install -e '.[test,bench,dev]'` made.
 SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/tests/on_host/*.cpp \
 	csrc/tests/on_host/cuda/*.h)
-.PHONY: help test campaign bench lint format sanitize wheel clean
+.PHONY: help test isas campaign bench lint format sanitize wheel clean
 
 help:       ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 test:       ## all tests
 	python -m pytest -n auto --dist worksteal
+
+# Tests that name the sets run under each of them anyway, and those of CUDA and Triton under none.
+isas:       ## the op tests under each instruction set that is narrower than this processor's
+	for isa in $$(python -c "from minbert.kernels import native; print(*native.library().isas()[:-1])"); do \
+		echo "MINBERT_ISA=$$isa" && MINBERT_ISA=$$isa python -m pytest -n auto --dist worksteal tests/kernels \
+			-k "not portable and not avx2 and not avx512 and not cuda and not gpus and not bfloat16_products" \
+			|| exit 1; \
+	done
 
 campaign:   ## a night's work: 100 SIGKILLs of a run, 2,000 mutated files
 	python tests/kill_campaign.py --count 100

@@ -66,7 +66,7 @@ def parse_json(text: str) -> Any:
     """
     try:
         value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
+            text, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -112,7 +112,8 @@ def read_lines(path: Path, remedy: str = REMEDY) -> Iterator[tuple[int, dict[str
             yield number, error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these keys and values, for `json.loads`; a ValueError for a key that it has twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]

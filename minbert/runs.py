@@ -277,17 +277,6 @@ class Followed(Run):
     def write_options(self, config: TrainConfig) -> None:
         pass
 
-    def own_data(self, config: TrainConfig) -> str | None:
-        """The data that the run's options name. What they name on the hub is not fetched: the file may be anyone's.
-
-        Raises:
-            UserError: it is on the hub.
-        """
-        data = config.data
-        if data is not None and names_hub(data):
-            raise UserError(f"{self.path}/config.yaml names the data {data} of the hub; give --data {data} to fetch it")
-        return data
-
     def log(self, record: dict[str, Any]) -> None:
         pass
 

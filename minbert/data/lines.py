@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minbert.errors import UserError
+from minbert.json_yaml import unique_keys
 
 LONGEST_LINE = 1 << 26  # bytes
 LONGEST_RECORD = 1 << 26  # characters of a quoted field over several lines
@@ -130,22 +131,13 @@ def json_object(line: str, expected: str = "a JSON object") -> dict[str, Any]:
         ValueError: it holds none, or one with the same name twice.
     """
     try:
-        record = json.loads(line, object_pairs_hook=_named_once)
+        record = json.loads(line, object_pairs_hook=unique_keys)
     except RecursionError:
         raise ValueError("not JSON (nested too deeply)") from None
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected {expected}, got a {type(record).__name__}")
-    return record
-
-
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {short(twice)!r} comes twice")
     return record
 
 

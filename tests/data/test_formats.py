@@ -328,7 +328,7 @@ def test_json_objects_of_any_values_are_rows_or_named(write):
             ("e", "half a surrogate pair"),
             ("f", "label 'True' is not a number"),
             ("g", "label nan lies outside"),
-            ("9", "the name 'sentence' comes twice"),
+            ("9", "key 'sentence' twice in an object"),
             ("i", "expected text for sentence; found id, text"),
             ("12", "nested too deeply"),
         ],

@@ -141,7 +141,7 @@ def test_a_quote_that_is_never_closed_costs_no_memory(monkeypatch):
     ("line", "message"),
     [
         ("[" * 100_000, "not JSON .nested too deeply"),
-        ('{"a": 1, "a": 2}', "not JSON .the name 'a' comes twice"),
+        ('{"a": 1, "a": 2}', "not JSON .key 'a' twice in an object"),
         ('{"a": 1', "not JSON .Expecting"),
         ('{"a": ' + "9" * 5000 + "}", "not JSON .Exceeds the limit"),
         ("3", "expected a JSON object, got a int"),

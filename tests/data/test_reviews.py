@@ -86,7 +86,7 @@ def test_the_draw_follows_the_seed_and_every_review_has_the_same_chance(tmp_path
         ('stars,text\n5,good\n4,"bad\n3,more\n', "line 3: cannot tell its fields apart .a quote is not closed"),
         ('{"stars": 1, "text": "x"}\n' + "[" * 9999 + "\n", r"line 2: not JSON \(nested too deeply"),
         ('{"stars": 1, "text": "\\ud800"}\n', "line 1: not Unicode text"),
-        ('{"stars": 1, "stars": 2, "text": "x"}\n', "line 1: not JSON .the name 'stars' comes twice"),
+        ('{"stars": 1, "stars": 2, "text": "x"}\n', "line 1: not JSON .key 'stars' twice in an object"),
         ("stars,text\r1,x\r", "its lines end with carriage returns alone"),
         ('stars,text\n5,good\nsix,"good\nfilm"\n', "line 4: expected 1, 2, 3, 4 or 5 stars, got 'six'"),
         ('stars,text\n5,"good\n', "cannot tell its fields apart"),

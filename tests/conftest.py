@@ -22,8 +22,10 @@ from minbert.device import resolve_precision
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep the tests' encoded texts out of the user's cache."""
+    """Keep the tests' encoded texts and compiled code out of the user's caches."""
     os.environ["MINBERT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    # Inductor takes code from its cache that another instruction set compiled.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,6 +18,7 @@ from minbert.reproduce import FILES
 from minbert.runs import Run
 
 SIZES = (2, 3, 4)
+THREE_STEPS = ("--steps=3", "--lr=1e-3")  # the rate at which roundings were measured
 CASES = {
     "plain": "--recipe=plain",
     "smart-pcgrad": "",
@@ -43,7 +44,7 @@ IN_BF16["bf16 far"] = "--recipe=pcgrad --precision=bf16 --steps=3 --lr=0.05"
 def runs(shared):
     """`runs(size)`: the directory with a run of every case by so many processes."""
     directory, options = shared
-    cases = {name: [*options, "--steps=3", *case.split()] for name, case in (CASES | IN_BF16).items()}
+    cases = {name: [*options, *THREE_STEPS, *case.split()] for name, case in (CASES | IN_BF16).items()}
     return lambda size: once(directory / str(size), lambda out: train_all(cases, size, out))
 
 
@@ -86,7 +87,7 @@ def test_the_bound_in_bf16_shows_a_task_left_out_and_a_wrong_scale(shared, runs,
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_what_nccl_is_given_gives_the_weights_of_one_process(size, shared, runs, tmp_path):
-    cases = {name: [*shared[1], "--steps=3", *CASES[name].split()] for name in ("smart-pcgrad", "gse", "bregman")}
+    cases = {name: [*shared[1], *THREE_STEPS, *CASES[name].split()] for name in ("smart-pcgrad", "gse", "bregman")}
     train_all(cases, size, tmp_path / "runs", "cpu", "nccl")
     for name in cases:
         assert_same(Run(runs(1) / name), Run(tmp_path / "runs" / name))
@@ -95,7 +96,7 @@ def test_what_nccl_is_given_gives_the_weights_of_one_process(size, shared, runs,
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_give_the_weights_of_one(shared, tmp_path):
-    cases = {name: [*shared[1], "--steps=3", "--precision=fp32", *case.split()] for name, case in CASES.items()}
+    cases = {name: [*shared[1], *THREE_STEPS, "--precision=fp32", *case.split()] for name, case in CASES.items()}
     for size in (1, 2):
         train_all(cases, size, tmp_path / str(size), "cuda")
     for name in cases:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minbert.packing import Packed, pack
+from minbert.data.packing import Packed, pack
 
 # Tokens of a training example at the minimum, each decile and the maximum (BERT's uncased vocabulary).
 DECILES = {

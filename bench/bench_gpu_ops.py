@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minbert import kernels
+from minbert.data.packing import pack
 from minbert.kernels import roofline
-from minbert.packing import pack
 
 HEADS, HEAD_DIM, HIDDEN, INNER = 12, 64, 768, 3072
 P, EPS = 0.1, 1e-12

@@ -13,17 +13,17 @@ import torch
 from batches import DECILES, sequences
 from peers import TASKS, Padded, labels, shape
 
-from minbert.arena import Arena
 from minbert.data import Encoded
 from minbert.device import keep_freed_memory
-from minbert.gradients import TaskGradients
+from minbert.distributed.process_group import Ranks
+from minbert.distributed.sharded_parameters import Arena
+from minbert.methods.smart import BregmanConfig, SmartConfig
+from minbert.methods.surgery import find_surgery
+from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
-from minbert.objective import Objective
-from minbert.optimizer import AdamW
-from minbert.ranks import Ranks
-from minbert.smart import BregmanConfig, SmartConfig
-from minbert.step import Stepper
-from minbert.surgery import find_surgery
+from minbert.training.objective import Objective
+from minbert.training.optimizer import AdamW
+from minbert.training.step import Stepper
 
 METHODS = {"plain": ("sum", 0.0), "PCGrad": ("pcgrad", 0.0), "SMART": ("sum", 1.0), "SMART + PCGrad": ("pcgrad", 1.0)}
 

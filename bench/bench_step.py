@@ -14,9 +14,9 @@ from peers import TASKS, Padded, labels, shape
 
 from minbert.device import resolve_precision
 from minbert.kernels import use_backend
-from minbert.losses import LOSSES
+from minbert.methods.losses import LOSSES
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
-from minbert.optimizer import AdamW
+from minbert.training.optimizer import AdamW
 
 # Whose time an op is, in the profile: the first group that a part of its name belongs to.
 GROUPS = {

@@ -11,7 +11,7 @@ from peers import flattened_pcgrad, seeded
 from torch import Tensor
 
 from minbert.kernels import combine, gram, reference
-from minbert.surgery import pcgrad_weights
+from minbert.methods.surgery import pcgrad_weights
 
 TASKS = 3
 

@@ -12,7 +12,7 @@ from peers import flattened_pcgrad, seeded
 from torch import Tensor
 
 from minbert.kernels import adamw_, clip_weights, combine_adamw_, gram, reference
-from minbert.surgery import pcgrad_weights
+from minbert.methods.surgery import pcgrad_weights
 
 OPTIONS = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 MAX_NORM = 1.0

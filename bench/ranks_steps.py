@@ -23,9 +23,9 @@ from torch import nn
 
 from minbert.data import token_split
 from minbert.device import keep_freed_memory
-from minbert.losses import LOSSES
+from minbert.distributed.process_group import Ranks
+from minbert.methods.losses import LOSSES
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
-from minbert.ranks import Ranks
 
 ROUNDS = 1 if os.environ.get("MINBERT_BENCH_SMOKE") == "1" else 5
 DDP = "DistributedDataParallel, plain"

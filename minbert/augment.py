@@ -19,7 +19,7 @@ from minbert.data import Examples, open_source, refuse_skipped, skipped_lines
 from minbert.data.lines import json_object
 from minbert.device import resolve_device
 from minbert.errors import UserError, require
-from minbert.files import writing
+from minbert.files.atomic import writing
 from minbert.seeds import derive_seed
 from minbert.tasks import Task, find_tasks
 

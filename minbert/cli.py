@@ -15,10 +15,10 @@ import jsonargparse
 
 from minbert import kernels
 from minbert.errors import UserError, did_you_mean, one_line
-from minbert.json_yaml import read_yaml, short
+from minbert.files.json_yaml import read_yaml, short
+from minbert.files.validation import checked, types_of_fields, without_format
+from minbert.methods.surgery import names_code
 from minbert.recipes import recipe
-from minbert.records import checked, types_of_fields, without_format
-from minbert.surgery import names_code
 
 Config = TypeVar("Config")
 

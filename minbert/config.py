@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import yaml
 
-from minbert.choices import check_known, check_tasks, chosen, of_task
 from minbert.errors import UserError, require
-from minbert.json_yaml import read_yaml
+from minbert.files.json_yaml import read_yaml
+from minbert.files.validation import FORMAT, build, without_format
+from minbert.methods.smart import BregmanConfig, SmartConfig
+from minbert.methods.surgery import check_surgery, needs_task_gradients
 from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
-from minbert.records import FORMAT, build, without_format
-from minbert.smart import BregmanConfig, SmartConfig
-from minbert.surgery import check_surgery, needs_task_gradients
+from minbert.task_options import check_known, check_tasks, chosen, of_task
 from minbert.tasks import TASKS, Task, find_tasks
 
 

@@ -5,112 +5,27 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from rich.console import Console
-
-from minbert import cli, kernels
-from minbert.checkpoint import Scores, check_fits
-from minbert.config import TrainConfig
+from minbert import cli
 from minbert.console import Terminal, score_table
 from minbert.data import (
-    Encoded,
     encode,
     open_source,
     refuse_skipped,
     skipped_lines,
     skipped_rows,
-    token_budget_batches,
     update_skipped,
 )
-from minbert.device import describe, resolve_device, resolve_precision
+from minbert.device import describe, resolve_device
 from minbert.errors import UserError
-from minbert.files import readable, verify, writing
-from minbert.metrics import METRICS, overall, predictions
-from minbert.model import Encoder, MultitaskModel, load_heads, reading
-from minbert.ranks import Ranks
-from minbert.runs import Run
-from minbert.tasks import Task
-from minbert.tokenizer import Tokenizer
-
-TOKENS_PER_BATCH = 8192
-
-
-@torch.inference_mode()
-def head_outputs(
-    model: MultitaskModel, task: Task, encoded: Encoded, device: torch.device, ranks: Ranks | None = None
-) -> np.ndarray:
-    """A task's head outputs for every example in order, float32 [n, C] or [n], in evaluation mode.
-
-    Args:
-        ranks: who shares the work, all of them with the same model.
-    """
-    ranks = ranks or Ranks()
-    training = model.training
-    model.eval()
-    outputs: list[np.ndarray] = []
-    order: list[np.ndarray] = []
-    for indices in token_budget_batches(encoded.lengths, TOKENS_PER_BATCH)[ranks.rank :: ranks.size]:
-        output = model(encoded.pack(indices).to(device), {task.name: len(indices)})[task.name]
-        outputs.append(output.float().cpu().numpy())
-        order.append(indices)
-    model.train(training)
-    outputs, order = ([array for told in ranks.told(arrays) for array in told] for arrays in (outputs, order))
-    return np.concatenate(outputs)[np.argsort(np.concatenate(order))]
-
-
-def score(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The task's metric under its name."""
-    return {task.metric: METRICS[task.metric](predicted, labels)}
-
-
-def evaluate(
-    model: MultitaskModel,
-    tasks: Sequence[Task],
-    encoded: Mapping[str, Encoded],
-    device: torch.device,
-    ranks: Ranks | None = None,
-) -> tuple[Scores, dict[str, np.ndarray]]:
-    """Scores and head outputs of every task; a task without labels has outputs only."""
-    scores: Scores = {}
-    outputs = {}
-    for task in tasks:
-        examples = encoded[task.name]
-        outputs[task.name] = head_outputs(model, task, examples, device, ranks)
-        if examples.labels is not None:
-            scores[task.name] = score(task, predictions(task, outputs[task.name]), examples.labels)
-    return scores, outputs
-
-
-def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[MultitaskModel, Tokenizer]:
-    """The model and tokenizer of a checkpoint, after a check of every file.
-
-    Raises:
-        UserError: the checkpoint is missing, damaged, or not of this run.
-    """
-    path = readable(path)
-    verify(path)
-    encoder, tokenizer = Encoder.from_pretrained(path), Tokenizer.from_pretrained(path)
-    tasks = config.chosen_tasks(config.tasks or [])
-    check_fits(encoder, tokenizer, tasks, config.max_length, path)
-    encoder.compute_dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
-    model = MultitaskModel(encoder, tasks, pooling=config.pooling, shared_layer=config.shared_layer)
-    load_heads(model, path / "heads.safetensors")
-    return model.to(device).eval(), tokenizer
-
-
-def choose_kernels(config: TrainConfig, warnings: Console) -> None:
-    """Compute as the run did, or say where that is not possible."""
-    kernels.set_backend(config.backend)
-    try:
-        kernels.set_matmul(config.matmul)
-    except ValueError as error:
-        warnings.print(f"the run multiplied by another library, so outputs may differ in their last digits: {error}")
+from minbert.files.atomic import writing
+from minbert.inference import choose_kernels, evaluate, load_model, run_tasks
+from minbert.model import reading
+from minbert.runs.run_directory import Run
+from minbert.tasks.metrics import overall
 
 
 @dataclass(frozen=True)
@@ -206,20 +121,6 @@ def predictions_place(checkpoint: str, data: str | None, own: str | None) -> str
         name = re.sub(r"[^\w-]", "_", os.path.basename(path))[:80]
         parts.append(f"{name}-{zlib.crc32(os.fsencode(path)):08x}")
     return "/".join(parts)
-
-
-def run_tasks(config: TrainConfig, names: Sequence[str] | None) -> list[Task]:
-    """The named tasks, all of the run's when None.
-
-    Raises:
-        UserError: a task that the run was not trained on.
-    """
-    trained = config.tasks or []
-    tasks = config.chosen_tasks(names if names is not None else trained)
-    for task in tasks:
-        if task.name not in trained:
-            raise UserError(f"the run was not trained on {task.name}; it knows {', '.join(trained)}")
-    return tasks
 
 
 if __name__ == "__main__":

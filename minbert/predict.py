@@ -12,11 +12,11 @@ from minbert import cli
 from minbert.console import Terminal
 from minbert.data import encode, read_file, refuse_skipped, skipped_lines, skipped_rows, write_skipped
 from minbert.device import resolve_device
-from minbert.evaluate import choose_kernels, head_outputs, load_model, run_tasks
-from minbert.files import write_atomically, writing
-from minbert.metrics import predictions
+from minbert.files.atomic import write_atomically, writing
+from minbert.inference import choose_kernels, head_outputs, load_model, run_tasks
 from minbert.model import reading
-from minbert.runs import Run, format_predictions
+from minbert.runs.run_directory import Run, format_predictions
+from minbert.tasks.metrics import predictions
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ from minbert import cli
 from minbert.config import TrainConfig
 from minbert.console import Terminal
 from minbert.errors import UserError, did_you_mean
-from minbert.files import write_atomically, write_json, writing
+from minbert.files.atomic import write_atomically, write_json, writing
 from minbert.recipes import Paper, Row, paper
 from minbert.report import comparison, write_comparison
 from minbert.report.history import flat_scores
-from minbert.resume import LENGTH, differences
-from minbert.runs import Run
-from minbert.signals import Stopped, StopSignal
+from minbert.runs.resume import LENGTH, differences
+from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS
+from minbert.training.stop_signal import Stopped, StopSignal
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
 HOURS = "hours an epoch"

@@ -14,23 +14,23 @@ from pathlib import Path
 from rich.console import Console
 
 from minbert import cli
-from minbert.checkpoint import Progress
 from minbert.config import TrainConfig
 from minbert.console import Terminal, TrainingProgress, score_table
 from minbert.data import Plan, TaskSampler, plan
 from minbert.device import keep_freed_memory, resolve_device, settings
+from minbert.distributed.process_group import RankLost, Ranks
 from minbert.errors import UserError
-from minbert.evaluate import evaluate
-from minbert.finish import finish_run
-from minbert.metrics import overall
-from minbert.pending import Pending, Taken
-from minbert.ranks import RankLost, Ranks
-from minbert.resume import check_length
-from minbert.runs import Followed, Run
-from minbert.schedule import learning_rate_factor
-from minbert.signals import Stopped, StopSignal
-from minbert.step import Parts
-from minbert.workbench import Workbench, prepare, restore
+from minbert.inference import evaluate
+from minbert.runs.checkpoint import Progress
+from minbert.runs.resume import check_length
+from minbert.runs.run_directory import Followed, Run
+from minbert.tasks.metrics import overall
+from minbert.training.finish import finish_run
+from minbert.training.schedule import learning_rate_factor
+from minbert.training.setup import Workbench, prepare, restore
+from minbert.training.step import Parts
+from minbert.training.step_result import Pending, Taken
+from minbert.training.stop_signal import Stopped, StopSignal
 
 SMART_SHARE_THAT_ACTS = 1e-4  # of the loss
 

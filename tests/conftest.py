@@ -36,7 +36,10 @@ def named_precision() -> Iterator[None]:
         assert name != "auto", "name the precision of a test's run: --precision=fp32 or bf16"
         return resolve_precision(name, *arguments)
 
-    with patch("minbert.workbench.resolve_precision", resolve), patch("minbert.evaluate.resolve_precision", resolve):
+    with (
+        patch("minbert.training.setup.resolve_precision", resolve),
+        patch("minbert.inference.resolve_precision", resolve),
+    ):
         yield
 
 

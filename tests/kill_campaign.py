@@ -25,10 +25,10 @@ from course import write_course_data
 from groups import quick_options, state
 
 from minbert import train
-from minbert.checkpoint import load_progress
 from minbert.errors import UserError
-from minbert.files import readable
-from minbert.runs import Run
+from minbert.files.atomic import readable
+from minbert.runs.checkpoint import load_progress
+from minbert.runs.run_directory import Run
 
 STEPS = 24
 OPTIONS = [f"--steps={STEPS}", "--checkpoint-steps=1", "--dropout=0.1", "--threads=1"]
@@ -44,7 +44,9 @@ def work(options: list[str], log: str) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     try:
-        with patch("minbert.finish.plot_run"):  # most of the seconds of so small a run, in which nothing could be lost
+        with patch(
+            "minbert.training.finish.plot_run"
+        ):  # most of the seconds of so small a run, in which nothing could be lost
             sys.exit(train.main(options))
     except UserError as error:
         print(f"error: {error}", flush=True)

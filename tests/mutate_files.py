@@ -23,7 +23,7 @@ import yaml
 
 from minbert import evaluate, predict, train
 from minbert.errors import UserError, one_line
-from minbert.files import MANIFEST, sha256
+from minbert.files.atomic import MANIFEST, sha256
 from minbert.report import __main__ as report
 
 FIXTURE = Path(__file__).parent / "fixtures" / "run-0.1.0"

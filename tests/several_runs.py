@@ -20,7 +20,7 @@ from rich.console import Console
 from minbert.cli import parse_layers
 from minbert.config import TrainConfig
 from minbert.device import resolve_device
-from minbert.ranks import Ranks
+from minbert.distributed.process_group import Ranks
 from minbert.train import train
 
 
@@ -52,7 +52,7 @@ def _rank(rank: int, size: int, port: int, runs: list[list[str]], device: str, b
     os.environ.update({name: str(value) for name, value in where.items()})
     torch.set_num_threads(1)
     as_over = patch.object(Ranks, "backend", backend) if backend else nullcontext()
-    no_report, no_waiting = patch("minbert.finish.write_report"), quickly()
+    no_report, no_waiting = patch("minbert.training.finish.write_report"), quickly()
     with no_report, no_waiting, Ranks.joined(resolve_device(device), 60.0) as ranks, as_over:
         for options in runs:
             config = parse_layers("train", TrainConfig, options)

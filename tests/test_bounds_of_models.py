@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from minbert import evaluate, predict, train
+from minbert.data.tokenizer import Tokenizer
 from minbert.errors import UserError
-from minbert.files import MANIFEST, sha256
+from minbert.files.atomic import MANIFEST, sha256
 from minbert.model import Encoder, EncoderConfig
 from minbert.model.weights import open_safetensors
-from minbert.tokenizer import Tokenizer
 
 FIXTURE = Path(__file__).parent / "fixtures" / "run-0.1.0"
 

@@ -89,9 +89,9 @@ def test_transformers_loads_the_encoder_of_a_run(run):
     transformers = pytest.importorskip("transformers")
     import torch
 
+    from minbert.data.packing import pack
+    from minbert.data.tokenizer import Tokenizer
     from minbert.model import Encoder
-    from minbert.packing import pack
-    from minbert.tokenizer import Tokenizer
 
     text = "the film was superb ."
     theirs = transformers.BertModel.from_pretrained(run / "best", add_pooling_layer=False).eval()

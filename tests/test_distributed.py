@@ -11,11 +11,11 @@ from several_runs import train_all
 
 from minbert import train
 from minbert.data import token_split
+from minbert.distributed.process_group import Ranks
 from minbert.errors import UserError
-from minbert.ranks import Ranks
 from minbert.recipes import paper, papers
 from minbert.reproduce import FILES
-from minbert.runs import Run
+from minbert.runs.run_directory import Run
 
 SIZES = (2, 3, 4)
 THREE_STEPS = ("--steps=3", "--lr=1e-3")  # the rate at which roundings were measured

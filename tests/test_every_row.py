@@ -16,7 +16,7 @@ from groups import quick_options
 from minbert import augment, evaluate, predict, train
 from minbert.errors import UserError
 from minbert.report import write_report
-from minbert.runs import Run
+from minbert.runs.run_directory import Run
 
 NOUNS = ["film", "meal", "book", "song", "hotel", "garden", "train", "game"]
 QUOTED = '"We won, he said.'  # a quote that GLUE's files have and the course's cannot

@@ -18,16 +18,17 @@ from faults import NAMES, FailingDisk, Gone, RecordingDisk, build
 from safetensors.torch import load_file
 from test_resume import assert_equal_runs
 
-from minbert import checkpoint, train
-from minbert.checkpoint import Progress, load_progress
+from minbert import train
 from minbert.config import TrainConfig
 from minbert.data import Encoded
+from minbert.data.tokenizer import Tokenizer
 from minbert.errors import UserError
-from minbert.files import locked, recover, verify
+from minbert.files.atomic import locked, recover, verify
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
-from minbert.runs import Run
+from minbert.runs import checkpoint
+from minbert.runs.checkpoint import Progress, load_progress
+from minbert.runs.run_directory import Run
 from minbert.tasks import find_tasks
-from minbert.tokenizer import Tokenizer
 
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EROFS, None]
 LIMIT = 1000  # calls

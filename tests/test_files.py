@@ -14,9 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from minbert import files
 from minbert.errors import UserError
-from minbert.files import (
+from minbert.files import atomic as files
+from minbert.files.atomic import (
     locked,
     readable,
     recover,

@@ -16,10 +16,10 @@ from mutate_files import FIXTURE, OPTIONS, campaign
 from minbert import evaluate, predict, reproduce, train
 from minbert.config import TrainConfig
 from minbert.errors import UserError
-from minbert.files import MANIFEST, sha256, verify
-from minbert.hub import checkpoint_directory
+from minbert.files.atomic import MANIFEST, sha256, verify
+from minbert.files.hub import checkpoint_directory
 from minbert.report import __main__ as report
-from minbert.runs import Run
+from minbert.runs.run_directory import Run
 
 PAYLOAD = "from pathlib import Path\nPath('payload-ran').touch()\ndef X(gram): return gram.new_ones(len(gram))\n"
 HTML = "<script>alert(1)</script><img src=x onerror=alert(2)>"

@@ -11,13 +11,13 @@ import pytest
 from safetensors.torch import load_file
 
 from minbert import evaluate, predict, train
-from minbert.checkpoint import load_progress
 from minbert.config import TrainConfig
 from minbert.errors import UserError
-from minbert.files import MANIFEST, sha256
-from minbert.records import FORMAT
+from minbert.files.atomic import MANIFEST, sha256
+from minbert.files.validation import FORMAT
 from minbert.report import __main__ as report
-from minbert.runs import Run
+from minbert.runs.checkpoint import load_progress
+from minbert.runs.run_directory import Run
 
 RELEASES = sorted(path for path in (Path(__file__).parent / "fixtures").glob("run-*"))
 OPTIONS = ["--data=data", "--model=model", "--tasks=sst,sts", "--out=run", "--batch-size=4", "--epochs=2", "--lr=0.01"]

@@ -10,7 +10,7 @@ import pytest
 from minbert import evaluate, train
 from minbert.data import read_examples
 from minbert.errors import UserError
-from minbert.runs import Run
+from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS
 
 PLAIN = ["--surgery=sum", "--smart.lambda-s=0"]

@@ -32,7 +32,7 @@ from rich.console import Console
 
 from minbert.config import ScratchConfig, TrainConfig
 from minbert.kernels import native
-from minbert.runs import Run
+from minbert.runs.run_directory import Run
 from minbert.train import train
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from minbert import kernels
-from minbert.gradients import TaskGradients, detached, substituted
-from minbert.losses import LOSSES
+from minbert.data.packing import pack
+from minbert.methods.losses import LOSSES
+from minbert.methods.smart import BregmanConfig, SmartConfig
+from minbert.methods.task_gradients import TaskGradients, detached, substituted
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
-from minbert.objective import Objective
-from minbert.packing import pack
-from minbert.smart import BregmanConfig, SmartConfig
 from minbert.tasks import find_tasks
+from minbert.training.objective import Objective
 
 TASKS = find_tasks(["sst", "qqp", "sts"])
 COUNTS = {"sst": 3, "qqp": 1, "sts": 2}

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from minbert import train
-from minbert.runs import Run
+from minbert.runs.run_directory import Run
 
 WARNING = re.compile(r"warning: SMART's regulariser was (\S+) of the loss: it does nothing")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from minbert.errors import UserError
-from minbert.json_yaml import parse_json, parse_yaml, read_bytes, read_json, read_lines
+from minbert.files.json_yaml import parse_json, parse_yaml, read_bytes, read_json, read_lines
 
 
 @pytest.mark.parametrize(

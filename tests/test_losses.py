@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minbert.losses import DIVERGENCES, LOSSES, cosine_embedding, losses_for, multiple_negatives_ranking
-from minbert.metrics import METRICS, predictions
+from minbert.methods.losses import DIVERGENCES, LOSSES, cosine_embedding, losses_for, multiple_negatives_ranking
 from minbert.tasks import TASKS
+from minbert.tasks.metrics import METRICS, predictions
 
 LABELS = torch.tensor([1.0, 0, 1, 1, 0])
 

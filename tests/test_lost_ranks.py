@@ -15,7 +15,7 @@ import pytest
 from groups import assert_close, command, once
 
 from minbert import train
-from minbert.runs import Run
+from minbert.runs.run_directory import Run
 
 LONG = ["--recipe=pcgrad", "--steps=60", "--checkpoint-steps=5"]
 

@@ -13,8 +13,8 @@ from minbert import evaluate, kernels, predict, train
 from minbert.config import TrainConfig
 from minbert.errors import UserError
 from minbert.model import EncoderConfig
-from minbert.runs import Run
-from minbert.workbench import choose_matmul
+from minbert.runs.run_directory import Run
+from minbert.training.setup import choose_matmul
 
 libraries = importlib.import_module("minbert.kernels.matmul")  # its name in the package is the function's
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from minbert import train
 from minbert.errors import UserError
-from minbert.runs import Run
-from minbert.step import Stepper
+from minbert.runs.run_directory import Run
+from minbert.training.step import Stepper
 
 PLAIN = ["--surgery=sum", "--smart.lambda-s=0"]
 NO_DROPOUT = ["--dropout=0", "--head-dropout=0"]

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minbert.losses import LOSSES
-from minbert.metrics import accuracy, overall, pearson, predictions
-from minbert.schedule import learning_rate_factor
+from minbert.methods.losses import LOSSES
 from minbert.seeds import derive_seed
 from minbert.tasks import TASKS
+from minbert.tasks.metrics import accuracy, overall, pearson, predictions
+from minbert.training.schedule import learning_rate_factor
 
 
 def test_losses_are_means_over_the_batch():

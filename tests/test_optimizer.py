@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from minbert.optimizer import AdamW
+from minbert.training.optimizer import AdamW
 
 SHAPES = [(7, 5), (64,), (3, 2, 2), (1,)]
 

@@ -9,7 +9,7 @@ import pytest
 from minbert.cli import parse_layers
 from minbert.config import ScratchConfig, TrainConfig
 from minbert.errors import UserError
-from minbert.smart import SmartConfig
+from minbert.methods.smart import SmartConfig
 
 
 def parse(*words: str) -> TrainConfig:

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from minbert import train
 from minbert.config import TrainConfig
 from minbert.errors import UserError
-from minbert.metrics import METRICS
 from minbert.report import Row, write_comparison, write_report
 from minbert.report import __main__ as report
 from minbert.report.analysis import (
@@ -37,9 +36,10 @@ from minbert.report.analysis import (
 )
 from minbert.report.comparison import columns, our_scores
 from minbert.report.history import curves, epochs, grid, options, phases, thinned
-from minbert.run_files import Prediction
-from minbert.runs import Run
+from minbert.runs.run_directory import Run
+from minbert.runs.schemas import Prediction
 from minbert.tasks import TASKS
+from minbert.tasks.metrics import METRICS
 
 HOSTILE = """</td><script>alert(1)</script><img src=x onerror=alert(2)> "quoted' & 'such" {{ 7 * 7 }} <b>film</b>"""
 SMALL = ["--batch-size=8", "--log-steps=1", "--scratch.hidden-size=16", "--scratch.num-attention-heads=2"]

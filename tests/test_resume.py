@@ -15,9 +15,9 @@ from groups import quick_options, state
 from minbert import train
 from minbert.config import TrainConfig
 from minbert.errors import UserError
-from minbert.resume import DECIDED, FREE, LENGTH, ROUNDING, check_length, differences, flat, resumed
-from minbert.runs import Run
-from minbert.smart import SmartConfig
+from minbert.methods.smart import SmartConfig
+from minbert.runs.resume import DECIDED, FREE, LENGTH, ROUNDING, check_length, differences, flat, resumed
+from minbert.runs.run_directory import Run
 
 # fmt: off
 FIXED = [
@@ -229,11 +229,15 @@ def test_precision_is_not_decided_again(quick, tmp_path, monkeypatch):
         decisions.append(arguments)
         return "fp32"
 
-    monkeypatch.setattr("minbert.workbench.resolve_precision", lambda name, *rest: "fp32" if name == "auto" else name)
-    monkeypatch.setattr("minbert.workbench.fit_for_smart", decide)
+    monkeypatch.setattr(
+        "minbert.training.setup.resolve_precision", lambda name, *rest: "fp32" if name == "auto" else name
+    )
+    monkeypatch.setattr("minbert.training.setup.fit_for_smart", decide)
     assert train.main([*auto, "--steps=2"]) == 0
     assert len(decisions) == 1
-    monkeypatch.setattr("minbert.workbench.resolve_precision", lambda name, *rest: "bf16" if name == "auto" else name)
+    monkeypatch.setattr(
+        "minbert.training.setup.resolve_precision", lambda name, *rest: "bf16" if name == "auto" else name
+    )
     assert train.main([*auto, "--steps=3", "--resume"]) == 0
     assert len(decisions) == 1
     assert Run(tmp_path / "run").config().precision == "fp32"
@@ -251,8 +255,8 @@ def test_what_fails_before_the_first_checkpoint_can_be_begun_again(quick, tmp_pa
     names = {
         "prepare": "minbert.train.prepare",
         "restore": "minbert.train.restore",
-        "stepper": "minbert.step.Stepper.take",
-        "save": "minbert.checkpoint.write_directory",
+        "stepper": "minbert.training.step.Stepper.take",
+        "save": "minbert.runs.checkpoint.write_directory",
     }
     with patch(names[fails_in], fail), pytest.raises(RuntimeError, match="a fault"):
         train.main([*quick, "--steps=2"])

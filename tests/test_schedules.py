@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minbert import checkpoint, train
+from minbert import train
 from minbert.errors import UserError
-from minbert.runs import Run
+from minbert.runs import checkpoint
+from minbert.runs.run_directory import Run
 
 ONE_AT_A_TIME = ["sequential", "round-robin", "shuffled", "proportional"]
 PLAIN = ["--surgery=sum", "--smart.lambda-s=0"]

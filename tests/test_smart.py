@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
+from minbert.data.packing import pack
 from minbert.errors import UserError
-from minbert.losses import mean_squared_error, symmetrised_binary_kl, symmetrised_kl
+from minbert.methods.losses import mean_squared_error, symmetrised_binary_kl, symmetrised_kl
+from minbert.methods.smart import BregmanConfig, SmartConfig, divergences, embedding_scale, perturb, rounds_away
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
-from minbert.objective import Batch, Objective
-from minbert.packing import pack
-from minbert.smart import BregmanConfig, SmartConfig, divergences, embedding_scale, perturb, rounds_away
 from minbert.tasks import find_tasks
+from minbert.training.objective import Batch, Objective
 
 TASKS = find_tasks(["sst", "qqp", "sts"])
 COUNTS = {"sst": 3, "qqp": 1, "sts": 2}
@@ -124,7 +124,7 @@ def test_without_sigma_and_eta_the_gradient_is_the_plain_one_to_the_bit(model, b
 
 
 def test_a_weight_of_0_skips_the_search(model, batch, monkeypatch):
-    monkeypatch.setattr("minbert.objective.perturb", lambda *a, **k: pytest.fail("searched"))
+    monkeypatch.setattr("minbert.training.objective.perturb", lambda *a, **k: pytest.fail("searched"))
     assert losses(model, batch, OFF).smart == {}
 
 
@@ -133,7 +133,9 @@ def test_gradients_flow_through_both_passes_and_the_embeddings(model, batch, mon
     model = model.double().eval()
     embedded, _, found = search(model, batch, ACTING)
     offset = found - embedded
-    monkeypatch.setattr("minbert.objective.perturb", lambda model, embedded, *a, **k: embedded.detach() + offset)
+    monkeypatch.setattr(
+        "minbert.training.objective.perturb", lambda model, embedded, *a, **k: embedded.detach() + offset
+    )
     params = [model.encoder.embeddings.norm.weight, model.encoder.layers[1].qkv.bias, model.heads["sst"].bias]
     exact = torch.autograd.grad(losses(model, batch, ACTING).total, params)
 

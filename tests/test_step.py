@@ -13,20 +13,20 @@ from groups import bf16_bound
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from minbert import kernels
-from minbert import replay as replay_module
 from minbert.data import Encoded, pack_batches
-from minbert.gradients import TaskGradients
+from minbert.data.packing import TOKEN_BUCKET, dummies, length_bucket, pack
 from minbert.kernels import checks
+from minbert.methods.smart import BregmanConfig, SmartConfig
+from minbert.methods.surgery import find_surgery
+from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
-from minbert.objective import Objective
-from minbert.optimizer import AdamW
-from minbert.packing import TOKEN_BUCKET, dummies, length_bucket, pack
-from minbert.replay import Captured, Replay
-from minbert.smart import BregmanConfig, SmartConfig
-from minbert.step import Stepper
-from minbert.surgery import find_surgery
 from minbert.tasks import find_tasks
-from minbert.transfer import ALIGNMENT, Layout, Readings, gathered
+from minbert.training import cuda_graphs as replay_module
+from minbert.training.cuda_graphs import Captured, Replay
+from minbert.training.host_device_copy import ALIGNMENT, Layout, Readings, gathered
+from minbert.training.objective import Objective
+from minbert.training.optimizer import AdamW
+from minbert.training.step import Stepper
 
 TASKS = find_tasks(["sst", "qqp", "sts"])
 SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -15,8 +15,8 @@ from groups import quick_options
 from test_resume import assert_equal_runs
 
 from minbert import train
-from minbert.runs import Run
-from minbert.signals import Stopped, StopSignal
+from minbert.runs.run_directory import Run
+from minbert.training.stop_signal import Stopped, StopSignal
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def losses_and_scores(run: Path) -> list[object]:
     "name", ["open_tasks", "training_examples", "encode", "MultitaskModel", "kernels_line", "TaskGradients"]
 )
 def test_before_the_first_step_nothing_is_left(quick, tmp_path, capsys, name, number):
-    with signalling(f"minbert.workbench.{name}", number):
+    with signalling(f"minbert.training.setup.{name}", number):
         assert train.main([*quick, "--steps=8"]) == 128 + number
     shown = capsys.readouterr()
     assert shown.out.splitlines()[-1] == "stopped; nothing is saved yet: the same command begins anew"
@@ -66,11 +66,11 @@ def test_before_the_first_step_nothing_is_left(quick, tmp_path, capsys, name, nu
         ("minbert.train.save", 1, 4),  # while a checkpoint is written
         ("minbert.train.learning_rate_factor", 8, 8),  # in the last step
         ("minbert.train.evaluate", 2, 8),  # while the last epoch is scored
-        ("minbert.finish.load_model", 1, 8),
-        ("minbert.finish.evaluate", 1, 8),
-        ("minbert.runs.format_predictions", 1, 8),
-        ("minbert.finish.plot_run", 1, 8),
-        ("minbert.finish.write_report", 1, 8),
+        ("minbert.training.finish.load_model", 1, 8),
+        ("minbert.training.finish.evaluate", 1, 8),
+        ("minbert.runs.run_directory.format_predictions", 1, 8),
+        ("minbert.training.finish.plot_run", 1, 8),
+        ("minbert.training.finish.write_report", 1, 8),
     ],
 )
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(finished, quick, tmp_path, capsys, name, calls, step):
@@ -96,7 +96,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(finished, quick, tmp_path
 
 def test_while_a_resumed_run_is_made_ready_it_says_what_is_saved(quick, tmp_path, capsys):
     assert train.main([*quick, "--steps=4"]) == 0
-    with signalling("minbert.workbench.encode", signal.SIGINT):
+    with signalling("minbert.training.setup.encode", signal.SIGINT):
         assert train.main([*quick, "--steps=8", "--resume"]) == 130
     said = f"stopped; {tmp_path / 'run' / 'last'} holds step 4: the same command with --resume goes on"
     assert capsys.readouterr().out.splitlines()[-1] == said

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minbert import kernels
-from minbert.surgery import Conflicts, mean_weights, pcgrad_weights, sum_weights
+from minbert.methods.surgery import Conflicts, mean_weights, pcgrad_weights, sum_weights
 
 NAN, INF = float("nan"), float("inf")
 

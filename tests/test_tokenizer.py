@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minbert.data.packing import pack_flat
+from minbert.data.tokenizer import REQUIRED, SPECIAL, Tokenizer, _longest_first
 from minbert.errors import UserError
-from minbert.packing import pack_flat
-from minbert.tokenizer import REQUIRED, SPECIAL, Tokenizer, _longest_first
 
 MODEL, DATA = os.environ.get("MINBERT_TEST_MODEL"), os.environ.get("MINBERT_TEST_DATA")
 needs_model = pytest.mark.skipif(MODEL is None, reason="MINBERT_TEST_MODEL names no pretrained model")
@@ -175,7 +175,7 @@ def test_fingerprint_tells_vocabularies_and_options_apart(directory: Path, token
 
 TRAINING = """
 import random
-from minbert.tokenizer import Tokenizer
+from minbert.data.tokenizer import Tokenizer
 rng = random.Random(0)
 texts = ["".join(rng.choices("abcdefgh ,É", k=60)) for _ in range(300)]
 print(Tokenizer.train(texts, 400).fingerprint)
@@ -262,7 +262,7 @@ def test_paths_that_are_no_checkpoint_are_refused_without_asking_the_hub(
 
 
 def test_hub_names_offline_are_refused_in_one_line_with_the_remedy(tmp_path: Path) -> None:
-    command = "from minbert.tokenizer import Tokenizer as T; from minbert.errors import UserError\n"
+    command = "from minbert.data.tokenizer import Tokenizer as T; from minbert.errors import UserError\n"
     command += "try: T.from_pretrained('owner/absent')\nexcept UserError as error: print(error)"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=environment)

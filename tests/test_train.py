@@ -18,15 +18,16 @@ import torch
 from groups import bf16_bound, drawing, quick_options
 from safetensors.torch import load_file
 
-from minbert import checkpoint, kernels, train
+from minbert import kernels, train
 from minbert.data import open_source
 from minbert.device import resolve_precision
 from minbert.errors import UserError
-from minbert.files import verify
-from minbert.objective import Objective
+from minbert.files.atomic import verify
 from minbert.report.comparison import our_scores
-from minbert.runs import Run
+from minbert.runs import checkpoint
+from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS
+from minbert.training.objective import Objective
 
 
 def weights(run: Path, checkpoint: str = "last") -> dict[str, torch.Tensor]:

@@ -19,9 +19,9 @@ from minbert import evaluate, predict, train
 from minbert.cli import parse_layers
 from minbert.config import TrainConfig
 from minbert.errors import UserError
+from minbert.methods.user_weighting import STATE, UserWeighting
 from minbert.report import __main__ as report
-from minbert.step import Stepper
-from minbert.surgery import STATE, UserWeighting
+from minbert.training.step import Stepper
 
 HERE = __name__
 GRAM = torch.tensor([[4.0, -1.0], [-1.0, 9.0]], dtype=torch.float64)

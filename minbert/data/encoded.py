@@ -19,9 +19,9 @@ from safetensors.numpy import save
 
 from minbert.data.examples import Examples
 from minbert.data.lines import short
+from minbert.data.packing import Packed, dummies, length_bucket, pack_flat
 from minbert.data.skipped import SHOWN
 from minbert.kernels.cache import cache_directory
-from minbert.packing import Packed, dummies, length_bucket, pack_flat
 from minbert.tasks import READINGS
 
 FORMAT = "minbert-encoded-1"  # part of every cache file's name: a new layout leaves old files alone

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minbert.errors import UserError
-from minbert.json_yaml import unique_keys
+from minbert.files.json_yaml import unique_keys
 
 LONGEST_LINE = 1 << 26  # bytes
 LONGEST_RECORD = 1 << 26  # characters of a quoted field over several lines

@@ -8,10 +8,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from minbert import json_yaml, records
 from minbert.data.lines import short
 from minbert.errors import UserError, one_line
-from minbert.files import write_atomically
+from minbert.files import json_yaml
+from minbert.files import validation as records
+from minbert.files.atomic import write_atomically
 
 SHOWN = 5  # rows of a file that a command names on the terminal
 

@@ -23,7 +23,8 @@ from minbert.integrations.loss_gradients import (
     scalars,
 )
 from minbert.kernels import checks, combine, gram, surgery_weights
-from minbert.surgery import Conflicts, Weighting, mean_weights, pcgrad_weights, sum_weights
+from minbert.methods.surgery import Conflicts, mean_weights, pcgrad_weights, sum_weights
+from minbert.methods.user_weighting import Weighting
 
 _PLAIN: dict[str, Weighting] = {"sum": sum_weights, "mean": mean_weights}
 
@@ -68,8 +69,8 @@ class PCGrad(torch.optim.Optimizer):
             `reduction` is then the plain combination that it departs from.
 
     Attributes:
-        conflicts: how the gradients of the last `pc_backward` disagreed, a `minbert.surgery.Conflicts`, with NaN where
-            nothing is shared; None before.
+        conflicts: how the gradients of the last `pc_backward` disagreed, a
+            `minbert.methods.surgery.Conflicts`, with NaN where nothing is shared; None before.
 
     Raises:
         ValueError, TypeError: an argument is not as described.

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from minbert import kernels
-from minbert.hub import WEIGHTS, checkpoint_directory
+from minbert.data.packing import Packed
+from minbert.files.hub import WEIGHTS, checkpoint_directory
 from minbert.model.config import EncoderConfig
 from minbert.model.pooling import pool
 from minbert.model.weights import check_shapes, has_pooler, load_weights, save_weights
-from minbert.packing import Packed
 
 Bounds = tuple[int, ...] | None  # of each task's rows, `Packed.token_bounds`
 
@@ -255,7 +255,7 @@ class Encoder(nn.Module):
 
     @property
     def _word(self) -> Tensor:
-        """The word table, or its first view where each task has one (`minbert.gradients`)."""
+        """The word table, or its first view where each task has one (`minbert.methods.task_gradients`)."""
         word = self.embeddings.word
         return word if isinstance(word, Tensor) else word[0]
 

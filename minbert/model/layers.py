@@ -33,7 +33,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
 
 
 def view_of(parameter: Parameter, view: int) -> Tensor:
-    """The parameter, or one of its views where each task has one (`minbert.gradients`)."""
+    """The parameter, or one of its views where each task has one (`minbert.methods.task_gradients`)."""
     return parameter if isinstance(parameter, Tensor) else parameter[view]
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minbert.data.packing import Packed
 from minbert.errors import UserError, did_you_mean
-from minbert.files import write_tensors
+from minbert.files.atomic import write_tensors
 from minbert.model.encoder import Encoder, draw_seed
 from minbert.model.heads import HEADS, sequences_of
 from minbert.model.layers import SHARED_LAYERS, view_of
 from minbert.model.pooling import check_pooling
 from minbert.model.weights import fitting, open_safetensors
-from minbert.packing import Packed
 from minbert.tasks import Task
 
 MOST_DROPOUTS = 3  # places of dropout in a head, and one more in a shared layer

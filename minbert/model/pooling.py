@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minbert.data.packing import Packed
 from minbert.errors import did_you_mean
-from minbert.packing import Packed
 
 POOLINGS = ("cls", "mean", "max", "pooler")
 

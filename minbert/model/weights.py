@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minbert.errors import UserError
-from minbert.files import write_tensors
-from minbert.json_yaml import read_json, short
-from minbert.records import checked
+from minbert.files.atomic import write_tensors
+from minbert.files.json_yaml import read_json, short
+from minbert.files.validation import checked
 
 if TYPE_CHECKING:
     from minbert.model.config import EncoderConfig

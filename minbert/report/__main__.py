@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from minbert import cli
 from minbert.console import Terminal
 from minbert.report import write_report
-from minbert.runs import Run
+from minbert.runs.run_directory import Run
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from minbert.metrics import METRICS
-from minbert.run_files import Prediction
+from minbert.runs.schemas import Prediction
 from minbert.tasks import Task
+from minbert.tasks.metrics import METRICS
 
 PRONOUN = re.compile(
     "i|me|my|mine|myself|we|us|our|ours|ourselves|you|your|yours|yourself|yourselves|he|him|his|himself|she|her|hers"

@@ -12,7 +12,7 @@ from minbert.report.figures import Figure
 from minbert.report.history import Epoch, Option
 from minbert.report.page import write_page
 from minbert.report.single import palette, training_figures
-from minbert.runs import Run
+from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS
 
 

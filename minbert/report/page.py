@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from minbert.files import write_atomically, writing
+from minbert.files.atomic import write_atomically, writing
 
 
 def write_page(path: Path, template: str, **content: object) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minbert.runs import Run
+from minbert.runs.run_directory import Run
 
 Record = dict[str, Any]
 

@@ -15,7 +15,7 @@ from minbert.report.analysis import Example, Group
 from minbert.report.figures import Figure, heat_map, line_chart, scatter
 from minbert.report.history import Points, Record
 from minbert.report.page import write_page
-from minbert.runs import Run
+from minbert.runs.run_directory import Run
 from minbert.tasks import Task
 
 SPLIT = "dev"

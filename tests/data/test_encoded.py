@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minbert.data import Encoded, Examples, encode, pack_batches
-from minbert.packing import Packed, pack
-from minbert.tokenizer import Tokenizer
+from minbert.data.packing import Packed, pack
+from minbert.data.tokenizer import Tokenizer
 
 
 class Letters:

@@ -11,10 +11,10 @@ from test_repeats import bits, differing
 from torch import Tensor
 
 from minbert import kernels
-from minbert.gradients import TaskGradients
-from minbert.losses import LOSSES
+from minbert.data.packing import pack
+from minbert.methods.losses import LOSSES
+from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
-from minbert.packing import pack
 from minbert.tasks import find_tasks
 
 pytestmark = pytest.mark.gpu

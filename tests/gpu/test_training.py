@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from minbert import cli, train
 from minbert.config import TrainConfig
 from minbert.device import resolve_device
-from minbert.ranks import Ranks
-from minbert.runs import Run
-from minbert.step import Stepper
-from minbert.workbench import prepare
+from minbert.distributed.process_group import Ranks
+from minbert.runs.run_directory import Run
+from minbert.training.setup import prepare
+from minbert.training.step import Stepper
 
 pytestmark = pytest.mark.gpu
 

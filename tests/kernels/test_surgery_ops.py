@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minbert.kernels import clip_weights, combine, gram, reference, surgery_weights, use_backend
-from minbert.surgery import mean_weights, pcgrad_weights, sum_weights
+from minbert.methods.surgery import mean_weights, pcgrad_weights, sum_weights
 
 Grads = list[list[Tensor | None]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

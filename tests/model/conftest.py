@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
+from minbert.data.packing import Packed, pack
 from minbert.model import EncoderConfig
-from minbert.packing import Packed, pack
 
 TINY = {
     "vocab_size": 50,

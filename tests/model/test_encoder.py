@@ -14,10 +14,10 @@ import transformers
 from torch import Tensor
 
 from minbert import kernels
+from minbert.data.packing import Packed, pack
+from minbert.data.tokenizer import Tokenizer
 from minbert.model import Encoder, EncoderConfig
 from minbert.model.weights import _places
-from minbert.packing import Packed, pack
-from minbert.tokenizer import Tokenizer
 
 
 def one_by_one(theirs: transformers.BertModel, packed: Packed) -> Tensor:

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minbert.losses import LOSSES, losses_for
+from minbert.data.packing import Packed
+from minbert.methods.losses import LOSSES, losses_for
 from minbert.model import HEADS, Encoder, EncoderConfig, MultitaskModel, load_heads, save_heads, statistics_kept
 from minbert.model.heads import Head, sequences_of
 from minbert.model.layers import BatchNorm
-from minbert.packing import Packed
 from minbert.tasks import TASKS, Task
 
 D, N = 6, 5

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from minbert.data.packing import Packed
 from minbert.errors import UserError
 from minbert.model import Encoder, EncoderConfig, MultitaskModel, load_heads, pool, save_heads
-from minbert.packing import Packed
 from minbert.tasks import find_tasks
 
 COUNTS = {"sst": 2, "sts": 2, "qqp": 1}

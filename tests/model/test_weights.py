@@ -15,9 +15,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minbert.data.packing import Packed
 from minbert.errors import UserError
 from minbert.model import Encoder
-from minbert.packing import Packed
 
 
 def rewrite(checkpoint: Path, change) -> None:

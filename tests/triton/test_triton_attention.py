@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from minbert import kernels
+from minbert.data.packing import pack_flat
 from minbert.kernels import reference, use_backend
 from minbert.kernels.triton import attention
-from minbert.packing import pack_flat
 
 SEED, SITE = (-(2**40) + 77, 2**32 - 30), 2**32 - 6  # with the first row's number
 ALL_LENGTHS = {  # each way through the kernels: up to 32, 64 and 128 tokens in tiles, and more

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minbert.gradients import detached, substituted
-from minbert.losses import LOSSES
+from minbert.data.packing import Packed
+from minbert.methods.losses import LOSSES
+from minbert.methods.smart import BregmanConfig, SmartConfig, at, divergences, perturb
+from minbert.methods.task_gradients import detached, substituted
 from minbert.model import MultitaskModel, statistics_kept
-from minbert.packing import Packed
 from minbert.seeds import derive_seed
-from minbert.smart import BregmanConfig, SmartConfig, at, divergences, perturb
 
 
 @dataclass(frozen=True)

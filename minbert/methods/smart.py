@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from minbert import kernels
+from minbert.data.packing import Packed
 from minbert.errors import require
-from minbert.gradients import detached, substituted
-from minbert.losses import DIVERGENCES
+from minbert.methods.losses import DIVERGENCES
+from minbert.methods.task_gradients import detached, substituted
 from minbert.model import MultitaskModel
-from minbert.packing import Packed
 from minbert.tasks import TASKS, Task
 
 NOISE_SITE = 0  # of the seed that the first perturbation follows

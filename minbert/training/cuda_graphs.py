@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minbert.objective import Batch, Losses
-from minbert.transfer import Layout, gathered, moved
+from minbert.training.host_device_copy import Layout, gathered, moved
+from minbert.training.objective import Batch, Losses
 
 MOST_GRAPHS = 64  # each keeps a few megabytes on the device
 

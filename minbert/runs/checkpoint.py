@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minbert.data.tokenizer import SHORTEST, Tokenizer
+from minbert.distributed.sharded_parameters import OptimizerState
 from minbert.errors import UserError
-from minbert.files import write_directory, write_json, write_tensors, writing
-from minbert.json_yaml import read_json, short
+from minbert.files.atomic import write_directory, write_json, write_tensors, writing
+from minbert.files.json_yaml import read_json, short
+from minbert.files.validation import FORMAT, build, without_format
+from minbert.methods.surgery import Surgery
 from minbert.model import HEADS, Encoder, MultitaskModel, reading, save_heads
 from minbert.model.weights import fitting, open_safetensors
-from minbert.optimizer import State
-from minbert.records import FORMAT, build, without_format
-from minbert.run_files import Scores, check_scores
-from minbert.surgery import Surgery
+from minbert.runs.schemas import Scores, check_scores
 from minbert.tasks import Task
-from minbert.tokenizer import SHORTEST, Tokenizer
 
 ENTRIES = ("step", "exp_avg", "exp_avg_sq", "average")  # of an optimizer's state for a parameter, perhaps with @NAME
 
@@ -51,7 +51,7 @@ def save(
     path: Path,
     model: MultitaskModel,
     tokenizer: Tokenizer,
-    state: State,
+    state: OptimizerState,
     progress: Progress,
     surgeries: Sequence[Surgery] = (),
 ) -> None:
@@ -141,7 +141,7 @@ def load_progress(path: Path) -> Progress:
     return progress
 
 
-def load_state(path: Path, model: MultitaskModel) -> State:
+def load_state(path: Path, model: MultitaskModel) -> OptimizerState:
     """The optimizer's state that `save` wrote, on the CPU.
 
     Raises:

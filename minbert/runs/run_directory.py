@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from minbert.checkpoint import load_progress
 from minbert.config import TrainConfig
 from minbert.data import Encoded, SkippedRow, names_hub, write_skipped
 from minbert.errors import UserError
-from minbert.files import (
+from minbert.files.atomic import (
     LOCK,
     append_line,
     locked,
@@ -28,11 +27,12 @@ from minbert.files import (
     write_json,
     writing,
 )
-from minbert.metrics import predictions, probabilities
-from minbert.records import FORMAT
-from minbert.resume import remarks, resumed
-from minbert.run_files import Prediction, check_links, read_metrics, read_predictions, read_summary
+from minbert.files.validation import FORMAT
+from minbert.runs.checkpoint import load_progress
+from minbert.runs.resume import remarks, resumed
+from minbert.runs.schemas import Prediction, check_links, read_metrics, read_predictions, read_summary
 from minbert.tasks import Task
+from minbert.tasks.metrics import predictions, probabilities
 
 RESUME = "free some space and run the same command with --resume"
 BEFORE_A_RUN = (LOCK, ".config.yaml.tmp")  # what a run that was killed as it began may leave

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minbert.errors import UserError
-from minbert.json_yaml import read_json, short
+from minbert.files.json_yaml import read_json, short
 
 try:
     import fcntl

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from minbert import kernels
-from minbert.arena import Arena
 from minbert.data import Encoded, pack_batches, token_split
+from minbert.data.packing import Packed
+from minbert.distributed.process_group import Ranks, Share
+from minbert.distributed.sharded_parameters import Arena
 from minbert.errors import UserError
-from minbert.gradients import TaskGradients
+from minbert.methods.surgery import Surgery
+from minbert.methods.task_gradients import TaskGradients
 from minbert.model import MultitaskModel
-from minbert.objective import Batch, Losses, Objective
-from minbert.optimizer import AdamW
-from minbert.packing import Packed
-from minbert.pending import Clock, Pending
-from minbert.ranks import Ranks, Share
-from minbert.replay import Replay
 from minbert.seeds import derive_seed
-from minbert.surgery import Surgery
 from minbert.tasks import Task
-from minbert.transfer import Readings, moved
+from minbert.training.cuda_graphs import Replay
+from minbert.training.host_device_copy import Readings, moved
+from minbert.training.objective import Batch, Losses, Objective
+from minbert.training.optimizer import AdamW
+from minbert.training.step_result import Clock, Pending
 
 Parts = Sequence[tuple[Task, np.ndarray]]  # tasks, and which of their examples
 

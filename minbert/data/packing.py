@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from minbert.kernels.attention import tile_rows
-from minbert.ranks import Share
 
 # Batches for CUDA graphs come in buckets of these numbers of tokens: small enough to waste little, large enough to be
 # met again soon. A task's 32 sequences of the real data have 900 tokens, give or take 70.
@@ -36,7 +35,7 @@ class Packed:
     # Of T tasks, task t has sequences sequence_bounds[t] to [t + 1], and tokens token_bounds[t] to [t + 1].
     sequence_bounds: tuple[int, ...] | None = None
     token_bounds: tuple[int, ...] | None = None
-    share: Share | None = None  # what this is of a stream that several ranks have together
+    share: Any = None  # what this is of a stream that several ranks have together
 
     @property
     def tiles(self) -> tuple[Tensor, Tensor] | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from minbert.errors import UserError, did_you_mean
-from minbert.losses import LOSSES, losses_for
+from minbert.methods.losses import LOSSES, losses_for
 from minbert.model import HEADS
 from minbert.tasks import TASKS, Task
 

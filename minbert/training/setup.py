@@ -10,10 +10,7 @@ import torch
 from rich.console import Console
 
 import minbert
-from minbert import checkpoint, kernels
-from minbert.arena import Arena
-from minbert.checkpoint import Progress
-from minbert.choices import of_task
+from minbert import kernels
 from minbert.config import TrainConfig, task_groups
 from minbert.console import data_table
 from minbert.data import (
@@ -31,20 +28,24 @@ from minbert.data import (
     skipped_rows,
     swapped,
 )
+from minbert.data.tokenizer import Tokenizer
 from minbert.device import describe, resolve_precision
+from minbert.distributed.process_group import Ranks
+from minbert.distributed.sharded_parameters import Arena, OptimizerState
 from minbert.errors import UserError
-from minbert.gradients import TaskGradients
+from minbert.methods.smart import embedding_scale, rounds_away
+from minbert.methods.surgery import find_surgery
+from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel, load_heads, reading
-from minbert.objective import Objective
-from minbert.optimizer import AdamW, State
-from minbert.ranks import Ranks
-from minbert.runs import Run
+from minbert.runs import checkpoint
+from minbert.runs.checkpoint import Progress
+from minbert.runs.run_directory import Run
 from minbert.seeds import derive_seed
-from minbert.smart import embedding_scale, rounds_away
-from minbert.step import Stepper
-from minbert.surgery import find_surgery
+from minbert.task_options import of_task
 from minbert.tasks import TASKS, Task
-from minbert.tokenizer import Tokenizer
+from minbert.training.objective import Objective
+from minbert.training.optimizer import AdamW
+from minbert.training.step import Stepper
 
 DEFAULT_TASKS = ("sst", "qqp", "sts")
 
@@ -71,7 +72,9 @@ class Workbench:
 
     def save(self, path: Path, progress: Progress) -> None:
         """Write a checkpoint, once for all ranks, which have to call this together."""
-        state: State = self.optimizer.state if self.arena is None else self.arena.whole_state(self.optimizer.state)
+        state: OptimizerState = (
+            self.optimizer.state if self.arena is None else self.arena.whole_state(self.optimizer.state)
+        )
         if self.ranks.leads:
             checkpoint.save(path, self.model, self.tokenizer, state, progress, self.stepper.surgeries)
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from minbert import kernels
-
-State = Mapping[Tensor, Mapping[str, Tensor]]  # by parameter
+from minbert.distributed.sharded_parameters import OptimizerState
 
 
 class AdamW(torch.optim.Optimizer):
@@ -128,7 +127,7 @@ class AdamW(torch.optim.Optimizer):
             count -= 1
 
     @torch.no_grad()
-    def load(self, state: State) -> None:
+    def load(self, state: OptimizerState) -> None:
         """Take over moments, averages and step counts, which may be on another device."""
         for param, entries in state.items():
             own = self.state[param]

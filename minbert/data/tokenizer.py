@@ -18,11 +18,11 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import WordPieceTrainer
 
+from minbert.data.tokenizer_files import add_tokens, read_config, read_vocab
 from minbert.errors import UserError, one_line
-from minbert.files import write_text
-from minbert.hub import TOKENIZER, checkpoint_directory
-from minbert.json_yaml import VOCABULARY_LIMIT, read_text, short
-from minbert.tokenizer_files import add_tokens, read_config, read_vocab
+from minbert.files.atomic import write_text
+from minbert.files.hub import TOKENIZER, checkpoint_directory
+from minbert.files.json_yaml import VOCABULARY_LIMIT, read_text, short
 
 REQUIRED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 SPECIAL = (*REQUIRED, "[MASK]")
@@ -154,7 +154,7 @@ class Tokenizer:
     def encode_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int | None = 512
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Token ids of many texts or pairs, end to end, ready for `minbert.packing.pack_flat`.
+        """Token ids of many texts or pairs, end to end, ready for `minbert.data.packing.pack_flat`.
 
         Args:
             texts: S texts.

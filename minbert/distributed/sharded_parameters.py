@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minbert.gradients import TaskGradients
-from minbert.optimizer import AdamW, State
-from minbert.ranks import Ranks, Sent
+from minbert.distributed.process_group import Ranks, Sent
+from minbert.methods.task_gradients import TaskGradients
 
 BUCKET = 8 << 20  # elements: 32 MiB of float32
 ALIGNMENT = 16  # elements: where a parameter begins, kernels read quickly
 IN_FLIGHT = 4  # rows of gradients that are sent at once, each in memory of its own
+
+
+OptimizerState = Mapping[Tensor, Mapping[str, Tensor]]  # by parameter
 
 
 class Piece(NamedTuple):
@@ -177,7 +179,7 @@ class Arena:
         for sent in [self.ranks.all_gather(whole) for whole in wholes]:
             sent.wait()
 
-    def keep_averages(self, optimizer: AdamW) -> None:
+    def keep_averages(self, optimizer: torch.optim.Optimizer) -> None:
         """Have all ranks keep the averages of an optimizer of pieces, in `averages`."""
         for bucket in self.buckets:
             averaged = bucket.whole.clone()
@@ -198,7 +200,7 @@ class Arena:
 
     # Optimizer state ---------------------------------------------------------------------------------------------
 
-    def whole_state(self, state: State) -> dict[Tensor, dict[str, Tensor]]:
+    def whole_state(self, state: OptimizerState) -> dict[Tensor, dict[str, Tensor]]:
         """The optimizer's state by parameter, of all ranks' pieces."""
         found: dict[Tensor, dict[str, Tensor]] = {}
         for bucket in self.buckets:
@@ -227,7 +229,7 @@ class Arena:
                         found.setdefault(param, {})[name] = value
         return found
 
-    def own_state(self, whole: State) -> dict[Tensor, dict[str, Tensor]]:
+    def own_state(self, whole: OptimizerState) -> dict[Tensor, dict[str, Tensor]]:
         """What lies in this rank's parts of an optimizer's whole state, by piece."""
 
         def stretch(value: Tensor, piece: Piece) -> Tensor:

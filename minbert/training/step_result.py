@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from minbert.surgery import Conflicts
-from minbert.transfer import Readings
+from minbert.methods.surgery import Conflicts
+from minbert.training.host_device_copy import Readings
 
 
 class Clock:

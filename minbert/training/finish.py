@@ -7,15 +7,15 @@ from rich.console import Console
 
 import minbert
 from minbert import kernels
-from minbert.checkpoint import Progress, Scores
 from minbert.console import score_table
 from minbert.device import describe, peak_memory_bytes
-from minbert.evaluate import evaluate, load_model
-from minbert.files import writing
-from minbert.metrics import overall
+from minbert.files.atomic import writing
+from minbert.inference import evaluate, load_model
 from minbert.report import plot_run, write_report
-from minbert.runs import RESUME, Run
-from minbert.workbench import Workbench
+from minbert.runs.checkpoint import Progress, Scores
+from minbert.runs.run_directory import RESUME, Run
+from minbert.tasks.metrics import overall
+from minbert.training.setup import Workbench
 
 
 def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int, console: Console) -> dict[str, object]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minbert.choices import check_known
 from minbert.errors import UserError
-from minbert.json_yaml import read_json, read_lines, short
-from minbert.records import build, checked, without_format
+from minbert.files.json_yaml import read_json, read_lines, short
+from minbert.files.validation import build, checked, without_format
+from minbert.task_options import check_known
 from minbert.tasks import TASKS, Task
 
 Record = dict[str, Any]

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, Literal, TypeVar
 
 from minbert.errors import UserError, did_you_mean
-from minbert.json_yaml import short
+from minbert.files.json_yaml import short
 
 LARGEST_NUMBER = 1e100  # whose square is finite
 LARGEST_INTEGER = 2**63 - 1

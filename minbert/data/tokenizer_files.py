@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from minbert.errors import UserError
-from minbert.json_yaml import VOCABULARY_LIMIT, read_json, read_text, short
-from minbert.records import checked
+from minbert.files.json_yaml import VOCABULARY_LIMIT, read_json, read_text, short
+from minbert.files.validation import checked
 
 # Tokenizers of transformers that are BERT's WordPiece; the last two say nothing but that tokenizer.json has it all.
 CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")

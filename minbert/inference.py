@@ -1,0 +1,111 @@
+"""A trained model's outputs and scores: load a checkpoint, run examples through it, score them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from minbert import kernels
+from minbert.config import TrainConfig
+from minbert.data import Encoded, token_budget_batches
+from minbert.data.tokenizer import Tokenizer
+from minbert.device import resolve_precision
+from minbert.distributed.process_group import Ranks
+from minbert.errors import UserError
+from minbert.files.atomic import readable, verify
+from minbert.model import Encoder, MultitaskModel, load_heads
+from minbert.runs.checkpoint import Scores, check_fits
+from minbert.tasks import Task
+from minbert.tasks.metrics import METRICS, predictions
+
+TOKENS_PER_BATCH = 8192
+
+
+@torch.inference_mode()
+def head_outputs(
+    model: MultitaskModel, task: Task, encoded: Encoded, device: torch.device, ranks: Ranks | None = None
+) -> np.ndarray:
+    """A task's head outputs for every example in order, float32 [n, C] or [n], in evaluation mode.
+
+    Args:
+        ranks: who shares the work, all of them with the same model.
+    """
+    ranks = ranks or Ranks()
+    training = model.training
+    model.eval()
+    outputs: list[np.ndarray] = []
+    order: list[np.ndarray] = []
+    for indices in token_budget_batches(encoded.lengths, TOKENS_PER_BATCH)[ranks.rank :: ranks.size]:
+        output = model(encoded.pack(indices).to(device), {task.name: len(indices)})[task.name]
+        outputs.append(output.float().cpu().numpy())
+        order.append(indices)
+    model.train(training)
+    outputs, order = ([array for told in ranks.told(arrays) for array in told] for arrays in (outputs, order))
+    return np.concatenate(outputs)[np.argsort(np.concatenate(order))]
+
+
+def score(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The task's metric under its name."""
+    return {task.metric: METRICS[task.metric](predicted, labels)}
+
+
+def evaluate(
+    model: MultitaskModel,
+    tasks: Sequence[Task],
+    encoded: Mapping[str, Encoded],
+    device: torch.device,
+    ranks: Ranks | None = None,
+) -> tuple[Scores, dict[str, np.ndarray]]:
+    """Scores and head outputs of every task; a task without labels has outputs only."""
+    scores: Scores = {}
+    outputs = {}
+    for task in tasks:
+        examples = encoded[task.name]
+        outputs[task.name] = head_outputs(model, task, examples, device, ranks)
+        if examples.labels is not None:
+            scores[task.name] = score(task, predictions(task, outputs[task.name]), examples.labels)
+    return scores, outputs
+
+
+def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[MultitaskModel, Tokenizer]:
+    """The model and tokenizer of a checkpoint, after a check of every file.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, or not of this run.
+    """
+    path = readable(path)
+    verify(path)
+    encoder, tokenizer = Encoder.from_pretrained(path), Tokenizer.from_pretrained(path)
+    tasks = config.chosen_tasks(config.tasks or [])
+    check_fits(encoder, tokenizer, tasks, config.max_length, path)
+    encoder.compute_dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
+    model = MultitaskModel(encoder, tasks, pooling=config.pooling, shared_layer=config.shared_layer)
+    load_heads(model, path / "heads.safetensors")
+    return model.to(device).eval(), tokenizer
+
+
+def choose_kernels(config: TrainConfig, warnings: Console) -> None:
+    """Compute as the run did, or say where that is not possible."""
+    kernels.set_backend(config.backend)
+    try:
+        kernels.set_matmul(config.matmul)
+    except ValueError as error:
+        warnings.print(f"the run multiplied by another library, so outputs may differ in their last digits: {error}")
+
+
+def run_tasks(config: TrainConfig, names: Sequence[str] | None) -> list[Task]:
+    """The named tasks, all of the run's when None.
+
+    Raises:
+        UserError: a task that the run was not trained on.
+    """
+    trained = config.tasks or []
+    tasks = config.chosen_tasks(names if names is not None else trained)
+    for task in tasks:
+        if task.name not in trained:
+            raise UserError(f"the run was not trained on {task.name}; it knows {', '.join(trained)}")
+    return tasks

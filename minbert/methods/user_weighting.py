@@ -1,0 +1,157 @@
+"""A weighting of the user's: MODULE:NAME of a callable from Gram matrix to weights, and its state in checkpoints."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import operator
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minbert.errors import UserError
+from minbert.methods.weighting_state import Unsaved, load_state, save_state, state_of
+
+STATE = "surgery.safetensors"  # in a checkpoint
+
+Weighting = Callable[[Tensor], Tensor]  # gram [T, T] -> weights [T], as TorchJD's weightings are
+
+
+def check_reference(name: str) -> tuple[str, str, list[Any] | None, dict[str, Any]]:
+    """Module, attribute and arguments of a "MODULE:NAME(...)"; None for the positional ones where there is no call.
+
+    Raises:
+        UserError: it has another form.
+    """
+    module, _, rest = name.partition(":")
+    try:
+        call = ast.parse(rest.strip(), mode="eval").body
+        function = call.func if isinstance(call, ast.Call) else call
+        attribute = ast.unparse(function)
+        if not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
+            raise ValueError("not a dotted name")
+        if not isinstance(call, ast.Call):
+            return module, attribute, None, {}
+        if any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("**keywords")
+        keywords = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return module, attribute, [ast.literal_eval(argument) for argument in call.args], keywords
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        raise UserError(
+            f"--surgery {name[:100]}: expected MODULE:NAME or MODULE:NAME(ARGUMENTS), such as some.module:Name(c=0.4);"
+            " arguments are numbers, strings, True, False, None, and lists, tuples or dictionaries of them"
+        ) from None
+
+
+class UserWeighting:
+    """A weighting named by MODULE:NAME. It may keep a state from step to step, which goes into the checkpoints.
+
+    Every process calls it in every step, with the same Gram matrix, and takes the first one's weights.
+
+    Raises:
+        UserError: it cannot be imported or built, is not callable, or has a state that cannot be saved.
+    """
+
+    def __init__(self, name: str) -> None:
+        module, attribute, arguments, keywords = check_reference(name)
+        self.name = name
+        self._called = False
+        try:
+            found = operator.attrgetter(attribute)(importlib.import_module(module))
+            if arguments is not None or isinstance(found, type):
+                found = found(*(arguments or ()), **keywords)
+        except Exception as error:
+            raise UserError(f"--surgery {name}: cannot be loaded ({_said(error)})") from error
+        if not callable(found):
+            raise UserError(f"--surgery {name}: expected a callable from Gram matrix to weights, got {found!r}")
+        self.weighting: Weighting = found
+        self._state()
+
+    def __call__(self, gram: Tensor, generator: torch.Generator) -> Tensor:
+        """The weights [T] for a Gram matrix [T, T]. torch's, numpy's and Python's default generators follow ours.
+
+        A matrix that is not finite gets weights of 1 and does not reach the weighting: that step is skipped.
+
+        Raises:
+            UserError: it raised, or gave something else than one number for each task.
+        """
+        if not gram.isfinite().all():
+            return gram.new_ones(len(gram))
+        try:
+            with _seeded(generator.initial_seed()):
+                weights = self.weighting(gram)
+        except Exception as error:
+            problem = f"raised {type(error).__name__}: {_said(error)}"
+            raise UserError(f"--surgery {self.name}: {problem}, for a Gram matrix {list(gram.shape)}") from error
+        if not isinstance(weights, Tensor) or weights.shape != gram.shape[:1]:
+            got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise UserError(f"--surgery {self.name}: must return a tensor of {len(gram)} weights, got {got}")
+        if not self._called:
+            self._state()  # refuse now what the first call added
+        self._called = True
+        return weights.detach().to(gram)
+
+    def save(self, directory: Path) -> None:
+        """Write the state, if there is any, into a checkpoint.
+
+        Raises:
+            UserError: it cannot be saved.
+        """
+        state = self._state()
+        if state is not None:
+            save_state(*state, directory / STATE)
+
+    def load(self, directory: Path, device: torch.device) -> None:
+        """Take over the state in a checkpoint.
+
+        Raises:
+            UserError: there is none, or it is that of something else.
+        """
+        path = directory / STATE
+        if not path.exists():
+            if self._state() is None:
+                return
+            raise UserError(
+                f"{path} is missing: the checkpoint holds no state of --surgery {self.name}; start a new run"
+            )
+        try:
+            load_state(self.weighting, path, device)
+        except Exception as error:
+            raise UserError(
+                f"{path} does not fit --surgery {self.name} ({_said(error)}); resume with the weighting that wrote it"
+            ) from None
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        try:
+            return state_of(self.weighting)
+        except Unsaved as unsaved:
+            raise UserError(
+                f"--surgery {self.name}: its attribute {unsaved} cannot be saved in a checkpoint; give the class"
+                " state_dict() and load_state_dict(state), of numbers, strings, tensors and containers of them"
+            ) from None
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Have the default random generators follow a seed, and as they were afterwards."""
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)
+
+
+def _said(error: Exception) -> str:
+    """An error's message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

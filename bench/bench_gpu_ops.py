@@ -142,7 +142,7 @@ def test_rows(gpu_race, device: torch.device, smoke: bool, op: str, way: str) ->
         x, residual = activations[i]
         if not normalises:
             return kernels.bias_gelu(x, bias)
-        return kernels.dropout_add_layer_norm(x, residual, weight, bias, eps=EPS, dropout_p=P, seed=seed, site=1)
+        return kernels.dropout_add_layer_norm(x, residual, weight, bias, eps=EPS, dropout_p=P, seed=seed, stream_id=1)
 
     def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if not normalises:

@@ -118,14 +118,14 @@ def test_smart(gpu_race, device: torch.device, smoke: bool, op: str, where: str)
     sets = input_sets(work.bytes, device) if where == "memory" else 2
     cu_seqlens, seed = torch.tensor([0, *sizes]).cumsum(0).int().to(device), torch.tensor(1, device=device)
     x, grad = ([torch.randn(tokens, columns, device=device).bfloat16() for _ in range(sets)] for _ in range(2))
-    perturbed = [smart_init(each, sigma=SIGMA, seed=seed, site=0) for each in x]
+    perturbed = [smart_init(each, sigma=SIGMA, seed=seed, stream_id=0) for each in x]
 
     def ascend(i: int) -> Tensor:
         return smart_ascend(perturbed[i], x[i], grad[i], cu_seqlens, eta=ETA, epsilon=EPSILON)
 
     contenders = {
         "smart_init": {
-            "minbert": lambda i: smart_init(x[i], sigma=SIGMA, seed=seed, site=0),
+            "minbert": lambda i: smart_init(x[i], sigma=SIGMA, seed=seed, stream_id=0),
             "torch eager": lambda i: eager_start(x[i]),
         },
         "smart_ascend": {

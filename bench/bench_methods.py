@@ -15,8 +15,8 @@ from peers import TASKS, Padded, labels, shape
 
 from minbert.data import Encoded
 from minbert.device import keep_freed_memory
-from minbert.distributed.process_group import Ranks
-from minbert.distributed.sharded_parameters import Arena
+from minbert.distributed.process_group import ProcessGroup
+from minbert.distributed.sharded_parameters import ShardedParameters
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import find_surgery
 from minbert.methods.task_gradients import TaskGradients
@@ -41,7 +41,7 @@ def ours(
     batch_size: int,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    ranks: Ranks | None = None,
+    group: ProcessGroup | None = None,
 ) -> Callable[[], object]:
     """A step of `minbert.train`, on the sequences that the peers pad."""
     name, weight = METHODS[method]
@@ -51,8 +51,8 @@ def ours(
     model.encoder.compute_dtype = dtype
     rows = len(TASKS) if surgeries[0].per_task else 1
     groups, arena = model.parameter_groups(0.01), None
-    if ranks is not None and ranks.size > 1:
-        arena = Arena(list(model.heads.parameters()), list(model.trunk.parameters()), rows, ranks)
+    if group is not None and group.world_size > 1:
+        arena = ShardedParameters(list(model.heads.parameters()), list(model.trunk.parameters()), rows, group)
         groups = arena.groups(groups)
     gradients = TaskGradients(model.encoder, rows)
     if arena is not None:
@@ -71,7 +71,7 @@ def ours(
         clip_norm=1.0,
         seed=0,
         device=torch.device(device),
-        ranks=ranks or Ranks(),
+        group=group or ProcessGroup(),
         arena=arena,
     )
     batch = [(task, np.arange(batch_size)) for task in TASKS]

@@ -42,7 +42,7 @@ def test_rows(race, smoke: bool, op: str, dtype: torch.dtype) -> None:
         inputs = [x, residual, weight, bias]
         own = [weight.to(dtype), bias.to(dtype)]
         ours = lambda: kernels.dropout_add_layer_norm(  # noqa: E731
-            x, residual, weight, bias, eps=EPS, dropout_p=P, seed=seed, site=1
+            x, residual, weight, bias, eps=EPS, dropout_p=P, seed=seed, stream_id=1
         )
         eager = lambda: F.layer_norm(residual + F.dropout(x, P), (columns,), *own, EPS)  # noqa: E731
         tensors_moved = {"forward": 3, "backward": 5}  # x, residual, y; d_y, x, residual, d_x, d_residual

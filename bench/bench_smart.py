@@ -42,7 +42,7 @@ def test_start(race, size: tuple[int, int, int], dtype: str) -> None:
     x = torch.randn(length * sequences, columns).to(DTYPES[dtype])
     target = torch.empty_like(x)
     functions = {
-        "minbert smart_init": lambda: smart_init(x, sigma=SIGMA, seed=SEED, site=0),
+        "minbert smart_init": lambda: smart_init(x, sigma=SIGMA, seed=SEED, stream_id=0),
         "copy": lambda: target.copy_(x),
         "eager": lambda: eager_start(x),
         "reference": lambda: reference.smart_init(x, SIGMA, SEED, 0),
@@ -56,7 +56,11 @@ def test_start(race, size: tuple[int, int, int], dtype: str) -> None:
 def test_ascent(race, size: tuple[int, int, int], dtype: str, norm: str) -> None:
     length, sequences, columns = size
     x = torch.randn(length * sequences, columns).to(DTYPES[dtype])
-    perturbed, grad, target = smart_init(x, sigma=SIGMA, seed=SEED, site=0), torch.randn_like(x), torch.empty_like(x)
+    perturbed, grad, target = (
+        smart_init(x, sigma=SIGMA, seed=SEED, stream_id=0),
+        torch.randn_like(x),
+        torch.empty_like(x),
+    )
     cu_seqlens = torch.arange(sequences + 1, dtype=torch.int32) * length
     eager = eager_ascent if norm == "inf" else eager_l2_ascent
 

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import site
 import subprocess
 import sys
 import threading
@@ -17,6 +16,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import stream_id
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "gpu"
@@ -43,7 +44,7 @@ def phases() -> list[Phase]:
     benches = ["bench/bench_gpu_ops.py", "bench/bench_gpu_update.py", "bench/bench_gpu_steps.py"]
     gpu_tests = ["-m", "gpu", "--durations=5", "-rfE"]
     own_phase = ["tests/gpu/test_repeats.py", "tests/gpu/test_graphs.py"]
-    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    packages = [path for path in sys.path if path.endswith(("stream_id-packages", "dist-packages"))]
     build = [
         [sys.executable, "-m", "venv", "--without-pip", str(WORK / "venv")],
         [PYTHON, __file__, "--link-packages", *packages],
@@ -157,7 +158,7 @@ def as_json(lines: Sequence[str]) -> object:
 
 def link_packages(directories: Sequence[str]) -> None:
     """Let this environment see the packages of another one, after its own."""
-    own = Path(site.getsitepackages()[0])
+    own = Path(stream_id.getsitepackages()[0])
     (own / "machine.pth").write_text("\n".join(directories) + "\n")
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from minbert.data import token_split
 from minbert.device import keep_freed_memory
-from minbert.distributed.process_group import Ranks
+from minbert.distributed.process_group import ProcessGroup
 from minbert.methods.losses import LOSSES
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 
@@ -31,17 +31,17 @@ ROUNDS = 1 if os.environ.get("MINBERT_BENCH_SMOKE") == "1" else 5
 DDP = "DistributedDataParallel, plain"
 
 
-def data_parallel(sizes: dict[str, int], batch_size: int, ranks: Ranks) -> Callable[[], object]:
+def data_parallel(sizes: dict[str, int], batch_size: int, group: ProcessGroup) -> Callable[[], object]:
     """The plain step of the same encoder on the same batch under torch's own wrapper, with its fused AdamW.
 
     Each rank has every `size`th example, as from a DistributedSampler.
     """
     torch.manual_seed(0)
     model: nn.Module = MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS)
-    if ranks.size > 1:
+    if group.world_size > 1:
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    own = slice(ranks.rank, None, ranks.size)
+    own = slice(group.rank, None, group.world_size)
     packed = joint_batch(batch_size, sizes["vocab_size"], own)
     targets = {name: values[own] for name, values in labels(batch_size).items()}
     counts = {name: len(values) for name, values in targets.items()}
@@ -61,30 +61,30 @@ def main() -> None:
     keep_freed_memory()
     smoke = ROUNDS == 1
     sizes, batch_size = shape(smoke), 4 if smoke else 32
-    with Ranks.joined(torch.device("cpu"), 300.0) as ranks:
-        steps = {name: ours(name, sizes, batch_size, ranks=ranks) for name in ("plain", "PCGrad", "SMART + PCGrad")}
-        steps[DDP] = data_parallel(sizes, batch_size, ranks)
+    with ProcessGroup.joined(torch.device("cpu"), 300.0) as group:
+        steps = {name: ours(name, sizes, batch_size, group=group) for name in ("plain", "PCGrad", "SMART + PCGrad")}
+        steps[DDP] = data_parallel(sizes, batch_size, group)
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         sent = {}
         for _ in range(ROUNDS + 1):  # the first warms up
             for name, step in steps.items():
-                before = ranks.sent
-                ranks.agreed("go")
+                before = group.sent
+                group.broadcast_object("go")
                 start = time.perf_counter()
                 step()
-                ranks.highest(0)  # until all are done
+                group.all_reduce_max(0)  # until all are done
                 seconds[name].append(time.perf_counter() - start)
-                sent[name] = ranks.sent - before
+                sent[name] = group.sent - before
         parameters = sum(p.numel() for p in MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS).parameters())
-        sent[DDP] = 2 * 4 * parameters * (ranks.size - 1) // ranks.size  # of an all-reduce
+        sent[DDP] = 2 * 4 * parameters * (group.world_size - 1) // group.world_size  # of an all-reduce
         lengths = np.concatenate([lengths_of(task, batch_size, 100 * i) for i, task in enumerate(DECILES)])
-        tokens = np.add.reduceat(lengths, token_split(lengths, ranks.size)[:-1])
+        tokens = np.add.reduceat(lengths, token_split(lengths, group.world_size)[:-1])
         dealt = [
-            len(joint_batch(batch_size, sizes["vocab_size"], slice(rank, None, ranks.size)).token_ids)
-            for rank in range(ranks.size)
+            len(joint_batch(batch_size, sizes["vocab_size"], slice(rank, None, group.world_size)).token_ids)
+            for rank in range(group.world_size)
         ]
-        most = [max(share) * ranks.size / sum(share) for share in (tokens.tolist(), dealt)]
-        if ranks.leads:
+        most = [max(share) * group.world_size / sum(share) for share in (tokens.tolist(), dealt)]
+        if group.is_main:
             found = {
                 name: [statistics.median(times[1:]), sent[name], most[name == DDP]] for name, times in seconds.items()
             }

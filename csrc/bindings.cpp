@@ -130,13 +130,13 @@ Activation activation(const ActivationArguments& a) {
 
 // `seed` points to int64 [2], the seed and the number of the op's first row; `row` is the row of the op's that row 0
 // is.
-Dropout dropout(Address seed, uint32_t threshold, uint32_t site, float scale = 1, int64_t row = 0) {
-  if (!seed) return {0, 0, site, scale};
+Dropout dropout(Address seed, uint32_t threshold, uint32_t stream_id, float scale = 1, int64_t row = 0) {
+  if (!seed) return {0, 0, stream_id, scale};
   const auto* const pair = pointer<const int64_t>(seed);
-  return {pair[0], threshold, site, scale, static_cast<uint32_t>(pair[1]) + static_cast<uint32_t>(row)};
+  return {pair[0], threshold, stream_id, scale, static_cast<uint32_t>(pair[1]) + static_cast<uint32_t>(row)};
 }
 
-using DropoutArguments = std::tuple<Address, uint32_t, uint32_t, float, int64_t>;  // seed, threshold, site, scale, row
+using DropoutArguments = std::tuple<Address, uint32_t, uint32_t, float, int64_t>;  // seed, threshold, stream_id, scale, row
 Dropout dropout(const DropoutArguments& d) {
   return dropout(std::get<0>(d), std::get<1>(d), std::get<2>(d), std::get<3>(d), std::get<4>(d));
 }
@@ -153,7 +153,7 @@ Embeddings embeddings(const EmbeddingArguments& e) {
 
 using StartArguments = std::tuple<Address, Address, int, int64_t, int64_t, float, Address, Address, uint32_t>;
 NormalStart normal_start(const StartArguments& arguments) {
-  const auto& [x, out, dtype, rows, columns, sigma, scale, seed, site] = arguments;
+  const auto& [x, out, dtype, rows, columns, sigma, scale, seed, stream_id] = arguments;
   return {pointer<const void>(x),
           pointer<void>(out),
           static_cast<DType>(dtype),
@@ -162,7 +162,7 @@ NormalStart normal_start(const StartArguments& arguments) {
           sigma,
           pointer<const float>(scale),
           pointer<const int64_t>(seed),
-          site};
+          stream_id};
 }
 
 using AscentArguments = std::tuple<Address, Address, Address, Address, int, Address, int64_t, int64_t, int64_t, float,
@@ -260,19 +260,19 @@ PYBIND11_MODULE(_native, module) {
 
   module.def(
       "dropout_mask",
-      [](Address keep, int64_t rows, int64_t columns, Address seed, uint32_t threshold, uint32_t site, int threads) {
+      [](Address keep, int64_t rows, int64_t columns, Address seed, uint32_t threshold, uint32_t stream_id, int threads) {
         kernels(current_isa)
-            .dropout_mask(pointer<uint8_t>(keep), rows, columns, dropout(seed, threshold, site), threads);
+            .dropout_mask(pointer<uint8_t>(keep), rows, columns, dropout(seed, threshold, stream_id), threads);
       },
       Unlocked());
 
   module.def(
       "attention_dropout_mask",
       [](Address keep, Address cu_seqlens, int64_t sequences, int64_t heads, Address seed, uint32_t threshold,
-         uint32_t site, int threads) {
+         uint32_t stream_id, int threads) {
         kernels(current_isa)
             .attention_dropout_mask(pointer<uint8_t>(keep), pointer<const int32_t>(cu_seqlens), sequences, heads,
-                                    dropout(seed, threshold, site), threads);
+                                    dropout(seed, threshold, stream_id), threads);
       },
       Unlocked());
 
@@ -287,7 +287,7 @@ PYBIND11_MODULE(_native, module) {
 
   py::class_<AttentionProblem>(module, "AttentionProblem")
       .def(py::init([](int dtype, Address cu_seqlens, int64_t sequences, int64_t tokens, int64_t max_seqlen,
-                       int64_t heads, int64_t head_dim, float scale, Address seed, uint32_t threshold, uint32_t site,
+                       int64_t heads, int64_t head_dim, float scale, Address seed, uint32_t threshold, uint32_t stream_id,
                        float keep_scale) {
         return AttentionProblem{static_cast<DType>(dtype),
                                 pointer<const int32_t>(cu_seqlens),
@@ -297,7 +297,7 @@ PYBIND11_MODULE(_native, module) {
                                 heads,
                                 head_dim,
                                 scale,
-                                dropout(seed, threshold, site),
+                                dropout(seed, threshold, stream_id),
                                 keep_scale};
       }))
       .def("scratch", [](const AttentionProblem& problem, bool backward, int threads) {
@@ -405,9 +405,9 @@ PYBIND11_MODULE(_native, module) {
 
 #ifdef MINBERT_WITH_CUDA
   module.def("cuda_dropout_mask", [](Address keep, int64_t rows, int64_t columns, Address seed, uint32_t threshold,
-                                     uint32_t site, Address stream) {
+                                     uint32_t stream_id, Address stream) {
     launched("dropout_mask", cuda_dropout_mask(pointer<uint8_t>(keep), rows, columns, pointer<const int64_t>(seed),
-                                               threshold, site, pointer<void>(stream)));
+                                               threshold, stream_id, pointer<void>(stream)));
   });
   module.def("cuda_smart_init", [](const StartArguments& start, Address stream) {
     launched("smart_init", cuda_smart_init(normal_start(start), pointer<void>(stream)));

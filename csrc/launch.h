@@ -29,7 +29,7 @@ struct TaskGradients {
 // Four random words of Philox4x32-10 belong to one (seed, counter); a word below `threshold` drops its element.
 struct Dropout {
   int64_t seed;
-  uint32_t threshold, site;
+  uint32_t threshold, stream_id;
   float scale = 1;         // what is kept is multiplied by it: 1 / (1 - p)
   uint32_t first_row = 0;  // of a larger activation: which of its rows is row 0 here; counters number rows modulo 2^32
 };
@@ -85,16 +85,16 @@ using CombineAdamW = void(const TaskGradients&, const double* weights, AdamWStat
                           int threads) noexcept;
 
 // keep [rows, columns], bytes 0 or 1: element (row, column) reads word column % 4 of counter (column / 4, row, 0,
-// site).
+// stream_id).
 using DropoutMask = void(uint8_t* keep, int64_t rows, int64_t columns, Dropout, int threads) noexcept;
 
 // keep: one [H, length, length] block per sequence, end to end. Probability (head, query, key) reads word head % 4 of
-// counter (key's position in its sequence, query's row in the packed stream, head / 4, site). cu_seqlens: [S + 1].
+// counter (key's position in its sequence, query's row in the packed stream, head / 4, stream_id). cu_seqlens: [S + 1].
 using AttentionDropoutMask = void(uint8_t* keep, const int32_t* cu_seqlens, int64_t sequences, int64_t heads, Dropout,
                                   int threads) noexcept;
 
 // out = x + sigma z, all [rows, columns] of float32 or bfloat16 (CUDA: float16 too), with standard normals z: element
-// (row, column) reads the words of counter (column / 4, row, 1, site) as reference.normal states. `out` may not overlap
+// (row, column) reads the words of counter (column / 4, row, 1, stream_id) as reference.normal states. `out` may not overlap
 // x. sigma is in units of `scale`, one number, or of 1 where that is null; it is read where the kernel runs, as the
 // seed.
 struct NormalStart {
@@ -105,7 +105,7 @@ struct NormalStart {
   float sigma;
   const float* scale;
   const int64_t* seed;  // [2]: the seed, and Dropout's first_row, of which the low 32 bits count
-  uint32_t site;
+  uint32_t stream_id;
 };
 using SmartInit = void(const NormalStart&, int threads) noexcept;
 
@@ -245,7 +245,7 @@ const Kernels& kernels(Isa isa) noexcept;  // isa must be supported
 // the device, everything else behind a pointer, seeds and scales too, is read on the device. `seed` is NormalStart's.
 // Each returns null, or what went wrong.
 const char* cuda_dropout_mask(uint8_t* keep, int64_t rows, int64_t columns, const int64_t* seed, uint32_t threshold,
-                              uint32_t site, void* stream) noexcept;
+                              uint32_t stream_id, void* stream) noexcept;
 const char* cuda_smart_init(const NormalStart&, void* stream) noexcept;
 const char* cuda_smart_ascend(const Ascent&, void* stream) noexcept;
 const char* cuda_gram(const TaskGradients&, double* partials, double* gram, void* stream) noexcept;

@@ -29,7 +29,13 @@ def _is_compiled(qkv: Tensor) -> bool:
 
 
 def _problem(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seed: Tensor | None, site: int, scale: float
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    stream_id: int,
+    scale: float,
 ) -> Any:
     return library().AttentionProblem(
         _DTYPES[qkv.dtype],
@@ -42,7 +48,7 @@ def _problem(
         scale,
         0 if seed is None else seed.data_ptr(),
         reference.drop_threshold(dropout_p),
-        site,
+        stream_id,
         1 / (1 - dropout_p),
     )
 
@@ -58,13 +64,13 @@ def _attention(
     max_seqlen: int,
     dropout_p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
     scale: float,
     tiles: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
-    problem, threads = _problem(qkv, cu_seqlens, max_seqlen, dropout_p, seed, site, scale), torch.get_num_threads()
+    problem, threads = _problem(qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale), torch.get_num_threads()
     scratch = _scratch(problem, False, threads)
     if not library().attention(problem, qkv.data_ptr(), qkv.stride(), out.data_ptr(), scratch.data_ptr(), threads):
         checks.cu_seqlens_values("attention", cu_seqlens, qkv.shape[0], max_seqlen)
@@ -85,7 +91,7 @@ def _(
     max_seqlen: int,
     dropout_p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
     scale: float,
     tiles: Tensor | None = None,
     starts: Tensor | None = None,
@@ -103,7 +109,7 @@ def _attention_backward(
     max_seqlen: int,
     dropout_p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
     scale: float,
     tiles: Tensor | None = None,
     starts: Tensor | None = None,
@@ -113,7 +119,7 @@ def _attention_backward(
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     if grad_out.stride(2) != 1:
         grad_out = grad_out.contiguous()
-    problem, threads = _problem(qkv, cu_seqlens, max_seqlen, dropout_p, seed, site, scale), torch.get_num_threads()
+    problem, threads = _problem(qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale), torch.get_num_threads()
     scratch = _scratch(problem, True, threads)
     if not library().attention_backward(
         problem,
@@ -144,7 +150,7 @@ def _(
     max_seqlen: int,
     dropout_p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
     scale: float,
     tiles: Tensor | None = None,
     starts: Tensor | None = None,
@@ -155,7 +161,7 @@ def _(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.site, ctx.scale, tiles, starts = inputs
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.stream_id, ctx.scale, tiles, starts = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     kept = output if qkv.device.type == "cuda" else (None, None)
@@ -166,7 +172,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None
     if grad_out is None:
         return (None,) * 9
     qkv, cu_seqlens, seed, *kept = ctx.saved_tensors
-    problem = (qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.site, ctx.scale)
+    problem = (qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.stream_id, ctx.scale)
     return _attention_backward(grad_out, *problem, *kept), *(None,) * 8
 
 
@@ -181,7 +187,7 @@ def attention(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    site: int = 0,
+    stream_id: int = 0,
     softmax_scale: float | None = None,
     tiles: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -196,7 +202,7 @@ def attention(
         cu_seqlens: int32 [S + 1], cumulative sequence lengths from 0 to N.
         max_seqlen: the longest sequence's length in tokens.
         dropout_p: the probability of dropping an attention probability, in [0, 1).
-        seed, site: as for `attention_dropout_mask`; needed when dropout_p > 0.
+        seed, stream_id: as for `attention_dropout_mask`; needed when dropout_p > 0.
         softmax_scale: what the scores are multiplied by; 1 / sqrt(d) when left out.
         tiles: `Packed.tiles`, made for the same sequences and the same `max_seqlen`: which of them a GPU takes
             together. It is quicker with it; results differ by rounding alone.
@@ -213,7 +219,7 @@ def attention(
             f"attention: qkv must be contiguous in its last dimension, got strides {list(qkv.stride())}; "
             "call .contiguous() on it"
         )
-    seed = checks.dropout("attention", dropout_p, seed, site, qkv.device)
+    seed = checks.dropout("attention", dropout_p, seed, stream_id, qkv.device)
     if cu_seqlens.device != qkv.device:
         raise ValueError(f"attention: cu_seqlens must be on {qkv.device} like qkv, got {cu_seqlens.device}")
     checks.cu_seqlens_shape("attention", cu_seqlens)
@@ -222,7 +228,7 @@ def attention(
         checks.tensor("attention", "tiles[1]", tiles[1], [qkv.shape[0]], [torch.int32], like=qkv)
     scale = qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     if _is_compiled(qkv):
-        return _attention(qkv, cu_seqlens, max_seqlen, dropout_p, seed, site, scale, *(tiles or (None, None)))[0]
+        return _attention(qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale, *(tiles or (None, None)))[0]
     checks.cu_seqlens("attention", cu_seqlens, qkv.shape[0], max_seqlen)
-    keep = None if seed is None else attention_dropout_mask(cu_seqlens, qkv.shape[2], dropout_p, seed, site)
+    keep = None if seed is None else attention_dropout_mask(cu_seqlens, qkv.shape[2], dropout_p, seed, stream_id)
     return reference.attention(qkv, cu_seqlens, keep, dropout_p, scale)

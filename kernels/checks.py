@@ -67,7 +67,7 @@ def probability(op: str, p: float) -> None:
         raise ValueError(f"{op}: the dropout probability must lie in [0, 1), got {p}")
 
 
-def dropout(op: str, p: float, seed: Tensor | None, site: int, device: torch.device) -> Tensor | None:
+def dropout(op: str, p: float, seed: Tensor | None, stream_id: int, device: torch.device) -> Tensor | None:
     """Check a dropout probability and, where elements are dropped, the random numbers' address.
 
     Returns:
@@ -78,10 +78,10 @@ def dropout(op: str, p: float, seed: Tensor | None, site: int, device: torch.dev
         return None
     if seed is None:
         raise ValueError(f"{op}: dropout with probability {p} needs a seed, an int64 tensor [] or [2]; got None")
-    return stream(op, seed, site, device)
+    return stream(op, seed, stream_id, device)
 
 
-def stream(op: str, seed: Tensor, site: int, device: torch.device) -> Tensor:
+def stream(op: str, seed: Tensor, stream_id: int, device: torch.device) -> Tensor:
     """Check the address of a stream of random numbers.
 
     Returns:
@@ -93,8 +93,8 @@ def stream(op: str, seed: Tensor, site: int, device: torch.device) -> Tensor:
     tensor(op, "seed", seed, [2] if pair else [], [torch.int64])
     if seed.device != device:
         raise ValueError(f"{op}: seed must be on {device} like the other tensors, got {seed.device}")
-    if not 0 <= site < 2**32:
-        raise ValueError(f"{op}: site must be a number from 0 to 2**32 - 1, got {site}")
+    if not 0 <= stream_id < 2**32:
+        raise ValueError(f"{op}: stream_id must be a number from 0 to 2**32 - 1, got {stream_id}")
     return seed if pair else torch.nn.functional.pad(seed[None], (0, 1))
 
 

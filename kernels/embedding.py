@@ -32,7 +32,7 @@ def _embedding(
     eps: float,
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty(ids[0].shape[0], weights[0].shape[0], dtype=dtype)
@@ -44,7 +44,7 @@ def _embedding(
         weights[0].data_ptr(),
         biases[0].data_ptr(),
         eps,
-        rowwise.dropout(p, seed, site),
+        rowwise.dropout(p, seed, stream_id),
         y.data_ptr(),
         moments.data_ptr(),
         scratch.data_ptr(),
@@ -65,14 +65,14 @@ def _(
     eps: float,
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     from .triton import embedding
 
     tables = (words[0], token_types[0], positions[0])
     with torch.cuda.device(weights[0].device):
-        return embedding.forward(ids, tables, weights[0], biases[0], eps, p, seed, site, dtype)
+        return embedding.forward(ids, tables, weights[0], biases[0], eps, p, seed, stream_id, dtype)
 
 
 @_embedding.register_fake
@@ -87,7 +87,7 @@ def _(
     eps: float,
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     tokens, weight = ids[0].shape[0], weights[0]
@@ -104,7 +104,7 @@ def _embedding_backward(
     bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
 ) -> tuple[Tensor, Tensor]:
     """The gradients in float32: of the tables, and of the T weights and biases, [T, 2, D].
 
@@ -124,7 +124,7 @@ def _embedding_backward(
             d_y[rows].data_ptr(),
             weight.data_ptr(),
             moments[rows].data_ptr(),
-            rowwise.dropout(p, seed, site, rows.start),
+            rowwise.dropout(p, seed, stream_id, rows.start),
             d_total.data_ptr(),
             [of_table[t].data_ptr() for of_table in of_tables],
             d_params[t, 0].data_ptr(),
@@ -154,12 +154,12 @@ def _(
     bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
 ) -> tuple[Tensor, Tensor]:
     from .triton import embedding
 
     with torch.cuda.device(weight.device):
-        return embedding.backward(d_y, ids, tables, weight, moments, bounds, p, seed, site)
+        return embedding.backward(d_y, ids, tables, weight, moments, bounds, p, seed, stream_id)
 
 
 @_embedding_backward.register_fake
@@ -172,14 +172,14 @@ def _(
     bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
 ) -> tuple[Tensor, Tensor]:
     columns = weight.shape[0]
     return weight.new_empty(_rows(tables, bounds), columns), weight.new_empty(len(bounds) - 1, 2, columns)
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ids, *params, ctx.bounds, _, ctx.p, seed, ctx.site, _ = inputs
+    ids, *params, ctx.bounds, _, ctx.p, seed, ctx.stream_id, _ = inputs
     words, token_types, positions, weights, _ = params
     moments = output[1]
     ctx.mark_non_differentiable(moments)
@@ -190,7 +190,7 @@ def _gradients(ctx, d_y: Tensor, *_: Tensor) -> tuple:
     saved, count = ctx.saved_tensors, len(ctx.bounds) - 1
     ids, tables, (weight, moments, seed) = list(saved[:3]), list(saved[3:6]), saved[6:]
     d_tables, d_params = _embedding_backward(
-        d_y.contiguous(), ids, tables, weight, moments, ctx.bounds, ctx.p, seed, ctx.site
+        d_y.contiguous(), ids, tables, weight, moments, ctx.bounds, ctx.p, seed, ctx.stream_id
     )
     split = _split(d_tables.to(tables[0].dtype), tables, ctx.bounds)
     of_tables = [list(of_table.chunk(count)) for of_table in split]
@@ -215,7 +215,7 @@ def embedding(
     eps: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    site: int = 0,
+    stream_id: int = 0,
     dtype: torch.dtype | None = None,
     bounds: Sequence[int] | None = None,
 ) -> Tensor:
@@ -226,7 +226,7 @@ def embedding(
         word, token_type, position: float [V, D], [types, D], [positions, D], of one dtype; or T views of each.
         weight, bias: float [D], of the layer norm; or T views of each.
         eps: added to the variance.
-        dropout_p, seed, site: as for `dropout_mask`; `seed` is needed when dropout_p > 0.
+        dropout_p, seed, stream_id: as for `dropout_mask`; `seed` is needed when dropout_p > 0.
         dtype: the result's, a float one; the tables' when left out.
         bounds: T + 1 numbers: view t gets the gradient of tokens bounds[t] to bounds[t + 1].
 
@@ -255,15 +255,15 @@ def embedding(
     ):
         checks.tensor(op, name, ids, token_ids.shape, [torch.int64], like=word)
         checks.ids(op, name, ids, table)
-    seed = checks.dropout(op, dropout_p, seed, site, word.device)
+    seed = checks.dropout(op, dropout_p, seed, stream_id, word.device)
     dtype = checks.float_dtype(op, dtype or word.dtype)
     all_ids = [token_ids, token_type_ids, position_ids]
     if compiled(op, word.device) and rowwise.takes(word.device, columns, word.dtype, dtype):
         wide = [[view.float() for view in views] for views in params[3:]]
-        return _embedding(all_ids, *params[:3], *wide, bounds, eps, dropout_p, seed, site, dtype)[0]
+        return _embedding(all_ids, *params[:3], *wide, bounds, eps, dropout_p, seed, stream_id, dtype)[0]
     keep = None
     if seed is not None:
-        keep = dropout_mask(token_ids.shape[0], columns, dropout_p, seed, site)
+        keep = dropout_mask(token_ids.shape[0], columns, dropout_p, seed, stream_id)
 
     def of_task(t: int, rows: slice) -> Tensor:
         kept = None if keep is None else keep[rows]

@@ -24,7 +24,7 @@ def _layer_norm(
     eps: float,
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
 ) -> tuple[Tensor, Tensor]:
     y, scratch = torch.empty_like(x), rowwise.scratch(*x.shape)
     moments = torch.empty(x.shape[0], 2, dtype=torch.float32)  # mean and 1 / standard deviation
@@ -35,7 +35,7 @@ def _layer_norm(
         weights[0].data_ptr(),
         biases[0].data_ptr(),
         eps,
-        rowwise.dropout(p, seed, site),
+        rowwise.dropout(p, seed, stream_id),
         y.data_ptr(),
         moments.data_ptr(),
         scratch.data_ptr(),
@@ -54,12 +54,12 @@ def _(
     eps: float,
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
 ) -> tuple[Tensor, Tensor]:
     from .triton import layer_norm
 
     with torch.cuda.device(x.device):
-        return layer_norm.forward(x, residual, weights[0], biases[0], eps, p, seed, site)
+        return layer_norm.forward(x, residual, weights[0], biases[0], eps, p, seed, stream_id)
 
 
 @_layer_norm.register_fake
@@ -72,7 +72,7 @@ def _(
     eps: float,
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), weights[0].new_empty(x.shape[0], 2)
 
@@ -87,7 +87,7 @@ def _layer_norm_backward(
     bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, of residual, and of the T weights and biases, [T, 2, D].
 
@@ -105,7 +105,7 @@ def _layer_norm_backward(
             residual[rows].data_ptr(),
             weight.data_ptr(),
             moments[rows].data_ptr(),
-            rowwise.dropout(p, seed, site, rows.start),
+            rowwise.dropout(p, seed, stream_id, rows.start),
             d_x[rows].data_ptr(),
             d_residual[rows].data_ptr(),
             d_params[t, 0].data_ptr(),
@@ -126,12 +126,12 @@ def _(
     bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .triton import layer_norm
 
     with torch.cuda.device(x.device):
-        return layer_norm.backward(d_y, x, residual, weight, moments, bounds, p, seed, site)
+        return layer_norm.backward(d_y, x, residual, weight, moments, bounds, p, seed, stream_id)
 
 
 @_layer_norm_backward.register_fake
@@ -144,14 +144,14 @@ def _(
     bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_x = torch.empty_like(x) if reference.drop_threshold(p) else x.new_empty(0)
     return d_x, torch.empty_like(x), weight.new_empty(len(bounds) - 1, 2, weight.shape[0])
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, residual, weights, _, ctx.bounds, _, ctx.p, seed, ctx.site = inputs
+    x, residual, weights, _, ctx.bounds, _, ctx.p, seed, ctx.stream_id = inputs
     moments = output[1]
     ctx.mark_non_differentiable(moments)
     ctx.save_for_backward(x, residual, weights[0], moments, seed)
@@ -160,7 +160,7 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _gradients(ctx, d_y: Tensor, *_: Tensor) -> tuple:
     x, residual, weight, moments, seed = ctx.saved_tensors
     d_x, d_residual, d_params = _layer_norm_backward(
-        d_y.contiguous(), x, residual, weight, moments, ctx.bounds, ctx.p, seed, ctx.site
+        d_y.contiguous(), x, residual, weight, moments, ctx.bounds, ctx.p, seed, ctx.stream_id
     )
     d_weights, d_biases = (list(of_param.unbind()) for of_param in d_params.unbind(1))
     return d_x if d_x.numel() else d_residual, d_residual, d_weights, d_biases, None, None, None, None, None
@@ -179,7 +179,7 @@ def dropout_add_layer_norm(
     eps: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    site: int = 0,
+    stream_id: int = 0,
     bounds: Sequence[int] | None = None,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x)) over the last dimension.
@@ -188,7 +188,7 @@ def dropout_add_layer_norm(
         x, residual: float [N, D], of one dtype.
         weight, bias: float [D], or T views of each.
         eps: added to the variance.
-        dropout_p, seed, site: as for `dropout_mask`; `seed` is needed when dropout_p > 0.
+        dropout_p, seed, stream_id: as for `dropout_mask`; `seed` is needed when dropout_p > 0.
         bounds: T + 1 numbers: view t gets the gradient of rows bounds[t] to bounds[t + 1].
 
     Returns:
@@ -203,11 +203,11 @@ def dropout_add_layer_norm(
     (weights, biases), bounds = tasks.views(op, x.shape[0], bounds, weight=weight, bias=bias)
     checks.tensor(op, "weight", weights[0], x.shape[1:], checks.FLOATS, like=x)
     checks.tensor(op, "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
-    seed = checks.dropout(op, dropout_p, seed, site, x.device)
+    seed = checks.dropout(op, dropout_p, seed, stream_id, x.device)
     if compiled(op, x.device) and rowwise.takes(x.device, x.shape[1], x.dtype):
         wide = [[view.float() for view in views] for views in (weights, biases)]
-        return _layer_norm(x, residual, *wide, bounds, eps, dropout_p, seed, site)[0]
-    keep = mask_like(x, dropout_p, seed, site)
+        return _layer_norm(x, residual, *wide, bounds, eps, dropout_p, seed, stream_id)[0]
+    keep = mask_like(x, dropout_p, seed, stream_id)
 
     def of_task(t: int, rows: slice) -> Tensor:
         kept = None if keep is None else keep[rows]

@@ -11,28 +11,30 @@ from .native import library
 
 
 @torch.library.custom_op("minbert::dropout_mask", mutates_args=(), device_types="cpu")
-def _dropout_mask(rows: int, columns: int, threshold: int, seed: Tensor, site: int) -> Tensor:
+def _dropout_mask(rows: int, columns: int, threshold: int, seed: Tensor, stream_id: int) -> Tensor:
     keep = torch.empty(rows, columns, dtype=torch.bool)
-    library().dropout_mask(keep.data_ptr(), rows, columns, seed.data_ptr(), threshold, site, torch.get_num_threads())
+    library().dropout_mask(
+        keep.data_ptr(), rows, columns, seed.data_ptr(), threshold, stream_id, torch.get_num_threads()
+    )
     return keep
 
 
 @_dropout_mask.register_kernel("cuda")
-def _(rows: int, columns: int, threshold: int, seed: Tensor, site: int) -> Tensor:
+def _(rows: int, columns: int, threshold: int, seed: Tensor, stream_id: int) -> Tensor:
     with torch.cuda.device(seed.device):
         keep = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
         stream = torch.cuda.current_stream().cuda_stream
-        library().cuda_dropout_mask(keep.data_ptr(), rows, columns, seed.data_ptr(), threshold, site, stream)
+        library().cuda_dropout_mask(keep.data_ptr(), rows, columns, seed.data_ptr(), threshold, stream_id, stream)
     return keep
 
 
 @_dropout_mask.register_fake
-def _(rows: int, columns: int, threshold: int, seed: Tensor, site: int) -> Tensor:
+def _(rows: int, columns: int, threshold: int, seed: Tensor, stream_id: int) -> Tensor:
     return torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
 
 
 @torch.library.custom_op("minbert::attention_dropout_mask", mutates_args=(), device_types="cpu")
-def _attention_dropout_mask(cu_seqlens: Tensor, heads: int, threshold: int, seed: Tensor, site: int) -> Tensor:
+def _attention_dropout_mask(cu_seqlens: Tensor, heads: int, threshold: int, seed: Tensor, stream_id: int) -> Tensor:
     sequences = cu_seqlens.shape[0] - 1
     keep = torch.empty(heads * int(cu_seqlens.diff().long().square().sum()), dtype=torch.bool)
     library().attention_dropout_mask(
@@ -42,22 +44,22 @@ def _attention_dropout_mask(cu_seqlens: Tensor, heads: int, threshold: int, seed
         heads,
         seed.data_ptr(),
         threshold,
-        site,
+        stream_id,
         torch.get_num_threads(),
     )
     return keep
 
 
 @_attention_dropout_mask.register_fake
-def _(cu_seqlens: Tensor, heads: int, threshold: int, seed: Tensor, site: int) -> Tensor:
+def _(cu_seqlens: Tensor, heads: int, threshold: int, seed: Tensor, stream_id: int) -> Tensor:
     probabilities = torch.library.get_ctx().new_dynamic_size()
     return torch.empty(probabilities, dtype=torch.bool, device=seed.device)
 
 
 @torch.library.custom_op("minbert::dropout", mutates_args=(), device_types="cpu")
-def _dropout(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
+def _dropout(x: Tensor, p: float, seed: Tensor, stream_id: int) -> Tensor:
     y, scratch = torch.empty_like(x), rowwise.scratch(*x.shape)
-    drop = rowwise.dropout(p, seed, site)
+    drop = rowwise.dropout(p, seed, stream_id)
     library().dropout_forward(
         rowwise.activation(x), x.data_ptr(), y.data_ptr(), drop, scratch.data_ptr(), torch.get_num_threads()
     )
@@ -65,32 +67,32 @@ def _dropout(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
 
 
 @_dropout.register_kernel("cuda")
-def _(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
+def _(x: Tensor, p: float, seed: Tensor, stream_id: int) -> Tensor:
     from .triton.dropout import dropout
 
     with torch.cuda.device(x.device):
-        return dropout(x, p, seed, site)
+        return dropout(x, p, seed, stream_id)
 
 
 @_dropout.register_fake
-def _(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
+def _(x: Tensor, p: float, seed: Tensor, stream_id: int) -> Tensor:
     return torch.empty_like(x)
 
 
 def _save_dropout(ctx, inputs: tuple[Tensor, float, Tensor, int], output: Tensor) -> None:
-    _, ctx.p, seed, ctx.site = inputs
+    _, ctx.p, seed, ctx.stream_id = inputs
     ctx.save_for_backward(seed)
 
 
 def _dropout_gradients(ctx, d_y: Tensor) -> tuple[Tensor, None, None, None]:
     (seed,) = ctx.saved_tensors
-    return _dropout(d_y.contiguous(), ctx.p, seed, ctx.site), None, None, None  # it is linear: its own gradient
+    return _dropout(d_y.contiguous(), ctx.p, seed, ctx.stream_id), None, None, None  # it is linear: its own gradient
 
 
 _dropout.register_autograd(_dropout_gradients, setup_context=_save_dropout)
 
 
-def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, site: int) -> Tensor:
+def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, stream_id: int) -> Tensor:
     """Which elements of a [rows, columns] activation dropout keeps: bool, on the seed's device.
 
     Args:
@@ -98,58 +100,58 @@ def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, site: int) -> 
         seed: int64 scalar tensor, the same for a whole step; or int64 [2], the seed and the number of the first row.
             Rows from a to b of a larger activation draw with [seed, a] what they draw in the whole of it with `seed`.
             Both numbers are read where the op runs, so no host waits for them. Rows are numbered modulo 2**32.
-        site: which dropout of the model this is, so that no two share their random numbers.
+        stream_id: which dropout of the model this is, so that no two share their random numbers.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
     checks.probability("dropout_mask", p)
-    seed = checks.stream("dropout_mask", seed, site, seed.device)
+    seed = checks.stream("dropout_mask", seed, stream_id, seed.device)
     if rows < 1 or columns < 1:
         raise ValueError(f"dropout_mask: rows and columns must be at least 1, got {rows} and {columns}")
     if compiled("dropout_mask", seed.device):
-        return _dropout_mask(rows, columns, reference.drop_threshold(p), seed, site)
-    return reference.dropout_mask(rows, columns, p, seed, site)
+        return _dropout_mask(rows, columns, reference.drop_threshold(p), seed, stream_id)
+    return reference.dropout_mask(rows, columns, p, seed, stream_id)
 
 
-def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tensor, site: int) -> Tensor:
+def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tensor, stream_id: int) -> Tensor:
     """Which attention probabilities dropout keeps: bool, one [heads, length, length] block per sequence, end to end.
 
     Args:
         cu_seqlens: int32 [S + 1], cumulative sequence lengths from 0.
         heads: attention heads.
-        p, seed, site: as for `dropout_mask`. Queries are its rows; keys are numbered within their own sequence.
+        p, seed, stream_id: as for `dropout_mask`. Queries are its rows; keys are numbered within their own sequence.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
     checks.probability("attention_dropout_mask", p)
-    seed = checks.stream("attention_dropout_mask", seed, site, cu_seqlens.device)
+    seed = checks.stream("attention_dropout_mask", seed, stream_id, cu_seqlens.device)
     checks.cu_seqlens("attention_dropout_mask", cu_seqlens)
     if heads < 1:
         raise ValueError(f"attention_dropout_mask: heads must be at least 1, got {heads}")
     if compiled("attention_dropout_mask", seed.device):
-        return _attention_dropout_mask(cu_seqlens, heads, reference.drop_threshold(p), seed, site)
-    return reference.attention_dropout_mask(cu_seqlens, heads, p, seed, site)
+        return _attention_dropout_mask(cu_seqlens, heads, reference.drop_threshold(p), seed, stream_id)
+    return reference.attention_dropout_mask(cu_seqlens, heads, p, seed, stream_id)
 
 
-def mask_like(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor | None:
+def mask_like(x: Tensor, p: float, seed: Tensor | None, stream_id: int) -> Tensor | None:
     """The mask for an activation [N, D], or None without a seed; the arguments have been checked."""
-    return None if seed is None else dropout_mask(x.shape[0], x.shape[1], p, seed, site)
+    return None if seed is None else dropout_mask(x.shape[0], x.shape[1], p, seed, stream_id)
 
 
-def dropout(x: Tensor, *, p: float, seed: Tensor | None, site: int) -> Tensor:
+def dropout(x: Tensor, *, p: float, seed: Tensor | None, stream_id: int) -> Tensor:
     """Inverted dropout of an activation: zeros with probability p, the rest scaled by 1 / (1 - p).
 
     Args:
         x: float [N, D].
-        p, seed, site: as for `dropout_mask`; `seed` may be None when p is 0.
+        p, seed, stream_id: as for `dropout_mask`; `seed` may be None when p is 0.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
     checks.tensor("dropout", "x", x, ["N", "D"], checks.FLOATS, contiguous=False)
-    seed = checks.dropout("dropout", p, seed, site, x.device)
+    seed = checks.dropout("dropout", p, seed, stream_id, x.device)
     if seed is not None and compiled("dropout", x.device) and rowwise.takes(x.device, x.shape[1], x.dtype):
-        return _dropout(x.contiguous(), p, seed, site)
-    return reference.dropout(x, mask_like(x, p, seed, site), p)
+        return _dropout(x.contiguous(), p, seed, stream_id)
+    return reference.dropout(x, mask_like(x, p, seed, stream_id), p)

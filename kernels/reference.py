@@ -61,22 +61,22 @@ def drop_threshold(p: float) -> int:
     return int(p * 2**32)
 
 
-def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, site: int) -> Tensor:
+def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, stream_id: int) -> Tensor:
     """Which elements of a [rows, columns] activation dropout keeps, as bool.
 
-    Element (row, column) reads word `column % 4` of counter (column // 4, row, 0, site), rows `numbered`.
+    Element (row, column) reads word `column % 4` of counter (column // 4, row, 0, stream_id), rows `numbered`.
     """
     group = torch.arange(-(-columns // 4), device=seed.device)[None, :]
     row = numbered(torch.arange(rows, device=seed.device)[:, None], seed)
-    words = philox((group, row, torch.zeros_like(row), torch.full_like(row, site)), seed[0])
+    words = philox((group, row, torch.zeros_like(row), torch.full_like(row, stream_id)), seed[0])
     return (torch.stack(words, dim=-1).reshape(rows, -1)[:, :columns] >= drop_threshold(p)).contiguous()
 
 
-def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tensor, site: int) -> Tensor:
+def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tensor, stream_id: int) -> Tensor:
     """Which attention probabilities dropout keeps: bool, one [heads, length, length] block per sequence, end to end.
 
     Probability (head, query, key) reads word `head % 4` of counter (key's position in its sequence,
-    query's row in the packed stream, head // 4, site), rows `numbered`.
+    query's row in the packed stream, head // 4, stream_id), rows `numbered`.
     """
     blocks = []
     bounds = cu_seqlens.tolist()
@@ -84,7 +84,7 @@ def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tenso
     for start, end in pairwise(bounds):
         query = numbered(torch.arange(start, end, device=seed.device)[None, :, None], seed)
         key = torch.arange(end - start, device=seed.device)[None, None, :]
-        words = philox((key, query, group, torch.full_like(group, site)), seed[0])
+        words = philox((key, query, group, torch.full_like(group, stream_id)), seed[0])
         blocks.append((torch.stack(words, dim=1).flatten(0, 1)[:heads] >= drop_threshold(p)).flatten())
     return torch.cat(blocks)
 
@@ -334,17 +334,19 @@ def combine_adamw_(
 # SMART -----------------------------------------------------------------------------------------------------------
 
 
-def normal(rows: int, columns: int, seed: Tensor, site: int, dtype: torch.dtype) -> Tensor:
+def normal(rows: int, columns: int, seed: Tensor, stream_id: int, dtype: torch.dtype) -> Tensor:
     """Standard normals [rows, columns] by Box and Muller (1958), float32 or float64.
 
-    Element (row, column) comes from counter (column // 4, row, 1, site), rows `numbered`. Of its words (w0, w1, w2,
-    w3), the pair (w0, w1) gives columns 4 k and 4 k + 1, the pair (w2, w3) columns 4 k + 2 and 4 k + 3: with the upper
-    24 bits of a pair (a, b), u = (a + 1) / 2^24 in (0, 1] and v = b / 2^24 in [0, 1), all exact in float32, they are
-    sqrt(-2 ln u) cos(2 pi v) and sqrt(-2 ln u) sin(2 pi v).
+    Element (row, column) comes from counter (column // 4, row, 1, stream_id), rows `numbered`. Of its words (w0, w1,
+    w2, w3), the pair (w0, w1) gives columns 4 k and 4 k + 1, the pair (w2, w3) columns 4 k + 2 and 4 k + 3: with the
+    upper 24 bits of a pair (a, b), u = (a + 1) / 2^24 in (0, 1] and v = b / 2^24 in [0, 1), all exact in float32, they
+    are sqrt(-2 ln u) cos(2 pi v) and sqrt(-2 ln u) sin(2 pi v).
     """
     group = torch.arange(-(-columns // 4), device=seed.device)[None, :]
     row = numbered(torch.arange(rows, device=seed.device)[:, None], seed)
-    words = torch.stack(philox((group, row, torch.ones_like(row), torch.full_like(row, site)), seed[0]), dim=-1) >> 8
+    words = (
+        torch.stack(philox((group, row, torch.ones_like(row), torch.full_like(row, stream_id)), seed[0]), dim=-1) >> 8
+    )
     u = (words[..., 0::2] + 1).to(dtype) / 2**24
     v = words[..., 1::2].to(dtype) / 2**24
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
@@ -356,7 +358,7 @@ def _in_units(length: float, scale: Tensor | None, like: Tensor) -> Tensor:
     return length * (like.new_ones(()) if scale is None else scale.to(like.dtype))
 
 
-def smart_init(x: Tensor, sigma: float, seed: Tensor, site: int, scale: Tensor | None = None) -> Tensor:
+def smart_init(x: Tensor, sigma: float, seed: Tensor, stream_id: int, scale: Tensor | None = None) -> Tensor:
     """x + sigma `normal`, the start of SMART's ascent; x [N, D] (Jiang et al. 2019, algorithm 1).
 
     sigma is in units of `scale`, a scalar tensor, where there is one.
@@ -364,7 +366,7 @@ def smart_init(x: Tensor, sigma: float, seed: Tensor, site: int, scale: Tensor |
     if sigma == 0:
         return x.clone()
     wide = _wide(x)
-    noise = normal(x.shape[0], x.shape[1], seed, site, wide.dtype)
+    noise = normal(x.shape[0], x.shape[1], seed, stream_id, wide.dtype)
     return (wide + _in_units(sigma, scale, wide) * noise).to(x.dtype)
 
 

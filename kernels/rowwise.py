@@ -28,12 +28,12 @@ def activation(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], dtype_code(x)
 
 
-def dropout(p: float, seed: Tensor | None, site: int, first_row: int = 0) -> tuple[int, int, int, float, int]:
-    """The seed's address, threshold, site, the scale of what is kept, and the row that the call's row 0 is of the op's.
+def dropout(p: float, seed: Tensor | None, stream_id: int, first_row: int = 0) -> tuple[int, int, int, float, int]:
+    """The seed's address, threshold, stream id, the scale of kept elements, and the op's row that is row 0 here.
 
     A threshold of 0 drops nothing.
     """
-    return 0 if seed is None else seed.data_ptr(), reference.drop_threshold(p), site, 1 / (1 - p), first_row
+    return 0 if seed is None else seed.data_ptr(), reference.drop_threshold(p), stream_id, 1 / (1 - p), first_row
 
 
 def scratch(rows: int, columns: int) -> Tensor:

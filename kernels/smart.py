@@ -22,25 +22,25 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _start(x: Tensor, sigma: float, seed: Tensor, site: int, scale: Tensor | None) -> tuple[Tensor, tuple]:
+def _start(x: Tensor, sigma: float, seed: Tensor, stream_id: int, scale: Tensor | None) -> tuple[Tensor, tuple]:
     """Memory for the result, and csrc/launch.h's NormalStart."""
     out = torch.empty_like(x)
     rows, columns = x.shape
     addresses = x.data_ptr(), out.data_ptr()
-    return out, (*addresses, _DTYPES[x.dtype], rows, columns, sigma, _address(scale), seed.data_ptr(), site)
+    return out, (*addresses, _DTYPES[x.dtype], rows, columns, sigma, _address(scale), seed.data_ptr(), stream_id)
 
 
 @torch.library.custom_op("minbert::smart_init", mutates_args=(), device_types="cpu")
-def _smart_init(x: Tensor, sigma: float, seed: Tensor, site: int, scale: Tensor | None = None) -> Tensor:
-    out, start = _start(x, sigma, seed, site, scale)
+def _smart_init(x: Tensor, sigma: float, seed: Tensor, stream_id: int, scale: Tensor | None = None) -> Tensor:
+    out, start = _start(x, sigma, seed, stream_id, scale)
     library().smart_init(start, torch.get_num_threads())
     return out
 
 
 @_smart_init.register_kernel("cuda")
-def _(x: Tensor, sigma: float, seed: Tensor, site: int, scale: Tensor | None = None) -> Tensor:
+def _(x: Tensor, sigma: float, seed: Tensor, stream_id: int, scale: Tensor | None = None) -> Tensor:
     with torch.cuda.device(x.device):
-        out, start = _start(x, sigma, seed, site, scale)
+        out, start = _start(x, sigma, seed, stream_id, scale)
         library().cuda_smart_init(start, torch.cuda.current_stream().cuda_stream)
     return out
 
@@ -109,13 +109,13 @@ def _check_scale(op: str, scale: Tensor | None, like: Tensor) -> None:
 
 
 @torch.no_grad()
-def smart_init(x: Tensor, *, sigma: float, seed: Tensor, site: int, scale: Tensor | None = None) -> Tensor:
+def smart_init(x: Tensor, *, sigma: float, seed: Tensor, stream_id: int, scale: Tensor | None = None) -> Tensor:
     """x + N(0, sigma^2), the start of SMART's ascent (Jiang et al. 2019, algorithm 1). Not differentiable.
 
     Args:
         x: float [N, D]. Native code takes float32 and bfloat16, on GPUs float16 too; other dtypes run the reference.
         sigma: the noise's standard deviation; 0 gives a copy of x.
-        seed, site: as for `dropout_mask`. The numbers are none of those that dropout reads there.
+        seed, stream_id: as for `dropout_mask`. The numbers are none of those that dropout reads there.
         scale: float32 scalar tensor, finite and not negative: sigma is in units of it. It is read where the op runs,
             so no host waits for it. None: 1.
 
@@ -124,13 +124,13 @@ def smart_init(x: Tensor, *, sigma: float, seed: Tensor, site: int, scale: Tenso
     """
     checks.tensor("smart_init", "x", x, ["N", "D"], checks.FLOATS)
     checks.number("smart_init", "sigma", sigma)
-    seed = checks.stream("smart_init", seed, site, x.device)
+    seed = checks.stream("smart_init", seed, stream_id, x.device)
     _check_scale("smart_init", scale, x)
     if sigma == 0:
         return x.clone()
     if _takes("smart_init", x):
-        return _smart_init(x, sigma, seed, site, scale)
-    return reference.smart_init(x, sigma, seed, site, scale)
+        return _smart_init(x, sigma, seed, stream_id, scale)
+    return reference.smart_init(x, sigma, seed, stream_id, scale)
 
 
 @torch.no_grad()

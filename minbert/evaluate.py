@@ -23,7 +23,7 @@ from minbert.device import describe, resolve_device
 from minbert.errors import UserError
 from minbert.files.atomic import writing
 from minbert.inference import choose_kernels, evaluate, load_model, run_tasks
-from minbert.model import reading
+from minbert.model import pair_encoding
 from minbert.runs.run_directory import Run
 from minbert.tasks.metrics import overall
 
@@ -82,7 +82,9 @@ def main(arguments: Sequence[str]) -> int:
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)
     console.print(f"{run.path}/{options.checkpoint} on {describe(device, config.precision)}")
     limit = config.max_length or model.encoder.config.max_position_embeddings
-    encoded = {task.name: encode(examples[task.name], tokenizer, limit, reading=reading(task)) for task in present}
+    encoded = {
+        task.name: encode(examples[task.name], tokenizer, limit, pair_encoding=pair_encoding(task)) for task in present
+    }
     for task in present:
         for line in encoded[task.name].notes(limit):
             warnings.print(f"warning: {task.title}, {options.split}: {line}")

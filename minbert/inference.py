@@ -14,7 +14,7 @@ from minbert.config import TrainConfig
 from minbert.data import Encoded, token_budget_batches
 from minbert.data.tokenizer import Tokenizer
 from minbert.device import resolve_precision
-from minbert.distributed.process_group import Ranks
+from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.files.atomic import readable, verify
 from minbert.model import Encoder, MultitaskModel, load_heads
@@ -27,24 +27,26 @@ TOKENS_PER_BATCH = 8192
 
 @torch.inference_mode()
 def head_outputs(
-    model: MultitaskModel, task: Task, encoded: Encoded, device: torch.device, ranks: Ranks | None = None
+    model: MultitaskModel, task: Task, encoded: Encoded, device: torch.device, group: ProcessGroup | None = None
 ) -> np.ndarray:
     """A task's head outputs for every example in order, float32 [n, C] or [n], in evaluation mode.
 
     Args:
         ranks: who shares the work, all of them with the same model.
     """
-    ranks = ranks or Ranks()
+    group = group or ProcessGroup()
     training = model.training
     model.eval()
     outputs: list[np.ndarray] = []
     order: list[np.ndarray] = []
-    for indices in token_budget_batches(encoded.lengths, TOKENS_PER_BATCH)[ranks.rank :: ranks.size]:
+    for indices in token_budget_batches(encoded.lengths, TOKENS_PER_BATCH)[group.rank :: group.world_size]:
         output = model(encoded.pack(indices).to(device), {task.name: len(indices)})[task.name]
         outputs.append(output.float().cpu().numpy())
         order.append(indices)
     model.train(training)
-    outputs, order = ([array for told in ranks.told(arrays) for array in told] for arrays in (outputs, order))
+    outputs, order = (
+        [array for told in group.all_gather_object(arrays) for array in told] for arrays in (outputs, order)
+    )
     return np.concatenate(outputs)[np.argsort(np.concatenate(order))]
 
 
@@ -58,14 +60,14 @@ def evaluate(
     tasks: Sequence[Task],
     encoded: Mapping[str, Encoded],
     device: torch.device,
-    ranks: Ranks | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Scores, dict[str, np.ndarray]]:
     """Scores and head outputs of every task; a task without labels has outputs only."""
     scores: Scores = {}
     outputs = {}
     for task in tasks:
         examples = encoded[task.name]
-        outputs[task.name] = head_outputs(model, task, examples, device, ranks)
+        outputs[task.name] = head_outputs(model, task, examples, device, group)
         if examples.labels is not None:
             scores[task.name] = score(task, predictions(task, outputs[task.name]), examples.labels)
     return scores, outputs

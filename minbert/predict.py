@@ -14,7 +14,7 @@ from minbert.data import encode, read_file, refuse_skipped, skipped_lines, skipp
 from minbert.device import resolve_device
 from minbert.files.atomic import write_atomically, writing
 from minbert.inference import choose_kernels, head_outputs, load_model, run_tasks
-from minbert.model import reading
+from minbert.model import pair_encoding
 from minbert.runs.run_directory import Run, format_predictions
 from minbert.tasks.metrics import predictions
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     choose_kernels(config, console)
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)
     limit = config.max_length or model.encoder.config.max_position_embeddings
-    encoded = encode(examples, tokenizer, limit, reading=reading(task))
+    encoded = encode(examples, tokenizer, limit, pair_encoding=pair_encoding(task))
     for line in encoded.notes(limit):
         console.print(f"warning: {line}")
     predicted = predictions(task, head_outputs(model, task, encoded, device))

@@ -25,8 +25,8 @@ def chosen(task: Task, heads: Mapping[str, str], losses: Mapping[str, str]) -> T
     task = replace(task, head=heads.get(name, task.head), loss=losses.get(name, task.loss))
     check_known(f"--heads.{name}", "head", task.head, HEADS)
     check_known(f"--losses.{name}", "loss", task.loss, LOSSES)
-    if not task.is_pair and HEADS[task.head].reading != "joint":
-        fitting = [head for head in HEADS if HEADS[head].reading == "joint"]
+    if not task.is_pair and HEADS[task.head].pair_encoding != "cross-encoder":
+        fitting = [head for head in HEADS if HEADS[head].pair_encoding == "cross-encoder"]
         raise UserError(
             f"--heads.{name} {task.head}: reads pairs of sentences, and {task.title} has single ones;"
             f" expected {' or '.join(fitting)}"

@@ -18,7 +18,7 @@ from minbert.config import TrainConfig
 from minbert.console import Terminal, TrainingProgress, score_table
 from minbert.data import Plan, TaskSampler, plan
 from minbert.device import keep_freed_memory, resolve_device, settings
-from minbert.distributed.process_group import RankLost, Ranks
+from minbert.distributed.process_group import ProcessGroup, RankLost
 from minbert.errors import UserError
 from minbert.inference import evaluate
 from minbert.runs.checkpoint import Progress
@@ -41,8 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     if device.type == "cpu":
         keep_freed_memory()
     try:
-        with Ranks.joined(device, config.timeout) as ranks:
-            train(config, Terminal(quiet=not ranks.leads), ranks)
+        with ProcessGroup.joined(device, config.timeout) as group:
+            train(config, Terminal(quiet=not group.is_main), group)
     except Stopped as stopped:
         return 128 + stopped.number
     return 0
@@ -61,7 +61,7 @@ def restarted(config: TrainConfig) -> TrainConfig:
     return config.replace(resume=(Path(config.out) / "config.yaml").exists())
 
 
-def train(config: TrainConfig, console: Console, ranks: Ranks | None = None) -> dict[str, object]:
+def train(config: TrainConfig, console: Console, group: ProcessGroup | None = None) -> dict[str, object]:
     """Train as `config` says, and return what summary.json holds.
 
     The process is left as it was: threads, kernels, torch's generator and signal handlers are those from before. Off
@@ -77,24 +77,26 @@ def train(config: TrainConfig, console: Console, ranks: Ranks | None = None) -> 
         Stopped: SIGINT or SIGTERM came; what the run has saved is whole. It is a KeyboardInterrupt.
         RankLost: another process ended or was silent.
     """
-    ranks = ranks or Ranks(device=resolve_device(config.device))
-    path = ranks.agreed(config.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    run = Run(path) if ranks.leads else Followed(path)
+    group = group or ProcessGroup(device=resolve_device(config.device))
+    path = group.broadcast_object(config.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    run = Run(path) if group.is_main else Followed(path)
     with StopSignal() as stop, run.opened(config.resume):
         try:
-            config = ranks.agreed(run.options(config, console))
+            config = group.broadcast_object(run.options(config, console))
             with settings(config.threads, config.backend):
-                return take_steps(config, run, console, ranks, stop)
+                return take_steps(config, run, console, group, stop)
         except Stopped:
             console.print(f"stopped; {run.where_it_stands()}")
             raise
 
 
-def take_steps(config: TrainConfig, run: Run, console: Console, ranks: Ranks, stop: StopSignal) -> dict[str, object]:
+def take_steps(
+    config: TrainConfig, run: Run, console: Console, group: ProcessGroup, stop: StopSignal
+) -> dict[str, object]:
     """`train`, in a run directory that is held."""
     if config.resume:
         run.check_seen()
-    bench = prepare(config, run, console, ranks)
+    bench = prepare(config, run, console, group)
     config = bench.config
     progress = restore(bench, run, console)
     sizes = {name: len(encoded) for name, encoded in bench.train.items()}
@@ -109,7 +111,7 @@ def take_steps(config: TrainConfig, run: Run, console: Console, ranks: Ranks, st
         for line in check_length(config, before, total_steps, progress.step):
             console.print(line)
     run.write_options(config)
-    ranks.agreed("begun")
+    group.broadcast_object("begun")
     run.check_seen()
     if damaged := run.forget_after(progress.step):
         console.print(f"warning: {len(damaged)} damaged lines of {run.metrics} are dropped; {damaged[0]}")
@@ -118,7 +120,7 @@ def take_steps(config: TrainConfig, run: Run, console: Console, ranks: Ranks, st
         run.forget_summary()
     if config.tensorboard:
         run.open_board(progress.step)
-    peak_rates = [group["lr"] for group in bench.optimizer.param_groups]
+    peak_rates = [param_group["lr"] for param_group in bench.optimizer.param_groups]
     bench.model.train()
 
     ahead = int(bench.device.type == "cuda")  # a GPU is given the next step before the last one is looked at
@@ -137,16 +139,16 @@ def take_steps(config: TrainConfig, run: Run, console: Console, ranks: Ranks, st
                 length = own_steps[name]
                 bench.optimizer.select(name)
             factor = learning_rate_factor(position, length, config.warmup, config.schedule)
-            for group, peak in zip(bench.optimizer.param_groups, peak_rates, strict=True):
-                group["lr"] = peak * factor
+            for param_group, peak in zip(bench.optimizer.param_groups, peak_rates, strict=True):
+                param_group["lr"] = peak * factor
 
             batches = [batch_at(bench, samplers, turns, micro) for micro in range(config.accumulate)]
-            before = ranks.sent
+            before = group.sent
             waiting = bench.stepper.take(batches, step, step / total_steps)
-            pending.append((step, factor, ranks.sent - before, waiting))
+            pending.append((step, factor, group.sent - before, waiting))
 
             ends_epoch = (step + 1) % epoch_steps == 0 or step + 1 == total_steps
-            stops = ranks.highest(stop.number)
+            stops = group.all_reduce_max(stop.number)
             saves = ends_epoch or (step + 1) % config.checkpoint_steps == 0 or stops
             while len(pending) > (0 if saves else ahead):
                 done, its_factor, sent, waiting = pending.popleft()
@@ -163,7 +165,7 @@ def take_steps(config: TrainConfig, run: Run, console: Console, ranks: Ranks, st
                 epoch, rate = done // epoch_steps + 1, progress.examples / progress.seconds
                 if progress.step % config.log_steps == 0:
                     record = {"lr": its_factor * peak_rates[0], **taken.record(), "examples_per_second": rate}
-                    record |= {"bytes_sent": sent} if ranks.size > 1 else {}
+                    record |= {"bytes_sent": sent} if group.world_size > 1 else {}
                     run.log({"step": progress.step, "epoch": epoch, **record})
                 shown = sum(progress.mean_losses().values())
                 display.update(progress.step, f"epoch {epoch}/{epochs}", rate, shown)
@@ -175,7 +177,7 @@ def take_steps(config: TrainConfig, run: Run, console: Console, ranks: Ranks, st
             if stops:
                 raise Stopped(stops)
     with where(progress, run):
-        if stops := ranks.highest(stop.number):
+        if stops := group.all_reduce_max(stop.number):
             raise Stopped(stops)
         return finish_run(bench, run, progress, epoch_steps, console)
 
@@ -266,8 +268,8 @@ def finish_epoch(
     """
     evaluated = [task for task in bench.tasks if task.name in bench.dev]
     try:
-        with stop.deferred(bench.ranks.size > 1):  # several processes stop together, after a step
-            scores, _ = evaluate(bench.model, evaluated, bench.dev, bench.device, bench.ranks)
+        with stop.deferred(bench.group.world_size > 1):  # several processes stop together, after a step
+            scores, _ = evaluate(bench.model, evaluated, bench.dev, bench.device, bench.group)
     except Stopped:
         save(bench, run, run.last, progress)
         raise

@@ -20,7 +20,7 @@ from rich.console import Console
 from minbert.cli import parse_layers
 from minbert.config import TrainConfig
 from minbert.device import resolve_device
-from minbert.distributed.process_group import Ranks
+from minbert.distributed.process_group import ProcessGroup
 from minbert.train import train
 
 
@@ -51,13 +51,13 @@ def _rank(rank: int, size: int, port: int, runs: list[list[str]], device: str, b
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in where.items()})
     torch.set_num_threads(1)
-    as_over = patch.object(Ranks, "backend", backend) if backend else nullcontext()
+    as_over = patch.object(ProcessGroup, "backend", backend) if backend else nullcontext()
     no_report, no_waiting = patch("minbert.training.finish.write_report"), quickly()
-    with no_report, no_waiting, Ranks.joined(resolve_device(device), 60.0) as ranks, as_over:
+    with no_report, no_waiting, ProcessGroup.joined(resolve_device(device), 60.0) as group, as_over:
         for options in runs:
             config = parse_layers("train", TrainConfig, options)
             assert config.precision != "auto", "what it chooses depends on the processor"
-            train(config, Console(quiet=True), ranks)
+            train(config, Console(quiet=True), group)
     # A thread that is left may want a tensor's memory freed when there is no interpreter any more: that aborts.
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     assert not any("gloo" in name for name in threads), threads

@@ -72,7 +72,7 @@ def test_predict_reads_sentences_and_pairs_from_standard_input(run, course_data,
         assert [float(value) for _, value in predicted] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("head", [head for head in HEADS if HEADS[head].reading != "joint"])
+@pytest.mark.parametrize("head", [head for head in HEADS if HEADS[head].pair_encoding != "cross-encoder"])
 def test_every_pair_head_predicts_as_it_was_evaluated(quick, course_data, tmp_path, head, capsys):
     options = ["--steps=2", f"--heads.sts={head}", f"--heads.qqp={head}", "--shared-layer=linear"]
     assert train.main([*quick, *options]) == 0

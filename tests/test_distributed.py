@@ -11,7 +11,7 @@ from several_runs import train_all
 
 from minbert import train
 from minbert.data import token_split
-from minbert.distributed.process_group import Ranks
+from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.recipes import paper, papers
 from minbert.reproduce import FILES
@@ -157,13 +157,13 @@ def test_ranks_get_stretches_of_about_as_many_tokens():
 
 
 def test_one_process_is_a_group_of_its_own():
-    ranks = Ranks()
-    assert ranks.leads
-    assert ranks.agreed("word") == "word"
-    assert ranks.told(1) == [1]
-    assert ranks.highest(3) == 3
-    assert torch.equal(ranks.sum_(torch.ones(2)), torch.ones(2))
-    assert ranks.sent == 0
+    group = ProcessGroup()
+    assert group.is_main
+    assert group.broadcast_object("word") == "word"
+    assert group.all_gather_object(1) == [1]
+    assert group.all_reduce_max(3) == 3
+    assert torch.equal(group.all_reduce_sum(torch.ones(2)), torch.ones(2))
+    assert group.sent == 0
 
 
 @pytest.mark.parametrize("size", ["2", "x"])

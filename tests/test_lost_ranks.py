@@ -186,9 +186,9 @@ def test_a_rank_without_a_sign_of_life_is_lost_to_those_whose_gpu_waits(tmp_path
         "    def __init__(self, seconds): self.there = time.monotonic() + seconds\n"
         "    def query(self): return time.monotonic() > self.there\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun's, which training notes\n"
-        "with ranks.Ranks.joined(torch.device('cpu'), 60.0) as group, group.beating():\n"
+        "with ranks.ProcessGroup.joined(torch.device('cpu'), 60.0) as group, group.beating():\n"
         "    group.wait_for(Event(4.0))\n"
-        "    group.agreed('all waited')\n"
+        "    group.broadcast_object('all waited')\n"
         "    if group.rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    group.wait_for(Event(1000.0))\n"
     )

@@ -87,8 +87,8 @@ def test_a_run_measures_once_and_its_evaluation_and_continuation_keep_to_it(quic
     ],
 )
 def test_what_multiplies_no_float32_or_is_chosen_is_not_measured(options, precision, device, measured):
-    ranks = SimpleNamespace(leads=True, device=torch.device(device), agreed=lambda word: word)
-    assert choose_matmul(TrainConfig(**options), EncoderConfig(), precision, ranks) == "blas"
+    group = SimpleNamespace(leads=True, device=torch.device(device), agreed=lambda word: word)
+    assert choose_matmul(TrainConfig(**options), EncoderConfig(), precision, group) == "blas"
     assert not measured
 
 
@@ -96,9 +96,9 @@ def test_what_multiplies_no_float32_or_is_chosen_is_not_measured(options, precis
 @pytest.mark.parametrize("leads", [True, False])
 def test_all_ranks_take_what_the_first_one_finds(leads, measured):
     heard = []
-    ranks = SimpleNamespace(leads=leads, device=torch.device("cpu"), agreed=lambda word: heard.append(word) or "onednn")
+    group = SimpleNamespace(leads=leads, device=torch.device("cpu"), agreed=lambda word: heard.append(word) or "onednn")
     encoder = EncoderConfig(hidden_size=384, num_attention_heads=12, intermediate_size=1536)
-    assert choose_matmul(TrainConfig(), encoder, "fp32", ranks) == "onednn"
+    assert choose_matmul(TrainConfig(), encoder, "fp32", group) == "onednn"
     assert kernels.matmul() == "onednn"
     assert measured == ([(384, 1536)] if leads else [])
     assert heard == ["onednn" if leads else "blas"]

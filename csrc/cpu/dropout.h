@@ -57,7 +57,7 @@ void over_rows(int64_t begin, int64_t end, int64_t columns, const Dropout& dropo
   const int64_t width = padded(columns);
   for (int64_t first = begin; first < end; first += kRowsAtOnce) {
     if (dropped)
-      philox_rows(dropout.first_row + first, columns, 0, dropout.site, keys,
+      philox_rows(dropout.first_row + first, columns, 0, dropout.stream_id, keys,
                   [&](int64_t row, int64_t column, const Words* word) {
                     ahead(first + row, column);
                     store_multipliers(space + row * width + column, word, dropout);

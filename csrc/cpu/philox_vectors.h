@@ -81,7 +81,7 @@ inline void keep_query(uint8_t* keep, int64_t block, int64_t first_head, int64_t
       c.word[0][i] = counting(key + i, kDepth);
       c.word[1][i] = all(dropout.first_row + query);
       c.word[2][i] = all(first_head / 4);
-      c.word[3][i] = all(dropout.site);
+      c.word[3][i] = all(dropout.stream_id);
     }
     philox_vectors(c, dropout.seed);
     const int64_t count = smaller(kStep, length - key);

@@ -14,7 +14,7 @@ void keep_row(uint8_t* keep, int64_t columns, int64_t row, Dropout dropout) {
       c.word[0][i] = counting((column + i * kRegister) / 4, 1);
       c.word[1][i] = all(dropout.first_row + row);
       c.word[2][i] = all(0);
-      c.word[3][i] = all(dropout.site);
+      c.word[3][i] = all(dropout.stream_id);
     }
     philox_vectors(c, dropout.seed);
     const int64_t count = smaller(kStep, columns - column);

@@ -41,9 +41,9 @@ inline void for_each_register(int64_t length, const Body& body) {
 // Rows from first_row on, `rows` of them and at most kRowsAtOnce.
 template <class Element>
 void add_noise(const Element* x, Element* out, int64_t first_row, int64_t rows, int64_t columns, float sigma,
-               const Keys& keys, uint32_t site, bool streamed) {
+               const Keys& keys, uint32_t stream_id, bool streamed) {
   Polar noise[kRowsAtOnce];
-  philox_rows(first_row, columns, 1, site, keys, [&](int64_t last, int64_t column, const Words* word) {
+  philox_rows(first_row, columns, 1, stream_id, keys, [&](int64_t last, int64_t column, const Words* word) {
     noise[last] = polar(word);
     if (last + 1 < kRowsAtOnce) return;
     Floats z[2][kRowsAtOnce];
@@ -200,7 +200,7 @@ void smart_init(const NormalStart& start, int threads) noexcept {
       for (int64_t row = index * kRows; row < end; row += kRowsAtOnce)
         add_noise(static_cast<const Element*>(start.x) + row * columns,
                   static_cast<Element*>(start.out) + row * columns, first_row + row, smaller(kRowsAtOnce, end - row),
-                  columns, sigma, keys, start.site, streamed);
+                  columns, sigma, keys, start.stream_id, streamed);
       end_streams();
     });
   };

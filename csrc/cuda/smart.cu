@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kWarp* kRowsOfBlock) smart_init_kernel(NormalS
     float z[kStep];
     for (int i = 0; i < kStep; i += 4) {
       const uint32_t group = static_cast<uint32_t>(column + i) / 4;
-      normals(philox({{group, number, 1, start.site}}, seed), z + i);
+      normals(philox({{group, number, 1, start.stream_id}}, seed), z + i);
     }
     for (int part = 0; part < kStep; part += kWidth) {
       if (!inside(part)) continue;

@@ -93,7 +93,7 @@ void test_masks(Isa isa) {
         for (int64_t row = 0; row < rows; ++row)
           for (int64_t column = 0; column < columns; ++column) {
             const Words4 words =
-                philox({{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(first_row + row), 0, dropout.site}},
+                philox({{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(first_row + row), 0, dropout.stream_id}},
                        dropout.seed);
             CHECK(keep[row * columns + column] == (words.word[column % 4] >= dropout.threshold),
                   "%s: dropout_mask at (%d, %d)", kIsaNames[static_cast<int>(isa)], static_cast<int>(row),
@@ -118,7 +118,7 @@ void test_masks(Isa isa) {
           for (int32_t query = cu_seqlens[s]; query < cu_seqlens[s + 1]; ++query)
             for (int32_t key = 0; key < cu_seqlens[s + 1] - cu_seqlens[s]; ++key) {
               const Words4 words = philox({{static_cast<uint32_t>(key), first_row + static_cast<uint32_t>(query),
-                                            static_cast<uint32_t>(head / 4), dropout.site}},
+                                            static_cast<uint32_t>(head / 4), dropout.stream_id}},
                                           dropout.seed);
               CHECK(*at++ == (words.word[head % 4] >= dropout.threshold), "%s: attention_dropout_mask",
                     kIsaNames[static_cast<int>(isa)]);

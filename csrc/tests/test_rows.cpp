@@ -20,7 +20,7 @@ Buffer filled(int64_t size, DType dtype, int64_t shift, uint64_t salt) {
 
 double kept(int64_t row, int64_t column, Dropout dropout) {
   const Words4 words =
-      philox({{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(dropout.first_row + row), 0, dropout.site}},
+      philox({{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(dropout.first_row + row), 0, dropout.stream_id}},
              dropout.seed);
   return words.word[column % 4] >= dropout.threshold ? dropout.scale : 0;
 }

@@ -30,7 +30,7 @@ void test_single_normals() {
 void test_init(Isa isa) {
   const int64_t first_row = (int64_t{1} << 33) - 5;  // among the rows, numbers begin again at 0
   const int64_t seed[] = {int64_t{-5} * (int64_t{1} << 33) + 99, first_row};
-  const uint32_t site = 17;
+  const uint32_t stream_id = 17;
   const float sigma = 0.5f;
   for (const DType dtype : {DType::float32, DType::bfloat16})
     for (const int64_t rows : {1, 2, 7, 33})
@@ -41,11 +41,11 @@ void test_init(Isa isa) {
           const float scale = 0.25f, *const scales[] = {nullptr, &scale};
           const float* const unit = scales[columns % 2];
           kernels(isa).smart_init(
-              {x.data(), out.data(), dtype, rows, columns, unit ? 4 * sigma : sigma, unit, seed, site}, threads);
+              {x.data(), out.data(), dtype, rows, columns, unit ? 4 * sigma : sigma, unit, seed, stream_id}, threads);
           for (int64_t row = 0; row < rows; ++row)
             for (int64_t column = 0; column < columns; ++column) {
               const Words4 words = philox(
-                  {{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(first_row + row), 1, site}}, seed[0]);
+                  {{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(first_row + row), 1, stream_id}}, seed[0]);
               const double expected = x.get(row * columns + column) + sigma * exact_normal(words, column % 4);
               const double error = std::abs(out.get(row * columns + column) - expected);
               CHECK(error <= 1.1 * kHalfUnit[dtype == DType::bfloat16] * std::abs(expected) + 1e-6,

@@ -98,7 +98,7 @@ def _shapes(head_dim: int, dtype: torch.dtype, max_seqlen: int, capability: tupl
 
 
 def _arguments(
-    qkv: Tensor, cu_seqlens: Tensor, dropout_p: float, seed: Tensor | None, site: int, scale: float
+    qkv: Tensor, cu_seqlens: Tensor, dropout_p: float, seed: Tensor | None, stream_id: int, scale: float
 ) -> dict[str, Any]:
     """What all kernels take; numbers of 32 bits as int32, so that they share one compilation."""
     tokens, _, heads, head_dim = qkv.shape
@@ -108,7 +108,7 @@ def _arguments(
         "cu_seqlens": cu_seqlens,
         "seed": seed,
         "threshold": threshold - (threshold >> 31 << 32),
-        "site": site - (site >> 31 << 32),
+        "stream_id": stream_id - (stream_id >> 31 << 32),
         "keep_scale": 1 / (1 - dropout_p),
         "scale": scale,
         "tokens": tokens,
@@ -175,7 +175,7 @@ def attention(
     max_seqlen: int,
     dropout_p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
     scale: float,
     tiles: Tensor | None = None,
     starts: Tensor | None = None,
@@ -185,7 +185,7 @@ def attention(
     out, lse = qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(heads, tokens, dtype=torch.float32)
     if tile_rows(max_seqlen) is None:
         tiles = starts = None
-    arguments = _arguments(qkv, cu_seqlens, dropout_p, seed, site, scale)
+    arguments = _arguments(qkv, cu_seqlens, dropout_p, seed, stream_id, scale)
     arguments |= {"tiles": tiles, "starts": starts, "out": out, "lse": lse}
     shapes = _shapes(head_dim, qkv.dtype, max_seqlen, _capability(qkv.device))
     with torch.cuda.device_of(qkv):
@@ -200,7 +200,7 @@ def attention_backward(
     max_seqlen: int,
     dropout_p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
     scale: float,
     tiles: Tensor | None,
     starts: Tensor | None,
@@ -212,7 +212,7 @@ def attention_backward(
     if len(launches) > 1:
         tiles = starts = None
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    arguments = _arguments(qkv, cu_seqlens, dropout_p, seed, site, scale)
+    arguments = _arguments(qkv, cu_seqlens, dropout_p, seed, stream_id, scale)
     arguments |= {"tiles": tiles, "starts": starts, "out": out, "lse": lse, "delta": torch.empty_like(lse)}
     arguments |= {"grad_out": grad_out, "grad_token_stride": grad_out.stride(0), "grad_head_stride": grad_out.stride(1)}
     arguments |= {"grad_qkv": grad_qkv}

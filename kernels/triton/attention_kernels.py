@@ -58,21 +58,21 @@ def _no_bits(ROWS: tl.constexpr, COLUMNS: tl.constexpr, like):
 
 
 @triton.jit
-def _kept_one(key_position, query_row, head, site, seed, least):
-    w0, w1, w2, w3 = philox.words(seed, key_position, query_row, head // 4, site)
+def _kept_one(key_position, query_row, head, stream_id, seed, least):
+    w0, w1, w2, w3 = philox.words(seed, key_position, query_row, head // 4, stream_id)
     low = (w0 >= least).to(tl.int32) | (w1 >= least).to(tl.int32) << 1
     return (low | (w2 >= least).to(tl.int32) << 2 | (w3 >= least).to(tl.int32) << 3) >> head % 4
 
 
 @triton.jit
-def _kept(seed, site, threshold, head, query_rows, key_positions):
+def _kept(seed, stream_id, threshold, head, query_rows, key_positions):
     """Bit h: whether head + h keeps the probability; h goes up to the last head of the same Philox counter."""
     seed, query_rows = philox.seeded(seed, query_rows)
     least = tl.cast(threshold, tl.uint32)
     if INTERPRETED:
-        return _kept_one(key_positions, query_rows, head, site, seed, least)
+        return _kept_one(key_positions, query_rows, head, stream_id, seed, least)
     else:  # element after element: step after step of all elements would keep all their states in registers
-        return tl.map_elementwise(_kept_one, key_positions, query_rows, head, site, seed, least)
+        return tl.map_elementwise(_kept_one, key_positions, query_rows, head, stream_id, seed, least)
 
 
 @triton.jit
@@ -117,9 +117,9 @@ def _next(low, high, check, again, starts, first, size):
         return low, high
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])
+@triton.jit(do_not_specialize=["stream_id", "threshold"])
 def forward_whole(
-    qkv, out, cu_seqlens, tiles, starts, seed, site, threshold, keep_scale, scale, heads,
+    qkv, out, cu_seqlens, tiles, starts, seed, stream_id, threshold, keep_scale, scale, heads,
     token_stride, part_stride, head_stride,
     D: tl.constexpr, PAD: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +131,7 @@ def forward_whole(
     qkv += first.to(tl.int64) * token_stride + head * head_stride
     out += (first.to(tl.int64) * heads + head) * D
     if DROPOUT:
-        bits = _kept(seed, site, threshold, head, (first + rows)[:, None], (rows - begins)[None, :])
+        bits = _kept(seed, stream_id, threshold, head, (first + rows)[:, None], (rows - begins)[None, :])
     low, high, again = 0, size, True
     while low < high:
         own = _within(begins, rows, low, high)
@@ -154,10 +154,10 @@ def forward_whole(
         again = False
 
 
-@triton.jit(do_not_specialize=["site", "tokens", "threshold", "blocks"])
+@triton.jit(do_not_specialize=["stream_id", "tokens", "threshold", "blocks"])
 def forward_blocks(
-    qkv, out, lse, cu_seqlens, tiles, starts, seed, site, threshold, keep_scale, scale, tokens, heads, blocks,
-    token_stride, part_stride, head_stride,
+    qkv, out, lse, cu_seqlens, tiles, starts, seed, stream_id, threshold, keep_scale, scale, tokens, heads,
+    blocks, token_stride, part_stride, head_stride,
     D: tl.constexpr, PAD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -176,7 +176,7 @@ def forward_blocks(
         for block in tl.range(0, key_blocks):
             keys = block * KEYS + tl.arange(0, KEYS)
             positions = keys - _begins(starts, first, keys, size)
-            kept = _kept(seed, site, threshold, head, (first + queries)[:, None], positions[None, :])
+            kept = _kept(seed, stream_id, threshold, head, (first + queries)[:, None], positions[None, :])
             bits |= (kept & ((1 << HEADS) - 1)) << HEADS * block
     low, high, again = tl.where(top < size, 0, size), size, True
     while low < high:
@@ -207,7 +207,7 @@ def forward_blocks(
                         bit += HEADS * block
                     else:
                         positions = keys - key_begins
-                        bits = _kept(seed, site, threshold, head, (first + queries)[:, None], positions[None, :])
+                        bits = _kept(seed, stream_id, threshold, head, (first + queries)[:, None], positions[None, :])
                     p = tl.where((bits & (1 << bit)) != 0, p, 0.0)
                 mixed = mixed * shrink[:, None] + _dot(p.to(v.dtype), v)
             tl.store(out + h * D + out_at, (mixed * (keep_scale / total)[:, None]).to(q.dtype), mask=mask)
@@ -217,9 +217,9 @@ def forward_blocks(
         again = False
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])
+@triton.jit(do_not_specialize=["stream_id", "threshold"])
 def backward_whole(
-    qkv, grad_out, grad_qkv, cu_seqlens, tiles, starts, seed, site, threshold, keep_scale, scale, heads,
+    qkv, grad_out, grad_qkv, cu_seqlens, tiles, starts, seed, stream_id, threshold, keep_scale, scale, heads,
     token_stride, part_stride, head_stride, grad_token_stride, grad_head_stride,
     D: tl.constexpr, PAD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -236,7 +236,7 @@ def backward_whole(
     if DROPOUT:
         for block in tl.range(0, KEYS // QUERIES):
             queries = first + block * QUERIES + tl.arange(0, QUERIES)
-            kept = _kept(seed, site, threshold, head, queries[None, :], (rows - begins)[:, None])
+            kept = _kept(seed, stream_id, threshold, head, queries[None, :], (rows - begins)[:, None])
             bits |= (kept & ((1 << HEADS) - 1)) << HEADS * block
     low, high, again = 0, size, True
     while low < high:
@@ -277,9 +277,9 @@ def backward_whole(
         again = False
 
 
-@triton.jit(do_not_specialize=["site", "tokens", "threshold", "blocks"])
+@triton.jit(do_not_specialize=["stream_id", "tokens", "threshold", "blocks"])
 def backward_queries(
-    qkv, out, grad_out, lse, delta, grad_qkv, cu_seqlens, seed, site, threshold, keep_scale, scale,
+    qkv, out, grad_out, lse, delta, grad_qkv, cu_seqlens, seed, stream_id, threshold, keep_scale, scale,
     tokens, heads, blocks,
     token_stride, part_stride, head_stride, grad_token_stride, grad_head_stride,
     D: tl.constexpr, PAD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr,
@@ -305,7 +305,7 @@ def backward_queries(
     if DROPOUT and HEADS > 1:
         for block in tl.range(0, key_blocks):
             keys = block * KEYS + tl.arange(0, KEYS)
-            kept = _kept(seed, site, threshold, head, (first + queries)[:, None], keys[None, :])
+            kept = _kept(seed, stream_id, threshold, head, (first + queries)[:, None], keys[None, :])
             bits |= (kept & ((1 << HEADS) - 1)) << HEADS * block
     for h in tl.range(0, tl.where(top < size, tl.minimum(HEADS, heads - head), 0), disable_licm=True):
         q = tl.load(qkv + h * head_stride + at, mask=mask, other=0.0)
@@ -327,16 +327,16 @@ def backward_queries(
                 if HEADS > 1:
                     bit += HEADS * block
                 else:
-                    bits = _kept(seed, site, threshold, head, (first + queries)[:, None], keys[None, :])
+                    bits = _kept(seed, stream_id, threshold, head, (first + queries)[:, None], keys[None, :])
                 dp *= tl.where((bits & (1 << bit)) != 0, keep_scale, 0.0)
             dq += _dot((p * (dp - mean[:, None])).to(k.dtype), k)
         tl.store(grad_qkv + h * D + dq_at, (dq * scale).to(q.dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["site", "tokens", "threshold", "blocks"])
+@triton.jit(do_not_specialize=["stream_id", "tokens", "threshold", "blocks"])
 def backward_keys(
-    qkv, grad_out, lse, delta, grad_qkv, cu_seqlens, seed, site, threshold, keep_scale, scale, tokens, heads, blocks,
-    token_stride, part_stride, head_stride, grad_token_stride, grad_head_stride,
+    qkv, grad_out, lse, delta, grad_qkv, cu_seqlens, seed, stream_id, threshold, keep_scale, scale, tokens, heads,
+    blocks, token_stride, part_stride, head_stride, grad_token_stride, grad_head_stride,
     D: tl.constexpr, PAD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -355,7 +355,7 @@ def backward_keys(
     if DROPOUT and HEADS > 1:
         for block in tl.range(0, query_blocks):
             queries = first + block * QUERIES + tl.arange(0, QUERIES)
-            kept = _kept(seed, site, threshold, head, queries[None, :], keys[:, None])
+            kept = _kept(seed, stream_id, threshold, head, queries[None, :], keys[:, None])
             bits |= (kept & ((1 << HEADS) - 1)) << HEADS * block
     for h in tl.range(0, tl.where(top < size, tl.minimum(HEADS, heads - head), 0), disable_licm=True):
         k = tl.load(qkv + h * head_stride + part_stride + at, mask=mask, other=0.0)
@@ -379,7 +379,7 @@ def backward_keys(
                 if HEADS > 1:
                     bit += HEADS * block
                 else:
-                    bits = _kept(seed, site, threshold, head, (first + queries)[None, :], keys[:, None])
+                    bits = _kept(seed, stream_id, threshold, head, (first + queries)[None, :], keys[:, None])
                 factor = tl.where((bits & (1 << bit)) != 0, keep_scale, 0.0)
                 dropped, dp = p * factor, dp * factor
             dv += _dot(dropped.to(do.dtype), do)

@@ -13,17 +13,17 @@ from . import rows
 from .ahead import Compilation
 
 
-@triton.jit(do_not_specialize=["end", "site"])
-def _dropout(x, y, end, seed, scale, site, THRESHOLD: tl.constexpr, SHAPE: tl.constexpr):
+@triton.jit(do_not_specialize=["end", "stream_id"])
+def _dropout(x, y, end, seed, scale, stream_id, THRESHOLD: tl.constexpr, SHAPE: tl.constexpr):
     row = tl.program_id(0) * SHAPE.rows
-    kept = rows.keep(seed, site, row, THRESHOLD, SHAPE)
+    kept = rows.keep(seed, stream_id, row, THRESHOLD, SHAPE)
     rows.store(y, rows.dropout(rows.load(x, row, end, SHAPE), kept, scale), row, end, SHAPE)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: Tensor, stream_id: int) -> Tensor:
     y, shape = torch.empty_like(x), rows.whole(x.shape[1])
     grid = (triton.cdiv(x.shape[0], shape.rows),)
-    _dropout[grid](x, y, x.shape[0], **rows.dropout_arguments(p, seed, site), SHAPE=shape, **rows.launch(shape))
+    _dropout[grid](x, y, x.shape[0], **rows.dropout_arguments(p, seed, stream_id), SHAPE=shape, **rows.launch(shape))
     return y
 
 

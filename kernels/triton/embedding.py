@@ -48,7 +48,7 @@ def _total(tokens, types, positions, words, kinds, places, row, end, SHAPE: tl.c
     return rows.add(total, _gather(places, positions, row, end, SHAPE))
 
 
-@triton.jit(do_not_specialize=["end", "site"])
+@triton.jit(do_not_specialize=["end", "stream_id"])
 def _forward(
     tokens,
     types,
@@ -64,7 +64,7 @@ def _forward(
     eps,
     seed,
     scale,
-    site,
+    stream_id,
     THRESHOLD: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
@@ -73,11 +73,11 @@ def _forward(
     mean, rstd = layer_norm.moments_of(total, eps, SHAPE)
     layer_norm.store_moments(moments, mean, rstd, row, end, SHAPE)
     normed = layer_norm.affine(layer_norm.normalise(total, mean, rstd), weight, bias, SHAPE)
-    kept = rows.keep(seed, site, row, THRESHOLD, SHAPE)
+    kept = rows.keep(seed, stream_id, row, THRESHOLD, SHAPE)
     rows.store(y, rows.dropout(normed, kept, scale), row, end, SHAPE)
 
 
-@triton.jit(do_not_specialize=["chunk", "site"])
+@triton.jit(do_not_specialize=["chunk", "stream_id"])
 def _backward(
     d_y,
     tokens,
@@ -94,7 +94,7 @@ def _backward(
     chunk,
     seed,
     scale,
-    site,
+    stream_id,
     THRESHOLD: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
@@ -105,7 +105,7 @@ def _backward(
         mean, rstd = layer_norm.load_moments(moments, row, end, SHAPE)
         total = _total(tokens, types, positions, words, kinds, places, row, end, SHAPE)
         normed = layer_norm.normalise(total, mean, rstd)
-        kept = rows.keep(seed, site, row, THRESHOLD, SHAPE)
+        kept = rows.keep(seed, stream_id, row, THRESHOLD, SHAPE)
         d_normed = rows.dropout(rows.load(d_y, row, end, SHAPE), kept, scale)
         d_tile, d_weight, d_bias = layer_norm.gradient(d_normed, normed, rstd, weight, d_weight, d_bias, SHAPE)
         rows.store(d_total, d_tile, row, end, SHAPE)
@@ -196,13 +196,13 @@ def forward(
     eps: float,
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The output, and each token's mean and 1 / standard deviation, float32 [N, 2]."""
     tokens, shape = len(ids[0]), rows.whole(len(weight))
     y, moments = weight.new_empty(tokens, len(weight), dtype=dtype), weight.new_empty(tokens, 2)
-    drop = rows.dropout_arguments(p, seed, site)
+    drop = rows.dropout_arguments(p, seed, stream_id)
     grid = (triton.cdiv(tokens, shape.rows),)
     _forward[grid](*ids, *tables, weight, bias, y, moments, tokens, eps, **drop, SHAPE=shape, **rows.launch(shape))
     return y, moments
@@ -217,7 +217,7 @@ def backward(
     bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the tables, one below the other: T of the words, T of the token types, T of the positions, all
     float32; and of T weights and biases, float32 [T, 2, D]."""
@@ -225,7 +225,7 @@ def backward(
     chunk = tasks.chunk_rows(bounds, shape.rows, layer_norm.PROGRAMS)
     d_total = torch.empty_like(d_y, dtype=torch.float32)
     partials = weight.new_empty(tasks.chunks(bounds, chunk), 2, len(weight))
-    drop = rows.dropout_arguments(p, seed, site)
+    drop = rows.dropout_arguments(p, seed, stream_id)
     tensors = (d_y, *ids, *tables, weight, moments, d_total, partials)
     _backward[(len(partials),)](
         *tensors, tasks.arguments(bounds), chunk, **drop, SHAPE=shape, **rows.launch(shape, rows.ROOMY)

@@ -108,19 +108,31 @@ def _total(x, residual, kept, scale, row, end, SHAPE: tl.constexpr):
     return rows.add(rows.load(residual, row, end, SHAPE), rows.dropout(rows.load(x, row, end, SHAPE), kept, scale))
 
 
-@triton.jit(do_not_specialize=["end", "site"])
+@triton.jit(do_not_specialize=["end", "stream_id"])
 def _forward(
-    x, residual, weight, bias, y, moments, end, eps, seed, scale, site, THRESHOLD: tl.constexpr, SHAPE: tl.constexpr
+    x,
+    residual,
+    weight,
+    bias,
+    y,
+    moments,
+    end,
+    eps,
+    seed,
+    scale,
+    stream_id,
+    THRESHOLD: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     row = tl.program_id(0) * SHAPE.rows
-    kept = rows.keep(seed, site, row, THRESHOLD, SHAPE)
+    kept = rows.keep(seed, stream_id, row, THRESHOLD, SHAPE)
     total = _total(x, residual, kept, scale, row, end, SHAPE)
     mean, rstd = moments_of(total, eps, SHAPE)
     store_moments(moments, mean, rstd, row, end, SHAPE)
     rows.store(y, affine(normalise(total, mean, rstd), weight, bias, SHAPE), row, end, SHAPE)
 
 
-@triton.jit(do_not_specialize=["chunk", "site"])
+@triton.jit(do_not_specialize=["chunk", "stream_id"])
 def _backward(
     d_y,
     x,
@@ -134,7 +146,7 @@ def _backward(
     chunk,
     seed,
     scale,
-    site,
+    stream_id,
     THRESHOLD: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
@@ -142,25 +154,25 @@ def _backward(
     d_weight, d_bias = rows.zeros(SHAPE), rows.zeros(SHAPE)
     row = start
     while row < end:
-        total = _total(x, residual, rows.keep(seed, site, row, THRESHOLD, SHAPE), scale, row, end, SHAPE)
+        total = _total(x, residual, rows.keep(seed, stream_id, row, THRESHOLD, SHAPE), scale, row, end, SHAPE)
         mean, rstd = load_moments(moments, row, end, SHAPE)
         slope, normed = rows.load(d_y, row, end, SHAPE), normalise(total, mean, rstd)
         d_total, d_weight, d_bias = gradient(slope, normed, rstd, weight, d_weight, d_bias, SHAPE)
         rows.store(d_residual, d_total, row, end, SHAPE)
         if THRESHOLD > 0:
-            kept = rows.keep(seed, site, row, THRESHOLD, SHAPE)  # drawn anew: to keep it takes 40 registers
+            kept = rows.keep(seed, stream_id, row, THRESHOLD, SHAPE)  # drawn anew: to keep it takes 40 registers
             rows.store(d_x, rows.dropout(d_total, kept, scale), row, end, SHAPE)
         row += SHAPE.rows
     store_sums(partials, d_weight, d_bias, SHAPE)
 
 
 def forward(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, seed: Tensor | None, site: int
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, seed: Tensor | None, stream_id: int
 ) -> tuple[Tensor, Tensor]:
     """The output, and each row's mean and 1 / standard deviation, float32 [N, 2]."""
     y, moments = torch.empty_like(x), torch.empty(x.shape[0], 2, dtype=torch.float32, device=x.device)
     shape = rows.whole(x.shape[1])
-    drop = rows.dropout_arguments(p, seed, site)
+    drop = rows.dropout_arguments(p, seed, stream_id)
     grid = (triton.cdiv(x.shape[0], shape.rows),)
     _forward[grid](x, residual, weight, bias, y, moments, x.shape[0], eps, **drop, SHAPE=shape, **rows.launch(shape))
     return y, moments
@@ -175,11 +187,11 @@ def backward(
     bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
-    site: int,
+    stream_id: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x (empty without dropout, for it is the residual's), of residual, and of T weights and biases,
     float32 [T, 2, D]."""
-    shape, drop = rows.whole(x.shape[1]), rows.dropout_arguments(p, seed, site)
+    shape, drop = rows.whole(x.shape[1]), rows.dropout_arguments(p, seed, stream_id)
     d_x = torch.empty_like(x) if drop["THRESHOLD"] else x.new_empty(0)
     d_residual = torch.empty_like(x)
     chunk = tasks.chunk_rows(bounds, shape.rows, PROGRAMS)

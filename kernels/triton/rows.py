@@ -55,10 +55,10 @@ def launch(shape: Shape, options: Mapping[str, Any] = OPTIONS) -> dict[str, Any]
     return {"num_warps": shape.warps, **options}
 
 
-def dropout_arguments(p: float, seed: Tensor | None, site: int) -> dict[str, Any]:
+def dropout_arguments(p: float, seed: Tensor | None, stream_id: int) -> dict[str, Any]:
     """What kernels take for dropout; none happens where the threshold is 0."""
     threshold = drop_threshold(p)
-    return {"seed": seed if threshold else None, "scale": 1 / (1 - p), "site": site, "THRESHOLD": threshold}
+    return {"seed": seed if threshold else None, "scale": 1 / (1 - p), "stream_id": stream_id, "THRESHOLD": threshold}
 
 
 def compilation(
@@ -84,7 +84,7 @@ def compilation(
     title = f"{name}, {TYPES[dtype][1:]}, {shape.columns} columns"
     if p is not None:
         title += ", dropout" if p else ""
-        types |= {"scale": "fp32", "site": "i32"} | ({"seed": "*i64"} if p else {})
+        types |= {"scale": "fp32", "stream_id": "i32"} | ({"seed": "*i64"} if p else {})
         constants |= {"THRESHOLD": drop_threshold(p)} | ({} if p else {"seed": None})
     aligned = [name for name, kind in types.items() if kind[0] == "*" and (shape.columns % 8 == 0 or name == "seed")]
     return Compilation(
@@ -167,17 +167,17 @@ def sum_of_rows(tile):
 
 
 @triton.jit
-def keep(seed, site, row, THRESHOLD: tl.constexpr, SHAPE: tl.constexpr):
+def keep(seed, stream_id, row, THRESHOLD: tl.constexpr, SHAPE: tl.constexpr):
     """Which elements of a tile dropout keeps; nothing where it keeps all.
 
-    Element (row, column) has word column % 4 of counter (column / 4, row, 0, site), rows numbered as philox.py says.
+    Element (row, column) has word column % 4 of counter (column / 4, row, 0, stream_id); philox.py numbers rows.
     """
     kept = ()
     if THRESHOLD > 0:
         key, number = philox.seeded(seed, row + tl.arange(0, SHAPE.rows)[:, None])
         for part in tl.static_range(tl.constexpr(SHAPE.parts)):
             group = part * (SHAPE.block // 4) + tl.arange(0, SHAPE.block // 4)[None, :]
-            w0, w1, w2, w3 = philox.words(key, group, number, 0, site)
+            w0, w1, w2, w3 = philox.words(key, group, number, 0, stream_id)
             word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
             kept = kept + (word >= THRESHOLD,)
     return kept

@@ -22,7 +22,7 @@ from minbert.data.lines import short
 from minbert.data.packing import Packed, dummies, length_bucket, pack_flat
 from minbert.data.skipped import SHOWN
 from minbert.kernels.cache import cache_directory
-from minbert.tasks import READINGS
+from minbert.tasks import PAIR_ENCODINGS
 
 FORMAT = "minbert-encoded-1"  # part of every cache file's name: a new layout leaves old files alone
 
@@ -146,7 +146,7 @@ def encode(
     max_length: int,
     cache_dir: str | Path | None = None,
     *,
-    reading: str = "joint",
+    pair_encoding: str = "cross-encoder",
 ) -> Encoded:
     """Tokenize examples, or take the tokens from the cache if the same texts were encoded alike before.
 
@@ -156,15 +156,18 @@ def encode(
         max_length: the most tokens a sequence may have; longer ones are cut.
         cache_dir: where the tokens are kept; `$MINBERT_CACHE` or else `~/.cache/minbert` when left out. A directory
             that cannot be written means no cache, and a damaged file in it is made anew.
-        reading: of pairs, a key of `READINGS`; single texts are `joint`.
+        pair_encoding: of pairs, a key of `PAIR_ENCODINGS`; single texts are `cross-encoder`.
     """
-    if reading == "both":
-        joint, apart = (encode(examples, tokenizer, max_length, cache_dir, reading=how) for how in ("joint", "apart"))
+    if pair_encoding == "both":
+        joint, apart = (
+            encode(examples, tokenizer, max_length, cache_dir, pair_encoding=how)
+            for how in ("cross-encoder", "bi-encoder")
+        )
         return _side_by_side(joint, apart)
-    if reading == "apart":
+    if pair_encoding == "bi-encoder":
         sentences = [sentence for pair in zip(examples.texts, examples.pairs or (), strict=True) for sentence in pair]
         singly = encode(Examples([""] * len(sentences), sentences, None, None), tokenizer, max_length, cache_dir)
-        return replace(singly, labels=examples.labels, ids=examples.ids, width=READINGS[reading])
+        return replace(singly, labels=examples.labels, ids=examples.ids, width=PAIR_ENCODINGS[pair_encoding])
     path = _cache_file(examples, tokenizer, max_length, cache_dir)
     arrays = _load(path)
     if arrays is None:

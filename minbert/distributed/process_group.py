@@ -46,7 +46,7 @@ class RankLost(Exception):
 
 
 @dataclass
-class Ranks:
+class ProcessGroup:
     """`size` processes, of which this is number `rank`.
 
     Attributes:
@@ -56,7 +56,7 @@ class Ranks:
     """
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     sent: int = 0
     _exchanges: int = 0
@@ -65,7 +65,7 @@ class Ranks:
 
     @classmethod
     @contextmanager
-    def joined(cls, device: torch.device, timeout: float) -> Iterator[Ranks]:
+    def joined(cls, device: torch.device, timeout: float) -> Iterator[ProcessGroup]:
         """Join the processes that torchrun started; a process that it did not start is alone.
 
         A `UserError` within leaves through the first rank that has one; the others exit with code 2 and say nothing.
@@ -82,40 +82,40 @@ class Ranks:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        ranks, patience = cls(device=device), timedelta(seconds=timeout)
+        group, patience = cls(device=device), timedelta(seconds=timeout)
         try:
-            store, ranks.rank, ranks.size = next(dist.rendezvous("env://", timeout=patience))
+            store, group.rank, group.world_size = next(dist.rendezvous("env://", timeout=patience))
             # A restart may meet the same store, with what the processes before it left there.
-            ranks._store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            group._store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             dist.init_process_group(
-                ranks.backend, store=ranks._store, rank=ranks.rank, world_size=ranks.size, timeout=patience
+                group.backend, store=group._store, rank=group.rank, world_size=group.world_size, timeout=patience
             )
-            ranks._host = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=patience)
+            group._host = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=patience)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the {os.environ['WORLD_SIZE']} processes cannot join: {_first_line(error)}") from None
         try:
-            with ranks.beating() if ranks.backend == "nccl" else nullcontext():
-                yield ranks
+            with group.beating() if group.backend == "nccl" else nullcontext():
+                yield group
         except UserError:
-            if ranks._refused(1) > 1:
+            if group._refused(1) > 1:
                 raise SystemExit(2) from None
             raise
         except RankLost as lost:
-            code = 2 if ranks._refused(0) else 1
+            code = 2 if group._refused(0) else 1
             if code == 1 and lost.tells:
                 sys.stderr.write(f"error: {lost}\n")  # at once: others may be writing too
-            if ranks.backend == "nccl":  # a GPU that waits for the lost rank keeps any farewell waiting too
+            if group.backend == "nccl":  # a GPU that waits for the lost rank keeps any farewell waiting too
                 sys.stdout.flush()
                 os._exit(code)
             raise SystemExit(code) from None
         except KeyboardInterrupt as stopped:
-            if ranks.backend == "nccl":  # likewise: the ranks may not have stopped at the same place
+            if group.backend == "nccl":  # likewise: the ranks may not have stopped at the same place
                 sys.stdout.flush()
                 os._exit(128 + getattr(stopped, "number", signal.SIGINT))
             raise
         finally:
             # gloo's threads end with the last reference to their group; one that outlives the interpreter aborts it
-            ranks._host = None
+            group._host = None
             dist.destroy_process_group()
 
     @property
@@ -124,15 +124,15 @@ class Ranks:
         return "gloo" if self.device.type == "cpu" else "nccl"
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the rank that writes and prints."""
         return self.rank == 0
 
     # Tensors on the device ---------------------------------------------------------------------------------------
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' tensors, in this one's place."""
-        if self.size > 1:
+        if self.world_size > 1:
             self._count(2 * tensor.nbytes)
             with self.watched():
                 dist.all_reduce(tensor)
@@ -144,14 +144,14 @@ class Ranks:
         if self.backend == "nccl":
             with self.watched():
                 return Sent(self, _reduce_scatter(part, whole, async_op=True).wait, whole)
-        own, others = self.part(whole), torch.empty_like(whole).chunk(self.size)
+        own, others = self.part(whole), torch.empty_like(whole).chunk(self.world_size)
 
         def added() -> None:
             so_far = own
             for rank in exchanged:
                 so_far = torch.add(so_far, others[rank], out=part)
 
-        exchanged = self._exchanged(whole.chunk(self.size), others)
+        exchanged = self._exchanged(whole.chunk(self.world_size), others)
         return Sent(self, added)
 
     def all_gather(self, whole: Tensor) -> Sent:
@@ -160,7 +160,7 @@ class Ranks:
         if self.backend == "nccl":
             with self.watched():
                 return Sent(self, _all_gather(whole, self.part(whole), async_op=True).wait, whole)
-        exchanged = self._exchanged([self.part(whole)] * self.size, whole.chunk(self.size))
+        exchanged = self._exchanged([self.part(whole)] * self.world_size, whole.chunk(self.world_size))
         return Sent(self, lambda: deque(exchanged, maxlen=0))
 
     def _exchanged(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> Iterator[int]:
@@ -172,8 +172,8 @@ class Ranks:
         received: dict[int, Any] = {}
         sent: list[Any] = []
         with self.watched():
-            for distance in range(1, self.size):
-                there, here = (self.rank + distance) % self.size, (self.rank - distance) % self.size
+            for distance in range(1, self.world_size):
+                there, here = (self.rank + distance) % self.world_size, (self.rank - distance) % self.world_size
                 received[here] = dist.irecv(source[here], here, tag=self._exchanges)
                 sent.append(dist.isend(to[there], there, tag=self._exchanges))
 
@@ -188,7 +188,7 @@ class Ranks:
 
     def part(self, whole: Tensor) -> Tensor:
         """This rank's of `size` equal parts."""
-        return whole.chunk(self.size)[self.rank]
+        return whole.chunk(self.world_size)[self.rank]
 
     def gathered(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """All ranks' rows [n, D], one rank after the other: [sum of counts, D].
@@ -202,29 +202,29 @@ class Ranks:
         return _Gathered.apply(rows, counts, self)  # type: ignore[no-any-return]
 
     def _count(self, nbytes: int) -> None:
-        self.sent += nbytes * (self.size - 1) // self.size
+        self.sent += nbytes * (self.world_size - 1) // self.world_size
 
     # Words about the run -----------------------------------------------------------------------------------------
 
-    def agreed(self, word: Any) -> Any:
+    def broadcast_object(self, word: Any) -> Any:
         """What the first rank says."""
         words = [word]
-        if self.size > 1:
+        if self.world_size > 1:
             with self.watched():
                 dist.broadcast_object_list(words, src=0, group=self._host)
         return words[0]
 
-    def told(self, word: Any) -> list[Any]:
+    def all_gather_object(self, word: Any) -> list[Any]:
         """What every rank says, by rank."""
-        words = [word] * self.size
-        if self.size > 1:
+        words = [word] * self.world_size
+        if self.world_size > 1:
             with self.watched():
                 dist.all_gather_object(words, word, group=self._host)
         return words
 
-    def highest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The highest of all ranks' numbers."""
-        if self.size > 1:
+        if self.world_size > 1:
             shared = torch.tensor(number)
             with self.watched():
                 dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._host)
@@ -237,10 +237,10 @@ class Ranks:
         Raises:
             RankLost: one gave no sign of life (`beating`) meanwhile, which the rank before it notices and tells all.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             event.synchronize()
             return
-        after = (self.rank + 1) % self.size
+        after = (self.rank + 1) % self.world_size
         beat, looked = b"", time.monotonic()
         heard = looked
         while not event.query():
@@ -297,7 +297,7 @@ class Ranks:
             return RankLost(f"the ranks lost torchrun and one another{why}", tells=True)
         named = " and ".join(f"rank {rank}" for rank in lost)
         message = f"{named} {'was' if len(lost) == 1 else 'were'} lost" if lost else f"the ranks lost one another{why}"
-        return RankLost(message, tells=self.rank == min({*range(self.size)} - {*lost}))
+        return RankLost(message, tells=self.rank == min({*range(self.world_size)} - {*lost}))
 
     def _refused(self, more: int) -> int:
         """How many ranks have refused their input, of which `more` do so now."""
@@ -311,7 +311,7 @@ class Ranks:
         try:
             self._store.set(f"alive/{self.rank}", "1")
             until = time.monotonic() + ROLL_CALL
-            silent = [rank for rank in range(self.size) if rank != self.rank]
+            silent = [rank for rank in range(self.world_size) if rank != self.rank]
             while silent and time.monotonic() < until:
                 time.sleep(0.05)
                 silent = [rank for rank in silent if not self._store.check([f"alive/{rank}"])]
@@ -330,38 +330,38 @@ class Share:
         bounds: first sequences of each task in the whole stream, and the end of the last (`Packed.sequence_bounds`).
     """
 
-    ranks: Ranks
+    group: ProcessGroup
     sequences: tuple[int, ...]
     first_token: int
     tokens: int
     bounds: tuple[int, ...] | None = None
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """Vectors of all the stream's sequences, from those of this rank's (`Ranks.gathered`)."""
-        return self.ranks.gathered(rows, self.sequences)
+        """Vectors of all the stream's sequences, from those of this rank's (`ProcessGroup.gathered`)."""
+        return self.group.gathered(rows, self.sequences)
 
 
 class Sent(NamedTuple):
     """What is on its way between ranks."""
 
-    ranks: Ranks
+    group: ProcessGroup
     arrive: Callable[[], object]
     kept: Tensor | None = None  # until it is there
 
     def wait(self) -> None:
-        with self.ranks.watched():
+        with self.group.watched():
             self.arrive()
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
         most = max(counts)
-        ctx.start, ctx.size = sum(counts[: ranks.rank]), ranks.size
+        ctx.start, ctx.size = sum(counts[: group.rank]), group.world_size
         ctx.end = ctx.start + len(rows)
-        whole = rows.new_empty(ranks.size * most, rows.shape[1])
-        ranks.part(whole)[: len(rows)] = rows
-        ranks.all_gather(whole).wait()
+        whole = rows.new_empty(group.world_size * most, rows.shape[1])
+        group.part(whole)[: len(rows)] = rows
+        group.all_gather(whole).wait()
         return torch.cat([part[:count] for part, count in zip(whole.split(most), counts, strict=True)])
 
     @staticmethod

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minbert.distributed.process_group import Ranks, Sent
+from minbert.distributed.process_group import ProcessGroup, Sent
 from minbert.methods.task_gradients import TaskGradients
 
 BUCKET = 8 << 20  # elements: 32 MiB of float32
@@ -40,23 +40,23 @@ class Piece(NamedTuple):
 class Bucket:
     """Parameters in one flat tensor, `whole`."""
 
-    def __init__(self, params: Sequence[Tensor], rows: int, ranks: Ranks) -> None:
+    def __init__(self, params: Sequence[Tensor], rows: int, group: ProcessGroup) -> None:
         self.params, self.rows = params, rows
         self.starts, end = [], 0
         for param in params:
             self.starts.append(end)
             end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
-        part = -(-end // (ranks.size * ALIGNMENT)) * ALIGNMENT
-        self.whole = params[0].new_zeros(ranks.size * part)
+        part = -(-end // (group.world_size * ALIGNMENT)) * ALIGNMENT
+        self.whole = params[0].new_zeros(group.world_size * part)
         self.pieces = []
-        own = ranks.part(self.whole)
+        own = group.part(self.whole)
         for param, start, place in zip(params, self.starts, self.views(self.whole), strict=True):
             place.copy_(param.detach())
             param.data = place
-            low = max(0, start - ranks.rank * part)
-            high = min(part, start + param.numel() - ranks.rank * part)
+            low = max(0, start - group.rank * part)
+            high = min(part, start + param.numel() - group.rank * part)
             if low < high:
-                begin = ranks.rank * part + low - start
+                begin = group.rank * part + low - start
                 self.pieces.append(Piece(param, begin, own[low:high].detach(), slice(low, high)))
 
     def views(self, whole: Tensor) -> list[Tensor]:
@@ -65,7 +65,7 @@ class Bucket:
         return [whole[start : start + param.numel()].view(param.shape) for param, start in places]
 
 
-class Arena:
+class ShardedParameters:
     """The trainable parameters of a model, in buckets.
 
     Args:
@@ -73,10 +73,10 @@ class Arena:
         shared: those with `rows` of gradients, which `watch` names.
     """
 
-    def __init__(self, own: Sequence[Tensor], shared: Sequence[Tensor], rows: int, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.buckets = [Bucket(params, 1, ranks) for params in _by_bucket(own)]
-        self.buckets += [Bucket(params, rows, ranks) for params in _by_bucket(list(reversed(shared)))]
+    def __init__(self, own: Sequence[Tensor], shared: Sequence[Tensor], rows: int, group: ProcessGroup) -> None:
+        self.group = group
+        self.buckets = [Bucket(params, 1, group) for params in _by_bucket(own)]
+        self.buckets += [Bucket(params, rows, group) for params in _by_bucket(list(reversed(shared)))]
         self.averages: dict[Tensor, Tensor] = {}
         self._averaged: list[Tensor] = []
         self._shared = set(shared)
@@ -167,8 +167,8 @@ class Arena:
             unit.reached.add(param)
             place.copy_(leaf.grad)
             leaf.grad = None
-        unit.part = torch.empty_like(self.ranks.part(whole))
-        self._under_way.append(self.ranks.reduce_scatter(unit.part, whole))
+        unit.part = torch.empty_like(self.group.part(whole))
+        self._under_way.append(self.group.reduce_scatter(unit.part, whole))
 
     # Parameters --------------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class Arena:
     def gather(self) -> None:
         """Give all ranks what each has updated: the parameters, and their averages where an optimizer keeps some."""
         wholes = [bucket.whole for bucket in self.buckets] + self._averaged
-        for sent in [self.ranks.all_gather(whole) for whole in wholes]:
+        for sent in [self.group.all_gather(whole) for whole in wholes]:
             sent.wait()
 
     def keep_averages(self, optimizer: torch.optim.Optimizer) -> None:
@@ -186,7 +186,7 @@ class Arena:
             self._averaged.append(averaged)
             self.averages |= dict(zip(bucket.params, bucket.views(averaged), strict=True))
             for piece in bucket.pieces:
-                optimizer.state[piece.values]["average"] = self.ranks.part(averaged)[piece.at]
+                optimizer.state[piece.values]["average"] = self.group.part(averaged)[piece.at]
 
     def bytes_sent(self, *, averages: bool) -> int:
         """What this rank sends in an update, all but some numbers: every row of gradients, and what `gather` gathers.
@@ -196,7 +196,7 @@ class Arena:
         """
         gathers = 2 if averages else 1
         whole = sum((bucket.rows + gathers) * bucket.whole.nbytes for bucket in self.buckets)
-        return whole * (self.ranks.size - 1) // self.ranks.size
+        return whole * (self.group.world_size - 1) // self.group.world_size
 
     # Optimizer state ---------------------------------------------------------------------------------------------
 
@@ -211,7 +211,9 @@ class Arena:
                 for name, value in state.get(piece.values, {}).items()
             }
             scalars: dict[tuple[int, str], float | None] = {}
-            for told in self.ranks.told({key: None if value.ndim else float(value) for key, value in own.items()}):
+            for told in self.group.all_gather_object(
+                {key: None if value.ndim else float(value) for key, value in own.items()}
+            ):
                 scalars |= told
             for name in sorted({name for _, name in scalars}):
                 if any(number is None for key, number in scalars.items() if key[1] == name):
@@ -219,8 +221,8 @@ class Arena:
                     for piece in bucket.pieces:
                         value = own.get((numbers[piece.param], name))
                         if value is not None:
-                            self.ranks.part(whole)[piece.at] = value
-                    self.ranks.all_gather(whole).wait()
+                            self.group.part(whole)[piece.at] = value
+                    self.group.all_gather(whole).wait()
                     values: Sequence[Tensor] = bucket.views(whole)
                 else:
                     values = [torch.tensor(scalars.get((i, name)) or 0.0) for i in range(len(bucket.params))]

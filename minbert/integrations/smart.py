@@ -130,7 +130,7 @@ class SMARTLoss(nn.Module):
         clean = embed.detach()
         x = clean[real]  # [N, D]
         seed = torch.randint(2**63 - 1, (), device=embed.device, generator=self.generator)
-        perturbed = smart_init(x, sigma=self.noise_var**0.5, seed=seed, site=0)
+        perturbed = smart_init(x, sigma=self.noise_var**0.5, seed=seed, stream_id=0)
         with statistics_kept(self.eval_fn):
             for _ in range(self.num_steps):
                 slope = self._slope(clean + _spread(perturbed - x, real), state.detach())[real]

@@ -18,7 +18,7 @@ from minbert.methods.task_gradients import detached, substituted
 from minbert.model import MultitaskModel
 from minbert.tasks import TASKS, Task
 
-NOISE_SITE = 0  # of the seed that the first perturbation follows
+NOISE_STREAM_ID = 0  # of the seed that the first perturbation follows
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def perturb(
     clean = {name: output.detach() for name, output in outputs.items()}
     counts = {name: len(output) for name, output in outputs.items()}
     scale = embedding_scale(model) if config.relative else None
-    perturbed = kernels.smart_init(x, sigma=config.sigma, seed=noise_seed, site=NOISE_SITE, scale=scale)
+    perturbed = kernels.smart_init(x, sigma=config.sigma, seed=noise_seed, stream_id=NOISE_STREAM_ID, scale=scale)
     for _ in range(config.steps):
         perturbed.requires_grad_()
         with torch.enable_grad(), substituted(model, read):

@@ -2,7 +2,7 @@
 
 from minbert.model.config import EncoderConfig
 from minbert.model.encoder import Encoder
-from minbert.model.heads import HEADS, Head, reading
+from minbert.model.heads import HEADS, Head, pair_encoding
 from minbert.model.layers import SHARED_LAYERS, statistics_kept
 from minbert.model.multitask import MultitaskModel, load_heads, save_heads
 from minbert.model.pooling import POOLINGS, pool
@@ -16,8 +16,8 @@ __all__ = [
     "Head",
     "MultitaskModel",
     "load_heads",
+    "pair_encoding",
     "pool",
-    "reading",
     "save_heads",
     "statistics_kept",
 ]

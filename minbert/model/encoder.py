@@ -16,7 +16,7 @@ from minbert.model.weights import check_shapes, has_pooler, load_weights, save_w
 
 Bounds = tuple[int, ...] | None  # of each task's rows, `Packed.token_bounds`
 
-SITES_PER_LAYER = 3  # places of dropout: attention probabilities, attention output, feed-forward output
+STREAM_IDS_PER_LAYER = 3  # places of dropout: attention probabilities, attention output, feed-forward output
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -42,7 +42,7 @@ class Projection(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """dropout(LayerNorm(word + token type + position)), at dropout site 0."""
+    """dropout(LayerNorm(word + token type + position)), at dropout stream 0."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Embeddings(nn.Module):
             eps=self.norm.eps,
             dropout_p=self.dropout_p if self.training else 0.0,
             seed=seed,
-            site=0,
+            stream_id=0,
             dtype=dtype,
             bounds=packed.token_bounds,
         )
@@ -74,7 +74,7 @@ class Embeddings(nn.Module):
 class Layer(nn.Module):
     """Self-attention and feed-forward network, each with dropout, residual and LayerNorm after it."""
 
-    def __init__(self, config: EncoderConfig, first_site: int) -> None:
+    def __init__(self, config: EncoderConfig, first_stream_id: int) -> None:
         super().__init__()
         hidden = config.hidden_size
         self.heads = config.num_attention_heads
@@ -86,7 +86,7 @@ class Layer(nn.Module):
         self.output_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.attention_dropout_p = config.attention_probs_dropout_prob
         self.hidden_dropout_p = config.hidden_dropout_prob
-        self.first_site = first_site
+        self.first_stream_id = first_stream_id
 
     def forward(self, hidden: Tensor, packed: Packed, seed: Tensor | None) -> Tensor:
         bounds = packed.token_bounds
@@ -96,7 +96,7 @@ class Layer(nn.Module):
             packed.max_seqlen,
             dropout_p=self.attention_dropout_p if self.training else 0.0,
             seed=seed,
-            site=self.first_site,
+            stream_id=self.first_stream_id,
             tiles=packed.tiles,
         )
         mixed = self.attention_output(context.flatten(1), bounds)
@@ -107,7 +107,7 @@ class Layer(nn.Module):
         return self._add_norm(self.output(inner, bounds), attended, self.output_norm, seed, 2, bounds)
 
     def _add_norm(
-        self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, seed: Tensor | None, site: int, bounds: Bounds
+        self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, seed: Tensor | None, stream_id: int, bounds: Bounds
     ) -> Tensor:
         return kernels.dropout_add_layer_norm(
             x,
@@ -117,7 +117,7 @@ class Layer(nn.Module):
             eps=norm.eps,
             dropout_p=self.hidden_dropout_p if self.training else 0.0,
             seed=seed,
-            site=self.first_site + site,
+            stream_id=self.first_stream_id + stream_id,
             bounds=bounds,
         )
 
@@ -139,10 +139,12 @@ class Encoder(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(
-            Layer(config, first_site=1 + SITES_PER_LAYER * i) for i in range(config.num_hidden_layers)
+            Layer(config, first_stream_id=1 + STREAM_IDS_PER_LAYER * i) for i in range(config.num_hidden_layers)
         )
         self.pooler = Projection(config.hidden_size, config.hidden_size) if pooler else None
-        self.dropout_sites = 1 + SITES_PER_LAYER * config.num_hidden_layers  # the encoder's are 0 to this, exclusive
+        self.dropout_stream_ids = (
+            1 + STREAM_IDS_PER_LAYER * config.num_hidden_layers
+        )  # the encoder's are 0 to this, exclusive
         self._compute_dtype: torch.dtype | None = None
         self.reset_parameters()
 

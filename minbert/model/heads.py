@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minbert.model.layers import INITIALIZER_RANGE, BatchNorm, dropout, new_linear
-from minbert.tasks import READINGS, Task
+from minbert.tasks import PAIR_ENCODINGS, Task
 
 LOGIT_SCALE = 20.0  # of a cosine in a sigmoid or softmax (004, experiment 2bi)
 OF_A_SCORE = ("cross_entropy", "binary_cross_entropy", "mean_squared_error")
@@ -24,27 +24,27 @@ class Head(nn.Module):
     """What a task's outputs are made of.
 
     Attributes:
-        reading: how a pair becomes sequences, a key of `READINGS`; a single sentence is one sequence in any case.
+        pair_encoding: how a pair becomes sequences, a key of `PAIR_ENCODINGS`; a single sentence is one sequence.
         losses: those that fit the outputs.
         normalises: whether it has a `BatchNorm`, and so needs batches of at least 2.
     """
 
-    reading: ClassVar[str] = "joint"
+    pair_encoding: ClassVar[str] = "cross-encoder"
     losses: ClassVar[Sequence[str]] = OF_A_SCORE
     normalises: ClassVar[bool] = False
 
     def __init__(self, task: Task, hidden_size: int, dropout_p: float = 0.1) -> None:
         super().__init__()
         self.task, self.dropout_p = task, dropout_p
-        self.width: int = READINGS[self.reading] if task.is_pair else 1
+        self.width: int = PAIR_ENCODINGS[self.pair_encoding] if task.is_pair else 1
 
-    def forward(self, pooled: Tensor, *, seed: Tensor | None, sites: Sequence[int]) -> Tensor:
+    def forward(self, pooled: Tensor, *, seed: Tensor | None, stream_ids: Sequence[int]) -> Tensor:
         """Outputs for n examples.
 
         Args:
             pooled: [n * width, D], the sequences of an example one after the other.
             seed: as for `kernels.dropout_mask`, whose rows are examples here; dropout acts in training mode only.
-            sites: the dropout sites, numbers of this head's own.
+            stream_ids: the dropout streams, numbers of this head's own.
 
         Returns:
             [n, outputs], or [n] when there is one output. In training for multiple negatives ranking [n, n]: how well
@@ -54,14 +54,14 @@ class Head(nn.Module):
         if self.training and self.task.loss == "multiple_negatives_ranking":
             u, v = sequences
             sequences = (u[:, None], v[None])
-        return self.score(*sequences, drop=partial(self._dropout, seed=seed, sites=sites))
+        return self.score(*sequences, drop=partial(self._dropout, seed=seed, stream_ids=stream_ids))
 
     def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
         """Outputs [..., outputs], or [...] when there is one, from `width` vectors [..., D] that broadcast."""
         raise NotImplementedError
 
-    def _dropout(self, x: Tensor, place: int, *, seed: Tensor | None, sites: Sequence[int]) -> Tensor:
-        return dropout(x, self.dropout_p if self.training else 0.0, seed, sites[place])
+    def _dropout(self, x: Tensor, place: int, *, seed: Tensor | None, stream_ids: Sequence[int]) -> Tensor:
+        return dropout(x, self.dropout_p if self.training else 0.0, seed, stream_ids[place])
 
 
 # One linear layer on features of the sequences ---------------------------------------------------------------------
@@ -92,7 +92,7 @@ class LinearHead(Head):
 class ConcatenatedHead(LinearHead):
     """W dropout([u; v]) + b (000, section 3.1; 002, section 4.1; 004, section 5.3)."""
 
-    reading = "apart"
+    pair_encoding = "bi-encoder"
     losses = OF_ANY_PAIR
 
 
@@ -103,7 +103,7 @@ class DifferenceHead(LinearHead):
     the work it follows (Reimers and Gurevych 2019).
     """
 
-    reading = "apart"
+    pair_encoding = "bi-encoder"
     losses = OF_ANY_PAIR
 
     def __init__(self, task: Task, hidden_size: int, dropout_p: float = 0.1) -> None:
@@ -121,7 +121,7 @@ class DifferenceHead(LinearHead):
 class CosineFeatureHead(LinearHead):
     """W dropout([u; v; cos(u, v)]) + b: the 2d + 1 features of 004, experiments 2bii and 2c."""
 
-    reading = "apart"
+    pair_encoding = "bi-encoder"
     losses = OF_ANY_PAIR
 
     def features_size(self, hidden_size: int) -> int:
@@ -143,7 +143,7 @@ class CosineHead(Head):
     multiplied by 20, or the softmax could prefer no pair by more than a factor of e^2.
     """
 
-    reading = "apart"
+    pair_encoding = "bi-encoder"
     losses: ClassVar[Sequence[str]] = (
         "binary_cross_entropy",
         "mean_squared_error",
@@ -214,7 +214,7 @@ class LayersHead(Head):
 class ConcatenatedLayersHead(LayersHead):
     """The three layers on [u; v] (002, rows B and C)."""
 
-    reading = "apart"
+    pair_encoding = "bi-encoder"
 
 
 class MixedHead(Head):
@@ -244,7 +244,7 @@ class MixedHead(Head):
 class HalfCosineHead(MixedHead):
     """Half a linear layer on [u; v], half a cosine (002, row A)."""
 
-    reading = "apart"
+    pair_encoding = "bi-encoder"
     network_type = ConcatenatedHead
 
 
@@ -254,7 +254,7 @@ class ConcatenatedLayersCosineHead(MixedHead):
     "Learnable weights" of a "split" (section 5.4) are one share and what it leaves.
     """
 
-    reading = "apart"
+    pair_encoding = "bi-encoder"
     network_type: ClassVar[type[Head]] = ConcatenatedLayersHead
     normalises = True
 
@@ -273,7 +273,7 @@ class LayersCosineHead(ConcatenatedLayersCosineHead):
     The paper does not say of which two embeddings it takes the cosine once a pair is one sequence.
     """
 
-    reading = "both"
+    pair_encoding = "both"
     network_type = LayersHead
 
 
@@ -293,14 +293,14 @@ HEADS: dict[str, type[Head]] = {
 }
 
 
-def reading(task: Task) -> str:
-    """How the examples of a task become sequences, as its head needs them: a key of `READINGS`."""
-    return HEADS[task.head].reading if task.is_pair else "joint"
+def pair_encoding(task: Task) -> str:
+    """How the examples of a task become sequences, as its head needs them: a key of `PAIR_ENCODINGS`."""
+    return HEADS[task.head].pair_encoding if task.is_pair else "cross-encoder"
 
 
 def sequences_of(task: Task) -> int:
     """The sequences of one example of a task."""
-    return READINGS[reading(task)]
+    return PAIR_ENCODINGS[pair_encoding(task)]
 
 
 def joined(*vectors: Tensor) -> Tensor:

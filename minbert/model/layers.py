@@ -25,11 +25,11 @@ def new_linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
     return linear
 
 
-def dropout(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: Tensor | None, stream_id: int) -> Tensor:
     """`kernels.dropout` of an activation [..., D], which may be empty."""
     if p == 0 or x.numel() == 0:
         return x
-    return kernels.dropout(x.reshape(-1, x.shape[-1]), p=p, seed=seed, site=site).view_as(x)
+    return kernels.dropout(x.reshape(-1, x.shape[-1]), p=p, seed=seed, stream_id=stream_id).view_as(x)
 
 
 def view_of(parameter: Parameter, view: int) -> Tensor:
@@ -105,7 +105,7 @@ class SharedLinear(nn.Module):
         self.linear = new_linear(hidden_size, hidden_size, bias=not self.normalises)
         self.dropout_p = dropout_p
 
-    def forward(self, x: Tensor, view: int = 0, *, seed: Tensor | None, site: int) -> Tensor:
+    def forward(self, x: Tensor, view: int = 0, *, seed: Tensor | None, stream_id: int) -> Tensor:
         """x [n, D] of one task, which reads the parameters' view of that number; likewise out."""
         return self._product(x, view).relu()
 
@@ -130,9 +130,9 @@ class SharedTransform(SharedLinear):
         super().__init__(hidden_size, dropout_p)
         self.norm = BatchNorm(hidden_size)
 
-    def forward(self, x: Tensor, view: int = 0, *, seed: Tensor | None, site: int) -> Tensor:
+    def forward(self, x: Tensor, view: int = 0, *, seed: Tensor | None, stream_id: int) -> Tensor:
         y = F.gelu(self.norm(self._product(x, view), view))
-        return dropout(y, self.dropout_p if self.training else 0.0, seed, site)
+        return dropout(y, self.dropout_p if self.training else 0.0, seed, stream_id)
 
 
 SHARED_LAYERS: dict[str, type[SharedLinear]] = {"linear": SharedLinear, "transform": SharedTransform}

@@ -78,8 +78,8 @@ class MultitaskModel(nn.Module):
                 )
             self.heads[task.name] = HEADS[task.head](task, encoder.config.hidden_size, head_dropout)
         self.shared = SHARED_LAYERS[shared_layer](encoder.config.hidden_size, head_dropout) if shared_layer else None
-        first, end = encoder.dropout_sites, encoder.dropout_sites + len(self.heads) * (MOST_DROPOUTS + 1)
-        self._sites = {name: range(first + i, end, len(self.heads)) for i, name in enumerate(self.heads)}
+        first, end = encoder.dropout_stream_ids, encoder.dropout_stream_ids + len(self.heads) * (MOST_DROPOUTS + 1)
+        self._stream_ids = {name: range(first + i, end, len(self.heads)) for i, name in enumerate(self.heads)}
 
     @property
     def trunk(self) -> nn.ModuleList:
@@ -128,10 +128,10 @@ class MultitaskModel(nn.Module):
         views = self.views(packed, counts) if self.shared is not None else {}
         outputs = {}
         for i, (name, how) in enumerate(zip(counts, ways, strict=True)):
-            rows, sites = pooled[how][i], self._sites[name]
+            rows, stream_ids = pooled[how][i], self._stream_ids[name]
             if self.shared is not None:
-                rows = self.shared(rows, views[name], seed=seed, site=sites[-1])
-            outputs[name] = self.heads[name](rows, seed=seed, sites=sites)
+                rows = self.shared(rows, views[name], seed=seed, stream_id=stream_ids[-1])
+            outputs[name] = self.heads[name](rows, seed=seed, stream_ids=stream_ids)
         return outputs
 
     def _pooled(self, hidden: Tensor, packed: Packed, how: str) -> Tensor:

@@ -16,7 +16,7 @@ from minbert.files.atomic import write_directory, write_json, write_tensors, wri
 from minbert.files.json_yaml import read_json, short
 from minbert.files.validation import FORMAT, build, without_format
 from minbert.methods.surgery import Surgery
-from minbert.model import HEADS, Encoder, MultitaskModel, reading, save_heads
+from minbert.model import HEADS, Encoder, MultitaskModel, pair_encoding, save_heads
 from minbert.model.weights import fitting, open_safetensors
 from minbert.runs.schemas import Scores, check_scores
 from minbert.tasks import Task
@@ -103,9 +103,9 @@ def check_fits(
         raise UserError(f"{where}: an encoder with {positions} positions reads no text; it needs {SHORTEST} or more")
     if max_length is not None and max_length > positions:
         raise UserError(f"--max-length {max_length} is more than the {positions} positions of the encoder")
-    pairs = [task for task in tasks if task.is_pair and reading(task) != "apart"]
+    pairs = [task for task in tasks if task.is_pair and pair_encoding(task) != "bi-encoder"]
     if pairs and config.type_vocab_size < 2:
-        apart = [head for head in HEADS if HEADS[head].reading == "apart"]
+        apart = [head for head in HEADS if HEADS[head].pair_encoding == "bi-encoder"]
         raise UserError(
             f"{where}: its encoder has {config.type_vocab_size} token type, and head {pairs[0].head} of {pairs[0].name}"
             f" reads two sentences as one sequence, with a type for each; give --heads.{pairs[0].name} one of"

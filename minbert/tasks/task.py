@@ -8,7 +8,7 @@ from typing import Literal
 
 # How a pair is read, and how many sequences that makes: as one, [CLS] a [SEP] b [SEP]; each sentence by itself,
 # [CLS] a [SEP] and [CLS] b [SEP]; or all three of these.
-READINGS = {"joint": 1, "apart": 2, "both": 3}
+PAIR_ENCODINGS = {"cross-encoder": 1, "bi-encoder": 2, "both": 3}
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from minbert.training.setup import Workbench
 
 def finish_run(bench: Workbench, run: Run, progress: Progress, epoch_steps: int, console: Console) -> dict[str, object]:
     """Write the best epoch's predictions, the plots and summary.json; show the dev table of all epochs."""
-    bench.ranks.agreed("saved")
+    bench.group.broadcast_object("saved")
     model, _ = load_model(run.best, bench.config, bench.device)
     scores: dict[str, Scores] = {}
     for split, encoded in (("dev", bench.dev), ("test", bench.test)):
         present = [task for task in bench.tasks if task.name in encoded]
-        scores[split], outputs = evaluate(model, present, encoded, bench.device, bench.ranks)
-        for task in present if bench.ranks.leads else ():
+        scores[split], outputs = evaluate(model, present, encoded, bench.device, bench.group)
+        for task in present if bench.group.is_main else ():
             run.write_predictions(task, split, encoded[task.name], outputs[task.name])
-    if not bench.ranks.leads:
+    if not bench.group.is_main:
         return {}
     with writing(run.path / "plots", RESUME):
         plot_run(run)

@@ -30,13 +30,13 @@ from minbert.data import (
 )
 from minbert.data.tokenizer import Tokenizer
 from minbert.device import describe, resolve_precision
-from minbert.distributed.process_group import Ranks
-from minbert.distributed.sharded_parameters import Arena, OptimizerState
+from minbert.distributed.process_group import ProcessGroup
+from minbert.distributed.sharded_parameters import OptimizerState, ShardedParameters
 from minbert.errors import UserError
 from minbert.methods.smart import embedding_scale, rounds_away
 from minbert.methods.surgery import find_surgery
 from minbert.methods.task_gradients import TaskGradients
-from minbert.model import Encoder, EncoderConfig, MultitaskModel, load_heads, reading
+from minbert.model import Encoder, EncoderConfig, MultitaskModel, load_heads, pair_encoding
 from minbert.runs import checkpoint
 from minbert.runs.checkpoint import Progress
 from minbert.runs.run_directory import Run
@@ -61,8 +61,8 @@ class Workbench:
     model: MultitaskModel
     optimizer: AdamW
     stepper: Stepper
-    arena: Arena | None  # where there are several ranks
-    ranks: Ranks
+    arena: ShardedParameters | None  # where there are several ranks
+    group: ProcessGroup
     train: dict[str, Encoded]
     dev: dict[str, Encoded]
     test: dict[str, Encoded]
@@ -75,7 +75,7 @@ class Workbench:
         state: OptimizerState = (
             self.optimizer.state if self.arena is None else self.arena.whole_state(self.optimizer.state)
         )
-        if self.ranks.leads:
+        if self.group.is_main:
             checkpoint.save(path, self.model, self.tokenizer, state, progress, self.stepper.surgeries)
 
     def load(self, path: Path) -> None:
@@ -88,7 +88,7 @@ class Workbench:
                 surgery.weighting.load(path, self.device)
 
 
-def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Workbench:
+def prepare(config: TrainConfig, run: Run, console: Console, group: ProcessGroup) -> Workbench:
     """Read the data, build or load the model, and settle what `config` left open. Nothing is written.
 
     The weights are drawn from torch's default generator, which stays as it is then.
@@ -96,12 +96,12 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
     Raises:
         UserError: bad data, a bad model directory, or options that do not fit them.
     """
-    device = ranks.device
+    device = group.device
     surgeries = find_surgery(config.surgery, config.surgery_reduction)
     precision = resolve_precision(config.precision, device)
     console.print(f"minbert {minbert.__version__} on {describe(device, precision)}")
-    if ranks.size > 1:
-        console.print(f"{ranks.size} processes over {ranks.backend}")
+    if group.world_size > 1:
+        console.print(f"{group.world_size} processes over {group.backend}")
 
     source, tasks = open_tasks(config)
     dev = {task.name: source.load(task, "dev") for task in tasks if task.evaluated}
@@ -150,7 +150,7 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
                 )
     if not goes_on:  # else it was decided by the weights that the run began with
         precision = fit_for_smart(model, config, precision, console)
-    matmul = choose_matmul(config, encoder.config, precision, ranks)
+    matmul = choose_matmul(config, encoder.config, precision, group)
     console.print(kernels_line(device))
     lr = config.lr or default_learning_rate(config, encoder.config.hidden_size)
     config = config.replace(
@@ -163,7 +163,7 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
     )
     encoded = {
         split: {
-            name: encode(examples, tokenizer, max_length, reading=reading(model.tasks[name]))
+            name: encode(examples, tokenizer, max_length, pair_encoding=pair_encoding(model.tasks[name]))
             for name, examples in by_task.items()
         }
         for split, by_task in splits.items()
@@ -198,12 +198,12 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
     beta = config.bregman.beta if config.bregman.mu else None
     l2 = {task.name: of_task(config.l2, task.name, 0.0) for task in tasks}
     params = model.parameter_groups(config.weight_decay)
-    for group in params:
-        group["lr"] = config.head_lr if config.head_lr and group["name"].startswith("heads.") else lr
+    for param_group in params:
+        param_group["lr"] = config.head_lr if config.head_lr and group["name"].startswith("heads.") else lr
     arena = None
-    if ranks.size > 1:
+    if group.world_size > 1:
         trunk = [param for param in model.trunk.parameters() if param.requires_grad]
-        arena = Arena(list(model.heads.parameters()), trunk, rows, ranks)
+        arena = ShardedParameters(list(model.heads.parameters()), trunk, rows, group)
         arena.gather()  # all ranks start alike
         params = arena.groups(params)
         sent = len(surgeries) * arena.bytes_sent(averages=beta is not None)
@@ -229,7 +229,7 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
         config.seed,
         device,
         bucket_to=max_length if device.type == "cuda" and config.cuda_graphs and one_stream and not arena else None,
-        ranks=ranks,
+        group=group,
         arena=arena,
     )
     return Workbench(
@@ -241,7 +241,7 @@ def prepare(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> Wo
         optimizer,
         stepper,
         arena,
-        ranks,
+        group,
         encoded["train"],
         encoded["dev"],
         encoded["test"],
@@ -299,7 +299,7 @@ def fit_for_smart(model: MultitaskModel, config: TrainConfig, precision: str, co
     return precision
 
 
-def choose_matmul(config: TrainConfig, encoder: EncoderConfig, precision: str, ranks: Ranks) -> str:
+def choose_matmul(config: TrainConfig, encoder: EncoderConfig, precision: str, group: ProcessGroup) -> str:
     """Choose the library of float32 products, on all ranks the one that the first finds the faster, and return it.
 
     Raises:
@@ -307,9 +307,9 @@ def choose_matmul(config: TrainConfig, encoder: EncoderConfig, precision: str, r
     """
     name: str = config.matmul
     if name == "auto":
-        measures = ranks.leads and ranks.device.type == "cpu" and precision == "fp32" and config.backend == "auto"
+        measures = group.is_main and group.device.type == "cpu" and precision == "fp32" and config.backend == "auto"
         found = kernels.faster_matmul(encoder.hidden_size, encoder.intermediate_size) if measures else "blas"
-        name = ranks.agreed(found)
+        name = group.broadcast_object(found)
     try:
         kernels.set_matmul(name)
     except ValueError as error:

@@ -18,8 +18,8 @@ from torch import Tensor
 from minbert import kernels
 from minbert.data import Encoded, pack_batches, token_split
 from minbert.data.packing import Packed
-from minbert.distributed.process_group import Ranks, Share
-from minbert.distributed.sharded_parameters import Arena
+from minbert.distributed.process_group import ProcessGroup, Share
+from minbert.distributed.sharded_parameters import ShardedParameters
 from minbert.errors import UserError
 from minbert.methods.surgery import Surgery
 from minbert.methods.task_gradients import TaskGradients
@@ -65,8 +65,8 @@ class Stepper:
     seed: int
     device: torch.device
     bucket_to: int | None = None
-    ranks: Ranks = field(default_factory=Ranks)
-    arena: Arena | None = None
+    group: ProcessGroup = field(default_factory=ProcessGroup)
+    arena: ShardedParameters | None = None
     _replay: Replay | None = field(default=None, init=False)
     _unsettled: tuple[Readings, list[Tensor]] | None = field(default=None, init=False)  # the last update
 
@@ -154,24 +154,24 @@ class Stepper:
         """
         lengths = np.concatenate([self.data[task.name].lengths[indices] for task, indices in parts])
         widths = np.concatenate([np.full(len(indices), self.data[task.name].width) for task, indices in parts])
-        if len(lengths) < self.ranks.size:
+        if len(lengths) < self.group.world_size:
             raise UserError(
-                f"a batch of {len(lengths)} examples is too small for {self.ranks.size} processes; give a larger"
+                f"a batch of {len(lengths)} examples is too small for {self.group.world_size} processes; give a larger"
                 " --batch-size, or fewer processes"
             )
-        bounds = token_split(lengths, self.ranks.size)
-        start, end = bounds[self.ranks.rank : self.ranks.rank + 2]
+        bounds = token_split(lengths, self.group.world_size)
+        start, end = bounds[self.group.rank : self.group.rank + 2]
         first = np.cumsum([0, *(len(indices) for _, indices in parts)])
         own = [i[max(start - at, 0) : max(end - at, 0)] for (_, i), at in zip(parts, first[:-1], strict=True)]
         here = [(task, indices) for (task, _), indices in zip(parts, own, strict=True) if len(indices)]
         sequences = tuple(np.add.reduceat(widths, bounds[:-1]).tolist())
-        return here, Share(self.ranks, sequences, int(lengths[:start].sum()), int(lengths.sum()))
+        return here, Share(self.group, sequences, int(lengths[:start].sum()), int(lengths.sum()))
 
     def _differentiate(
         self, batch: Batch, row: int | None, on_phase: Callable[[str], None] = lambda name: None
     ) -> Losses:
         losses = self.objective(batch, partial(self.gradients.attached, row), on_phase=on_phase)
-        (losses.total / (self.accumulate * self.ranks.size)).backward()
+        (losses.total / (self.accumulate * self.group.world_size)).backward()
         return losses
 
     def _update(
@@ -186,7 +186,7 @@ class Stepper:
         rows = [list(row) for row in zip(*shared.values(), strict=True)] or [[] for _ in self.gradients.rows]
         sizes = [losses.perturbation for losses in found if losses.perturbation is not None]
         sums = torch.cat([self._gram(rows).flatten(), self._gram([own]).flatten(), *(size.view(1) for size in sizes)])
-        squares, own_square, perturbations = self.ranks.sum_(sums).split([len(rows) ** 2, 1, len(sizes)])
+        squares, own_square, perturbations = self.group.all_reduce_sum(sums).split([len(rows) ** 2, 1, len(sizes)])
         gram = squares.view(len(rows), -1)
         total = torch.stack([losses.total for losses in found]).sum().double()
         own_square = own_square[0] + (total - total)  # a loss that is not finite marks the update so
@@ -210,12 +210,12 @@ class Stepper:
         if sizes:
             numbers["perturbation"] = list(perturbations)
         numbers |= {"gram": [gram], "stats": [stats], "updated": [updated]}
-        updates.append(Readings({name: torch.stack(of) for name, of in numbers.items()}, self.ranks.wait_for))
+        updates.append(Readings({name: torch.stack(of) for name, of in numbers.items()}, self.group.wait_for))
         self._unsettled = updates[-1], counted
         return updated
 
     def _of_first_rank(self, weights: Tensor) -> Tensor:
-        return self.ranks.sum_(weights if self.ranks.leads else torch.zeros_like(weights))
+        return self.group.all_reduce_sum(weights if self.group.is_main else torch.zeros_like(weights))
 
     def _gradients(self) -> tuple[Mapping[Tensor, Sequence[Tensor | None]], list[Tensor]]:
         """Of all streams and ranks: by parameter that the tasks share its gradient in each row, and all others."""

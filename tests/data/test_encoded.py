@@ -76,11 +76,11 @@ def test_packing_lays_the_chosen_examples_end_to_end(tmp_path_factory, data):
     )
 
 
-@pytest.mark.parametrize("reading", ["joint", "apart", "both"])
-def test_texts_of_which_no_token_is_left_are_told(tmp_path, reading):
+@pytest.mark.parametrize("pair_encoding", ["cross-encoder", "bi-encoder", "both"])
+def test_texts_of_which_no_token_is_left_are_told(tmp_path, pair_encoding):
     tokenizer = Tokenizer.train(["one two three"], 100)
     texts, pairs = ["one", "\x01\u200b", "two", "\x02"], ["two", "one", "\x03", "\x04"]
-    pair = encode(Examples(list("abcd"), texts, pairs, None), tokenizer, 8, tmp_path, reading=reading)
+    pair = encode(Examples(list("abcd"), texts, pairs, None), tokenizer, 8, tmp_path, pair_encoding=pair_encoding)
     assert pair.without_tokens.tolist() == [1, 2, 3]
     single = encode(Examples(list("abcd"), texts, None, None), tokenizer, 8, tmp_path)
     assert single.without_tokens.tolist() == [1, 3]
@@ -121,7 +121,7 @@ def test_packing_batches_lays_tasks_end_to_end(encoded, tmp_path):
 
 
 def test_a_pair_read_apart_is_two_sequences_and_both_ways_are_three(encoded, tmp_path):
-    apart, both = (encode(EXAMPLES, Letters(), 8, tmp_path, reading=how) for how in ("apart", "both"))
+    apart, both = (encode(EXAMPLES, Letters(), 8, tmp_path, pair_encoding=how) for how in ("bi-encoder", "both"))
     joint = [bytes(row) for row in sequences(encoded, encoded.token_ids)]
     singly = [word.encode() for pair in zip(EXAMPLES.texts, EXAMPLES.pairs, strict=True) for word in pair]
     together = [row for i in range(3) for row in (joint[i], singly[2 * i], singly[2 * i + 1])]
@@ -138,7 +138,7 @@ def test_a_pair_read_apart_is_two_sequences_and_both_ways_are_three(encoded, tmp
 
 
 def test_padding_comes_after_all_sequences_of_a_task(tmp_path):
-    apart = encode(EXAMPLES, Letters(), 8, tmp_path, reading="apart")
+    apart = encode(EXAMPLES, Letters(), 8, tmp_path, pair_encoding="bi-encoder")
     packed = pack_batches([(apart, np.array([1, 0])), (apart, np.array([2]))], 32)
     lengths = packed.lengths.tolist()
     assert lengths[:4] == [5, 4, 3, 3]

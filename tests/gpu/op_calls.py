@@ -16,7 +16,7 @@ from minbert import kernels
 
 Call = Callable[[], list[Tensor]]
 
-SITE, P, EPS = 3, 0.1, 1e-12
+STREAM_ID, P, EPS = 3, 0.1, 1e-12
 HEADS, HIDDEN, INNER, VOCABULARY, TASKS = 12, 768, 3072, 900, 3
 SHORT, MEDIUM, LONG = [27, 5, 31, 1, 30, 12], [100, 64, 33, 128, 1], [200, 513, 40]
 ADAMW = {"step": 3, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -66,7 +66,7 @@ def calls(device: torch.device | str, copies: int = 1) -> dict[str, Call]:
         for kind, sequences in (("short", lengths), ("medium", MEDIUM * copies), ("long", LONG * copies)):
             attention = functools.partial(
                 lambda qkv, cu_seqlens, longest: kernels.attention(
-                    qkv, cu_seqlens, longest, dropout_p=P, seed=seed, site=SITE
+                    qkv, cu_seqlens, longest, dropout_p=P, seed=seed, stream_id=STREAM_ID
                 ),
                 cu_seqlens=stream(sequences),
                 longest=max(sequences),
@@ -75,18 +75,18 @@ def calls(device: torch.device | str, copies: int = 1) -> dict[str, Call]:
             found[f"attention, {kind}, {name}"] = both_ways(attention, [], qkv)
         activation = functools.partial(randn, rows, dtype=dtype)
         add_norm = functools.partial(
-            kernels.dropout_add_layer_norm, eps=EPS, dropout_p=P, seed=seed, site=SITE, bounds=bounds
+            kernels.dropout_add_layer_norm, eps=EPS, dropout_p=P, seed=seed, stream_id=STREAM_ID, bounds=bounds
         )
         params = [views(HIDDEN), views(HIDDEN)]
         found[f"dropout_add_layer_norm, {name}"] = both_ways(add_norm, params, activation(HIDDEN), activation(HIDDEN))
         gelu = functools.partial(kernels.bias_gelu, bounds=bounds)
         found[f"bias_gelu, {name}"] = both_ways(gelu, [views(INNER)], activation(INNER))
-        drop = functools.partial(kernels.dropout, p=P, seed=seed, site=SITE)
+        drop = functools.partial(kernels.dropout, p=P, seed=seed, stream_id=STREAM_ID)
         found[f"dropout, {name}"] = both_ways(drop, [], activation(HIDDEN))
         linear = functools.partial(kernels.linear, bounds=bounds)
         found[f"linear, {name}"] = both_ways(linear, [views(INNER, HIDDEN), views(INNER)], activation(HIDDEN))
         embed = functools.partial(
-            kernels.embedding, eps=EPS, dropout_p=P, seed=seed, site=SITE, dtype=dtype, bounds=bounds
+            kernels.embedding, eps=EPS, dropout_p=P, seed=seed, stream_id=STREAM_ID, dtype=dtype, bounds=bounds
         )
         tables = [views(size, HIDDEN) for size in (VOCABULARY, 2, 64)]
         ids = [integers(size, rows) for size in (VOCABULARY, 2, 64)]
@@ -97,7 +97,7 @@ def calls(device: torch.device | str, copies: int = 1) -> dict[str, Call]:
         for norm, per in itertools.product(("inf", "2"), ("token", "sequence")):
             found[f"smart_ascend {norm} per {per}, {name}"] = functools.partial(_ascend, ascend, norm, per)
 
-    found["dropout_mask"] = lambda: [kernels.dropout_mask(rows, 77, P, seed, SITE)]
+    found["dropout_mask"] = lambda: [kernels.dropout_mask(rows, 77, P, seed, STREAM_ID)]
     shapes = [(VOCABULARY, HIDDEN), (HIDDEN,), (HIDDEN, 33), (1,), (70001,)]
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
@@ -116,7 +116,7 @@ def calls(device: torch.device | str, copies: int = 1) -> dict[str, Call]:
 
 
 def _start(x: Tensor, seed: Tensor) -> list[Tensor]:
-    return [kernels.smart_init(x, sigma=0.3, seed=seed, site=SITE)]
+    return [kernels.smart_init(x, sigma=0.3, seed=seed, stream_id=STREAM_ID)]
 
 
 def _ascend(ascend: Callable[..., Tensor], norm: str, per: str) -> list[Tensor]:

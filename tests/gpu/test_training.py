@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from minbert import cli, train
 from minbert.config import TrainConfig
 from minbert.device import resolve_device
-from minbert.distributed.process_group import Ranks
+from minbert.distributed.process_group import ProcessGroup
 from minbert.runs.run_directory import Run
 from minbert.training.setup import prepare
 from minbert.training.step import Stepper
@@ -66,7 +66,9 @@ def test_one_step_is_that_of_the_cpu(cuda, quick, tmp_path, options):
         # CUDA graphs pad the stream, and dropout follows the place in it
         arguments = [*quick, *options, "--precision=fp32", f"--device={device}", "--dropout=0.1", "--cuda-graphs=false"]
         config = cli.parse_layers("train", TrainConfig, arguments)
-        bench = prepare(config, Run(tmp_path / device), Console(quiet=True), Ranks(device=resolve_device(device)))
+        bench = prepare(
+            config, Run(tmp_path / device), Console(quiet=True), ProcessGroup(device=resolve_device(device))
+        )
         bench.model.train()
         start = torch.cat([param.detach().cpu().flatten() for param in bench.model.parameters()])
         batch = [(task, np.arange(8)) for task in bench.tasks]

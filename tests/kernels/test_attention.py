@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minbert.kernels import attention, native, reference, use_backend
 
-SEED, SITE = torch.tensor([-(2**40) + 77, 2**32 - 30]), 5
+SEED, STREAM_ID = torch.tensor([-(2**40) + 77, 2**32 - 30]), 5
 DTYPES = (torch.float32, torch.bfloat16)
 ATTENTION_OPS = ["minbert::attention", "minbert::attention_backward"]
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -30,7 +30,7 @@ def stream(lengths: list[int]) -> Tensor:
 def run(qkv: Tensor, lengths: list[int], grad_out: Tensor, p: float = 0.0, **options: float) -> tuple[Tensor, Tensor]:
     """The result and the gradient of qkv."""
     qkv = qkv.detach().requires_grad_()
-    out = attention(qkv, stream(lengths), max(lengths), dropout_p=p, seed=SEED, site=SITE, **options)
+    out = attention(qkv, stream(lengths), max(lengths), dropout_p=p, seed=SEED, stream_id=STREAM_ID, **options)
     return out.detach(), torch.autograd.grad(out, qkv, grad_out)[0]
 
 
@@ -110,7 +110,7 @@ def test_masks_are_the_references_to_the_bit(isa: str, lengths: list[int]) -> No
     heads, p, longest = 6, 0.4, max(lengths)
     head_dim = -(-longest // 8) * 8
     qkv = torch.zeros(sum(lengths), 3, heads, head_dim)
-    keep = reference.attention_dropout_mask(stream(lengths), heads, p, SEED, SITE)
+    keep = reference.attention_dropout_mask(stream(lengths), heads, p, SEED, STREAM_ID)
     at = row = 0
     for n in lengths:
         qkv[row : row + n, 2] = torch.eye(n, head_dim)[:, None]
@@ -247,7 +247,7 @@ def test_second_derivatives_by_the_reference() -> None:
 def test_compiles_into_one_graph_for_any_lengths(backend: str, needs_native: None) -> None:
     def layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         qkv = torch.cat([x, 2 * x, x + 1], dim=1).unflatten(1, (3, 2, 16))
-        return attention(qkv, cu_seqlens, max_seqlen, dropout_p=0.2, seed=SEED, site=3).flatten(1)
+        return attention(qkv, cu_seqlens, max_seqlen, dropout_p=0.2, seed=SEED, stream_id=3).flatten(1)
 
     compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
     for lengths in ([5, 9], [3, 3, 17], [40]):

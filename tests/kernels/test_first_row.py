@@ -12,7 +12,7 @@ from minbert.kernels import use_backend
 MASKS = ("dropout_mask", "attention_dropout_mask")
 OPS = (*MASKS, "smart_init", "dropout", "dropout_add_layer_norm", "embedding", "attention")
 DTYPES = (torch.float32, torch.bfloat16)
-SEED, SITE, P, EPS = -(2**41) + 5, 9, 0.3, 1e-12
+SEED, STREAM_ID, P, EPS = -(2**41) + 5, 9, 0.3, 1e-12
 BOUNDS = [0, 23, 63, 74, 131]  # of the sequences of the whole stream
 HELD = slice(1, 3)  # sequences that a process holds
 FIRST_ROWS = [0, 1000003, 2**32 - 41, -41, 2**62 - 41]  # of the whole stream; rows are numbered modulo 2**32
@@ -45,7 +45,7 @@ def results(op: str, dtype: torch.dtype, seed: Tensor, sequences: slice) -> list
         return [[param.detach().requires_grad_() for _ in lengths] for param in made]
 
     x, other, grad = inputs(COLUMNS)
-    drop = {"seed": seed, "site": SITE}
+    drop = {"seed": seed, "stream_id": STREAM_ID}
     own, views = [x], []
     if op == "dropout_mask":
         return list(zip(kernels.dropout_mask(bounds[-1], COLUMNS, P, **drop).split(lengths)))

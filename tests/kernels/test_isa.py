@@ -30,17 +30,17 @@ def randn(*shape, seed=0):
 
 N, D = 40, 48
 cu_seqlens, seed = torch.tensor([0, 13, 40], dtype=torch.int32), torch.tensor([5, 0])
-drop = {"dropout_p": 0.1, "seed": seed, "site": 3}
+drop = {"dropout_p": 0.1, "seed": seed, "stream_id": 3}
 ids = torch.arange(N) % 7
 ops = {
     "attention": lambda q: kernels.attention(q.view(N, 3, 4, 12), cu_seqlens, 27, **drop),
     "bias_gelu": lambda q: kernels.bias_gelu(q, q[0]),
     "combine": lambda q: kernels.combine([[q[:8]], [q[8:16]]], torch.tensor([0.5, -2.0], dtype=torch.float64))[0],
-    "dropout": lambda q: kernels.dropout(q, p=0.1, seed=seed, site=3),
+    "dropout": lambda q: kernels.dropout(q, p=0.1, seed=seed, stream_id=3),
     "dropout_add_layer_norm": lambda q: kernels.dropout_add_layer_norm(q, 2 * q, q[0], q[1], eps=1e-5, **drop),
     "embedding": lambda q: kernels.embedding(ids, ids, ids, q, q, q, q[0], q[1], eps=1e-5, dtype=q.dtype, **drop),
     "gram": lambda q: kernels.gram([[q[:8]], [q[8:16]]]),
-    "smart_init": lambda q: kernels.smart_init(q, sigma=0.1, seed=seed, site=3),
+    "smart_init": lambda q: kernels.smart_init(q, sigma=0.1, seed=seed, stream_id=3),
 }
 errors = {}
 for name, op in ops.items():

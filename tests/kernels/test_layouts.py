@@ -167,19 +167,19 @@ def arguments_of(op: str, columns: int, dtype: torch.dtype) -> Arguments:
     }[op]
 
 
-DROP = {"dropout_p": 0.3, "site": 2}
+DROP = {"dropout_p": 0.3, "stream_id": 2}
 CALLS: dict[str, Callable[[Arguments], Any]] = {
     "attention": lambda a: kernels.attention(a["qkv"], a["cu_seqlens"], 7, seed=a["seed"], **DROP),
     "dropout_add_layer_norm": lambda a: kernels.dropout_add_layer_norm(**a, eps=0.1, **DROP),
     "bias_gelu": lambda a: kernels.bias_gelu(**a),
     "embedding": lambda a: kernels.embedding(**a, eps=0.1, **DROP),
     "linear": lambda a: kernels.linear(**a),
-    "dropout": lambda a: kernels.dropout(**a, p=0.3, site=2),
+    "dropout": lambda a: kernels.dropout(**a, p=0.3, stream_id=2),
     "gram": lambda a: kernels.gram(task_lists(a)),
     "combine": lambda a: kernels.combine(task_lists(a), a["weights"], lists(a, "out")),
     "adamw_": lambda a: updated(kernels.adamw_, a, lists(a, "grads")),
     "combine_adamw_": lambda a: updated(kernels.combine_adamw_, a, task_lists(a), a["weights"]),
-    "smart_init": lambda a: kernels.smart_init(**a, sigma=0.5, site=2),
+    "smart_init": lambda a: kernels.smart_init(**a, sigma=0.5, stream_id=2),
     "smart_ascend": lambda a: kernels.smart_ascend(**a, eta=0.1, epsilon=0.2, norm="2", per="sequence"),
 }
 DIFFERENTIABLE = ("attention", "dropout_add_layer_norm", "bias_gelu", "embedding", "linear", "dropout")

@@ -15,7 +15,7 @@ KNOWN = [
     (0xFFFFFFFF, -1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
 ]
 SEEDS = st.lists(st.integers(-(2**63), 2**63 - 1), min_size=2, max_size=2)  # with the first row's number
-SITES = st.integers(0, 2**32 - 1)
+STREAM_IDS = st.integers(0, 2**32 - 1)
 P = st.floats(0, 0.999)
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -32,24 +32,28 @@ def test_philox_gives_the_known_answers(word: int, seed: int, answer: list[int],
 
 
 @quick
-@given(rows=st.integers(1, 9), columns=st.integers(1, 200), p=P, seed=SEEDS, site=SITES)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 200), p=P, seed=SEEDS, stream_id=STREAM_IDS)
 def test_native_mask_equals_the_reference(
-    isa: str, rows: int, columns: int, p: float, seed: list[int], site: int
+    isa: str, rows: int, columns: int, p: float, seed: list[int], stream_id: int
 ) -> None:
-    keep = dropout_mask(rows, columns, p, torch.tensor(seed), site)
-    assert torch.equal(keep, reference.dropout_mask(rows, columns, p, torch.tensor(seed), site))
+    keep = dropout_mask(rows, columns, p, torch.tensor(seed), stream_id)
+    assert torch.equal(keep, reference.dropout_mask(rows, columns, p, torch.tensor(seed), stream_id))
 
 
 @quick
 @given(
-    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=5), heads=st.integers(1, 13), p=P, seed=SEEDS, site=SITES
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=5),
+    heads=st.integers(1, 13),
+    p=P,
+    seed=SEEDS,
+    stream_id=STREAM_IDS,
 )
 def test_native_attention_mask_equals_the_reference(
-    isa: str, lengths: list[int], heads: int, p: float, seed: list[int], site: int
+    isa: str, lengths: list[int], heads: int, p: float, seed: list[int], stream_id: int
 ) -> None:
     cu_seqlens = lengths_to_cu_seqlens(lengths)
-    keep = attention_dropout_mask(cu_seqlens, heads, p, torch.tensor(seed), site)
-    assert torch.equal(keep, reference.attention_dropout_mask(cu_seqlens, heads, p, torch.tensor(seed), site))
+    keep = attention_dropout_mask(cu_seqlens, heads, p, torch.tensor(seed), stream_id)
+    assert torch.equal(keep, reference.attention_dropout_mask(cu_seqlens, heads, p, torch.tensor(seed), stream_id))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -71,7 +75,9 @@ def test_mask_keeps_the_promised_share(p: float) -> None:
 
 
 def test_every_site_and_seed_has_its_own_numbers() -> None:
-    masks = [dropout_mask(64, 64, 0.5, torch.tensor(seed), site) for seed in (1, 2, 2**32 + 1) for site in (0, 1)]
+    masks = [
+        dropout_mask(64, 64, 0.5, torch.tensor(seed), stream_id) for seed in (1, 2, 2**32 + 1) for stream_id in (0, 1)
+    ]
     for i, one in enumerate(masks):
         for other in masks[:i]:
             assert 0.4 < (one == other).float().mean() < 0.6  # what independent coins do
@@ -84,7 +90,7 @@ def test_a_longer_stream_begins_with_the_same_mask() -> None:
 
 def test_dropout_without_probability_keeps_everything() -> None:
     x = torch.randn(4, 6)
-    assert torch.equal(dropout(x, p=0.0, seed=None, site=0), x)
+    assert torch.equal(dropout(x, p=0.0, seed=None, stream_id=0), x)
     assert dropout_mask(4, 6, 0.0, torch.tensor(1), 0).all()
 
 
@@ -92,7 +98,7 @@ def test_dropout_scales_what_it_keeps() -> None:
     x = torch.randn(50, 31)
     keep = reference.dropout_mask(50, 31, 0.3, torch.tensor([1, 0]), 4)
     torch.testing.assert_close(
-        dropout(x, p=0.3, seed=torch.tensor(1), site=4), torch.where(keep, x / 0.7, 0.0), rtol=1e-6, atol=0
+        dropout(x, p=0.3, seed=torch.tensor(1), stream_id=4), torch.where(keep, x / 0.7, 0.0), rtol=1e-6, atol=0
     )
 
 

@@ -199,11 +199,11 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         ValueError,
         "dropout_mask: seed must be contiguous, got strides [2] for shape [2]; call .contiguous() on it",
     ),
-    (lambda: smart_init(x, sigma=0.1, seed=3, site=0), TypeError, "smart_init: seed must be a tensor, got int"),
+    (lambda: smart_init(x, sigma=0.1, seed=3, stream_id=0), TypeError, "smart_init: seed must be a tensor, got int"),
     (
         lambda: dropout_mask(2, 3, 0.5, seed, -1),
         ValueError,
-        "dropout_mask: site must be a number from 0 to 2**32 - 1, got -1",
+        "dropout_mask: stream_id must be a number from 0 to 2**32 - 1, got -1",
     ),
     (
         lambda: dropout_mask(0, 3, 0.5, seed, 0),
@@ -216,12 +216,12 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         "attention_dropout_mask: heads must be at least 1, got 0",
     ),
     (
-        lambda: dropout(x, p=0.5, seed=None, site=0),
+        lambda: dropout(x, p=0.5, seed=None, stream_id=0),
         ValueError,
         "dropout: dropout with probability 0.5 needs a seed, an int64 tensor [] or [2]; got None",
     ),
     (
-        lambda: dropout(x, p=0.5, seed=seed.to("meta"), site=0),
+        lambda: dropout(x, p=0.5, seed=seed.to("meta"), stream_id=0),
         ValueError,
         "dropout: seed must be on cpu like the other tensors, got meta",
     ),
@@ -334,17 +334,17 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         "clip_weights: max_norm must be 0 or more, got nan",
     ),
     (
-        lambda: smart_init(x, sigma=-1.0, seed=seed, site=0),
+        lambda: smart_init(x, sigma=-1.0, seed=seed, stream_id=0),
         ValueError,
         "smart_init: sigma must be finite and at least 0, got -1.0",
     ),
     (
-        lambda: smart_init(x, sigma=0.1, seed=seed, site=2**32),
+        lambda: smart_init(x, sigma=0.1, seed=seed, stream_id=2**32),
         ValueError,
-        "smart_init: site must be a number from 0 to 2**32 - 1, got 4294967296",
+        "smart_init: stream_id must be a number from 0 to 2**32 - 1, got 4294967296",
     ),
     (
-        lambda: smart_init(x[0], sigma=0.1, seed=seed, site=0),
+        lambda: smart_init(x[0], sigma=0.1, seed=seed, stream_id=0),
         ValueError,
         "smart_init: x must have shape [N, D], got [6]",
     ),

@@ -47,7 +47,7 @@ def test_attention_scale_can_be_given() -> None:
 def test_attention_drops_probabilities_after_the_softmax() -> None:
     qkv, heads = randn(24, 3, 5, 8), 5
     keep = reference.attention_dropout_mask(CU_SEQLENS, heads, P, SEED, 2)
-    result = kernels.attention(qkv, CU_SEQLENS, 13, dropout_p=P, seed=SEED, site=2)
+    result = kernels.attention(qkv, CU_SEQLENS, 13, dropout_p=P, seed=SEED, stream_id=2)
     at = 0
     for start, end in zip(CU_SEQLENS[:-1].tolist(), CU_SEQLENS[1:].tolist(), strict=True):
         for head in range(heads):
@@ -76,7 +76,7 @@ def test_masks_read_the_words_that_their_description_names() -> None:
 
 def test_dropout_add_layer_norm_is_its_formula() -> None:
     x, residual, weight, bias = randn(9, 6), randn(9, 6, seed=1), randn(6, seed=2), randn(6, seed=3)
-    result = kernels.dropout_add_layer_norm(x, residual, weight, bias, eps=1e-3, dropout_p=P, seed=SEED, site=1)
+    result = kernels.dropout_add_layer_norm(x, residual, weight, bias, eps=1e-3, dropout_p=P, seed=SEED, stream_id=1)
     keep = reference.dropout_mask(9, 6, P, SEED, 1)
     torch.testing.assert_close(result, normalise(residual + torch.where(keep, x / (1 - P), 0.0), weight, bias, 1e-3))
 
@@ -111,7 +111,18 @@ def test_embedding_is_its_formula() -> None:
     weight, bias = randn(6, seed=3), randn(6, seed=4)
     tokens, types, positions = torch.tensor([6, 0, 3, 3]), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2, 4])
     result = kernels.embedding(
-        tokens, types, positions, word, token_type, position, weight, bias, eps=1e-3, dropout_p=P, seed=SEED, site=0
+        tokens,
+        types,
+        positions,
+        word,
+        token_type,
+        position,
+        weight,
+        bias,
+        eps=1e-3,
+        dropout_p=P,
+        seed=SEED,
+        stream_id=0,
     )
     normed = normalise(word[tokens] + token_type[types] + position[positions], weight, bias, 1e-3)
     keep = reference.dropout_mask(4, 6, P, SEED, 0)
@@ -120,7 +131,7 @@ def test_embedding_is_its_formula() -> None:
 
 @pytest.mark.parametrize("op", ["attention", "dropout_add_layer_norm", "bias_gelu", "embedding", "dropout"])
 def test_gradients_agree_with_differences(op: str) -> None:
-    drop = {"dropout_p": P, "seed": SEED, "site": 3}
+    drop = {"dropout_p": P, "seed": SEED, "stream_id": 3}
     ids = torch.tensor([2, 0, 1, 2])
     calls = {
         "attention": (
@@ -136,7 +147,7 @@ def test_gradients_agree_with_differences(op: str) -> None:
             lambda *tensors: kernels.embedding(ids, ids, ids, *tensors, eps=1e-3, **drop),
             [(3, 5), (3, 5), (3, 5), (5,), (5,)],
         ),
-        "dropout": (lambda x: kernels.dropout(x, p=P, seed=SEED, site=3), [(3, 5)]),
+        "dropout": (lambda x: kernels.dropout(x, p=P, seed=SEED, stream_id=3), [(3, 5)]),
     }
     function, shapes = calls[op]
     assert torch.autograd.gradcheck(

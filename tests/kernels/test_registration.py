@@ -89,13 +89,13 @@ def surgery_in_place(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def layer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     weight, bias = b[0], b[1]
-    hidden = kernels.dropout_add_layer_norm(a, b, weight, bias, eps=1e-5, dropout_p=0.2, seed=SEED, site=3)
-    return kernels.dropout(kernels.bias_gelu(hidden, bias), p=0.2, seed=SEED[0], site=4)
+    hidden = kernels.dropout_add_layer_norm(a, b, weight, bias, eps=1e-5, dropout_p=0.2, seed=SEED, stream_id=3)
+    return kernels.dropout(kernels.bias_gelu(hidden, bias), p=0.2, seed=SEED[0], stream_id=4)
 
 
 def embedded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     ids = torch.arange(6).repeat(2)
-    drop = {"dropout_p": 0.2, "seed": SEED, "site": 3, "dtype": torch.bfloat16}
+    drop = {"dropout_p": 0.2, "seed": SEED, "stream_id": 3, "dtype": torch.bfloat16}
     return kernels.embedding(ids, ids, ids, a, b, a, b[0], b[1], eps=1e-5, **drop)
 
 
@@ -122,7 +122,7 @@ def clipped(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def ascent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
-    start = kernels.smart_init(a, sigma=0.1, seed=SEED, site=1)
+    start = kernels.smart_init(a, sigma=0.1, seed=SEED, stream_id=1)
     return kernels.smart_ascend(start, a, b, cu_seqlens, eta=0.1, epsilon=0.05, norm="2", per="sequence")
 
 

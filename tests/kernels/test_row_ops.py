@@ -13,7 +13,7 @@ from torch import Tensor
 from minbert import kernels
 from minbert.kernels import reference, use_backend
 
-SEED, SITE, EPS = torch.tensor([-(2**41) + 5, 2**32 - 30]), 9, 1e-12
+SEED, STREAM_ID, EPS = torch.tensor([-(2**41) + 5, 2**32 - 30]), 9, 1e-12
 DTYPES = (torch.float32, torch.bfloat16)
 UNIT = torch.finfo(torch.float32).eps
 OPS = ("dropout", "dropout_add_layer_norm", "bias_gelu", "embedding")
@@ -31,7 +31,7 @@ def case(op: str, rows: int, columns: int, dtype: torch.dtype, p: float = 0.0, s
     """Differentiable inputs, and the op as a function of them; weights and biases are float32, as they train."""
     x = randn(rows, columns, seed=seed, dtype=dtype)
     weight, bias = randn(columns, seed=seed + 1), randn(columns, seed=seed + 2)
-    drop = {"seed": SEED, "site": SITE}
+    drop = {"seed": SEED, "stream_id": STREAM_ID}
     if op == "dropout":
         return [x], lambda x: kernels.dropout(x, p=p, **drop)
     if op == "bias_gelu":
@@ -131,16 +131,16 @@ def test_gelu_of_every_bfloat16_is_as_near_as_the_reference(isa, bias):
 @pytest.mark.parametrize("columns", [1, 3, 64, 385])
 def test_masks_are_the_references_to_the_bit(isa, columns):
     rows, p = 37, 0.3
-    keep = reference.dropout_mask(rows, columns, p, SEED, SITE)
+    keep = reference.dropout_mask(rows, columns, p, SEED, STREAM_ID)
     ones = torch.ones(rows, columns)
-    output, gradient = run([ones], lambda x: kernels.dropout(x, p=p, seed=SEED, site=SITE))
+    output, gradient = run([ones], lambda x: kernels.dropout(x, p=p, seed=SEED, stream_id=STREAM_ID))
     assert torch.equal(output != 0, keep)
     assert torch.equal(gradient != 0, keep)
     if columns == 1:
         return
     residual = randn(rows, columns, seed=1)
     norm = [ones, residual, torch.ones(columns), torch.zeros(columns)]
-    options = {"eps": EPS, "dropout_p": p, "seed": SEED, "site": SITE}
+    options = {"eps": EPS, "dropout_p": p, "seed": SEED, "stream_id": STREAM_ID}
     _, of_x, of_residual, *_ = run(norm, lambda *t: kernels.dropout_add_layer_norm(*t, **options))
     assert torch.equal(of_x != 0, keep & (of_residual != 0))
 

@@ -56,7 +56,12 @@ class NormalStart(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "out")),
         *(("dtype", ctypes.c_int32), ("rows", ctypes.c_int64), ("columns", ctypes.c_int64)),
-        *(("sigma", ctypes.c_float), ("scale", ctypes.c_void_p), ("seed", ctypes.c_void_p), ("site", ctypes.c_uint32)),
+        *(
+            ("sigma", ctypes.c_float),
+            ("scale", ctypes.c_void_p),
+            ("seed", ctypes.c_void_p),
+            ("stream_id", ctypes.c_uint32),
+        ),
     ]
 
 
@@ -138,7 +143,7 @@ def test_every_kernel_errs_no_more_than_twice_the_reference(
         unit = torch.finfo(dtype).eps * exact.abs().max().item()  # the reference may be lucky by one
         assert worst(mine, exact) <= 2 * worst(other, exact) + unit
         assert on_host.compiled.last_threads() == (threads if choice[1] == "token" else PER_GROUP)
-    start = smart_init(x, sigma=0.7, seed=SEED, site=1)
+    start = smart_init(x, sigma=0.7, seed=SEED, stream_id=1)
     rounding = torch.finfo(dtype).eps / 2
     exact = reference.smart_init(x.double(), 0.7, SEED, 1)
     assert ((start.double() - exact).abs() <= rounding * exact.abs() + 0.7 * properties.NOISE).all()
@@ -155,7 +160,7 @@ def test_rows_off_16_bytes_give_the_same_result(isa, on_host, dtype, shift: int)
 
     def results(move) -> tuple[Tensor, Tensor]:
         a, b, c = (move(t[shift:].view(5, 64)) for t in (x, noise, grad))
-        start = smart_init(a, sigma=0.3, seed=SEED, site=2)
+        start = smart_init(a, sigma=0.3, seed=SEED, stream_id=2)
         return start, smart_ascend(b, a, c, cu_seqlens, eta=0.1, epsilon=0.1, norm="2")
 
     for moved, plain in zip(results(lambda t: t), results(Tensor.clone), strict=True):
@@ -194,7 +199,7 @@ def test_on_a_gpu_errors_are_at_most_twice_the_references(poisoned_memory, recor
 
     def run(tensors: list[Tensor], choice: tuple[str, str, str]) -> tuple[Tensor, Tensor]:
         options = dict(zip(("norm", "per", "projection"), choice, strict=True))
-        start = smart_init(tensors[1], sigma=1.4, seed=seed, site=1, scale=scale)
+        start = smart_init(tensors[1], sigma=1.4, seed=seed, stream_id=1, scale=scale)
         return start, smart_ascend(*tensors, cu_seqlens, eta=1.0, epsilon=0.6, scale=scale, **options)
 
     for choice in CHOICES:
@@ -215,7 +220,7 @@ def test_on_a_gpu_a_captured_graph_reads_new_seeds_and_scales() -> None:
     seed, scale = torch.tensor([1, 0], device="cuda"), torch.tensor(1.0, device="cuda")
 
     def step() -> tuple[Tensor, Tensor]:
-        start = smart_init(x, sigma=0.1, seed=seed, site=0, scale=scale)
+        start = smart_init(x, sigma=0.1, seed=seed, stream_id=0, scale=scale)
         return start, smart_ascend(start, x, grad, cu_seqlens, eta=0.1, epsilon=0.1, scale=scale)
 
     step()
@@ -246,6 +251,6 @@ def test_on_a_gpu_every_run_gives_the_same_bits(per: str) -> None:
 def test_on_a_gpu_the_noise_is_the_cpus(needs_native) -> None:
     """But for the rounding of products and sums, which GPUs fuse."""
     x = torch.zeros(300, 771)
-    here = smart_init(x, sigma=1.0, seed=SEED, site=3)
-    there = smart_init(x.cuda(), sigma=1.0, seed=SEED.cuda(), site=3).cpu()
+    here = smart_init(x, sigma=1.0, seed=SEED, stream_id=3)
+    there = smart_init(x.cuda(), sigma=1.0, seed=SEED.cuda(), stream_id=3).cpu()
     assert worst(there, here.double()) <= 2 * properties.NOISE

@@ -55,15 +55,15 @@ def inputs(
     shift=st.integers(0, 3),
     dtype=st.sampled_from(DTYPES),
     seed=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=2, max_size=2),
-    site=st.integers(0, 2**32 - 1),
+    stream_id=st.integers(0, 2**32 - 1),
 )
 def test_init_is_the_exact_sum_but_for_the_noise_and_one_rounding(
-    isa: str, rows: int, columns: int, shift: int, dtype: torch.dtype, seed: list[int], site: int
+    isa: str, rows: int, columns: int, shift: int, dtype: torch.dtype, seed: list[int], stream_id: int
 ) -> None:
     x = (randn(rows * columns + shift, dtype=torch.float64) * 0.01).to(dtype)[shift:].view(rows, columns)
     key = torch.tensor(seed)
-    exact = reference.smart_init(x.double(), 0.7, key, site)
-    error = (smart_init(x, sigma=0.7, seed=key, site=site).double() - exact).abs()
+    exact = reference.smart_init(x.double(), 0.7, key, stream_id)
+    error = (smart_init(x, sigma=0.7, seed=key, stream_id=stream_id).double() - exact).abs()
     rounding = torch.finfo(dtype).eps / 2 * exact.abs()
     assert (error <= rounding + 0.7 * NOISE).all()
 
@@ -78,7 +78,10 @@ def test_of_many_elements_the_worst_is_no_worse_than_twice_the_reference(isa: st
 
     for sigma, start in ((1.0, x), (0.1, x * 0)):
         exact = reference.smart_init(start.double(), sigma, SEED, 1)
-        mine, other = smart_init(start, sigma=sigma, seed=SEED, site=1), reference.smart_init(start, sigma, SEED, 1)
+        mine, other = (
+            smart_init(start, sigma=sigma, seed=SEED, stream_id=1),
+            reference.smart_init(start, sigma, SEED, 1),
+        )
         assert worst(mine, exact) <= 2 * worst(other, exact)
     for choice in CHOICES:
         tensors = (x + 0.1 * noise, x, grad)
@@ -92,16 +95,16 @@ def test_of_many_elements_the_worst_is_no_worse_than_twice_the_reference(isa: st
 def test_the_noise_is_the_same_in_both_dtypes_and_for_any_number_of_threads_and_tokens(isa: str) -> None:
     torch.set_num_threads(1)
     zeros = torch.zeros(301, 129)
-    noise = smart_init(zeros, sigma=1.0, seed=SEED, site=2)
+    noise = smart_init(zeros, sigma=1.0, seed=SEED, stream_id=2)
     for threads in (2, 3, 7):
         torch.set_num_threads(threads)
-        assert same_bits(smart_init(zeros, sigma=1.0, seed=SEED, site=2), noise)
-    assert same_bits(smart_init(zeros.bfloat16(), sigma=1.0, seed=SEED, site=2), noise.bfloat16())
-    assert same_bits(smart_init(zeros[:7], sigma=1.0, seed=SEED, site=2), noise[:7])
+        assert same_bits(smart_init(zeros, sigma=1.0, seed=SEED, stream_id=2), noise)
+    assert same_bits(smart_init(zeros.bfloat16(), sigma=1.0, seed=SEED, stream_id=2), noise.bfloat16())
+    assert same_bits(smart_init(zeros[:7], sigma=1.0, seed=SEED, stream_id=2), noise[:7])
 
 
 def test_the_noise_is_standard_normal(isa: str) -> None:
-    z = smart_init(torch.zeros(2000, 500), sigma=1.0, seed=SEED, site=0).double()
+    z = smart_init(torch.zeros(2000, 500), sigma=1.0, seed=SEED, stream_id=0).double()
     count = z.numel()
     for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
         spread = math.sqrt((math.prod(range(1, 2 * power, 2)) - moment**2) / count)  # of a mean of z^power
@@ -117,7 +120,11 @@ def test_the_noise_is_standard_normal(isa: str) -> None:
 
 def test_every_site_and_seed_has_its_own_noise() -> None:
     zeros = torch.zeros(64, 64)
-    noises = [smart_init(zeros, sigma=1.0, seed=torch.tensor(seed), site=site) for seed in (1, 2) for site in (0, 1)]
+    noises = [
+        smart_init(zeros, sigma=1.0, seed=torch.tensor(seed), stream_id=stream_id)
+        for seed in (1, 2)
+        for stream_id in (0, 1)
+    ]
     for one, other in itertools.combinations(noises, 2):
         assert (one * other).mean().abs() < 5 / 64
 
@@ -126,7 +133,7 @@ def test_every_site_and_seed_has_its_own_noise() -> None:
 def test_without_sigma_nothing_changes(isa: str, dtype: torch.dtype) -> None:
     x = randn(5, 9, dtype=dtype)
     x[0, 0], x[1, 1], x[2, 2] = -0.0, math.nan, math.inf
-    result = smart_init(x, sigma=0.0, seed=SEED, site=0)
+    result = smart_init(x, sigma=0.0, seed=SEED, stream_id=0)
     assert same_bits(result, x)
     assert result.data_ptr() != x.data_ptr()
 
@@ -134,7 +141,7 @@ def test_without_sigma_nothing_changes(isa: str, dtype: torch.dtype) -> None:
 def test_init_passes_nan_and_infinity_on(isa: str) -> None:
     for dtype in DTYPES:
         x = torch.tensor([[math.nan, math.inf, -math.inf, 1.0] * 9], dtype=dtype)
-        result = smart_init(x, sigma=1.0, seed=SEED, site=0)
+        result = smart_init(x, sigma=1.0, seed=SEED, stream_id=0)
         assert torch.equal(result.isnan(), x.isnan())
         assert torch.equal(result[x.isinf()], x[x.isinf()])
 
@@ -145,7 +152,7 @@ def test_lengths_are_in_units_of_the_scale(isa: str, dtype: torch.dtype) -> None
     perturbed, x, grad = inputs(dtype)
 
     def results(unit: float, scale: Tensor | None) -> list[Tensor]:
-        noisy = smart_init(x, sigma=0.25 * unit, seed=SEED, site=1, scale=scale)
+        noisy = smart_init(x, sigma=0.25 * unit, seed=SEED, stream_id=1, scale=scale)
         lengths = {"eta": 0.25 * unit, "epsilon": 0.125 * unit, "scale": scale}
         options = [dict(zip(("norm", "per", "projection"), choice, strict=True)) for choice in CHOICES]
         return [noisy, *(smart_ascend(perturbed, x, grad, CU_SEQLENS, **lengths, **choice) for choice in options)]
@@ -163,7 +170,7 @@ def test_lengths_are_in_units_of_the_scale(isa: str, dtype: torch.dtype) -> None
 def test_a_scale_of_zero_takes_no_step_and_leaves_a_ball_of_one_point(isa: str) -> None:
     perturbed, x, grad = inputs()
     nothing = {"eta": 0.5, "epsilon": 0.5, "scale": torch.tensor(0.0)}
-    assert torch.equal(smart_init(x, sigma=0.5, seed=SEED, site=0, scale=nothing["scale"]), x)
+    assert torch.equal(smart_init(x, sigma=0.5, seed=SEED, stream_id=0, scale=nothing["scale"]), x)
     for norm, per, _ in CHOICES:
         assert torch.equal(smart_ascend(perturbed, x, grad, CU_SEQLENS, norm=norm, per=per, **nothing), x)
 
@@ -336,15 +343,15 @@ def test_large_results_are_written_whole(isa: str, columns: int) -> None:
 @pytest.mark.parametrize("columns", [768, 771, 776])
 def test_large_noise_is_written_whole(isa: str, columns: int, dtype: torch.dtype) -> None:
     """As above; of 776 columns of bfloat16 the rows lie at multiples of 16 bytes, but not of 32."""
-    noise = smart_init(torch.zeros(12000, columns, dtype=dtype), sigma=1.0, seed=SEED, site=0)
-    small = smart_init(torch.zeros(20, columns, dtype=dtype), sigma=1.0, seed=SEED, site=0)
+    noise = smart_init(torch.zeros(12000, columns, dtype=dtype), sigma=1.0, seed=SEED, stream_id=0)
+    small = smart_init(torch.zeros(20, columns, dtype=dtype), sigma=1.0, seed=SEED, stream_id=0)
     assert same_bits(noise[:20], small)
     assert noise[-20:].float().std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_results_never_require_gradients(isa: str) -> None:
     perturbed, x, grad = (tensor.requires_grad_() for tensor in inputs())
-    assert not smart_init(x, sigma=0.1, seed=SEED, site=0).requires_grad
+    assert not smart_init(x, sigma=0.1, seed=SEED, stream_id=0).requires_grad
     assert not smart_ascend(perturbed, x, grad, CU_SEQLENS, eta=0.1, epsilon=0.1).requires_grad
 
 
@@ -365,7 +372,7 @@ def test_a_scale_is_a_float32_scalar() -> None:
         (0.5, "scale must be a tensor, got float"),
     ):
         with pytest.raises((ValueError, TypeError), match=f"smart_init: {message}"):
-            smart_init(x, sigma=0.1, seed=SEED, site=0, scale=scale)
+            smart_init(x, sigma=0.1, seed=SEED, stream_id=0, scale=scale)
         with pytest.raises((ValueError, TypeError), match=f"smart_ascend: {message}"):
             smart_ascend(perturbed, x, grad, CU_SEQLENS, eta=0.1, epsilon=0.1, scale=scale)
 
@@ -374,7 +381,7 @@ def test_the_chosen_backend_runs(record, needs_native: None) -> None:
     def ops(dtype: torch.dtype) -> list[str]:
         perturbed, x, grad = inputs(dtype)
         with record() as names:
-            smart_init(x, sigma=0.1, seed=SEED, site=0)
+            smart_init(x, sigma=0.1, seed=SEED, stream_id=0)
             smart_ascend(perturbed, x, grad, CU_SEQLENS, eta=0.1, epsilon=0.1)
         return [name for name in names if name.startswith("minbert::")]
 

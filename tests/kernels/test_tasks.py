@@ -13,7 +13,7 @@ from torch import Tensor
 from minbert import kernels
 from minbert.kernels import use_backend
 
-SEED, SITE, EPS, P = torch.tensor([-(2**41) + 5, 70]), 9, 1e-12, 0.2
+SEED, STREAM_ID, EPS, P = torch.tensor([-(2**41) + 5, 70]), 9, 1e-12, 0.2
 OPS = ("linear", "bias_gelu", "dropout_add_layer_norm", "embedding")
 TABLES = (50, 2, 40)  # rows of the embedding tables
 COLUMNS = 20
@@ -29,7 +29,7 @@ def case(op: str, rows: int, dtype: torch.dtype):
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
     x, residual = (randn(rows, COLUMNS, seed=i, dtype=dtype) for i in range(2))
     weight, bias = (randn(COLUMNS, seed=i, dtype=parameter) for i in (2, 3))
-    drop = {"eps": EPS, "dropout_p": P, "seed": SEED, "site": SITE}
+    drop = {"eps": EPS, "dropout_p": P, "seed": SEED, "stream_id": STREAM_ID}
     if op == "linear":
         matrix = randn(7, COLUMNS, seed=4, dtype=parameter)
         return [x], [matrix, bias[:7].clone()], kernels.linear

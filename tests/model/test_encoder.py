@@ -179,13 +179,15 @@ def test_dropout_keeps_the_share_it_should(tiny_config: EncoderConfig) -> None:
 def test_every_dropout_has_a_site_of_its_own(
     tiny_config: EncoderConfig, packed: Packed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sites = []
+    stream_ids = []
     for name in ("embedding", "attention", "dropout_add_layer_norm"):
         op = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *args, op=op, **kw: (sites.append(kw["site"]), op(*args, **kw))[1])
+        monkeypatch.setattr(
+            kernels, name, lambda *args, op=op, **kw: (stream_ids.append(kw["stream_id"]), op(*args, **kw))[1]
+        )
     encoder = Encoder(tiny_config).train()
     encoder(packed)
-    assert sites == list(range(encoder.dropout_sites))
+    assert stream_ids == list(range(encoder.dropout_stream_ids))
 
 
 def test_initialisation_is_berts_and_follows_torchs_generator(tiny_config: EncoderConfig) -> None:

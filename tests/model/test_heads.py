@@ -17,8 +17,8 @@ from minbert.model.layers import BatchNorm
 from minbert.tasks import TASKS, Task
 
 D, N = 6, 5
-SITES = range(10, 14)
-PAIR_HEADS = [name for name, head in HEADS.items() if head.reading != "joint"]
+STREAM_IDS = range(10, 14)
+PAIR_HEADS = [name for name, head in HEADS.items() if head.pair_encoding != "cross-encoder"]
 SYMMETRIC = ["cosine", "projected-cosine", "scaled-cosine"]
 
 
@@ -35,7 +35,7 @@ def head_of(head: str, task: str = "sts", loss: str | None = None, dropout_p: fl
 
 
 def outputs(head: Head, pooled: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    return head(pooled, seed=torch.tensor(seed), sites=SITES)
+    return head(pooled, seed=torch.tensor(seed), stream_ids=STREAM_IDS)
 
 
 def vectors(head: Head, n: int = N) -> torch.Tensor:
@@ -46,14 +46,14 @@ def vectors(head: Head, n: int = N) -> torch.Tensor:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_gives_what_its_losses_take(name: str, training: bool) -> None:
-    tasks = ["qqp", "sts"] if HEADS[name].reading != "joint" else ["sst", "qqp", "sts"]
+    tasks = ["qqp", "sts"] if HEADS[name].pair_encoding != "cross-encoder" else ["sst", "qqp", "sts"]
     for task in tasks:
         for loss in set(losses_for(TASKS[task])) & set(HEADS[name].losses):
             head = head_of(name, task, loss, dropout_p=0.1).train(training)
             pooled = vectors(head).requires_grad_()
             found = outputs(head, pooled)
-            ranks = loss == "multiple_negatives_ranking" and training
-            assert found.shape == ((N, N) if ranks else (N, 5) if task == "sst" else (N,))
+            group = loss == "multiple_negatives_ranking" and training
+            assert found.shape == ((N, N) if group else (N, 5) if task == "sst" else (N,))
             if training:
                 LOSSES[loss](found, torch.tensor([0.0, 1, 0, 1, 1]) * head.task.top, head.task.top).backward()
                 assert pooled.grad.abs().sum() > 0
@@ -186,7 +186,7 @@ def test_an_example_has_as_many_sequences_as_its_head_reads(tiny_config: Encoder
     found = model(packed, {"sst": 1, "qqp": 1, "sts": 2})
     assert {name: len(rows) for name, rows in found.items()} == {"sst": 1, "qqp": 1, "sts": 2}
     pooled = model.encoder.pool(model.encoder(packed), packed)
-    torch.testing.assert_close(found["qqp"], model.heads["qqp"](pooled[1:3], seed=None, sites=SITES))
+    torch.testing.assert_close(found["qqp"], model.heads["qqp"](pooled[1:3], seed=None, stream_ids=STREAM_IDS))
     with pytest.raises(ValueError, match=r"add up to the 5 sequences of the packed stream; an example of qqp has 2"):
         model(packed, {"qqp": 5})
 

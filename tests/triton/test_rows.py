@@ -16,7 +16,7 @@ from minbert import kernels
 from minbert.kernels import reference, rowwise, use_backend
 from minbert.kernels.triton import dropout, embedding, gelu, layer_norm, rows, tasks
 
-SEED, SITE, EPS = (-(2**41) + 5, 2**32 - 10), 9, 1e-12  # with the first row's number
+SEED, STREAM_ID, EPS = (-(2**41) + 5, 2**32 - 10), 9, 1e-12  # with the first row's number
 UNIT = torch.finfo(torch.float32).eps
 OPS = ("dropout", "bias_gelu", "dropout_add_layer_norm", "embedding")
 WITH_AND_WITHOUT_DROPOUT = [
@@ -61,7 +61,7 @@ def case(op: str, rows: int, columns: int, dtype: torch.dtype) -> tuple[list[Ten
 def by_kernels(op: str, case, grad: Tensor, bounds: list[int], p: float, device, seed=SEED) -> list[Tensor]:
     """The output, the inputs' gradients, and each parameter's for every task [T, ...]."""
     ids, inputs, params = ([tensor.to(device) for tensor in tensors] for tensors in case)
-    grad, drop = grad.to(device), (p, torch.tensor(seed, device=device), SITE)
+    grad, drop = grad.to(device), (p, torch.tensor(seed, device=device), STREAM_ID)
     if op == "dropout":
         found = [dropout.dropout(inputs[0], *drop), dropout.dropout(grad, *drop)]
     elif op == "bias_gelu":
@@ -85,10 +85,10 @@ def by_reference(op: str, case, grad: Tensor, bounds: list[int], p: float) -> li
     ids, inputs, params = case
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     views = [[param.detach().requires_grad_() for _ in pairwise(bounds)] for param in params]
-    drop = {"dropout_p": p, "seed": torch.tensor(SEED), "site": SITE}
+    drop = {"dropout_p": p, "seed": torch.tensor(SEED), "stream_id": STREAM_ID}
     with use_backend("reference"):
         if op == "dropout":
-            y = kernels.dropout(*inputs, p=p, seed=drop["seed"], site=SITE)
+            y = kernels.dropout(*inputs, p=p, seed=drop["seed"], stream_id=STREAM_ID)
         elif op == "bias_gelu":
             y = kernels.bias_gelu(*inputs, *views, bounds=bounds)
         elif op == "dropout_add_layer_norm":
@@ -170,10 +170,10 @@ def test_held_rows_draw_what_they_draw_in_the_whole_stream(op, device):
 
 @pytest.mark.parametrize("p", [1e-9, 0.3, 0.9])
 @pytest.mark.parametrize("columns", [1, 3, 64, 385])
-@pytest.mark.parametrize(("seed", "site"), [(SEED, SITE), ((2**63 - 1, 70), 2**32 - 1)])
-def test_masks_are_the_references_to_the_bit(seed, site, columns, p, device):
-    keep = reference.dropout_mask(19, columns, p, torch.tensor(seed), site)
-    y = dropout.dropout(torch.ones(19, columns, device=device), p, torch.tensor(seed, device=device), site)
+@pytest.mark.parametrize(("seed", "stream_id"), [(SEED, STREAM_ID), ((2**63 - 1, 70), 2**32 - 1)])
+def test_masks_are_the_references_to_the_bit(seed, stream_id, columns, p, device):
+    keep = reference.dropout_mask(19, columns, p, torch.tensor(seed), stream_id)
+    y = dropout.dropout(torch.ones(19, columns, device=device), p, torch.tensor(seed, device=device), stream_id)
     assert torch.equal(y.cpu(), torch.where(keep, torch.tensor(1 / (1 - p)), 0.0))
 
 
@@ -181,7 +181,7 @@ def test_layer_norm_drops_the_same_elements_in_both_directions(device):
     x, grad = torch.ones(19, 130), randn(19, 130, seed=1)
     arguments = (x, randn(19, 130, seed=2)), [torch.ones(130), torch.zeros(130)]
     _, d_x, d_residual, *_ = by_kernels("dropout_add_layer_norm", ([], *arguments), grad, [0, 19], 0.3, device)
-    keep = reference.dropout_mask(19, 130, 0.3, torch.tensor(SEED), SITE)
+    keep = reference.dropout_mask(19, 130, 0.3, torch.tensor(SEED), STREAM_ID)
     assert torch.equal(d_x != 0, keep & (d_residual != 0))
 
 
@@ -265,7 +265,7 @@ def publicly(op: str, case, grad: Tensor, bounds: list[int], p: float = 0.1) -> 
     ids, inputs, params = ([tensor.cuda() for tensor in tensors] for tensors in case)
     inputs = [tensor.requires_grad_() for tensor in inputs]
     views = [[param.detach().requires_grad_() for _ in pairwise(bounds)] for param in params]
-    drop = {"seed": torch.tensor(SEED, device="cuda"), "site": SITE}
+    drop = {"seed": torch.tensor(SEED, device="cuda"), "stream_id": STREAM_ID}
     if op == "dropout":
         y = kernels.dropout(*inputs, p=p, **drop)
     elif op == "bias_gelu":
@@ -320,7 +320,7 @@ def test_runs_inside_a_cuda_graph(op):
     inputs, params = ([tensor.requires_grad_() for tensor in tensors] for tensors in (inputs, params))
 
     def step() -> list[Tensor]:
-        drop = {"seed": seed, "site": SITE}
+        drop = {"seed": seed, "stream_id": STREAM_ID}
         if op == "dropout":
             y = kernels.dropout(*inputs, p=0.1, **drop)
         elif op == "bias_gelu":

@@ -16,7 +16,7 @@ from minbert.data.packing import pack_flat
 from minbert.kernels import reference, use_backend
 from minbert.kernels.triton import attention
 
-SEED, SITE = (-(2**40) + 77, 2**32 - 30), 2**32 - 6  # with the first row's number
+SEED, STREAM_ID = (-(2**40) + 77, 2**32 - 30), 2**32 - 6  # with the first row's number
 ALL_LENGTHS = {  # each way through the kernels: up to 32, 64 and 128 tokens in tiles, and more
     "32": [27, 5, 3, 9],
     "64": [50, 9, 33],
@@ -78,7 +78,7 @@ def run(device: torch.device) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
             max(lengths),
             p,
             torch.tensor(seed, device=device) if p else None,
-            SITE,
+            STREAM_ID,
             qkv.shape[3] ** -0.5 if scale is None else scale,
         )
         out, lse = attention.attention(*problem, *table)
@@ -92,7 +92,9 @@ def run(device: torch.device) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
 
 def specified(qkv: Tensor, lengths: list[int], grad_out: Tensor, p: float, scale: float) -> tuple[Tensor, Tensor]:
     """Result and gradient of the reference."""
-    keep = reference.attention_dropout_mask(stream(lengths), qkv.shape[2], p, torch.tensor(SEED), SITE) if p else None
+    keep = (
+        reference.attention_dropout_mask(stream(lengths), qkv.shape[2], p, torch.tensor(SEED), STREAM_ID) if p else None
+    )
     qkv = qkv.detach().requires_grad_()
     out = reference.attention(qkv, stream(lengths), keep, p, scale)
     return out.detach(), torch.autograd.grad(out, qkv, grad_out)[0]
@@ -178,7 +180,7 @@ def test_any_layout(run, lengths: list[int]) -> None:
 def test_masks_are_the_references_to_the_bit(run, lengths: list[int]) -> None:
     """With equal scores and the identity as values, attention shows its probabilities: n or 0 times the same number."""
     heads, p, longest = 5, 0.6, 128
-    keep = reference.attention_dropout_mask(stream(lengths), heads, p, torch.tensor(SEED), SITE)
+    keep = reference.attention_dropout_mask(stream(lengths), heads, p, torch.tensor(SEED), STREAM_ID)
     for first in range(0, max(lengths), longest):  # so many keys are shown at a time
         qkv, at, row = torch.zeros(sum(lengths), 3, heads, longest, dtype=torch.float16), 0, 0
         for n in lengths:
@@ -320,7 +322,7 @@ def test_the_op_on_a_gpu(lengths: list[int], dtype: torch.dtype, p: float) -> No
     def both(qkv: Tensor, tiles: Any) -> tuple[Tensor, Tensor]:
         qkv = qkv.cuda().requires_grad_()
         out = kernels.attention(
-            qkv, stream(lengths).cuda(), max(lengths), dropout_p=p, seed=seed, site=SITE, tiles=tiles
+            qkv, stream(lengths).cuda(), max(lengths), dropout_p=p, seed=seed, stream_id=STREAM_ID, tiles=tiles
         )
         return out.detach().cpu(), torch.autograd.grad(out, qkv, grad_out.to(qkv))[0].cpu()
 

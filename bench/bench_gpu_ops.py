@@ -88,7 +88,8 @@ def test_attention(gpu_race, device: torch.device, smoke: bool, batch: str, way:
     padded_grads = [pad(grad).transpose(1, 2).contiguous() for grad in grads]
 
     def ours(i: int) -> Tensor:
-        return kernels.attention(packed[i], cu_seqlens, longest, dropout_p=dropout_p, seed=seed, tiles=stream.tiles)
+        plan = stream.attention_plan
+        return kernels.attention(packed[i], cu_seqlens, longest, dropout_p=dropout_p, seed=seed, plan=plan)
 
     def sdpa(backend: SDPBackend) -> Numbered:
         attn_mask = None if min(sizes) == longest else mask

@@ -10,6 +10,7 @@ if __name__ == "minbert.kernels":
     from . import native, reference
     from .adamw import adamw_, combine_adamw_
     from .attention import attention
+    from .attention_plan import AttentionPlan, attention_plan
     from .dispatch import backends, set_backend, use_backend
     from .embedding import embedding
     from .gelu import bias_gelu
@@ -26,9 +27,11 @@ elif "transformers" not in sys.modules:  # it imports `kernels` to see whether t
     )
 
 __all__ = [
+    "AttentionPlan",
     "adamw_",
     "attention",
     "attention_dropout_mask",
+    "attention_plan",
     "backends",
     "bias_gelu",
     "clip_weights",

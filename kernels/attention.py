@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
+from .attention_plan import AttentionPlan
 from .autograd import first_order_only
 from .dispatch import compiled
 from .native import library
@@ -15,11 +16,6 @@ from .random import attention_dropout_mask
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/launch.h's DType
 _LARGEST_HEAD_DIM = 128
-
-
-def tile_rows(max_seqlen: int) -> int | None:
-    """Rows of the tiles that sequences of up to `max_seqlen` tokens share on a GPU; None for longer ones."""
-    return next((rows for rows in (32, 64, 128) if max_seqlen <= rows), None)
 
 
 def _is_compiled(qkv: Tensor) -> bool:
@@ -66,7 +62,7 @@ def _attention(
     seed: Tensor | None,
     stream_id: int,
     scale: float,
-    tiles: Tensor | None = None,
+    tile_bounds: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
@@ -93,7 +89,7 @@ def _(
     seed: Tensor | None,
     stream_id: int,
     scale: float,
-    tiles: Tensor | None = None,
+    tile_bounds: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     tokens, _, heads, head_dim = qkv.shape
@@ -111,7 +107,7 @@ def _attention_backward(
     seed: Tensor | None,
     stream_id: int,
     scale: float,
-    tiles: Tensor | None = None,
+    tile_bounds: Tensor | None = None,
     starts: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -152,7 +148,7 @@ def _(
     seed: Tensor | None,
     stream_id: int,
     scale: float,
-    tiles: Tensor | None = None,
+    tile_bounds: Tensor | None = None,
     starts: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -161,11 +157,11 @@ def _(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.stream_id, ctx.scale, tiles, starts = inputs
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.stream_id, ctx.scale, *plan = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     kept = output if qkv.device.type == "cuda" else (None, None)
-    ctx.save_for_backward(qkv, cu_seqlens, seed, tiles, starts, *kept)
+    ctx.save_for_backward(qkv, cu_seqlens, seed, *plan, *kept)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -189,7 +185,7 @@ def attention(
     seed: Tensor | None = None,
     stream_id: int = 0,
     softmax_scale: float | None = None,
-    tiles: tuple[Tensor, Tensor] | None = None,
+    plan: AttentionPlan | None = None,
 ) -> Tensor:
     """Softmax attention of every token to the tokens of its own sequence (Vaswani et al. 2017, section 3.2).
 
@@ -204,8 +200,8 @@ def attention(
         dropout_p: the probability of dropping an attention probability, in [0, 1).
         seed, stream_id: as for `attention_dropout_mask`; needed when dropout_p > 0.
         softmax_scale: what the scores are multiplied by; 1 / sqrt(d) when left out.
-        tiles: `Packed.tiles`, made for the same sequences and the same `max_seqlen`: which of them a GPU takes
-            together. It is quicker with it; results differ by rounding alone.
+        plan: `attention_plan` of the same cu_seqlens and max_seqlen, on qkv's device. A GPU is faster with it; results
+            differ by rounding alone. A CPU ignores it.
 
     Returns:
         [N, H, d].
@@ -223,12 +219,12 @@ def attention(
     if cu_seqlens.device != qkv.device:
         raise ValueError(f"attention: cu_seqlens must be on {qkv.device} like qkv, got {cu_seqlens.device}")
     checks.cu_seqlens_shape("attention", cu_seqlens)
-    if tiles is not None:
-        checks.tensor("attention", "tiles[0]", tiles[0], ["tiles", 2], [torch.int32], like=qkv)
-        checks.tensor("attention", "tiles[1]", tiles[1], [qkv.shape[0]], [torch.int32], like=qkv)
+    if plan is not None:
+        checks.tensor("attention", "plan.tile_bounds", plan[0], ["tiles", 2], [torch.int32], like=qkv)
+        checks.tensor("attention", "plan.starts", plan[1], [qkv.shape[0]], [torch.int32], like=qkv)
     scale = qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     if _is_compiled(qkv):
-        return _attention(qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale, *(tiles or (None, None)))[0]
+        return _attention(qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale, *(plan or (None, None)))[0]
     checks.cu_seqlens("attention", cu_seqlens, qkv.shape[0], max_seqlen)
     keep = None if seed is None else attention_dropout_mask(cu_seqlens, qkv.shape[2], dropout_p, seed, stream_id)
     return reference.attention(qkv, cu_seqlens, keep, dropout_p, scale)

@@ -346,11 +346,12 @@ def test_batches_of_one_bucket_have_as_many_tiles():
     shapes = set()
     for step in range(4):
         packed = pack_batches([(DATA[task.name], indices) for task, indices in parts(step=step)], 64)
-        first, last = packed.tile_bounds.T
+        tile_bounds = packed.attention_plan.tile_bounds
+        first, last = tile_bounds.T
         filled = first < last
         assert (last - first).max() <= 64
         assert torch.equal(first[filled][1:], last[filled][:-1])  # tile after tile, to the end
         assert last.max() == len(packed.token_ids)
         assert set(first[filled].tolist()) <= set(packed.cu_seqlens.tolist())
-        shapes.add((len(packed.token_ids), len(packed.tile_bounds)))
+        shapes.add((len(packed.token_ids), len(tile_bounds)))
     assert len(shapes) == len({tokens for tokens, _ in shapes})

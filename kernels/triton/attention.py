@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from .. import reference
-from ..attention import tile_rows
+from ..attention_plan import tile_rows
 from .ahead import ARCHITECTURES, Compilation
 from .attention_kernels import backward_keys, backward_queries, backward_whole, forward_blocks, forward_whole
 

@@ -2,7 +2,7 @@
 
 A program takes one tile of rows and, one after another, up to 4 heads, whose random words come from the same Philox
 counters: bit h of an integer says whether head h of the 4 keeps a probability. Sequences of up to 128 tokens share
-tiles (`tiles`, `starts`: kernels/attention.py makes them); without that table, and for longer ones, a tile is a
+tiles (`tiles`, `starts`: kernels/attention_plan.py makes them); without that table, and for longer ones, a tile is a
 sequence. Up to 64 rows, all of a tile's scores are there at once; beyond, the softmax runs over blocks of keys
 (Milakov and Gimelshein 2018, Dao et al. 2022).
 

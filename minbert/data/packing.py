@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minbert.kernels.attention import tile_rows
+from minbert.kernels import AttentionPlan, attention_plan
 
 # Batches for CUDA graphs come in buckets of these numbers of tokens: small enough to waste little, large enough to be
 # met again soon. A task's 32 sequences of the real data have 900 tokens, give or take 70.
@@ -27,20 +27,12 @@ class Packed:
     position_ids: Tensor  # int64 [N]: position within its own sequence
     cu_seqlens: Tensor  # int32 [S + 1]: cumulative sequence lengths, from 0 to N
     max_seqlen: int  # the longest sequence's length in tokens
-    # For attention on a GPU, if no sequence has more than 128 tokens: which of them it takes together, int32 [tiles, 2]
-    # (`_tiles`), and where each token's own sequence begins, int32 [N].
-    tile_bounds: Tensor | None = None
-    starts: Tensor | None = None
+    attention_plan: AttentionPlan | None = None  # for `kernels.attention`
     padding: int = 0  # sequences that each task has after its own, for round numbers of tokens (`dummies`)
     # Of T tasks, task t has sequences sequence_bounds[t] to [t + 1], and tokens token_bounds[t] to [t + 1].
     sequence_bounds: tuple[int, ...] | None = None
     token_bounds: tuple[int, ...] | None = None
     share: Any = None  # what this is of a stream that several ranks have together
-
-    @property
-    def tiles(self) -> tuple[Tensor, Tensor] | None:
-        """`tile_bounds` and `starts`, for `kernels.attention`; None for sequences that are too long for tiles."""
-        return None if self.tile_bounds is None or self.starts is None else (self.tile_bounds, self.starts)
 
     @property
     def all_sequences(self) -> int:
@@ -60,15 +52,25 @@ class Packed:
     @property
     def tensors(self) -> list[Tensor]:
         """All of them, in an order that `with_tensors` knows."""
-        return [getattr(self, name) for name in self._tensor_names()]
+        return [
+            self.token_ids,
+            self.token_type_ids,
+            self.position_ids,
+            self.cu_seqlens,
+            *(self.attention_plan or ()),
+        ]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Packed:
         """The same batch in other memory, on another device for one."""
-        moved: dict[str, Any] = dict(zip(self._tensor_names(), tensors, strict=True))
-        return replace(self, **moved)
-
-    def _tensor_names(self) -> list[str]:
-        return [field.name for field in fields(self) if isinstance(getattr(self, field.name), Tensor)]
+        token_ids, token_type_ids, position_ids, cu_seqlens, *plan = tensors
+        return replace(
+            self,
+            token_ids=token_ids,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            attention_plan=AttentionPlan(*plan) if plan else None,
+        )
 
     def to(self, device: torch.device | str) -> Packed:
         """The same batch on `device`, copied without waiting for the copy to end."""
@@ -119,38 +121,15 @@ def pack_flat(
     starts = np.repeat(cu_seqlens[:-1], lengths)
     position_ids = np.arange(cu_seqlens[-1]) - starts
     max_seqlen = max(max_seqlen, int(lengths.max()))
-    tile_bounds = _tiles(cu_seqlens, max_seqlen, as_many_as_ever=padding > 0)
     return Packed(
         torch.from_numpy(np.ascontiguousarray(token_ids, np.int64)),
         torch.from_numpy(np.ascontiguousarray(token_type_ids, np.int64)),
         torch.from_numpy(position_ids),
         torch.from_numpy(cu_seqlens.astype(np.int32)),
         max_seqlen,
-        tile_bounds,
-        None if tile_bounds is None else torch.from_numpy(starts.astype(np.int32)),
+        attention_plan(cu_seqlens, max_seqlen, fixed_size=padding > 0),
         padding,
     )
-
-
-def _tiles(cu_seqlens: np.ndarray, max_seqlen: int, *, as_many_as_ever: bool) -> Tensor | None:
-    """Consecutive sequences, as many as fit into a tile of the kernels: the first row of each tile and the one after
-    its last, int32 [tiles, 2]. None for sequences that are longer than all tiles.
-
-    Args:
-        as_many_as_ever: add tiles without rows, (0, 0), up to the most that streams of N tokens in S sequences have, so
-            that all of them have as many.
-    """
-    rows = tile_rows(max_seqlen)
-    if rows is None:
-        return None
-    bounds = [0]
-    while bounds[-1] < cu_seqlens[-1]:
-        bounds.append(int(cu_seqlens[np.searchsorted(cu_seqlens, bounds[-1] + rows, side="right") - 1]))
-    pairs = np.stack([bounds[:-1], bounds[1:]], axis=1)
-    if as_many_as_ever:  # two tiles that follow each other have more than `rows` rows together
-        most = min(len(cu_seqlens) - 1, 2 * int(cu_seqlens[-1]) // (rows + 1) + 1)
-        pairs = np.concatenate([pairs, np.zeros((most - len(pairs), 2), pairs.dtype)])
-    return torch.from_numpy(pairs.astype(np.int32))
 
 
 def length_bucket(longest: int, limit: int) -> int:

@@ -97,7 +97,7 @@ class Layer(nn.Module):
             dropout_p=self.attention_dropout_p if self.training else 0.0,
             seed=seed,
             stream_id=self.first_stream_id,
-            tiles=packed.tiles,
+            plan=packed.attention_plan,
         )
         mixed = self.attention_output(context.flatten(1), bounds)
         attended = self._add_norm(mixed, hidden, self.attention_norm, seed, 1, bounds)

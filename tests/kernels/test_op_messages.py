@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from minbert.kernels import (
+    AttentionPlan,
     adamw_,
     attention,
     attention_dropout_mask,
+    attention_plan,
     bias_gelu,
     clip_weights,
     combine,
@@ -259,6 +261,16 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         "attention: cu_seqlens must increase, got 7 and then 5 at entries 1 and 2",
     ),
     (lambda: attention(qkv, cu, 4), ValueError, "attention: max_seqlen is 4, but the longest sequence has 5 tokens"),
+    (
+        lambda: attention(qkv, cu, 5, plan=AttentionPlan(torch.zeros(1, 3, dtype=torch.int32), ints(*[0] * 9))),
+        ValueError,
+        "attention: plan.tile_bounds must have shape [tiles, 2], got [1, 3]",
+    ),
+    (
+        lambda: attention(qkv, cu, 5, plan=attention_plan(ints(0, 8), 8)),
+        ValueError,
+        "attention: plan.starts must have shape [9], got [8]",
+    ),
     (
         lambda: dropout_add_layer_norm(x, x.double(), vector, vector, eps=1e-5),
         TypeError,

@@ -6,13 +6,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from minbert import kernels
-from minbert.data.packing import pack_flat
 from minbert.kernels import reference, use_backend
 from minbert.kernels.triton import attention
 
@@ -53,11 +51,6 @@ def stream(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def tiles_of(lengths: list[int]) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    tokens = np.zeros(sum(lengths), np.int64)
-    return pack_flat(tokens, tokens, np.array(lengths)).tiles or (None, None)
-
-
 @pytest.fixture
 def run(device: torch.device) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
     """Result and gradient of qkv from the kernels, whose memory held NaN before; on the CPU again."""
@@ -67,11 +60,12 @@ def run(device: torch.device) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
         lengths: list[int],
         grad_out: Tensor,
         p: float = 0.0,
-        tiles: tuple[Any, Any] | None = None,
+        plan: tuple[Any, Any] | None = None,
         scale: float | None = None,
         seed: tuple[int, int] = SEED,
     ) -> tuple[Tensor, Tensor]:
-        table = [None if t is None else t.to(device) for t in (tiles_of(lengths) if tiles is None else tiles)]
+        plan = plan or kernels.attention_plan(stream(lengths), max(lengths)) or (None, None)
+        table = [None if t is None else t.to(device) for t in plan]
         problem = (
             qkv.to(device),
             stream(lengths).to(device),
@@ -317,21 +311,22 @@ def test_every_launch_can_be_compiled_ahead() -> None:
 @pytest.mark.parametrize("lengths", [*ALL_LENGTHS.values(), [512, 300], [1100]])
 def test_the_op_on_a_gpu(lengths: list[int], dtype: torch.dtype, p: float) -> None:
     tokens, seed = sum(lengths), torch.tensor(SEED, device="cuda")
-    table = tuple(t.cuda() for t in tiles_of(lengths) if t is not None) or None
+    plan = kernels.attention_plan(stream(lengths), max(lengths))
+    plans = (None, plan and kernels.AttentionPlan(*(t.cuda() for t in plan)))
 
-    def both(qkv: Tensor, tiles: Any) -> tuple[Tensor, Tensor]:
+    def both(qkv: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
         qkv = qkv.cuda().requires_grad_()
         out = kernels.attention(
-            qkv, stream(lengths).cuda(), max(lengths), dropout_p=p, seed=seed, stream_id=STREAM_ID, tiles=tiles
+            qkv, stream(lengths).cuda(), max(lengths), dropout_p=p, seed=seed, stream_id=STREAM_ID, plan=plan
         )
         return out.detach().cpu(), torch.autograd.grad(out, qkv, grad_out.to(qkv))[0].cpu()
 
     qkv, grad_out = randn(tokens, 3, 12, 64, dtype=dtype), randn(tokens, 12, 64, seed=1, dtype=dtype)
-    for tiles in (table, None):
-        ours = both(qkv, tiles)
-        again = both(qkv, tiles)
+    for plan in plans:
+        ours = both(qkv, plan)
+        again = both(qkv, plan)
         assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
         with use_backend("reference"):
-            theirs, exact = both(qkv, tiles), both(qkv.double(), tiles)
+            theirs, exact = both(qkv, plan), both(qkv.double(), plan)
         for got, reference_got, wanted in zip(ours, theirs, exact, strict=True):
             assert (got - wanted).norm() <= 2 * (reference_got - wanted).norm() + 1e-7 * wanted.norm()

@@ -21,7 +21,7 @@ from minbert.data.examples import Examples
 from minbert.data.lines import short
 from minbert.data.packing import Packed, dummies, length_bucket, pack_flat
 from minbert.data.skipped import SHOWN
-from minbert.kernels.cache import cache_directory
+from minbert.files.cache import cache_directory
 from minbert.tasks import PAIR_ENCODINGS
 
 FORMAT = "minbert-encoded-1"  # part of every cache file's name: a new layout leaves old files alone

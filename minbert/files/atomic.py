@@ -18,17 +18,7 @@ from torch import Tensor
 from minbert.errors import UserError
 from minbert.files.json_yaml import read_json, short
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-try:
-    import msvcrt
-except ImportError:  # everywhere else
-    msvcrt = None  # type: ignore[assignment]
-
 MANIFEST = "manifest.json"
-LOCK = ".lock"
 BLOCK = 1 << 24  # bytes handed to the system at once
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DTYPES = {  # as safetensors names them, in the order in which it writes them
@@ -220,67 +210,6 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-# Who may write ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold `directory`, made if need be, for this process; on leaving, it goes again if nothing was put there.
-
-    Raises:
-        UserError: another process holds it, or it cannot be made.
-    """
-    lock = directory / LOCK
-    descriptor = -1
-    try:
-        while descriptor < 0:
-            _make(directory)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-            _hold(descriptor)
-            if not _is_at(descriptor, lock):  # whoever held it has left and removed it
-                os.close(descriptor)
-                descriptor = -1
-    except OSError as error:
-        if descriptor >= 0:
-            os.close(descriptor)
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK) and descriptor >= 0:
-            raise UserError(f"{directory} is in use by another training process; choose another --out") from None
-        raise UserError(f"--out {directory}: cannot be written ({error.strerror or error})") from None
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            if [entry.name for entry in directory.iterdir()] == [LOCK]:
-                lock.unlink()
-                directory.rmdir()
-        os.close(descriptor)
-
-
-def _hold(descriptor: int) -> None:
-    """Lock an open file for this process, until it is closed; an OSError says that another process holds it."""
-    if fcntl is not None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    elif msvcrt is not None:
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        raise OSError(errno.ENOTSUP, "this system has no file locks: minbert trains on Linux, macOS and Windows")
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _make(directory: Path) -> None:
-    """Make a directory and its parents, and have the disk know of them."""
-    if not directory.is_dir():
-        _make(directory.parent)
-        directory.mkdir(exist_ok=True)
-        sync(directory.parent)
 
 
 def _new(path: Path) -> Path:

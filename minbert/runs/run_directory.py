@@ -16,9 +16,7 @@ from minbert.config import TrainConfig
 from minbert.data import Encoded, SkippedRow, names_hub, write_skipped
 from minbert.errors import UserError
 from minbert.files.atomic import (
-    LOCK,
     append_line,
-    locked,
     readable,
     recover,
     sync,
@@ -27,6 +25,7 @@ from minbert.files.atomic import (
     write_json,
     writing,
 )
+from minbert.files.lock import LOCK, locked
 from minbert.files.validation import FORMAT
 from minbert.runs.checkpoint import load_progress
 from minbert.runs.resume import remarks, resumed

@@ -23,7 +23,8 @@ from minbert.config import TrainConfig
 from minbert.data import Encoded
 from minbert.data.tokenizer import Tokenizer
 from minbert.errors import UserError
-from minbert.files.atomic import locked, recover, verify
+from minbert.files.atomic import recover, verify
+from minbert.files.lock import locked
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.runs import checkpoint
 from minbert.runs.checkpoint import Progress, load_progress
@@ -219,7 +220,7 @@ def test_a_run_whose_disk_fails_goes_on_to_the_same_end(quick, tmp_path, error, 
 
 @pytest.mark.slow
 def test_a_few_kills_of_the_campaign():
-    words = [sys.executable, str(Path(__file__).with_name("kill_campaign.py")), "--count=3", "--seed=0"]
+    words = [sys.executable, str(Path(__file__).parents[1] / "kill_campaign.py"), "--count=3", "--seed=0"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("3 kills (")

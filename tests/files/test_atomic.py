@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import re
-import subprocess
-import sys
-from unittest.mock import patch
 
 import pytest
 import safetensors.torch
@@ -17,7 +13,6 @@ import torch
 from minbert.errors import UserError
 from minbert.files import atomic as files
 from minbert.files.atomic import (
-    locked,
     readable,
     recover,
     verify,
@@ -113,88 +108,3 @@ def test_tensors_are_written_as_safetensors_writes_them(tmp_path):
         write_tensors(tmp_path / "x", tensors, metadata)
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         assert (tmp_path / "x").read_bytes() == safetensors.torch.save(whole, metadata)
-
-
-def _try_to_lock(directory, answer):
-    try:
-        with locked(directory):
-            answer.put("locked")
-    except UserError as error:
-        answer.put(str(error))
-
-
-def test_one_process_at_a_time(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    with locked(tmp_path):
-        other = context.Process(target=_try_to_lock, args=(tmp_path, answer))
-        other.start()
-        assert "in use" in answer.get(timeout=60)
-        other.join()
-
-
-def test_a_directory_nothing_was_put_in_goes_again(tmp_path):
-    with locked(tmp_path / "a" / "run"):
-        assert (tmp_path / "a" / "run").is_dir()
-    assert not (tmp_path / "a" / "run").exists()
-
-
-def test_a_directory_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/run"), locked(tmp_path / "file" / "run"):
-        pass
-
-
-def test_whoever_left_the_lock_last_does_not_hold_the_next(tmp_path):
-    """The directory went, and was made again, between the moment a process opened its lock and held it."""
-    real, directory = files._hold, tmp_path / "run"
-
-    def late(descriptor):
-        if len(calls) == 0:
-            calls.append(descriptor)
-            (directory / ".lock").unlink()
-            directory.rmdir()
-        real(descriptor)
-
-    calls = []
-    with patch.object(files, "_hold", late), locked(directory):
-        assert (directory / ".lock").exists()
-    assert not directory.exists()
-
-
-class Windows:
-    """msvcrt, as far as it is used."""
-
-    LK_NBLCK = 2
-
-    def __init__(self, held):
-        self.held = held
-
-    def locking(self, descriptor, mode, nbytes):
-        assert (mode, nbytes) == (self.LK_NBLCK, 1)
-        if self.held:
-            raise PermissionError(errno.EACCES, "Permission denied")
-
-
-def test_a_system_without_fcntl_locks_by_its_own_means(tmp_path):
-    with patch.object(files, "fcntl", None):
-        with patch.object(files, "msvcrt", Windows(held=False)), locked(tmp_path / "run"):
-            pass
-        with patch.object(files, "msvcrt", Windows(held=True)):  # noqa: SIM117
-            with pytest.raises(UserError, match="in use by another training process"), locked(tmp_path / "run"):
-                pass
-        with pytest.raises(UserError, match="Linux, macOS and Windows"), locked(tmp_path / "run"):
-            pass
-
-
-def test_everything_is_imported_without_fcntl_and_resource():
-    script = (
-        "import sys\n"
-        "sys.modules.update(fcntl=None, resource=None)\n"
-        "import minbert.train, minbert.evaluate, minbert.predict, minbert.reproduce, minbert.augment, minbert.report\n"
-        "import torch\n"
-        "from minbert.device import peak_memory_bytes\n"
-        "assert peak_memory_bytes(torch.device('cpu')) is None\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")

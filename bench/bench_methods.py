@@ -53,10 +53,10 @@ def ours(
     groups, arena = model.parameter_groups(0.01), None
     if group is not None and group.world_size > 1:
         arena = ShardedParameters(list(model.heads.parameters()), list(model.trunk.parameters()), rows, group)
-        groups = arena.groups(groups)
+        groups = arena.param_groups(groups)
     gradients = TaskGradients(model.encoder, rows)
     if arena is not None:
-        arena.watch(gradients)
+        arena.register_hooks(gradients)
     optimizer = AdamW(groups, lr=1e-5)
     stepper = Stepper(
         model,

@@ -1,10 +1,10 @@
-"""Gradients, parameters and optimizer state of which every rank keeps a part.
+"""ZeRO stage 2 (Rajbhandari et al. 2020) for parameters with one gradient per task.
 
-Parameters lie in buckets, flat tensors filled in the order in which a backward is done with them. Of every bucket a
-rank owns one of `size` equal parts: it gets the sum of all ranks' gradients there (a reduce-scatter for each row of
-them, which starts as soon as the backward has the whole row), updates the parameters there and keeps their moments;
-then all ranks gather the parameters. What lies of a parameter in a rank's part is a piece, and the optimizer is given
-pieces (Rajbhandari et al. 2020, ZeRO, stage 2).
+Every rank has all parameters, in buckets: flat tensors in the order in which a backward completes their gradients. Of
+each bucket it owns one of world_size equal shards. It gets the sum of all ranks' gradients of its shard (one
+reduce-scatter per task, as soon as the bucket's gradient is complete), updates the parameters there and alone keeps
+their optimizer state. Then an all-gather gives all ranks the updated parameters. The optimizer sees flat tensors: the
+parts of parameters that lie in this rank's shards.
 """
 
 from __future__ import annotations
@@ -20,247 +20,259 @@ from torch import Tensor
 from minbert.distributed.process_group import ProcessGroup, Sent
 from minbert.methods.task_gradients import TaskGradients
 
-BUCKET = 8 << 20  # elements: 32 MiB of float32
-ALIGNMENT = 16  # elements: where a parameter begins, kernels read quickly
-IN_FLIGHT = 4  # rows of gradients that are sent at once, each in memory of its own
-
+BUCKET_ELEMENTS = 8 << 20  # 32 MiB of float32
+ALIGNMENT = 16  # elements; kernels read fast from parameters that begin at multiples of it
+MAX_IN_FLIGHT = 4  # reduce-scatters at once, each with its own memory
 
 OptimizerState = Mapping[Tensor, Mapping[str, Tensor]]  # by parameter
 
 
-class Piece(NamedTuple):
-    """What lies of a parameter in the part of a bucket that this rank owns."""
+class ParameterShard(NamedTuple):
+    """The part of a parameter that lies in this rank's shard of a bucket."""
 
     param: Tensor
-    begin: int  # of the piece, among the parameter's elements
-    values: Tensor  # flat
-    at: slice  # of the part
+    offset: int  # of the part's first element in the flattened parameter
+    values: Tensor  # flat; what the optimizer updates
+    indices: slice  # in the bucket's shard
 
 
 class Bucket:
-    """Parameters in one flat tensor, `whole`."""
+    """Parameters in one flat tensor, `flat`, with `tasks` gradients each."""
 
-    def __init__(self, params: Sequence[Tensor], rows: int, group: ProcessGroup) -> None:
-        self.params, self.rows = params, rows
+    def __init__(self, params: Sequence[Tensor], tasks: int, group: ProcessGroup) -> None:
+        self.params, self.tasks = params, tasks
         self.starts, end = [], 0
         for param in params:
             self.starts.append(end)
             end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
-        part = -(-end // (group.world_size * ALIGNMENT)) * ALIGNMENT
-        self.whole = params[0].new_zeros(group.world_size * part)
-        self.pieces = []
-        own = group.part(self.whole)
-        for param, start, place in zip(params, self.starts, self.views(self.whole), strict=True):
-            place.copy_(param.detach())
-            param.data = place
-            low = max(0, start - group.rank * part)
-            high = min(part, start + param.numel() - group.rank * part)
+        size = -(-end // (group.world_size * ALIGNMENT)) * ALIGNMENT  # of a shard
+        self.flat = params[0].new_zeros(group.world_size * size)
+        self.shards = []
+        own, first = group.part(self.flat), group.rank * size
+        for param, start, view in zip(params, self.starts, self.views(self.flat), strict=True):
+            view.copy_(param.detach())
+            param.data = view
+            low, high = max(0, start - first), min(size, start + param.numel() - first)
             if low < high:
-                begin = group.rank * part + low - start
-                self.pieces.append(Piece(param, begin, own[low:high].detach(), slice(low, high)))
+                self.shards.append(ParameterShard(param, first + low - start, own[low:high].detach(), slice(low, high)))
 
-    def views(self, whole: Tensor) -> list[Tensor]:
-        """The parameters' places in a tensor like the bucket's own."""
-        places = zip(self.params, self.starts, strict=True)
-        return [whole[start : start + param.numel()].view(param.shape) for param, start in places]
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The parts of a tensor like `flat` that belong to each parameter, in its shape."""
+        starts = zip(self.params, self.starts, strict=True)
+        return [flat[start : start + param.numel()].view(param.shape) for param, start in starts]
 
 
 class ShardedParameters:
-    """The trainable parameters of a model, in buckets.
+    """The trainable parameters of a model, their gradients and optimizer state, sharded over the ranks.
+
+    Like FSDP with `reshard_after_forward=False`, or DDP with a ZeroRedundancyOptimizer, but for several gradients per
+    parameter. All ranks call the methods in the same order:
+
+        sharded = ShardedParameters(heads, trunk, tasks, group)
+        sharded.all_gather()                                  # broadcast the initial weights
+        optimizer = AdamW(sharded.param_groups(groups))
+        sharded.register_hooks(gradients)
+        for each update:
+            sharded.reduce_next_backward()                    # DDP: the backward outside of `no_sync()`
+            loss.backward()
+            gradients_of_shared, other_gradients = sharded.wait_for_gradients()
+            (update the optimizer's parameters)
+            sharded.all_gather()
 
     Args:
-        own: those with one gradient, their `.grad`.
-        shared: those with `rows` of gradients, which `watch` names.
+        own: parameters with one gradient, in `.grad`: those of the heads.
+        shared: parameters with one gradient per task, in the leaves of the `TaskGradients` of `register_hooks`.
+        tasks: number of gradients of a shared parameter.
+
+    Attributes:
+        ema: by parameter, its exponential moving average, all-gathered too; empty without `keep_ema`.
     """
 
-    def __init__(self, own: Sequence[Tensor], shared: Sequence[Tensor], rows: int, group: ProcessGroup) -> None:
+    def __init__(self, own: Sequence[Tensor], shared: Sequence[Tensor], tasks: int, group: ProcessGroup) -> None:
         self.group = group
-        self.buckets = [Bucket(params, 1, group) for params in _by_bucket(own)]
-        self.buckets += [Bucket(params, rows, group) for params in _by_bucket(list(reversed(shared)))]
-        self.averages: dict[Tensor, Tensor] = {}
-        self._averaged: list[Tensor] = []
+        self.buckets = [Bucket(params, 1, group) for params in _bucketed(own)]
+        self.buckets += [Bucket(params, tasks, group) for params in _bucketed(list(reversed(shared)))]
+        self.ema: dict[Tensor, Tensor] = {}
+        self._all_gathered = [bucket.flat for bucket in self.buckets]
         self._shared = set(shared)
-        self._units: list[_Row] = []
-        self._armed = False
+        self._gradients: list[_BucketGradient] = []
+        self._reducing = False
 
-    @property
-    def pieces(self) -> list[Piece]:
-        return [piece for bucket in self.buckets for piece in bucket.pieces]
-
-    def groups(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """An optimizer's groups of parameters, as groups of pieces; some may be empty."""
-        by_param: dict[Tensor, list[Tensor]] = {}
-        for piece in self.pieces:
-            by_param.setdefault(piece.param, []).append(piece.values)
+    def param_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """An optimizer's parameter groups, with this rank's shards as parameters; a group may become empty."""
+        shards: dict[Tensor, list[Tensor]] = {}
+        for bucket in self.buckets:
+            for shard in bucket.shards:
+                shards.setdefault(shard.param, []).append(shard.values)
         return [
-            {**group, "params": [values for param in group["params"] for values in by_param.get(param, ())]}
+            {**group, "params": [values for param in group["params"] for values in shards.get(param, ())]}
             for group in groups
         ]
 
     # Gradients ---------------------------------------------------------------------------------------------------
 
-    def watch(self, gradients: TaskGradients) -> None:
-        """Send rows once a backward has filled them: those of `gradients`, and the `.grad` of all other parameters."""
-        places: dict[Tensor, int] = {param: i for i, param in enumerate(gradients.params)}
-        per_row = len(gradients.params)
+    def register_hooks(self, gradients: TaskGradients) -> None:
+        """Register hooks that reduce-scatter a bucket once a backward has accumulated all of its gradients.
+
+        Args:
+            gradients: those of the shared parameters; other parameters have theirs in `.grad`.
+        """
+        numbers: dict[Tensor, int] = {param: i for i, param in enumerate(gradients.params)}
         for bucket in self.buckets:
-            for row in range(bucket.rows):
+            for task in range(bucket.tasks):
                 leaves = [
-                    gradients.leaves[row * per_row + places[param]] if param in places else param
+                    gradients.leaves[task * len(numbers) + numbers[param]] if param in numbers else param
                     for param in bucket.params
                 ]
-                unit = _Row(bucket, leaves)
+                gradient = _BucketGradient(bucket, leaves)
                 for leaf in leaves:
-                    leaf.register_post_accumulate_grad_hook(partial(self._arrived, unit))
-                self._units.append(unit)
+                    leaf.register_post_accumulate_grad_hook(partial(self._accumulated, gradient))
+                self._gradients.append(gradient)
 
-    def expect(self) -> None:
-        """The next backward is the last before `reduced`."""
-        self._armed = True
-        for unit in self._units:
-            unit.missing = len(unit.leaves)
-        self._waiting, self._under_way = deque(self._units), deque[Sent]()
+    def reduce_next_backward(self) -> None:
+        """Reduce-scatter gradients during the next backward; those before it only accumulate them."""
+        self._reducing = True
+        for gradient in self._gradients:
+            gradient.missing = len(gradient.leaves)
+        self._incomplete, self._in_flight = deque(self._gradients), deque[Sent]()
 
-    def reduced(self) -> tuple[dict[Tensor, list[Tensor | None]], list[Tensor]]:
-        """The sums over the ranks of what lies in this rank's parts, once they are there.
+    def wait_for_gradients(self) -> tuple[dict[Tensor, list[Tensor | None]], list[Tensor]]:
+        """Wait until this rank has its shards of the sum of all ranks' gradients.
 
-        A parameter that no loss reached on this rank is one that none reached on any: all compute the same losses.
+        A loss reaches a parameter on all ranks or on none, since all compute the same losses.
 
         Returns:
-            by piece of the shared parameters its gradient in each row, None where no loss reached it; and all gradients
-            of other pieces, which are their `.grad` too.
+            by this rank's part of a shared parameter (`ParameterShard.values`) its gradient for each task, None where
+            the task's loss does not reach it; and the gradients of all other parts, which are their `.grad` too.
         """
-        while self._waiting:
-            self._send(self._waiting.popleft())
-        while self._under_way:
-            self._under_way.popleft().wait()
-        self._armed = False
+        while self._incomplete:
+            self._reduce_scatter(self._incomplete.popleft())
+        while self._in_flight:
+            self._in_flight.popleft().wait()
+        self._reducing = False
         shared: dict[Tensor, list[Tensor | None]] = {}
         own = []
-        for unit in self._units:
-            for piece in unit.bucket.pieces:
-                grad = unit.part[piece.at] if piece.param in unit.reached else None
-                if piece.param in self._shared:
-                    shared.setdefault(piece.values, []).append(grad)
+        for gradient in self._gradients:
+            for shard in gradient.bucket.shards:
+                grad = gradient.shard[shard.indices] if shard.param in gradient.reached else None
+                if shard.param in self._shared:
+                    shared.setdefault(shard.values, []).append(grad)
                 else:
-                    piece.values.grad = grad
+                    shard.values.grad = grad
                     own += [] if grad is None else [grad]
         return shared, own
 
-    def _arrived(self, unit: _Row, leaf: Tensor) -> None:
-        if self._armed:
-            unit.missing -= 1
-            while self._waiting and self._waiting[0].missing == 0:  # in this order on all ranks
-                self._send(self._waiting.popleft())
+    def _accumulated(self, gradient: _BucketGradient, leaf: Tensor) -> None:
+        if self._reducing:
+            gradient.missing -= 1
+            while self._incomplete and self._incomplete[0].missing == 0:  # in the same order on all ranks
+                self._reduce_scatter(self._incomplete.popleft())
 
     @torch.no_grad()
-    def _send(self, unit: _Row) -> None:
-        if len(self._under_way) == IN_FLIGHT:
-            self._under_way.popleft().wait()
-        bucket = unit.bucket
-        whole = torch.empty_like(bucket.whole)
-        unit.reached = set()
-        for param, leaf, place in zip(bucket.params, unit.leaves, bucket.views(whole), strict=True):
+    def _reduce_scatter(self, gradient: _BucketGradient) -> None:
+        if len(self._in_flight) == MAX_IN_FLIGHT:
+            self._in_flight.popleft().wait()
+        bucket = gradient.bucket
+        flat = torch.empty_like(bucket.flat)
+        gradient.reached = set()
+        for param, leaf, view in zip(bucket.params, gradient.leaves, bucket.views(flat), strict=True):
             if leaf.grad is None:
-                place.zero_()
+                view.zero_()
                 continue
-            unit.reached.add(param)
-            place.copy_(leaf.grad)
+            gradient.reached.add(param)
+            view.copy_(leaf.grad)
             leaf.grad = None
-        unit.part = torch.empty_like(self.group.part(whole))
-        self._under_way.append(self.group.reduce_scatter(unit.part, whole))
+        gradient.shard = torch.empty_like(self.group.part(flat))
+        self._in_flight.append(self.group.reduce_scatter(gradient.shard, flat))
 
     # Parameters --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def gather(self) -> None:
-        """Give all ranks what each has updated: the parameters, and their averages where an optimizer keeps some."""
-        wholes = [bucket.whole for bucket in self.buckets] + self._averaged
-        for sent in [self.group.all_gather(whole) for whole in wholes]:
+    def all_gather(self) -> None:
+        """Give all ranks each rank's shards of the parameters, and of their EMA if the optimizer keeps it."""
+        for sent in [self.group.all_gather(flat) for flat in self._all_gathered]:
             sent.wait()
 
-    def keep_averages(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have all ranks keep the averages of an optimizer of pieces, in `averages`."""
+    def keep_ema(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the EMA of all parameters on all ranks, in `ema`; this rank's optimizer updates its shards of it."""
         for bucket in self.buckets:
-            averaged = bucket.whole.clone()
-            self._averaged.append(averaged)
-            self.averages |= dict(zip(bucket.params, bucket.views(averaged), strict=True))
-            for piece in bucket.pieces:
-                optimizer.state[piece.values]["average"] = self.group.part(averaged)[piece.at]
+            flat = bucket.flat.clone()
+            self._all_gathered.append(flat)
+            self.ema |= dict(zip(bucket.params, bucket.views(flat), strict=True))
+            for shard in bucket.shards:
+                optimizer.state[shard.values]["average"] = self.group.part(flat)[shard.indices]
 
-    def bytes_sent(self, *, averages: bool) -> int:
-        """What this rank sends in an update, all but some numbers: every row of gradients, and what `gather` gathers.
+    def bytes_per_update(self, *, ema: bool) -> int:
+        """Bytes that this rank sends in reduce-scatters and all-gathers of an update.
 
-        With P parameters that the tasks share, H others and T rows: 4 (T P + P + 2 H) (size - 1) / size, and 4 (P + H)
-        (size - 1) / size for averages; P and H are rounded up to whole parts.
+        With P shared parameters, H others and T tasks: 4 (T P + P + 2 H) (world_size - 1) / world_size, and
+        4 (P + H) (world_size - 1) / world_size more for the EMA; P and H are rounded up to whole shards.
         """
-        gathers = 2 if averages else 1
-        whole = sum((bucket.rows + gathers) * bucket.whole.nbytes for bucket in self.buckets)
-        return whole * (self.group.world_size - 1) // self.group.world_size
+        all_gathers = 2 if ema else 1
+        total = sum((bucket.tasks + all_gathers) * bucket.flat.nbytes for bucket in self.buckets)
+        return total * (self.group.world_size - 1) // self.group.world_size
 
     # Optimizer state ---------------------------------------------------------------------------------------------
 
-    def whole_state(self, state: OptimizerState) -> dict[Tensor, dict[str, Tensor]]:
-        """The optimizer's state by parameter, of all ranks' pieces."""
-        found: dict[Tensor, dict[str, Tensor]] = {}
+    def gather_full_state(self, state: OptimizerState) -> dict[Tensor, dict[str, Tensor]]:
+        """The full optimizer state, by parameter, from the state of all ranks' shards."""
+        full: dict[Tensor, dict[str, Tensor]] = {}
         for bucket in self.buckets:
             numbers = {param: i for i, param in enumerate(bucket.params)}
             own = {
-                (numbers[piece.param], name): value
-                for piece in bucket.pieces
-                for name, value in state.get(piece.values, {}).items()
+                (numbers[shard.param], name): None if value.ndim else float(value)
+                for shard in bucket.shards
+                for name, value in state.get(shard.values, {}).items()
             }
-            scalars: dict[tuple[int, str], float | None] = {}
-            for told in self.group.all_gather_object(
-                {key: None if value.ndim else float(value) for key, value in own.items()}
-            ):
-                scalars |= told
-            for name in sorted({name for _, name in scalars}):
-                if any(number is None for key, number in scalars.items() if key[1] == name):
-                    whole = torch.zeros_like(bucket.whole)
-                    for piece in bucket.pieces:
-                        value = own.get((numbers[piece.param], name))
-                        if value is not None:
-                            self.group.part(whole)[piece.at] = value
-                    self.group.all_gather(whole).wait()
-                    values: Sequence[Tensor] = bucket.views(whole)
-                else:
-                    values = [torch.tensor(scalars.get((i, name)) or 0.0) for i in range(len(bucket.params))]
-                for i, (param, value) in enumerate(zip(bucket.params, values, strict=True)):
-                    if (i, name) in scalars:
-                        found.setdefault(param, {})[name] = value
-        return found
+            entries: dict[tuple[int, str], float | None] = {}  # by parameter and name; None for tensors
+            for of_rank in self.group.all_gather_object(own):
+                entries |= of_rank
+            for name in sorted({name for _, name in entries}):
+                scalars = {i: scalar for (i, other), scalar in entries.items() if other == name}
+                flat = torch.zeros_like(bucket.flat) if None in scalars.values() else None
+                if flat is not None:
+                    for shard in bucket.shards:
+                        if name in state.get(shard.values, {}):
+                            self.group.part(flat)[shard.indices] = state[shard.values][name]
+                    self.group.all_gather(flat).wait()
+                views = [] if flat is None else bucket.views(flat)
+                for i, scalar in scalars.items():
+                    value = views[i] if scalar is None else torch.tensor(scalar)
+                    full.setdefault(bucket.params[i], {})[name] = value
+        return full
 
-    def own_state(self, whole: OptimizerState) -> dict[Tensor, dict[str, Tensor]]:
-        """What lies in this rank's parts of an optimizer's whole state, by piece."""
+    def shard_state(self, full: OptimizerState) -> dict[Tensor, dict[str, Tensor]]:
+        """This rank's shards of the full optimizer state, by `ParameterShard.values`."""
 
-        def stretch(value: Tensor, piece: Piece) -> Tensor:
-            return value.reshape(-1)[piece.begin : piece.begin + len(piece.values)] if value.ndim else value
+        def shard_of(value: Tensor, shard: ParameterShard) -> Tensor:
+            return value.reshape(-1)[shard.offset : shard.offset + len(shard.values)] if value.ndim else value
 
         return {
-            piece.values: {name: stretch(value, piece) for name, value in whole.get(piece.param, {}).items()}
-            for piece in self.pieces
+            shard.values: {name: shard_of(value, shard) for name, value in full.get(shard.param, {}).items()}
+            for bucket in self.buckets
+            for shard in bucket.shards
         }
 
 
-class _Row:
-    """One row of a bucket's gradients."""
+class _BucketGradient:
+    """The gradient of a bucket's parameters for one task."""
 
     def __init__(self, bucket: Bucket, leaves: Sequence[Tensor]) -> None:
-        self.bucket, self.leaves = bucket, leaves
-        self.missing = 0  # leaves that the backward has not filled yet
-        self.reached: set[Tensor] = set()
-        self.part: Tensor  # this rank's, of the sum
+        self.bucket = bucket
+        self.leaves = leaves  # a backward accumulates into their `.grad`
+        self.missing = 0  # leaves whose gradient is not complete
+        self.reached: set[Tensor] = set()  # parameters that have a gradient
+        self.shard: Tensor  # this rank's, of the sum over the ranks
 
 
-def _by_bucket(params: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Parameters in their order, as many together as a bucket holds, at least one."""
-    found: list[list[Tensor]] = []
+def _bucketed(params: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Split parameters, in order, into buckets of at most `BUCKET_ELEMENTS`, or of one parameter."""
+    buckets: list[list[Tensor]] = []
     room = 0
     for param in params:
         if param.numel() > room:
-            found.append([])
-            room = BUCKET
-        found[-1].append(param)
+            buckets.append([])
+            room = BUCKET_ELEMENTS
+        buckets[-1].append(param)
         room -= param.numel()
-    return found
+    return buckets

@@ -73,7 +73,7 @@ class Workbench:
     def save(self, path: Path, progress: Progress) -> None:
         """Write a checkpoint, once for all ranks, which have to call this together."""
         state: OptimizerState = (
-            self.optimizer.state if self.arena is None else self.arena.whole_state(self.optimizer.state)
+            self.optimizer.state if self.arena is None else self.arena.gather_full_state(self.optimizer.state)
         )
         if self.group.is_main:
             checkpoint.save(path, self.model, self.tokenizer, state, progress, self.stepper.surgeries)
@@ -82,7 +82,7 @@ class Workbench:
         """Take over a checkpoint's heads, and the state of its optimizer and its surgery."""
         load_heads(self.model, path / "heads.safetensors")
         state = checkpoint.load_state(path, self.model)
-        self.optimizer.load(state if self.arena is None else self.arena.own_state(state))
+        self.optimizer.load(state if self.arena is None else self.arena.shard_state(state))
         for surgery in self.stepper.surgeries:
             if surgery.weighting is not None:
                 surgery.weighting.load(path, self.device)
@@ -199,22 +199,22 @@ def prepare(config: TrainConfig, run: Run, console: Console, group: ProcessGroup
     l2 = {task.name: of_task(config.l2, task.name, 0.0) for task in tasks}
     params = model.parameter_groups(config.weight_decay)
     for param_group in params:
-        param_group["lr"] = config.head_lr if config.head_lr and group["name"].startswith("heads.") else lr
+        param_group["lr"] = config.head_lr if config.head_lr and param_group["name"].startswith("heads.") else lr
     arena = None
     if group.world_size > 1:
         trunk = [param for param in model.trunk.parameters() if param.requires_grad]
         arena = ShardedParameters(list(model.heads.parameters()), trunk, rows, group)
-        arena.gather()  # all ranks start alike
-        params = arena.groups(params)
-        sent = len(surgeries) * arena.bytes_sent(averages=beta is not None)
+        arena.all_gather()  # all ranks start alike
+        params = arena.param_groups(params)
+        sent = len(surgeries) * arena.bytes_per_update(ema=beta is not None)
         console.print(f"each process sends {sent / 1e6:.1f} MB a step")
     optimizer = AdamW(params, lr=lr, eps=config.adam_eps, average_beta=beta, copies=None if arena else copies)
     if arena is not None and beta is not None:
-        arena.keep_averages(optimizer)
+        arena.keep_ema(optimizer)
     gradients = TaskGradients(model.trunk, rows, copies)
     if arena is not None:
-        arena.watch(gradients)
-    averages = optimizer.averages if arena is None else arena.averages
+        arena.register_hooks(gradients)
+    averages = optimizer.averages if arena is None else arena.ema
     stepper = Stepper(
         model,
         Objective(model, config.smart, config.bregman, averages, copies, config.loss_weights, l2),

@@ -96,7 +96,7 @@ class Stepper:
             found = []
             for left, (row, parts, seed) in zip(reversed(range(len(streams))), streams, strict=True):
                 if self.arena is not None and not left:
-                    self.arena.expect()
+                    self.arena.reduce_next_backward()
                 found.append(self._backward(parts, row, seed, done, clock))
             allowed = self._update(found, surgery, derive_seed(self.seed, "surgery", step, number), allowed, updates)
             clock.lap("update")
@@ -196,7 +196,7 @@ class Stepper:
         self._settle()
         counted = self.optimizer.combined_step(shared, weights, stats[1:2], skip_unless=updated)
         if self.arena is not None:
-            self.arena.gather()
+            self.arena.all_gather()
             for param, copy in self.objective.copies.items():
                 copy.copy_(param.detach())
 
@@ -220,7 +220,7 @@ class Stepper:
     def _gradients(self) -> tuple[Mapping[Tensor, Sequence[Tensor | None]], list[Tensor]]:
         """Of all streams and ranks: by parameter that the tasks share its gradient in each row, and all others."""
         if self.arena is not None:
-            return self.arena.reduced()
+            return self.arena.wait_for_gradients()
         own = [param.grad for param in self.model.heads.parameters() if param.grad is not None]
         return dict(zip(self.gradients.params, zip(*self.gradients.rows, strict=True), strict=True)), own
 

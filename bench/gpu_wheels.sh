@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 wheels=build/gpu/wheels
 rm -rf "$wheels"
-# jsonargparse[signatures] with what it needs, and the peer TorchJD
+# the peer TorchJD
 python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d "$wheels" \
-    'jsonargparse>=4.49' 'docstring-parser>=0.17' 'typeshed-client>=2.8.2' 'torchjd>=0.18'
+    'torchjd>=0.18'
 ls -l "$wheels"

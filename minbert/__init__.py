@@ -1,7 +1,18 @@
 """Multitask fine-tuning of BERT with SMART regularisation and gradient surgery, on compiled kernels."""
 
+import importlib
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minbert.config import TrainConfig
+    from minbert.data.packing import pack
+    from minbert.data.tokenizer import Tokenizer
+    from minbert.methods.surgery import pcgrad_weights
+    from minbert.model import Encoder, MultitaskModel
+    from minbert.tasks import Task
+    from minbert.training.optimizer import AdamW
 
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     # torch's OpenMP threads (libgomp's) spin while they wait, for as long as this says when torch is loaded. By default
@@ -9,3 +20,26 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"
+__all__ = ["AdamW", "Encoder", "MultitaskModel", "Task", "Tokenizer", "TrainConfig", "pack", "pcgrad_weights"]
+
+_MODULES = {  # where each public name is defined: importing minbert alone imports none of them, nor torch
+    "AdamW": "minbert.training.optimizer",
+    "Encoder": "minbert.model",
+    "MultitaskModel": "minbert.model",
+    "Task": "minbert.tasks",
+    "Tokenizer": "minbert.data.tokenizer",
+    "TrainConfig": "minbert.config",
+    "pack": "minbert.data.packing",
+    "pcgrad_weights": "minbert.methods.surgery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'minbert' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

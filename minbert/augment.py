@@ -107,9 +107,7 @@ class Translator:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = cli.Parser("augment", AugmentConfig, description="Translate training sentences there and back.")
-    options = vars(parser.parse(arguments))
-    augment(AugmentConfig(**{name: options[name] for name in AugmentConfig.__dataclass_fields__}), Terminal())
+    augment(cli.parse("augment", AugmentConfig, arguments), Terminal())
     return 0
 
 

@@ -1,117 +1,227 @@
-"""What the commands share: options from dataclasses, one-line errors, exit codes."""
+"""What the commands share: options from the fields of dataclasses, one-line errors, exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import jsonargparse
+import yaml
 
 from minbert import kernels
 from minbert.errors import UserError, did_you_mean, one_line
-from minbert.files.json_yaml import read_yaml, short
-from minbert.files.validation import checked, types_of_fields, without_format
+from minbert.files.json_yaml import parse_yaml, read_yaml
+from minbert.files.validation import checked, described, types_of_fields, without_format
 from minbert.methods.surgery import names_code
 from minbert.recipes import recipe
 
 Config = TypeVar("Config")
 
 
-class Parser(jsonargparse.ArgumentParser):
-    """Options from a dataclass, written with dashes; an error becomes a `UserError` of one line."""
+class Option(NamedTuple):
+    """An option: a field of a dataclass, or of a record in it."""
 
-    def __init__(self, command: str, config: type, **kwargs: Any) -> None:
-        super().__init__(prog=f"python -m minbert.{command}", exit_on_error=False, allow_abbrev=False, **kwargs)
-        self.kinds = dict(_kinds(config))  # type of each option, as text
-        self.types = dict(_types(config))  # and as it is
-        self.add_class_arguments(config, None)
+    type: Any
+    required: bool
+    default: Any  # None for a record, whose fields have their own
+    text: str  # what the docstring of the dataclass says of it
 
-    def parse(self, arguments: Sequence[str]) -> jsonargparse.Namespace:
-        """Values of the options, nested records instantiated.
+
+def options_of(record: Any, prefix: str = "") -> Iterator[tuple[str, Option]]:
+    """The options that the fields of a dataclass are, by their dotted names, such as smart.steps."""
+    texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(record) or "", re.MULTILINE))
+    for field in dataclasses.fields(record):
+        name, kind = prefix + field.name, types_of_fields(record)[field.name]
+        required = field.default is field.default_factory  # neither is there
+        factory = None if dataclasses.is_dataclass(kind) else field.default_factory
+        default = factory() if callable(factory) else None if field.default is dataclasses.MISSING else field.default
+        yield name, Option(kind, required, default, " ".join(texts[field.name].split()))
+        if dataclasses.is_dataclass(kind):
+            yield from options_of(kind, f"{name}.")
+
+
+class Parser:
+    """Reads command lines and files of the options that the fields of dataclasses are.
+
+    Args:
+        command: the module of minbert that is run.
+        records: the dataclasses.
+        positional: an option whose value is given without its name.
+    """
+
+    def __init__(self, command: str, *records: type, positional: str = "") -> None:
+        self.command, self.summary, self.positional = command, _summary(records[0]), positional
+        self.options = {name: option for record in records for name, option in options_of(record)}
+
+    def parse(self, arguments: Sequence[str]) -> list[tuple[str, Any]]:
+        """Dotted names and values in the order of the arguments; --help prints the options and exits.
+
+        `--batch-size 8` or `=8`, `--resume` or `=true`, `--tasks a b` or `=a,b`, `--heads.sts cosine` of a dictionary.
 
         Raises:
             UserError: an unknown option, or a value of the wrong type.
         """
-        try:
-            values = self.parse_args(self.normalise(arguments))
-            for name, kind in self.types.items():
-                if not dataclasses.is_dataclass(kind):
-                    checked(values[name], kind, f"--{name.replace('_', '-')}")
-            return self.instantiate(values)
-        except argparse.ArgumentError as error:
-            raise UserError(self._one_line(str(error))) from None
-
-    def normalise(self, arguments: Sequence[str]) -> list[str]:
-        """`--batch-size 8` as `--batch_size=8`, `--resume` as `--resume=true`, `--tasks a b` as `--tasks=[a,b]`."""
-        normal: list[str] = []
+        given: list[tuple[str, Any]] = []
         pending = list(arguments)
         while pending:
-            word = pending.pop(0)
-            option, *values = word.split("=", 1)
-            option = "--" + option[2:].replace("-", "_")
-            kind = self.kinds.get(option)
-            if not word.startswith("--") or kind is None:
-                normal.append(word if not word.startswith("--") else "=".join([option, *values]))
+            argument = pending.pop(0)
+            if argument in ("-h", "--help"):
+                print(self.help(), end="")
+                raise SystemExit(0)
+            if not argument.startswith("-"):
+                if not self.positional or self.positional in dict(given):
+                    raise UserError(f"unexpected argument {argument!r}; options start with --, and --help lists them")
+                given.append((self.positional, argument))
                 continue
-            takes = 0 if values else len(pending) if "list[" in kind else 1
+            option, *values = argument.split("=", 1)
+            name, kind = self._find(option)
+            takes = 0 if values else len(pending) if _members(kind, list) else 1
             while len(values) < takes and pending and not pending[0].startswith("--"):
-                if kind == "bool" and pending[0] not in ("true", "false"):
+                if kind is bool and pending[0] not in ("true", "false"):
                     break
                 values.append(pending.pop(0))
-            if kind == "bool" and not values:
-                values = ["true"]
-            value = ",".join(values)
-            if "list[" in kind:
-                value = f"[{value.strip('[]')}]"
-            normal.append(f"{option}={value}" if values else option)
-        return normal
+            if not values and kind is not bool:
+                raise UserError(f"{option}: expected {described(kind)}, got nothing")
+            value = _from_text(",".join(values), kind) if values else True
+            given += self.checked({name: value}) if name in self.options else [(name, checked(value, kind, option))]
+        return given
 
-    def format_help(self, *arguments: Any) -> str:
-        return re.sub(r"--[a-z][\w.]+", lambda option: option[0].replace("_", "-"), super().format_help(*arguments))
+    def _find(self, option: str) -> tuple[str, Any]:
+        """The dotted name and the type of an option, or of an entry of one that is a dictionary."""
+        name = option[2:].replace("-", "_")
+        if option.startswith("--") and name in self.options:
+            return name, self.options[name].type
+        parent = name.rpartition(".")[0]
+        if parent in self.options and (dictionaries := _members(self.options[parent].type, dict)):
+            return f"{parent}.{option.rpartition('.')[2]}", typing.get_args(dictionaries[0])[1]
+        raise UserError(
+            f"unknown option {option}{did_you_mean(option, list(map(dashed, self.options)))}; --help lists the options"
+        )
 
-    def _one_line(self, message: str) -> str:
-        unknown = re.search(r"unrecognized arguments: (\S+)|Option '(\S+?)' is not accepted", message, re.IGNORECASE)
-        if unknown:
-            word = unknown[1] or f"--{unknown[2]}"
-            if not word.startswith("-"):
-                return f"unexpected argument {word!r}; options start with --, and --help lists them"
-            name = word.split("=")[0].replace("_", "-")
-            known = [s.replace("_", "-") for action in self._actions for s in action.option_strings]
-            return f"unknown option {name}{did_you_mean(name, known)}; --help lists the options"
-        wrong = re.search(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
-        if wrong:
-            kind = self.kinds.get(f"--{wrong[1]}", "another type")
-            expected = re.sub(r"Literal\[(.*?)\]", r"one of \1", kind.replace(" | None", "")).replace("|", "or")
-            entry = re.fullmatch(r"NestedArg\(key='(.*)', val='(.*)'\)", wrong[2].strip())  # of a dictionary
-            key, value = (f".{entry[1]}", entry[2]) if entry else ("", wrong[2].strip())
-            return f"--{wrong[1].replace('_', '-')}{key}: expected {expected}, got {value!r}"
-        record = re.search(r'Parser key "([\w.]+)":\s+Unable to load config "(.*)"', message, re.DOTALL)
-        if record and dataclasses.is_dataclass(of := self.types.get(record[1])):
-            names = ", ".join(field.name for field in dataclasses.fields(of))
-            return f"--{record[1].replace('_', '-')}: expected a record of {names}, got {short(record[2])}"
-        return " ".join(message.split())
+    def checked(self, values: Mapping[Any, Any], where: str = "", prefix: str = "") -> Iterator[tuple[str, Any]]:
+        """Dotted names and values from a mapping, in which a record is a mapping.
+
+        Raises:
+            UserError: an unknown name, or a value of the wrong type; the line starts with `where`.
+        """
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            if name not in self.options:
+                raise UserError(f"{where}unknown option {name}{did_you_mean(name, list(self.options))}")
+            kind = self.options[name].type
+            if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+                yield from self.checked(value, where, f"{name}.")
+            else:
+                yield name, checked(value, kind, where + dashed(name))
+
+    def merged(self, values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        """The last value of each option; an entry of a dictionary joins those before it."""
+        merged: dict[str, Any] = {}
+        for name, value in values:
+            if name not in self.options:
+                name, _, key = name.rpartition(".")
+                before = merged.get(name)
+                value = {**(before if isinstance(before, dict) else {}), key: value}
+            merged[name] = value
+        return merged
+
+    def build(self, record: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
+        """The record of these values, and of the defaults of all other options.
+
+        Raises:
+            UserError: an option without a default is missing, or the record refuses a value.
+        """
+        fields: dict[str, Any] = {}
+        for field in dataclasses.fields(record):  # type: ignore[arg-type]
+            name = prefix + field.name
+            option = self.options[name]
+            if dataclasses.is_dataclass(option.type):
+                fields[field.name] = self.build(option.type, values, f"{name}.")  # type: ignore[arg-type]
+            elif name in values:
+                fields[field.name] = values[name]
+            elif option.required:
+                shown = name.upper() if name == self.positional else dashed(name)
+                raise UserError(f"{shown} is missing: {option.text.split('.')[0]}; --help lists the options")
+        return record(**fields)
+
+    def help(self) -> str:
+        usage = f"python -m minbert.{self.command} {self.positional.upper()} [--OPTION VALUE ...]".replace("  ", " ")
+        parser = argparse.ArgumentParser(usage=usage, description=self.summary)
+        for name, option in self.options.items():
+            default = "" if option.default in (None, {}) else f"; default: {option.default}"
+            text = f"{option.text.rstrip('.')} ({described(option.type)}{default})".replace("%", "%%")
+            if name == self.positional:
+                parser.add_argument(name.upper(), help=text)
+            else:
+                parser.add_argument(dashed(name), metavar="", help=text)
+        return parser.format_help()
 
 
-def _kinds(config: type, prefix: str = "--") -> Iterator[tuple[str, str]]:
-    """The options of a record and of the records in it, and their types as text."""
-    for option in dataclasses.fields(config):
-        yield prefix + option.name, str(option.type)
-        if dataclasses.is_dataclass(option.default_factory):
-            yield from _kinds(option.default_factory, f"{prefix}{option.name}.")  # type: ignore[arg-type]
+def dashed(name: str) -> str:
+    """An option as the command line has it."""
+    return f"--{name.replace('_', '-')}"
 
 
-def _types(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted names of the options of a record and of the records in it, and their types."""
-    for name, kind in types_of_fields(config).items():
-        yield prefix + name, kind
-        if dataclasses.is_dataclass(kind):
-            yield from _types(kind, f"{prefix}{name}.")
+def _members(kind: Any, origin: Any) -> list[Any]:
+    """The members of a union with this origin, such as list[str] of list[str] | None; another type is its only one."""
+    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    return [each for each in (typing.get_args(kind) if union else [kind]) if typing.get_origin(each) is origin]
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """The value of an argument: the text itself for an option that is a text, else what it means in YAML."""
+    if lists := _members(kind, list):
+        (item,) = typing.get_args(lists[0])
+        return [_from_text(part.strip(" '\""), item) for part in text.strip("[]").split(",") if part.strip()]
+    plain = _members(kind, None)
+    missing = text == "null" and types.NoneType in plain
+    mapping = text.startswith("{") and _members(kind, dict)
+    if any(text in typing.get_args(each) for each in _members(kind, Literal)) or (
+        str in plain and not missing and not mapping
+    ):
+        return text
+    try:
+        return parse_yaml(text)
+    except ValueError:
+        return text  # the check of the type refuses it
+
+
+def _summary(record: type) -> str:
+    return (record.__doc__ or "").split("\n")[0]
+
+
+def parse(command: str, config: type[Config], arguments: Sequence[str], positional: str = "") -> Config:
+    """The config of a command.
+
+    Raises:
+        UserError: an unknown option, one that is missing, or a value that `config` refuses.
+    """
+    parser = Parser(command, config, positional=positional)
+    return parser.build(config, parser.merged(parser.parse(arguments)))
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """Files of options.
+
+    Args:
+        config: YAML file of options, over those of the recipe; of several files, the last one's count.
+        allow_code: import the code that a file of options names, such as surgery: MODULE:NAME.
+        print_config: print all options as a file for --config has them, and exit.
+    """
+
+    config: str | None = None
+    allow_code: bool = False
+    print_config: bool = False
 
 
 def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -> Config:
@@ -121,56 +231,33 @@ def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -
         UserError: an unknown option or recipe, an unreadable file, a value that `config` refuses, or code that a file
             names without --allow-code.
     """
-    parser = Parser(command, config, description=(config.__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file of options")
-    parser.add_argument(
-        "--allow_code",
-        action="store_true",
-        default=argparse.SUPPRESS,  # so that no file of options holds it
-        help="import the code that --config FILE names, such as surgery: MODULE:NAME",
-    )
-    parser.kinds["--config"] = "str"
-    words = parser.normalise(arguments)
-    files = [word.split("=", 1)[1] for word in words if word.startswith("--config=")]
-    chosen = [word.split("=", 1)[1] for word in words if word.startswith("--recipe=")]
-    layers = [_options_in(Path(file), parser) for file in files]
-    for options in layers:
-        chosen = chosen or ([options["recipe"]] if options.get("recipe") else [])
-    if chosen:
-        layers.insert(0, dict(_flat(recipe(chosen[-1]), parser.kinds)))
-    for options in layers:
-        parser.set_defaults(options)
-    values = parser.parse([word for word in words if not word.startswith("--config=")])
+    parser, of_files = Parser(command, config, FileOptions), Parser(command, config)
+    given = parser.parse(arguments)
+    files = [dict(_options_in(Path(value), of_files)) for name, value in given if name == "config"]
+    chosen = [value for name, value in given if name == "recipe"][-1:]
+    chosen += [options["recipe"] for options in files if options.get("recipe")]
+    recipes = [dict(of_files.checked(recipe(name))) for name in chosen[:1]]
+    values = parser.merged([*(option for layer in (*recipes, *files) for option in layer.items()), *given])
     surgery = str(values.get("surgery"))
-    if names_code(surgery) and not any(word.startswith("--surgery=") for word in words) and "allow_code" not in values:
+    if names_code(surgery) and "surgery" not in dict(given) and not values.get("allow_code"):
         raise UserError(
             f"surgery {surgery} names code to import, and does not stand on the command line; give --surgery"
             " MODULE:NAME there, or --allow-code if you trust the file and the module"
         )
-    return config(**{field.name: values[field.name] for field in dataclasses.fields(config)})  # type: ignore[arg-type]
+    built = parser.build(config, values)
+    if values.get("print_config"):
+        print(yaml.safe_dump(dataclasses.asdict(built), sort_keys=False), end="")  # type: ignore[call-overload]
+        raise SystemExit(0)
+    return built
 
 
-def _flat(options: Mapping[str, Any], known: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Options by their dotted names: those of records one by one, a dictionary that is itself a value whole."""
-    for name, value in options.items():
-        if isinstance(value, Mapping) and any(option.startswith(f"--{prefix}{name}.") for option in known):
-            yield from _flat(value, known, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _options_in(path: Path, parser: Parser) -> dict[str, Any]:
+def _options_in(path: Path, parser: Parser) -> Iterator[tuple[str, Any]]:
     """The options in a file of --config by their dotted names."""
     try:
         values = read_yaml(path, "give a file of options", regular=False)
-        options = dict(_flat(without_format(values, str(path)), parser.kinds))
-        for name, value in options.items():
-            if name not in parser.types:
-                raise UserError(f"{path}: unknown option {name}{did_you_mean(str(name), list(parser.types))}")
-            checked(value, parser.types[name], f"{path}: --{name.replace('_', '-')}")
+        yield from parser.checked(without_format(values, str(path)), f"{path}: ")
     except UserError as error:
         raise UserError(f"--config {error}") from None
-    return options
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:

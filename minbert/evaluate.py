@@ -33,6 +33,7 @@ class EvaluateConfig:
     """Score a run on a split and write its predictions.
 
     Args:
+        run: run directory.
         data: where the split is; when left out, the directory that the run was trained on. RUN/predictions/ and
             RUN/skipped.jsonl are of the best epoch and of the run's own data, as the report shows them. What
             --checkpoint last predicts is written to RUN/predictions/last/; of other data, to a directory under these
@@ -44,6 +45,7 @@ class EvaluateConfig:
         strict: evaluate nothing if a row of the split cannot be used.
     """
 
+    run: str
     data: str | None = None
     split: Literal["dev", "test", "train"] = "dev"
     tasks: list[str] | None = None
@@ -53,9 +55,7 @@ class EvaluateConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = cli.Parser("evaluate", EvaluateConfig, description="Score a run on a split and write its predictions.")
-    parser.add_argument("run", type=str, help="run directory")
-    options = parser.parse(arguments)
+    options = cli.parse("evaluate", EvaluateConfig, arguments, positional="run")
     run = Run(options.run)
     config = run.config()
     console, warnings = Terminal(), Terminal(stderr=True)

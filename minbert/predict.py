@@ -24,6 +24,7 @@ class PredictConfig:
     """Predict one task for a file of sentences, in the course's format (`id , prediction`).
 
     Args:
+        run: run directory.
         task: a task the run was trained on: sst, qqp, sts or cfimdb.
         input: file of the course or of GLUE (tab-separated with a header), JSON objects on lines, or text with a
             sentence or a tab-separated pair on each line, which goes by the line's number, from 0; - reads any of them
@@ -36,6 +37,7 @@ class PredictConfig:
         device: auto, cpu, cuda or cuda:N.
     """
 
+    run: str
     task: str
     input: str
     output: str | None = None
@@ -46,9 +48,7 @@ class PredictConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = cli.Parser("predict", PredictConfig, description="Predict one task for a file of sentences.")
-    parser.add_argument("run", type=str, help="run directory")
-    options = parser.parse(arguments)
+    options = cli.parse("predict", PredictConfig, arguments, positional="run")
     run = Run(options.run)
     config, console = run.config(), Terminal(stderr=True)
     (task,) = run_tasks(config, [options.task])

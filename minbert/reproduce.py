@@ -43,6 +43,7 @@ class ReproduceConfig:
     """Train the rows of a paper's tables and print them beside the published figures.
 
     Args:
+        paper: the paper's number: 000 to 004.
         rows: rows to train, by their names; all when left out. `--rows list` prints the names.
         seeds: one run of each row for every seed; the table then has their mean and standard deviation.
         data: as for minbert.train.
@@ -55,6 +56,7 @@ class ReproduceConfig:
         out: directory of the runs; runs/PAPER when left out.
     """
 
+    paper: str
     rows: list[str] | None = None
     seeds: list[int] | None = None
     data: str | None = None
@@ -97,9 +99,7 @@ class Outcome:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = cli.Parser("reproduce", ReproduceConfig, description=(ReproduceConfig.__doc__ or "").split("\n")[0])
-    parser.add_argument("paper", type=str, help="the paper's number: 000 to 004")
-    options = parser.parse(arguments)
+    options = cli.parse("reproduce", ReproduceConfig, arguments, positional="paper")
     console = Terminal()
     found = paper(options.paper)
     if options.rows == ["list"]:

@@ -105,7 +105,7 @@ def _when(kind: Any, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
         if not holds(value):
             limit = f" of at most {_LIMITS[kind]:g}" if kind in _LIMITS and type(value) in (int, kind) else ""
             raise _Unfit(described(kind) + limit, value)
-        return value
+        return float(value) if kind is float else value
 
     return check
 

@@ -13,19 +13,19 @@ from minbert.runs.run_directory import Run
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write RUN/report.html.
+    """Write RUN/report.html, as training does at its end.
 
     Args:
+        run: run directory.
         data: where the dev split's texts are; the run's own training data when left out.
     """
 
+    run: str
     data: str | None = None
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = cli.Parser("report", ReportConfig, description="Write RUN/report.html, as training does at its end.")
-    parser.add_argument("run", type=str, help="run directory")
-    options = parser.parse(arguments)
+    options = cli.parse("report", ReportConfig, arguments, positional="run")
     run = Run(options.run)
     config = run.config()
     if options.data is None and config.data is not None:

@@ -1,0 +1,159 @@
+"""The options of every command, with their defaults: scripts and recorded runs rely on them.
+
+An option that is new, renamed or has another default changes this table, and a line of CHANGELOG.md says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from minbert import augment, evaluate, predict, reproduce
+from minbert.cli import options_of
+from minbert.config import TrainConfig
+from minbert.report.__main__ import ReportConfig
+
+REQUIRED = "required"
+OPTIONS = {
+    TrainConfig: {
+        "data": None,
+        "tasks": None,
+        "model": None,
+        "recipe": None,
+        "out": None,
+        "resume": False,
+        "epochs": 3,
+        "steps": None,
+        "batch_size": 32,
+        "lr": None,
+        "head_lr": None,
+        "seed": 0,
+        "precision": "auto",
+        "device": "auto",
+        "backend": "auto",
+        "matmul": "auto",
+        "threads": None,
+        "mode": "finetune",
+        "surgery": "pcgrad",
+        "surgery_reduction": "sum",
+        "surgery_groups": None,
+        "low_memory": False,
+        "accumulate": 1,
+        "timeout": 600.0,
+        "cuda_graphs": True,
+        "smart.lambda_s": 1.0,
+        "smart.epsilon": 0.02,
+        "smart.sigma": 0.01,
+        "smart.eta": 0.02,
+        "smart.steps": 1,
+        "smart.norm": "inf",
+        "smart.per": "token",
+        "smart.projection": "ball",
+        "smart.relative": True,
+        "smart.masks": "shared",
+        "smart.warmup": 0.0,
+        "smart.precision": "auto",
+        "bregman.mu": 0.0,
+        "bregman.beta": 0.99,
+        "loss_weights": None,
+        "optimizers": "shared",
+        "sampling": "joint",
+        "sampling_alpha": 1.0,
+        "sampling_alpha_end": None,
+        "sampling_weights": None,
+        "epoch_length": "smallest",
+        "epoch_times": 1,
+        "swap_pairs": None,
+        "augmented": None,
+        "reviews": None,
+        "reviews_per_star": 500,
+        "strict": False,
+        "heads": {},
+        "losses": {},
+        "l2": 0.0,
+        "shared_layer": None,
+        "pooling": "cls",
+        "max_length": None,
+        "dropout": None,
+        "head_dropout": 0.1,
+        "schedule": "linear",
+        "warmup": 0.1,
+        "weight_decay": 0.01,
+        "adam_eps": 1e-08,
+        "clip_norm": 1.0,
+        "max_skipped": 10,
+        "checkpoint_steps": 200,
+        "log_steps": 10,
+        "tensorboard": False,
+        "scratch.vocab_size": 8000,
+        "scratch.hidden_size": 128,
+        "scratch.num_hidden_layers": 2,
+        "scratch.num_attention_heads": 4,
+        "scratch.intermediate_size": 512,
+    },
+    evaluate.EvaluateConfig: {
+        "run": REQUIRED,
+        "data": None,
+        "split": "dev",
+        "tasks": None,
+        "checkpoint": "best",
+        "device": "auto",
+        "strict": False,
+    },
+    predict.PredictConfig: {
+        "run": REQUIRED,
+        "task": REQUIRED,
+        "input": REQUIRED,
+        "output": None,
+        "skipped": None,
+        "strict": False,
+        "checkpoint": "best",
+        "device": "auto",
+    },
+    ReportConfig: {
+        "run": REQUIRED,
+        "data": None,
+    },
+    augment.AugmentConfig: {
+        "model": REQUIRED,
+        "out": REQUIRED,
+        "back_model": None,
+        "data": None,
+        "task": "sst",
+        "batch_size": 32,
+        "beams": 4,
+        "temperature": None,
+        "max_length": 256,
+        "seed": 0,
+        "device": "auto",
+        "strict": False,
+    },
+    reproduce.ReproduceConfig: {
+        "paper": REQUIRED,
+        "rows": None,
+        "seeds": None,
+        "data": None,
+        "model": None,
+        "options": None,
+        "epochs": None,
+        "steps": None,
+        "reviews": None,
+        "augmented": None,
+        "out": None,
+    },
+}
+
+
+@pytest.mark.parametrize("config", OPTIONS, ids=lambda config: config.__name__)
+def test_the_options_of_a_command_and_their_defaults(config):
+    found = {}
+    for name, option in options_of(config):
+        if not dataclasses.is_dataclass(option.type):
+            found[name] = REQUIRED if option.required else option.default
+    assert found == OPTIONS[config]
+
+
+@pytest.mark.parametrize("config", OPTIONS, ids=lambda config: config.__name__)
+def test_help_explains_every_option(config):
+    assert all(option.text for _, option in options_of(config))

@@ -61,20 +61,20 @@ def main() -> None:
     keep_freed_memory()
     smoke = ROUNDS == 1
     sizes, batch_size = shape(smoke), 4 if smoke else 32
-    with ProcessGroup.joined(torch.device("cpu"), 300.0) as group:
+    with ProcessGroup.join(torch.device("cpu"), 300.0) as group:
         steps = {name: ours(name, sizes, batch_size, group=group) for name in ("plain", "PCGrad", "SMART + PCGrad")}
         steps[DDP] = data_parallel(sizes, batch_size, group)
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         sent = {}
         for _ in range(ROUNDS + 1):  # the first warms up
             for name, step in steps.items():
-                before = group.sent
+                before = group.bytes_sent
                 group.broadcast_object("go")
                 start = time.perf_counter()
                 step()
                 group.all_reduce_max(0)  # until all are done
                 seconds[name].append(time.perf_counter() - start)
-                sent[name] = group.sent - before
+                sent[name] = group.bytes_sent - before
         parameters = sum(p.numel() for p in MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS).parameters())
         sent[DDP] = 2 * 4 * parameters * (group.world_size - 1) // group.world_size  # of an all-reduce
         lengths = np.concatenate([lengths_of(task, batch_size, 100 * i) for i, task in enumerate(DECILES)])

@@ -18,7 +18,8 @@ from minbert.config import TrainConfig
 from minbert.console import Terminal, TrainingProgress, score_table
 from minbert.data import Plan, TaskSampler, plan
 from minbert.device import keep_freed_memory, resolve_device, settings
-from minbert.distributed.process_group import ProcessGroup, RankLost
+from minbert.distributed.liveness import RankLost
+from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.inference import evaluate
 from minbert.runs.checkpoint import Progress
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     if device.type == "cpu":
         keep_freed_memory()
     try:
-        with ProcessGroup.joined(device, config.timeout) as group:
+        with ProcessGroup.join(device, config.timeout) as group:
             train(config, Terminal(quiet=not group.is_main), group)
     except Stopped as stopped:
         return 128 + stopped.number
@@ -143,9 +144,9 @@ def take_steps(
                 param_group["lr"] = peak * factor
 
             batches = [batch_at(bench, samplers, turns, micro) for micro in range(config.accumulate)]
-            before = group.sent
+            before = group.bytes_sent
             waiting = bench.stepper.take(batches, step, step / total_steps)
-            pending.append((step, factor, group.sent - before, waiting))
+            pending.append((step, factor, group.bytes_sent - before, waiting))
 
             ends_epoch = (step + 1) % epoch_steps == 0 or step + 1 == total_steps
             stops = group.all_reduce_max(stop.number)
@@ -304,7 +305,8 @@ def where(progress: Progress, run: Run) -> Iterator[None]:
     try:
         yield
     except RankLost as lost:
-        raise lost.saying(f"after step {progress.step}; {run.where_it_stands()}") from None
+        message = f"{lost} after step {progress.step}; {run.where_it_stands()}"
+        raise RankLost(message, prints=lost.prints) from None
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def test_one_process_is_a_group_of_its_own():
     assert group.all_gather_object(1) == [1]
     assert group.all_reduce_max(3) == 3
     assert torch.equal(group.all_reduce_sum(torch.ones(2)), torch.ones(2))
-    assert group.sent == 0
+    assert group.bytes_sent == 0
 
 
 @pytest.mark.parametrize("size", ["2", "x"])

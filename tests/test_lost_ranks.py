@@ -180,17 +180,18 @@ def test_ranks_that_lost_torchrun_too_say_so(start):
 def test_a_rank_without_a_sign_of_life_is_lost_to_those_whose_gpu_waits(tmp_path):
     (tmp_path / "waiting.py").write_text(
         "import os, signal, time, torch\n"
-        "from minbert import ranks\n"
-        "ranks.BEAT, ranks.SILENCE = 0.1, 3.0\n"
+        "from minbert.distributed import liveness\n"
+        "from minbert.distributed.process_group import ProcessGroup\n"
+        "liveness.HEARTBEAT_INTERVAL, liveness.LIVENESS_TIMEOUT = 0.1, 3.0\n"
         "class Event:\n"
         "    def __init__(self, seconds): self.there = time.monotonic() + seconds\n"
         "    def query(self): return time.monotonic() > self.there\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun's, which training notes\n"
-        "with ranks.ProcessGroup.joined(torch.device('cpu'), 60.0) as group, group.beating():\n"
-        "    group.wait_for(Event(4.0))\n"
+        "with ProcessGroup.join(torch.device('cpu'), 60.0) as group, group.liveness.heartbeat():\n"
+        "    group.liveness.wait_for(Event(4.0))\n"
         "    group.broadcast_object('all waited')\n"
         "    if group.rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    group.wait_for(Event(1000.0))\n"
+        "    group.liveness.wait_for(Event(1000.0))\n"
     )
     with open(tmp_path / "log", "w") as log:
         words = command(3, tmp_path / "waiting.py")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from minbert.distributed.process_group import ProcessGroup
@@ -41,7 +43,7 @@ class BatchShard:
         The backward gives a rank the gradient of its own rows times the number of ranks: every rank computes the same
         loss of all rows and scales it by 1 / world_size, so the sum of the ranks' gradients is the loss's gradient.
         """
-        return self.group.gathered(rows, self.sequences)
+        return _AllGather.apply(rows, self)  # type: ignore[no-any-return]
 
 
 def shard_examples(
@@ -95,3 +97,19 @@ def split_by_tokens(lengths: np.ndarray, shards: int) -> np.ndarray:
     numbers = np.arange(shards + 1)
     bounds = np.concatenate([[0], cuts, [len(lengths)]]) - numbers
     return np.minimum(np.maximum.accumulate(np.maximum(bounds, 0)), len(lengths) - shards) + numbers
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, shard: BatchShard) -> Tensor:
+        group, counts = shard.group, shard.sequences
+        start = sum(counts[: group.rank])
+        ctx.own, ctx.world_size = slice(start, start + len(rows)), group.world_size
+        padded = rows.new_empty(group.world_size * max(counts), rows.shape[1])
+        group.shard(padded)[: len(rows)] = rows
+        group.all_gather(padded).wait()
+        return torch.cat([of_rank[:count] for of_rank, count in zip(padded.split(max(counts)), counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return d_rows[ctx.own] * ctx.world_size, None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minbert.distributed.process_group import ProcessGroup, Sent
+from minbert.distributed.process_group import PendingCollective, ProcessGroup
 from minbert.methods.task_gradients import TaskGradients
 
 BUCKET_ELEMENTS = 8 << 20  # 32 MiB of float32
@@ -48,7 +48,7 @@ class Bucket:
         size = -(-end // (group.world_size * ALIGNMENT)) * ALIGNMENT  # of a shard
         self.flat = params[0].new_zeros(group.world_size * size)
         self.shards = []
-        own, first = group.part(self.flat), group.rank * size
+        own, first = group.shard(self.flat), group.rank * size
         for param, start, view in zip(params, self.starts, self.views(self.flat), strict=True):
             view.copy_(param.detach())
             param.data = view
@@ -134,7 +134,7 @@ class ShardedParameters:
         self._reducing = True
         for gradient in self._gradients:
             gradient.missing = len(gradient.leaves)
-        self._incomplete, self._in_flight = deque(self._gradients), deque[Sent]()
+        self._incomplete, self._in_flight = deque(self._gradients), deque[PendingCollective]()
 
     def wait_for_gradients(self) -> tuple[dict[Tensor, list[Tensor | None]], list[Tensor]]:
         """Wait until this rank has its shards of the sum of all ranks' gradients.
@@ -182,7 +182,7 @@ class ShardedParameters:
             gradient.reached.add(param)
             view.copy_(leaf.grad)
             leaf.grad = None
-        gradient.shard = torch.empty_like(self.group.part(flat))
+        gradient.shard = torch.empty_like(self.group.shard(flat))
         self._in_flight.append(self.group.reduce_scatter(gradient.shard, flat))
 
     # Parameters --------------------------------------------------------------------------------------------------
@@ -190,8 +190,8 @@ class ShardedParameters:
     @torch.no_grad()
     def all_gather(self) -> None:
         """Give all ranks each rank's shards of the parameters, and of their EMA if the optimizer keeps it."""
-        for sent in [self.group.all_gather(flat) for flat in self._all_gathered]:
-            sent.wait()
+        for pending in [self.group.all_gather(flat) for flat in self._all_gathered]:
+            pending.wait()
 
     def keep_ema(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the EMA of all parameters on all ranks, in `ema`; this rank's optimizer updates its shards of it."""
@@ -200,7 +200,7 @@ class ShardedParameters:
             self._all_gathered.append(flat)
             self.ema |= dict(zip(bucket.params, bucket.views(flat), strict=True))
             for shard in bucket.shards:
-                optimizer.state[shard.values]["average"] = self.group.part(flat)[shard.indices]
+                optimizer.state[shard.values]["average"] = self.group.shard(flat)[shard.indices]
 
     def bytes_per_update(self, *, ema: bool) -> int:
         """Bytes that this rank sends in reduce-scatters and all-gathers of an update.
@@ -233,7 +233,7 @@ class ShardedParameters:
                 if flat is not None:
                     for shard in bucket.shards:
                         if name in state.get(shard.values, {}):
-                            self.group.part(flat)[shard.indices] = state[shard.values][name]
+                            self.group.shard(flat)[shard.indices] = state[shard.values][name]
                     self.group.all_gather(flat).wait()
                 views = [] if flat is None else bucket.views(flat)
                 for i, scalar in scalars.items():

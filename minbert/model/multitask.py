@@ -137,7 +137,7 @@ class MultitaskModel(nn.Module):
     def _pooled(self, hidden: Tensor, packed: Packed, how: str) -> Tensor:
         """One vector per sequence of the stream, those of other ranks among them."""
         pooled = self.encoder.pool(hidden, packed, how)
-        return packed.share.gathered(pooled) if packed.share else pooled
+        return packed.share.all_gather(pooled) if packed.share else pooled
 
     def views(self, packed: Packed, counts: Mapping[str, int]) -> dict[str, int]:
         """Which view of a shared parameter each task reads, where there is one for each group of tasks."""

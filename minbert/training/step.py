@@ -18,7 +18,8 @@ from torch import Tensor
 from minbert import kernels
 from minbert.data import Encoded, pack_batches, token_split
 from minbert.data.packing import Packed
-from minbert.distributed.process_group import ProcessGroup, Share
+from minbert.distributed.batch_shards import BatchShard as Share
+from minbert.distributed.process_group import ProcessGroup
 from minbert.distributed.sharded_parameters import ShardedParameters
 from minbert.errors import UserError
 from minbert.methods.surgery import Surgery
@@ -210,7 +211,7 @@ class Stepper:
         if sizes:
             numbers["perturbation"] = list(perturbations)
         numbers |= {"gram": [gram], "stats": [stats], "updated": [updated]}
-        updates.append(Readings({name: torch.stack(of) for name, of in numbers.items()}, self.group.wait_for))
+        updates.append(Readings({name: torch.stack(of) for name, of in numbers.items()}, self.group.liveness.wait_for))
         self._unsettled = updates[-1], counted
         return updated
 

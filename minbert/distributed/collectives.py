@@ -1,0 +1,72 @@
+"""Asynchronous reduce-scatter and all-gather of flat tensors.
+
+Over NCCL they are torch's. Over gloo they are sends and receives between all pairs of ranks, in place, which is faster
+than gloo's own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Wait = Callable[[], object]
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # until torch 2.12
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def reduce_scatter(output: Tensor, input: Tensor, backend: str, tag: int) -> Wait:
+    """Start to write this rank's shard of the sum of all ranks' `input` [world_size * n] to `output` [n].
+
+    Args:
+        backend: `nccl` for torch's collective, `gloo` for sends and receives.
+        tag: the number of the collective, the same on all ranks; other collectives at the same time have others.
+    """
+    if backend == "nccl":
+        return _reduce_scatter(output, input, async_op=True).wait  # type: ignore[no-any-return]
+    shards, received = (tensor.chunk(dist.get_world_size()) for tensor in (input, torch.empty_like(input)))
+    arrivals = _exchange(shards, received, tag)
+
+    def wait() -> None:
+        total = shards[dist.get_rank()]
+        for rank in arrivals:
+            total = torch.add(total, received[rank], out=output)
+
+    return wait
+
+
+def all_gather(output: Tensor, input: Tensor, backend: str, tag: int) -> Wait:
+    """Start to concatenate all ranks' `input` [n] in `output` [world_size * n], of which it is this rank's shard."""
+    if backend == "nccl":
+        return _all_gather(output, input, async_op=True).wait  # type: ignore[no-any-return]
+    world_size = dist.get_world_size()
+    arrivals = _exchange([input] * world_size, output.chunk(world_size), tag)
+    return lambda: deque(arrivals, maxlen=0)
+
+
+def _exchange(send: Sequence[Tensor], receive: Sequence[Tensor], tag: int) -> Iterator[int]:
+    """Start to send `send[r]` to each rank r and to receive `receive[r]` from it; yield the ranks whose tensor arrived.
+
+    The iterator ends when this rank's tensors are sent, too.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    receives: dict[int, Any] = {}
+    sends: list[Any] = []
+    for distance in range(1, world_size):
+        target, source = (rank + distance) % world_size, (rank - distance) % world_size
+        receives[source] = dist.irecv(receive[source], source, tag=tag)
+        sends.append(dist.isend(send[target], target, tag=tag))
+
+    def arrivals() -> Iterator[int]:
+        for source, work in receives.items():
+            work.wait()
+            yield source
+        for work in sends:
+            work.wait()
+
+    return arrivals()

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from batches import DECILES, sequences
 from torch import Tensor, nn
 
-from minbert.methods.losses import DIVERGENCES, LOSSES
+from minbert.methods.divergences import DIVERGENCES
+from minbert.methods.losses import LOSSES
 from minbert.tasks import Task, find_tasks
 
 TASKS = find_tasks(list(DECILES))

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minbert.methods.losses import DIVERGENCES, LOSSES, cosine_embedding, losses_for, multiple_negatives_ranking
+from minbert.methods.divergences import DIVERGENCES
+from minbert.methods.losses import LOSSES, cosine_embedding, losses_for, multiple_negatives_ranking
 from minbert.tasks import TASKS
 from minbert.tasks.metrics import METRICS, predictions
 

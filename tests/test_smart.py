@@ -9,7 +9,8 @@ import torch
 
 from minbert.data.packing import pack
 from minbert.errors import UserError
-from minbert.methods.losses import mean_squared_error, symmetrised_binary_kl, symmetrised_kl
+from minbert.methods.divergences import symmetrised_binary_kl, symmetrised_kl
+from minbert.methods.losses import mean_squared_error
 from minbert.methods.smart import BregmanConfig, SmartConfig, divergences, embedding_scale, perturb, rounds_away
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.tasks import find_tasks

@@ -1,6 +1,7 @@
 """minbert's parts for a training loop of one's own; `minbert.integrations.transformers` is imported by its own name."""
 
-from .divergences import js_loss, kl_loss, sym_kl_loss
+from minbert.methods.divergences import js_loss, kl_loss, sym_kl_loss
+
 from .pcgrad import PCGrad
 from .smart import SMARTLoss, inf_norm, l2_norm
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minbert import kernels
 from minbert.data.packing import Packed
 from minbert.errors import require
-from minbert.methods.losses import DIVERGENCES
+from minbert.methods.divergences import DIVERGENCES
 from minbert.methods.task_gradients import detached, substituted
 from minbert.model import MultitaskModel
 from minbert.tasks import TASKS, Task

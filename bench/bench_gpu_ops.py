@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+import roofline
 import torch
 import torch.nn.functional as F
 from batches import DECILES, lengths
-from gpu_timing import Numbered, input_sets
+from timing import Numbered, input_sets
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minbert import kernels
 from minbert.data.packing import pack
-from minbert.kernels import roofline
 
 HEADS, HEAD_DIM, HIDDEN, INNER = 12, 64, 768, 3072
 P, EPS = 0.1, 1e-12

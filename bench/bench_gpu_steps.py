@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+import roofline
 import torch
 from batches import DECILES, lengths
 from bench_methods import METHODS, ours
 from peers import Padded
-
-from minbert.kernels import roofline
 
 GOALS = {"plain": 6e-3, "PCGrad": 7e-3, "SMART": None, "SMART + PCGrad": 13e-3}  # seconds on an H100
 PEER_METHODS = {"plain": "plain", "PCGrad": "pcgrad", "SMART": "smart", "SMART + PCGrad": "smart_pcgrad"}

@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+import roofline
 import torch
 from batches import DECILES, lengths
 from bench_smart import EPSILON, ETA, SIGMA, eager_ascent, eager_start
 from bench_surgery import TASKS, bert_shapes
 from bench_update import MAX_NORM, OPTIONS
-from gpu_timing import input_sets
 from peers import flattened_pcgrad, seeded
+from timing import input_sets
 from torch import Tensor
 
-from minbert.kernels import adamw_, combine_adamw_, gram, roofline, smart_ascend, smart_init, surgery_weights
+from minbert.kernels import adamw_, combine_adamw_, gram, smart_ascend, smart_init, surgery_weights
 
 
 class Update:

@@ -23,11 +23,11 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_timing import Timing, ceilings, measure, measure_wall
+from roofline import Ceilings, Work
+from timing import Timing, ceilings, measure, measure_wall
 
 from minbert.device import keep_freed_memory
 from minbert.kernels import matmul, native, set_matmul
-from minbert.kernels.roofline import Ceilings, Work
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("minbert", "torch", "triton", "torchjd", "transformers", "flash-attn", "liger-kernel")

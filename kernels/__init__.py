@@ -12,12 +12,12 @@ if __name__ == "minbert.kernels":
     from .attention import attention
     from .attention_plan import AttentionPlan, attention_plan
     from .dispatch import backends, set_backend, use_backend
+    from .dropout import attention_dropout_mask, dropout, dropout_mask
     from .embedding import embedding
     from .gelu import bias_gelu
     from .layer_norm import dropout_add_layer_norm
     from .linear import linear
-    from .matmul import faster_matmul, matmul, set_matmul, use_matmul
-    from .random import attention_dropout_mask, dropout, dropout_mask
+    from .matmul_library import faster_matmul, matmul, set_matmul, use_matmul
     from .smart import smart_ascend, smart_init
     from .surgery import clip_weights, combine, gram, surgery_weights
 elif "transformers" not in sys.modules:  # it imports `kernels` to see whether that package is there; to it we are empty

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from . import checks, reference
 from .attention_plan import AttentionPlan
-from .autograd import first_order_only
+from .custom_ops import first_order_only
 from .dispatch import compiled
+from .dropout import attention_dropout_mask
 from .native import library
-from .random import attention_dropout_mask
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/launch.h's DType
 _LARGEST_HEAD_DIM = 128

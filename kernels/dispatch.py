@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from . import native, triton
-from .matmul import matmul
+from .matmul_library import matmul
 
 CHOICES = ("auto", "reference")
 

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, reference, rowwise, tasks
-from .autograd import first_order_only
+from . import checks, native_arguments, reference, task_views
+from .custom_ops import first_order_only
 from .dispatch import compiled
+from .dropout import dropout_mask
 from .native import library
-from .random import dropout_mask
 
 
 def _embeddings(ids: Sequence[Tensor], tables: Sequence[Tensor], rows: slice) -> tuple[list[int], list[int], int]:
     """Addresses and dtype of the three tables and of the ids of their rows, for some of the tokens."""
     addresses = [tensor[rows].data_ptr() for tensor in ids], [tensor.data_ptr() for tensor in tables]
-    return *addresses, rowwise.dtype_code(tables[0])
+    return *addresses, native_arguments.dtype_code(tables[0])
 
 
 @torch.library.custom_op("minbert::embedding", mutates_args=(), device_types="cpu")
@@ -37,14 +37,14 @@ def _embedding(
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty(ids[0].shape[0], weights[0].shape[0], dtype=dtype)
     moments = torch.empty(y.shape[0], 2, dtype=torch.float32)  # mean and 1 / standard deviation
-    scratch = rowwise.scratch(*y.shape)
+    scratch = native_arguments.scratch(*y.shape)
     library().embedding_forward(
-        rowwise.activation(y),
+        native_arguments.activation(y),
         _embeddings(ids, (words[0], token_types[0], positions[0]), slice(None)),
         weights[0].data_ptr(),
         biases[0].data_ptr(),
         eps,
-        rowwise.dropout(p, seed, stream_id),
+        native_arguments.dropout(p, seed, stream_id),
         y.data_ptr(),
         moments.data_ptr(),
         scratch.data_ptr(),
@@ -114,17 +114,17 @@ def _embedding_backward(
     d_tables = weight.new_zeros(_rows(tables, bounds), len(weight))
     d_params = weight.new_zeros(len(bounds) - 1, 2, len(weight))
     of_tables = [of_table.chunk(len(bounds) - 1) for of_table in _split(d_tables, tables, bounds)]
-    tokens, columns = tasks.longest(bounds), d_y.shape[1]
+    tokens, columns = task_views.longest(bounds), d_y.shape[1]
     d_total = torch.empty(min(tokens, library().EMBEDDING_ROWS), columns, dtype=torch.float32)
-    scratch = rowwise.scratch(tokens, columns)
-    for t, rows in tasks.segments(bounds):
+    scratch = native_arguments.scratch(tokens, columns)
+    for t, rows in task_views.segments(bounds):
         library().embedding_backward(
-            rowwise.activation(d_y[rows]),
+            native_arguments.activation(d_y[rows]),
             _embeddings(ids, tables, rows),
             d_y[rows].data_ptr(),
             weight.data_ptr(),
             moments[rows].data_ptr(),
-            rowwise.dropout(p, seed, stream_id, rows.start),
+            native_arguments.dropout(p, seed, stream_id, rows.start),
             d_total.data_ptr(),
             [of_table[t].data_ptr() for of_table in of_tables],
             d_params[t, 0].data_ptr(),
@@ -206,11 +206,11 @@ def embedding(
     token_ids: Tensor,
     token_type_ids: Tensor,
     position_ids: Tensor,
-    word: tasks.Parameter,
-    token_type: tasks.Parameter,
-    position: tasks.Parameter,
-    weight: tasks.Parameter,
-    bias: tasks.Parameter,
+    word: task_views.Parameter,
+    token_type: task_views.Parameter,
+    position: task_views.Parameter,
+    weight: task_views.Parameter,
+    bias: task_views.Parameter,
     *,
     eps: float,
     dropout_p: float = 0.0,
@@ -238,7 +238,7 @@ def embedding(
     """
     op = "embedding"
     checks.tensor(op, "token_ids", token_ids, ["N"], [torch.int64])
-    params, bounds = tasks.views(
+    params, bounds = task_views.views(
         op, token_ids.shape[0], bounds, word=word, token_type=token_type, position=position, weight=weight, bias=bias
     )
     word, token_type, position, weight, bias = (views[0] for views in params)
@@ -258,7 +258,7 @@ def embedding(
     seed = checks.dropout(op, dropout_p, seed, stream_id, word.device)
     dtype = checks.float_dtype(op, dtype or word.dtype)
     all_ids = [token_ids, token_type_ids, position_ids]
-    if compiled(op, word.device) and rowwise.takes(word.device, columns, word.dtype, dtype):
+    if compiled(op, word.device) and native_arguments.takes(word.device, columns, word.dtype, dtype):
         wide = [[view.float() for view in views] for views in params[3:]]
         return _embedding(all_ids, *params[:3], *wide, bounds, eps, dropout_p, seed, stream_id, dtype)[0]
     keep = None
@@ -270,4 +270,4 @@ def embedding(
         ids, views = [ids[rows] for ids in all_ids], [views[t] for views in params]
         return reference.embedding(*ids, *views, kept, dropout_p, eps, dtype)  # type: ignore[call-arg, arg-type]
 
-    return tasks.by_segment(bounds, of_task)
+    return task_views.by_segment(bounds, of_task)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, reference, rowwise, tasks
-from .autograd import first_order_only
+from . import checks, native_arguments, reference, task_views
+from .custom_ops import first_order_only
 from .dispatch import compiled
 from .native import library
 
@@ -16,7 +16,9 @@ from .native import library
 @torch.library.custom_op("minbert::bias_gelu", mutates_args=(), device_types="cpu")
 def _bias_gelu(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
     y, bias = torch.empty_like(x), biases[0]
-    library().gelu_forward(rowwise.activation(x), x.data_ptr(), bias.data_ptr(), y.data_ptr(), torch.get_num_threads())
+    library().gelu_forward(
+        native_arguments.activation(x), x.data_ptr(), bias.data_ptr(), y.data_ptr(), torch.get_num_threads()
+    )
     return y
 
 
@@ -37,10 +39,10 @@ def _(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
 def _bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the T biases, [T, D]."""
     d_x, d_biases = torch.empty_like(x), bias.new_zeros(len(bounds) - 1, len(bias))
-    scratch = rowwise.scratch(tasks.longest(bounds), x.shape[1])
-    for t, rows in tasks.segments(bounds):
+    scratch = native_arguments.scratch(task_views.longest(bounds), x.shape[1])
+    for t, rows in task_views.segments(bounds):
         library().gelu_backward(
-            rowwise.activation(x[rows]),
+            native_arguments.activation(x[rows]),
             d_y[rows].data_ptr(),
             x[rows].data_ptr(),
             bias.data_ptr(),
@@ -79,7 +81,7 @@ _bias_gelu.register_autograd(_gradients, setup_context=_save)
 first_order_only(_bias_gelu_backward, "bias_gelu")
 
 
-def bias_gelu(x: Tensor, bias: tasks.Parameter, *, bounds: Sequence[int] | None = None) -> Tensor:
+def bias_gelu(x: Tensor, bias: task_views.Parameter, *, bounds: Sequence[int] | None = None) -> Tensor:
     """GELU(x + bias) with the exact error function (Hendrycks and Gimpel 2016).
 
     Args:
@@ -94,8 +96,8 @@ def bias_gelu(x: Tensor, bias: tasks.Parameter, *, bounds: Sequence[int] | None 
         ValueError, TypeError: an argument is not as described.
     """
     checks.tensor("bias_gelu", "x", x, ["N", "D"], checks.FLOATS)
-    (biases,), bounds = tasks.views("bias_gelu", x.shape[0], bounds, bias=bias)
+    (biases,), bounds = task_views.views("bias_gelu", x.shape[0], bounds, bias=bias)
     checks.tensor("bias_gelu", "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
-    if compiled("bias_gelu", x.device) and rowwise.takes(x.device, 1, x.dtype):
+    if compiled("bias_gelu", x.device) and native_arguments.takes(x.device, 1, x.dtype):
         return _bias_gelu(x, [bias.float() for bias in biases], bounds)
-    return tasks.by_segment(bounds, lambda t, rows: reference.bias_gelu(x[rows], biases[t]))
+    return task_views.by_segment(bounds, lambda t, rows: reference.bias_gelu(x[rows], biases[t]))

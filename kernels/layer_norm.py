@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, reference, rowwise, tasks
-from .autograd import first_order_only
+from . import checks, native_arguments, reference, task_views
+from .custom_ops import first_order_only
 from .dispatch import compiled
+from .dropout import mask_like
 from .native import library
-from .random import mask_like
 
 
 @torch.library.custom_op("minbert::dropout_add_layer_norm", mutates_args=(), device_types="cpu")
@@ -26,16 +26,16 @@ def _layer_norm(
     seed: Tensor | None,
     stream_id: int,
 ) -> tuple[Tensor, Tensor]:
-    y, scratch = torch.empty_like(x), rowwise.scratch(*x.shape)
+    y, scratch = torch.empty_like(x), native_arguments.scratch(*x.shape)
     moments = torch.empty(x.shape[0], 2, dtype=torch.float32)  # mean and 1 / standard deviation
     library().layer_norm_forward(
-        rowwise.activation(x),
+        native_arguments.activation(x),
         x.data_ptr(),
         residual.data_ptr(),
         weights[0].data_ptr(),
         biases[0].data_ptr(),
         eps,
-        rowwise.dropout(p, seed, stream_id),
+        native_arguments.dropout(p, seed, stream_id),
         y.data_ptr(),
         moments.data_ptr(),
         scratch.data_ptr(),
@@ -96,16 +96,16 @@ def _layer_norm_backward(
     d_x = torch.empty_like(x) if reference.drop_threshold(p) else x.new_empty(0)
     d_residual = torch.empty_like(x)
     d_params = weight.new_zeros(len(bounds) - 1, 2, len(weight))
-    scratch = rowwise.scratch(tasks.longest(bounds), x.shape[1])
-    for t, rows in tasks.segments(bounds):
+    scratch = native_arguments.scratch(task_views.longest(bounds), x.shape[1])
+    for t, rows in task_views.segments(bounds):
         library().layer_norm_backward(
-            rowwise.activation(x[rows]),
+            native_arguments.activation(x[rows]),
             d_y[rows].data_ptr(),
             x[rows].data_ptr(),
             residual[rows].data_ptr(),
             weight.data_ptr(),
             moments[rows].data_ptr(),
-            rowwise.dropout(p, seed, stream_id, rows.start),
+            native_arguments.dropout(p, seed, stream_id, rows.start),
             d_x[rows].data_ptr(),
             d_residual[rows].data_ptr(),
             d_params[t, 0].data_ptr(),
@@ -173,8 +173,8 @@ first_order_only(_layer_norm_backward, "dropout_add_layer_norm")
 def dropout_add_layer_norm(
     x: Tensor,
     residual: Tensor,
-    weight: tasks.Parameter,
-    bias: tasks.Parameter,
+    weight: task_views.Parameter,
+    bias: task_views.Parameter,
     *,
     eps: float,
     dropout_p: float = 0.0,
@@ -200,11 +200,11 @@ def dropout_add_layer_norm(
     op = "dropout_add_layer_norm"
     checks.tensor(op, "x", x, ["N", "D"], checks.FLOATS)
     checks.tensor(op, "residual", residual, x.shape, [x.dtype], like=x)
-    (weights, biases), bounds = tasks.views(op, x.shape[0], bounds, weight=weight, bias=bias)
+    (weights, biases), bounds = task_views.views(op, x.shape[0], bounds, weight=weight, bias=bias)
     checks.tensor(op, "weight", weights[0], x.shape[1:], checks.FLOATS, like=x)
     checks.tensor(op, "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
     seed = checks.dropout(op, dropout_p, seed, stream_id, x.device)
-    if compiled(op, x.device) and rowwise.takes(x.device, x.shape[1], x.dtype):
+    if compiled(op, x.device) and native_arguments.takes(x.device, x.shape[1], x.dtype):
         wide = [[view.float() for view in views] for views in (weights, biases)]
         return _layer_norm(x, residual, *wide, bounds, eps, dropout_p, seed, stream_id)[0]
     keep = mask_like(x, dropout_p, seed, stream_id)
@@ -213,4 +213,4 @@ def dropout_add_layer_norm(
         kept = None if keep is None else keep[rows]
         return reference.dropout_add_layer_norm(x[rows], residual[rows], weights[t], biases[t], kept, dropout_p, eps)
 
-    return tasks.by_segment(bounds, of_task)
+    return task_views.by_segment(bounds, of_task)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, tasks
-from .autograd import first_order_only
+from . import checks, task_views
+from .custom_ops import first_order_only
 from .dispatch import choice
-from .matmul import product
+from .matmul_library import product
 
 
 @torch.library.custom_op("minbert::linear", mutates_args=())
@@ -80,7 +80,11 @@ first_order_only(_linear_backward, "linear")
 
 
 def linear(
-    x: Tensor, weight: tasks.Parameter, bias: tasks.Parameter | None = None, *, bounds: Sequence[int] | None = None
+    x: Tensor,
+    weight: task_views.Parameter,
+    bias: task_views.Parameter | None = None,
+    *,
+    bounds: Sequence[int] | None = None,
 ) -> Tensor:
     """x @ weight.T + bias, in x's precision.
 
@@ -99,7 +103,7 @@ def linear(
     op = "linear"
     checks.tensor(op, "x", x, ["N", "inputs"], checks.FLOATS, contiguous=False)
     given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    (weights, *rest), bounds = tasks.views(op, x.shape[0], bounds, **given)
+    (weights, *rest), bounds = task_views.views(op, x.shape[0], bounds, **given)
     biases: list[Tensor] = rest[0] if rest else []
     dtypes = dict.fromkeys((x.dtype, torch.float32))
     checks.tensor(op, "weight", weights[0], ["outputs", x.shape[1]], list(dtypes), like=x, contiguous=False)
@@ -111,4 +115,4 @@ def linear(
     def of_task(t: int, rows: slice) -> Tensor:
         return F.linear(x[rows], weights[t].to(x.dtype), biases[t].to(x.dtype) if biases else None)
 
-    return tasks.by_segment(bounds, of_task)
+    return task_views.by_segment(bounds, of_task)

@@ -16,7 +16,7 @@ from minbert.model import EncoderConfig
 from minbert.runs.run_directory import Run
 from minbert.training.setup import choose_matmul
 
-libraries = importlib.import_module("minbert.kernels.matmul")  # its name in the package is the function's
+libraries = importlib.import_module("minbert.kernels.matmul_library")  # its name in the package is the function's
 
 
 @pytest.fixture(autouse=True)

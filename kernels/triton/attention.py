@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from .. import reference
 from ..attention_plan import tile_rows
-from .ahead import ARCHITECTURES, Compilation
 from .attention_kernels import backward_keys, backward_queries, backward_whole, forward_blocks, forward_whole
 
 
@@ -85,11 +83,11 @@ _FLOAT32_LARGE_HEADS = Shapes(
 )
 
 
-def _padded(head_dim: int) -> int:
+def padded(head_dim: int) -> int:
     return max(32, triton.next_power_of_2(head_dim))
 
 
-def _shapes(head_dim: int, dtype: torch.dtype, max_seqlen: int, capability: tuple[int, int]) -> Shapes:
+def shapes_for(head_dim: int, dtype: torch.dtype, max_seqlen: int, capability: tuple[int, int]) -> Shapes:
     if dtype == torch.float32:
         return _FLOAT32 if head_dim <= 64 else _FLOAT32_LARGE_HEADS
     if head_dim not in (32, 64):
@@ -117,7 +115,7 @@ def _arguments(
         "part_stride": qkv.stride(1),
         "head_stride": qkv.stride(2),
         "D": head_dim,
-        "PAD": _padded(head_dim),
+        "PAD": padded(head_dim),
         "DROPOUT": seed is not None,
     }
 
@@ -144,7 +142,7 @@ class Launch(NamedTuple):
         )
 
 
-def _forward(shapes: Shapes, max_seqlen: int) -> Launch:
+def forward_launch(shapes: Shapes, max_seqlen: int) -> Launch:
     rows = tile_rows(max_seqlen)
     if rows is not None and rows in shapes.forward:
         return Launch(forward_whole, shapes.forward[rows], 1, 1)
@@ -152,7 +150,7 @@ def _forward(shapes: Shapes, max_seqlen: int) -> Launch:
     return Launch(forward_blocks, shape, triton.cdiv(longest, shape.queries), triton.cdiv(longest, shape.keys))
 
 
-def _backward(shapes: Shapes, max_seqlen: int) -> list[Launch]:
+def backward_launches(shapes: Shapes, max_seqlen: int) -> list[Launch]:
     """One launch if it takes whole tiles. Else two, in this order, that take sequences."""
     rows = tile_rows(max_seqlen)
     if rows is not None and rows in shapes.backward:
@@ -165,7 +163,7 @@ def _backward(shapes: Shapes, max_seqlen: int) -> list[Launch]:
     ]
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
+def compute_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)  # else it is interpreted
 
 
@@ -187,9 +185,9 @@ def attention(
         tiles = starts = None
     arguments = _arguments(qkv, cu_seqlens, dropout_p, seed, stream_id, scale)
     arguments |= {"tiles": tiles, "starts": starts, "out": out, "lse": lse}
-    shapes = _shapes(head_dim, qkv.dtype, max_seqlen, _capability(qkv.device))
+    shapes = shapes_for(head_dim, qkv.dtype, max_seqlen, compute_capability(qkv.device))
     with torch.cuda.device_of(qkv):
-        _forward(shapes, max_seqlen)(cu_seqlens.shape[0] - 1 if tiles is None else tiles.shape[0], arguments)
+        forward_launch(shapes, max_seqlen)(cu_seqlens.shape[0] - 1 if tiles is None else tiles.shape[0], arguments)
     return out, lse
 
 
@@ -208,7 +206,9 @@ def attention_backward(
     lse: Tensor,
 ) -> Tensor:
     """The gradient of qkv, contiguous. The elements of grad_out's heads lie next to each other."""
-    launches = _backward(_shapes(qkv.shape[3], qkv.dtype, max_seqlen, _capability(qkv.device)), max_seqlen)
+    launches = backward_launches(
+        shapes_for(qkv.shape[3], qkv.dtype, max_seqlen, compute_capability(qkv.device)), max_seqlen
+    )
     if len(launches) > 1:
         tiles = starts = None
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -220,63 +220,3 @@ def attention_backward(
         for launch in launches:
             launch(cu_seqlens.shape[0] - 1 if tiles is None else tiles.shape[0], arguments)
     return grad_qkv
-
-
-def compilations() -> Iterator[Compilation]:
-    """bf16 with heads of 64 elements in full; of the rest, what dropout and tiles make largest."""
-    found: dict[tuple[Any, torch.dtype, int, Shape, int, bool, bool], tuple[int, ...]] = {}
-    for dtype, head_dim in [
-        *((torch.bfloat16, head_dim) for head_dim in (64, 32, 40, 128)),
-        *((torch.float16, 64), (torch.float32, 32), (torch.float32, 64), (torch.float32, 128)),
-    ]:
-        full = (dtype, head_dim) == (torch.bfloat16, 64)
-        for architecture, dropout in itertools.product(ARCHITECTURES, (True, False) if full else (True,)):
-            for max_seqlen in (32, 64, 128, 256, 512, 1024):
-                shapes = _shapes(head_dim, dtype, max_seqlen, divmod(architecture, 10))
-                for launch in (_forward(shapes, max_seqlen), *_backward(shapes, max_seqlen)):
-                    tiled = tile_rows(max_seqlen) is not None and "tiles" in launch.kernel.arg_names
-                    for table in (True, False) if tiled and full else (tiled,):
-                        heads = launch.together(dropout)
-                        key = (launch.kernel, dtype, head_dim, launch.shape, heads, dropout, table)
-                        if architecture not in found.get(key, ()):
-                            found[key] = (*found.get(key, ()), architecture)
-    for key, architectures in found.items():
-        yield _compilation(*key, architectures)
-
-
-def _compilation(
-    kernel: Any,
-    dtype: torch.dtype,
-    head_dim: int,
-    shape: Shape,
-    heads: int,
-    dropout: bool,
-    table: bool,
-    architectures: tuple[int, ...],
-) -> Compilation:
-    element = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
-    types = {
-        **dict.fromkeys(("qkv", "out", "grad_out", "grad_qkv"), element),
-        **dict.fromkeys(("lse", "delta"), "*fp32"),
-        **dict.fromkeys(("cu_seqlens", *(("tiles", "starts") if table else ())), "*i32"),
-        **dict.fromkeys(("keep_scale", "scale"), "fp32"),
-        **({"seed": "*i64"} if dropout else {}),
-    }
-    constants: dict[str, Any] = {"D": head_dim, "PAD": _padded(head_dim), "HEADS": heads, "DROPOUT": dropout}
-    constants |= {"QUERIES": shape.queries, "KEYS": shape.keys, "tiles": None, "starts": None, "seed": None}
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names if name in types or name not in constants}
-    strides = [name for name in signature if name.endswith("stride") and head_dim % 16 == 0]
-    return Compilation(
-        f"attention {kernel.fn.__name__.replace('_', ' ')}, {element[1:]}, head dim {head_dim}, "
-        f"{shape.queries} queries, {shape.keys} keys, {heads} heads, {shape.num_warps} warps, {shape.num_stages} stages"
-        f"{f', {shape.maxnreg} registers' if shape.maxnreg else ''}"
-        f"{', dropout' if dropout else ''}{', tiles' if table else ''}",
-        kernel,
-        signature,
-        {name: constants[name] for name in kernel.arg_names if name not in signature},
-        (*(name for name, kind in signature.items() if kind.startswith("*")), *strides),
-        shape.num_warps,
-        shape.num_stages,
-        architectures=architectures,
-        options=shape.options,
-    )

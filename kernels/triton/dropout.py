@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import rows
-from .ahead import Compilation
+from . import row_tiles
 
 
 @triton.jit(do_not_specialize=["end", "stream_id"])
-def _dropout(x, y, end, seed, scale, stream_id, THRESHOLD: tl.constexpr, SHAPE: tl.constexpr):
+def dropout_kernel(x, y, end, seed, scale, stream_id, THRESHOLD: tl.constexpr, SHAPE: tl.constexpr):
     row = tl.program_id(0) * SHAPE.rows
-    kept = rows.keep(seed, stream_id, row, THRESHOLD, SHAPE)
-    rows.store(y, rows.dropout(rows.load(x, row, end, SHAPE), kept, scale), row, end, SHAPE)
+    kept = row_tiles.keep(seed, stream_id, row, THRESHOLD, SHAPE)
+    row_tiles.store(y, row_tiles.dropout(row_tiles.load(x, row, end, SHAPE), kept, scale), row, end, SHAPE)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor, stream_id: int) -> Tensor:
-    y, shape = torch.empty_like(x), rows.whole(x.shape[1])
+    y, shape = torch.empty_like(x), row_tiles.whole(x.shape[1])
     grid = (triton.cdiv(x.shape[0], shape.rows),)
-    _dropout[grid](x, y, x.shape[0], **rows.dropout_arguments(p, seed, stream_id), SHAPE=shape, **rows.launch(shape))
+    dropout_kernel[grid](
+        x, y, x.shape[0], **row_tiles.dropout_arguments(p, seed, stream_id), SHAPE=shape, **row_tiles.launch(shape)
+    )
     return y
-
-
-def compilations() -> Iterator[Compilation]:
-    for columns, dtype, p in rows.cases():
-        if p:
-            yield rows.compilation("dropout", _dropout, rows.whole(columns), dtype, ("x", "y"), {"end": "i32"}, p=p)

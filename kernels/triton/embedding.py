@@ -12,16 +12,14 @@ pieces, a second launch adds up their parts in order.
 # mypy: disable-error-code="assignment, misc"
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import layer_norm, rows, tasks
-from .ahead import Compilation
+from . import layer_norm, row_tiles, segment_sums
 
 PIECE = 16  # entries: so many loads of 16 bytes in flight for every lane
 SPAN, SPAN_WARPS = 256, 2  # columns of a program that sums pieces
@@ -33,33 +31,37 @@ TOKENS = 1024  # of a program that numbers rows
 def _gather(table, ids, row, end, SHAPE: tl.constexpr):
     """The rows of the table that ids `row` to `end` name."""
     below = row + tl.arange(0, SHAPE.rows)[:, None]
-    place = tl.load(ids + below, mask=below < end, other=0) * SHAPE.columns
+    offset = tl.load(ids + below, mask=below < end, other=0) * SHAPE.columns
     tile = ()
     for part in tl.static_range(tl.constexpr(SHAPE.parts)):
         column = part * SHAPE.block + tl.arange(0, SHAPE.block)[None, :]
         mask = (below < end) & (column < SHAPE.columns)
-        tile = tile + (tl.load(table + place + column, mask=mask, other=0.0).to(tl.float32),)
+        tile = tile + (tl.load(table + offset + column, mask=mask, other=0.0).to(tl.float32),)
     return tile
 
 
 @triton.jit
-def _total(tokens, types, positions, words, kinds, places, row, end, SHAPE: tl.constexpr):
-    total = rows.add(_gather(words, tokens, row, end, SHAPE), _gather(kinds, types, row, end, SHAPE))
-    return rows.add(total, _gather(places, positions, row, end, SHAPE))
+def _total(
+    token_ids, token_type_ids, position_ids, word_table, token_type_table, position_table, row, end, SHAPE: tl.constexpr
+):
+    total = row_tiles.add(
+        _gather(word_table, token_ids, row, end, SHAPE), _gather(token_type_table, token_type_ids, row, end, SHAPE)
+    )
+    return row_tiles.add(total, _gather(position_table, position_ids, row, end, SHAPE))
 
 
 @triton.jit(do_not_specialize=["end", "stream_id"])
-def _forward(
-    tokens,
-    types,
-    positions,
-    words,
-    kinds,
-    places,
+def forward_kernel(
+    token_ids,
+    token_type_ids,
+    position_ids,
+    word_table,
+    token_type_table,
+    position_table,
     weight,
     bias,
     y,
-    moments,
+    mean_rstd,
     end,
     eps,
     seed,
@@ -69,25 +71,27 @@ def _forward(
     SHAPE: tl.constexpr,
 ):
     row = tl.program_id(0) * SHAPE.rows
-    total = _total(tokens, types, positions, words, kinds, places, row, end, SHAPE)
-    mean, rstd = layer_norm.moments_of(total, eps, SHAPE)
-    layer_norm.store_moments(moments, mean, rstd, row, end, SHAPE)
+    total = _total(
+        token_ids, token_type_ids, position_ids, word_table, token_type_table, position_table, row, end, SHAPE
+    )
+    mean, rstd = layer_norm.mean_and_rstd(total, eps, SHAPE)
+    layer_norm.store_mean_rstd(mean_rstd, mean, rstd, row, end, SHAPE)
     normed = layer_norm.affine(layer_norm.normalise(total, mean, rstd), weight, bias, SHAPE)
-    kept = rows.keep(seed, stream_id, row, THRESHOLD, SHAPE)
-    rows.store(y, rows.dropout(normed, kept, scale), row, end, SHAPE)
+    kept = row_tiles.keep(seed, stream_id, row, THRESHOLD, SHAPE)
+    row_tiles.store(y, row_tiles.dropout(normed, kept, scale), row, end, SHAPE)
 
 
 @triton.jit(do_not_specialize=["chunk", "stream_id"])
-def _backward(
+def backward_kernel(
     d_y,
-    tokens,
-    types,
-    positions,
-    words,
-    kinds,
-    places,
+    token_ids,
+    token_type_ids,
+    position_ids,
+    word_table,
+    token_type_table,
+    position_table,
     weight,
-    moments,
+    mean_rstd,
     d_total,
     partials,
     bounds,
@@ -98,29 +102,33 @@ def _backward(
     THRESHOLD: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    start, end = tasks.chunk(bounds, tl.program_id(0), chunk)
-    d_weight, d_bias = rows.zeros(SHAPE), rows.zeros(SHAPE)
+    start, end = segment_sums.chunk(bounds, tl.program_id(0), chunk)
+    d_weight, d_bias = row_tiles.zeros(SHAPE), row_tiles.zeros(SHAPE)
     row = start
     while row < end:
-        mean, rstd = layer_norm.load_moments(moments, row, end, SHAPE)
-        total = _total(tokens, types, positions, words, kinds, places, row, end, SHAPE)
+        mean, rstd = layer_norm.load_mean_rstd(mean_rstd, row, end, SHAPE)
+        total = _total(
+            token_ids, token_type_ids, position_ids, word_table, token_type_table, position_table, row, end, SHAPE
+        )
         normed = layer_norm.normalise(total, mean, rstd)
-        kept = rows.keep(seed, stream_id, row, THRESHOLD, SHAPE)
-        d_normed = rows.dropout(rows.load(d_y, row, end, SHAPE), kept, scale)
+        kept = row_tiles.keep(seed, stream_id, row, THRESHOLD, SHAPE)
+        d_normed = row_tiles.dropout(row_tiles.load(d_y, row, end, SHAPE), kept, scale)
         d_tile, d_weight, d_bias = layer_norm.gradient(d_normed, normed, rstd, weight, d_weight, d_bias, SHAPE)
-        rows.store(d_total, d_tile, row, end, SHAPE)
+        row_tiles.store(d_total, d_tile, row, end, SHAPE)
         row += SHAPE.rows
     layer_norm.store_sums(partials, d_weight, d_bias, SHAPE)
 
 
 @triton.jit(do_not_specialize=["count"])
-def _number_rows(tokens, types, positions, keys, bounds, count, SIZES: tl.constexpr, TOKENS: tl.constexpr):
+def number_rows_kernel(
+    token_ids, token_type_ids, position_ids, keys, bounds, count, SIZES: tl.constexpr, TOKENS: tl.constexpr
+):
     """keys [3, N]: the row, of the gradients of all tables and tasks one below the other, that gets a token's."""
-    ids = (tokens, types, positions)
+    ids = (token_ids, token_type_ids, position_ids)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     task = tl.full([TOKENS], 0, tl.int64)
     for other in tl.static_range(1, len(bounds) - 1):
-        task += (token >= tasks.bound(bounds, other)).to(tl.int64)
+        task += (token >= segment_sums.bound(bounds, other)).to(tl.int64)
     first = 0
     for i in tl.static_range(3):
         row = first + task * SIZES[i] + tl.load(ids[i] + token, mask=token < count, other=0)
@@ -135,12 +143,12 @@ def _key(keys, entry, entries):
 
 
 @triton.jit
-def _store_if(condition, places, value, column, COLUMNS: tl.constexpr):
-    tl.store(places, value, mask=column < tl.where(condition, COLUMNS, 0))
+def _store_if(condition, pointers, value, column, COLUMNS: tl.constexpr):
+    tl.store(pointers, value, mask=column < tl.where(condition, COLUMNS, 0))
 
 
 @triton.jit(do_not_specialize=["entries", "tokens"])
-def _sum_pieces(
+def sum_pieces_kernel(
     keys, order, d_total, out, parts, entries, tokens, COLUMNS: tl.constexpr, PIECE: tl.constexpr, SPAN: tl.constexpr
 ):
     """out: the sums of runs inside of pieces. parts [pieces, 2, D]: of a run that began before, and of one that begins
@@ -169,7 +177,7 @@ def _sum_pieces(
 
 
 @triton.jit(do_not_specialize=["entries"])
-def _join_pieces(
+def join_pieces_kernel(
     keys, out, parts, entries, COLUMNS: tl.constexpr, PIECE: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr
 ):
     """The sum of the run that begins in a piece and goes on."""
@@ -200,12 +208,14 @@ def forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The output, and each token's mean and 1 / standard deviation, float32 [N, 2]."""
-    tokens, shape = len(ids[0]), rows.whole(len(weight))
-    y, moments = weight.new_empty(tokens, len(weight), dtype=dtype), weight.new_empty(tokens, 2)
-    drop = rows.dropout_arguments(p, seed, stream_id)
+    tokens, shape = len(ids[0]), row_tiles.whole(len(weight))
+    y, mean_rstd = weight.new_empty(tokens, len(weight), dtype=dtype), weight.new_empty(tokens, 2)
+    drop = row_tiles.dropout_arguments(p, seed, stream_id)
     grid = (triton.cdiv(tokens, shape.rows),)
-    _forward[grid](*ids, *tables, weight, bias, y, moments, tokens, eps, **drop, SHAPE=shape, **rows.launch(shape))
-    return y, moments
+    forward_kernel[grid](
+        *ids, *tables, weight, bias, y, mean_rstd, tokens, eps, **drop, SHAPE=shape, **row_tiles.launch(shape)
+    )
+    return y, mean_rstd
 
 
 def backward(
@@ -213,7 +223,7 @@ def backward(
     ids: Sequence[Tensor],
     tables: Sequence[Tensor],
     weight: Tensor,
-    moments: Tensor,
+    mean_rstd: Tensor,
     bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
@@ -221,14 +231,14 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the tables, one below the other: T of the words, T of the token types, T of the positions, all
     float32; and of T weights and biases, float32 [T, 2, D]."""
-    shape = rows.whole(len(weight))
-    chunk = tasks.chunk_rows(bounds, shape.rows, layer_norm.PROGRAMS)
+    shape = row_tiles.whole(len(weight))
+    chunk = segment_sums.chunk_rows(bounds, shape.rows, layer_norm.PROGRAMS)
     d_total = torch.empty_like(d_y, dtype=torch.float32)
-    partials = weight.new_empty(tasks.chunks(bounds, chunk), 2, len(weight))
-    drop = rows.dropout_arguments(p, seed, stream_id)
-    tensors = (d_y, *ids, *tables, weight, moments, d_total, partials)
-    _backward[(len(partials),)](
-        *tensors, tasks.arguments(bounds), chunk, **drop, SHAPE=shape, **rows.launch(shape, rows.ROOMY)
+    partials = weight.new_empty(segment_sums.chunks(bounds, chunk), 2, len(weight))
+    drop = row_tiles.dropout_arguments(p, seed, stream_id)
+    tensors = (d_y, *ids, *tables, weight, mean_rstd, d_total, partials)
+    backward_kernel[(len(partials),)](
+        *tensors, segment_sums.arguments(bounds), chunk, **drop, SHAPE=shape, **row_tiles.launch(shape, row_tiles.ROOMY)
     )
     sizes = tuple(len(table) for table in tables)
     d_tables = weight.new_zeros((len(bounds) - 1) * sum(sizes), len(weight))
@@ -239,8 +249,8 @@ def backward(
 def _numbers(ids: Sequence[Tensor], bounds: Sequence[int], sizes: tuple[int, ...]) -> Tensor:
     tokens = len(ids[0])
     keys = torch.empty(3 * tokens, dtype=torch.int32, device=ids[0].device)
-    _number_rows[(triton.cdiv(tokens, TOKENS),)](
-        *ids, keys, tasks.arguments(bounds), tokens, sizes, TOKENS, num_warps=4, **rows.OPTIONS
+    number_rows_kernel[(triton.cdiv(tokens, TOKENS),)](
+        *ids, keys, segment_sums.arguments(bounds), tokens, sizes, TOKENS, num_warps=4, **row_tiles.OPTIONS
     )
     return keys
 
@@ -251,32 +261,6 @@ def _add_rows(values: Tensor, keys: Tensor, out: Tensor) -> None:
     keys, order = torch.sort(keys, stable=True)
     pieces = triton.cdiv(entries, PIECE)
     parts = values.new_empty(pieces, 2, columns)
-    grid, how = (pieces, triton.cdiv(columns, SPAN)), {"num_warps": SPAN_WARPS, **rows.OPTIONS}
-    _sum_pieces[grid](keys, order, values, out, parts, entries, tokens, columns, PIECE, SPAN, **how)
-    _join_pieces[grid](keys, out, parts, entries, columns, PIECE, SPAN, PIECES, **how)
-
-
-def compilations() -> Iterator[Compilation]:
-    ids = dict.fromkeys(("tokens", "types", "positions"), "*i64")
-    tables = ids | dict.fromkeys(("words", "kinds", "places", "weight", "moments"), "*fp32")
-    sums = dict.fromkeys(("d_total", "partials"), "*fp32")
-    limits = {"bounds": tasks.signature(3), "chunk": "i32"}
-    for columns, dtype, p in rows.cases():
-        case = rows.whole(columns), dtype
-        others: dict[str, Any] = {**tables, "bias": "*fp32", "end": "i32", "eps": "fp32"}
-        yield rows.compilation("embedding forward", _forward, *case, ("y",), others, p=p)
-        others = {**tables, **sums, **limits}
-        yield rows.compilation("embedding backward", _backward, *case, ("d_y",), others, p=p, options=rows.ROOMY)
-    numbers: dict[str, Any] = {**ids, "keys": "*i32", "bounds": tasks.signature(3), "count": "i32"}
-    constants: dict[str, Any] = {"SIZES": (30522, 2, 512), "TOKENS": TOKENS}
-    yield Compilation("numbers of the tables' rows", _number_rows, numbers, constants, (*ids, "keys"), 4, 3)
-    joined = {"keys": "*i32", "out": "*fp32", "parts": "*fp32", "entries": "i32"}
-    summed = {**joined, "order": "*i64", "d_total": "*fp32", "tokens": "i32"}
-    for columns in (384, 768, 130):
-        constants = {"COLUMNS": columns, "PIECE": PIECE, "SPAN": SPAN}
-        aligned = ("keys", "out", "parts") if columns % 4 == 0 else ("keys",)
-        more = ("order", "d_total") if columns % 4 == 0 else ("order",)
-        title = f"pieces, {columns} columns"
-        yield Compilation(f"sums of {title}", _sum_pieces, summed, constants, aligned + more, SPAN_WARPS, 3)
-        constants = {**constants, "PIECES": PIECES}
-        yield Compilation(f"sums over {title}", _join_pieces, joined, constants, aligned, SPAN_WARPS, 3)
+    grid, how = (pieces, triton.cdiv(columns, SPAN)), {"num_warps": SPAN_WARPS, **row_tiles.OPTIONS}
+    sum_pieces_kernel[grid](keys, order, values, out, parts, entries, tokens, columns, PIECE, SPAN, **how)
+    join_pieces_kernel[grid](keys, out, parts, entries, columns, PIECE, SPAN, PIECES, **how)

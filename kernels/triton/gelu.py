@@ -7,15 +7,14 @@ element, 31 us of an H100. So half precisions have polynomials of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import rows, tasks
-from .ahead import Compilation
+from . import row_tiles, segment_sums
 
 ROWS = 8  # of a tile of 256 columns: 16 elements a lane
 PROGRAMS = 640  # of a backward: what an H100 takes at once, five on each of its 132 multiprocessors
@@ -39,7 +38,7 @@ def _tail(a):
 
 
 @triton.jit
-def _slope_tail(a):
+def _derivative_tail(a):
     near = tl.minimum(a, 8.5)
     p = near * -2.8178755e-07 + 7.4734103e-06
     p = p * near - 6.0409253e-05
@@ -70,68 +69,61 @@ def _gelu(z, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _slope(z, EXACT: tl.constexpr):
+def _derivative(z, EXACT: tl.constexpr):
     if EXACT:
-        slope = _cdf(z) + z * (tl.exp(-0.5 * z * z) * 0.3989422804014327)
+        derivative = _cdf(z) + z * (tl.exp(-0.5 * z * z) * 0.3989422804014327)
     else:
-        tail = _slope_tail(tl.abs(z))
-        slope = tl.where(z < 0.0, tail, 1.0 - tail)
-    return slope
+        tail = _derivative_tail(tl.abs(z))
+        derivative = tl.where(z < 0.0, tail, 1.0 - tail)
+    return derivative
 
 
 @triton.jit
-def _place(SHAPE: tl.constexpr):
+def _rows_and_columns(SHAPE: tl.constexpr):
     """Which rows and which columns are this program's."""
     BANDS: tl.constexpr = (SHAPE.columns + SHAPE.block - 1) // SHAPE.block
     return tl.program_id(0) // BANDS, tl.program_id(0) % BANDS
 
 
 @triton.jit(do_not_specialize=["end"])
-def _forward(x, bias, y, end, SHAPE: tl.constexpr):
-    index, band = _place(SHAPE)
+def forward_kernel(x, bias, y, end, SHAPE: tl.constexpr):
+    index, band = _rows_and_columns(SHAPE)
     row = index * SHAPE.rows
-    z = rows.load(x, row, end, SHAPE, band)[0] + rows.load_vector(bias, SHAPE, band)[0]
-    rows.store(y, (_gelu(z, x.dtype.element_ty == tl.float32),), row, end, SHAPE, band)
+    z = row_tiles.load(x, row, end, SHAPE, band)[0] + row_tiles.load_vector(bias, SHAPE, band)[0]
+    row_tiles.store(y, (_gelu(z, x.dtype.element_ty == tl.float32),), row, end, SHAPE, band)
 
 
 @triton.jit(do_not_specialize=["chunk"])
-def _backward(d_y, x, bias, d_x, partials, bounds, chunk, SHAPE: tl.constexpr):
-    index, band = _place(SHAPE)
-    start, end = tasks.chunk(bounds, index, chunk)
-    shift = rows.load_vector(bias, SHAPE, band)[0]
-    (d_bias,) = rows.zeros(SHAPE)
+def backward_kernel(d_y, x, bias, d_x, partials, bounds, chunk, SHAPE: tl.constexpr):
+    index, band = _rows_and_columns(SHAPE)
+    start, end = segment_sums.chunk(bounds, index, chunk)
+    shift = row_tiles.load_vector(bias, SHAPE, band)[0]
+    (d_bias,) = row_tiles.zeros(SHAPE)
     row = start
     while row < end:
-        slope = _slope(rows.load(x, row, end, SHAPE, band)[0] + shift, x.dtype.element_ty == tl.float32)
-        d_z = rows.load(d_y, row, end, SHAPE, band)[0] * slope
-        rows.store(d_x, (d_z,), row, end, SHAPE, band)
+        derivative = _derivative(row_tiles.load(x, row, end, SHAPE, band)[0] + shift, x.dtype.element_ty == tl.float32)
+        d_z = row_tiles.load(d_y, row, end, SHAPE, band)[0] * derivative
+        row_tiles.store(d_x, (d_z,), row, end, SHAPE, band)
         d_bias += d_z
         row += SHAPE.rows
-    rows.store_sums(partials + index.to(tl.int64) * SHAPE.columns, (d_bias,), SHAPE, band)
+    row_tiles.store_sums(partials + index.to(tl.int64) * SHAPE.columns, (d_bias,), SHAPE, band)
 
 
 def forward(x: Tensor, bias: Tensor) -> Tensor:
-    y, shape = torch.empty_like(x), rows.band(x.shape[1], ROWS)
+    y, shape = torch.empty_like(x), row_tiles.band(x.shape[1], ROWS)
     grid = (triton.cdiv(x.shape[0], shape.rows) * triton.cdiv(x.shape[1], shape.block),)
-    _forward[grid](x, bias, y, x.shape[0], SHAPE=shape, **rows.launch(shape))
+    forward_kernel[grid](x, bias, y, x.shape[0], SHAPE=shape, **row_tiles.launch(shape))
     return y
 
 
 def backward(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The gradients of x and of T biases, float32 [T, D]."""
-    d_x, shape = torch.empty_like(x), rows.band(x.shape[1], ROWS)
+    d_x, shape = torch.empty_like(x), row_tiles.band(x.shape[1], ROWS)
     bands = triton.cdiv(x.shape[1], shape.block)
-    chunk = tasks.chunk_rows(bounds, shape.rows, triton.cdiv(PROGRAMS, bands))
-    partials = bias.new_empty(tasks.chunks(bounds, chunk), x.shape[1])
+    chunk = segment_sums.chunk_rows(bounds, shape.rows, triton.cdiv(PROGRAMS, bands))
+    partials = bias.new_empty(segment_sums.chunks(bounds, chunk), x.shape[1])
     grid = (len(partials) * bands,)
-    _backward[grid](d_y, x, bias, d_x, partials, tasks.arguments(bounds), chunk, SHAPE=shape, **rows.launch(shape))
-    return d_x, tasks.sum_chunks(partials, bounds, chunk)
-
-
-def compilations() -> Iterator[Compilation]:
-    cases = [(columns, dtype) for columns in (1536, 3072, 70) for dtype in (torch.float32, torch.bfloat16)]
-    vectors = {"bias": "*fp32", "partials": "*fp32"}
-    for columns, dtype in [*cases, (3072, torch.float16)]:
-        shape, limits = rows.band(columns, ROWS), {"bounds": tasks.signature(3), "chunk": "i32"}
-        yield rows.compilation("GELU forward", _forward, shape, dtype, ("x", "y"), {"bias": "*fp32", "end": "i32"})
-        yield rows.compilation("GELU backward", _backward, shape, dtype, ("d_y", "x", "d_x"), {**vectors, **limits})
+    backward_kernel[grid](
+        d_y, x, bias, d_x, partials, segment_sums.arguments(bounds), chunk, SHAPE=shape, **row_tiles.launch(shape)
+    )
+    return d_x, segment_sums.sum_chunks(partials, bounds, chunk)

@@ -8,16 +8,14 @@ dropout), and memory bounds both: 8192 tokens are 38 and 63 MB, at least 11 and 
 # mypy: disable-error-code="assignment, misc"
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import rows, tasks
-from .ahead import Compilation
+from . import row_tiles, segment_sums
 
 PROGRAMS = 256  # of a backward: what an H100 takes at once, two on each of its 132 multiprocessors
 
@@ -26,9 +24,9 @@ PROGRAMS = 256  # of a backward: what an H100 takes at once, two on each of its 
 
 
 @triton.jit
-def moments_of(tile, eps, SHAPE: tl.constexpr):
+def mean_and_rstd(tile, eps, SHAPE: tl.constexpr):
     """Of each row the mean and 1 / sqrt(variance + eps), [ROWS, 1]."""
-    mean = rows.sum_of_rows(tile) / SHAPE.columns
+    mean = row_tiles.sum_of_rows(tile) / SHAPE.columns
     squares = ()
     for part in tl.static_range(len(tile)):
         centred = tile[part] - mean
@@ -36,21 +34,21 @@ def moments_of(tile, eps, SHAPE: tl.constexpr):
             column = part * SHAPE.block + tl.arange(0, SHAPE.block)[None, :]
             centred = tl.where(column < SHAPE.columns, centred, 0.0)
         squares = squares + (centred * centred,)
-    return mean, tl.rsqrt(rows.sum_of_rows(squares) / SHAPE.columns + eps)
+    return mean, tl.rsqrt(row_tiles.sum_of_rows(squares) / SHAPE.columns + eps)
 
 
 @triton.jit
-def store_moments(moments, mean, rstd, row, end, SHAPE: tl.constexpr):
+def store_mean_rstd(mean_rstd, mean, rstd, row, end, SHAPE: tl.constexpr):
     row += tl.arange(0, SHAPE.rows)[:, None]
     lane = tl.arange(0, SHAPE.block // 8)[None, :]  # as many as a row has: two of them store what all of them know
-    tl.store(moments + row * 2 + lane, tl.where(lane == 0, mean, rstd), mask=(row < end) & (lane < 2))
+    tl.store(mean_rstd + row * 2 + lane, tl.where(lane == 0, mean, rstd), mask=(row < end) & (lane < 2))
 
 
 @triton.jit
-def load_moments(moments, row, end, SHAPE: tl.constexpr):
+def load_mean_rstd(mean_rstd, row, end, SHAPE: tl.constexpr):
     row += tl.arange(0, SHAPE.rows)[:, None]
-    mean = tl.load(moments + row * 2, mask=row < end, other=0.0)
-    return mean, tl.load(moments + row * 2 + 1, mask=row < end, other=0.0)
+    mean = tl.load(mean_rstd + row * 2, mask=row < end, other=0.0)
+    return mean, tl.load(mean_rstd + row * 2 + 1, mask=row < end, other=0.0)
 
 
 @triton.jit
@@ -63,7 +61,7 @@ def normalise(tile, mean, rstd):
 
 @triton.jit
 def affine(tile, weight, bias, SHAPE: tl.constexpr):
-    w, b = rows.load_vector(weight, SHAPE), rows.load_vector(bias, SHAPE)
+    w, b = row_tiles.load_vector(weight, SHAPE), row_tiles.load_vector(bias, SHAPE)
     y = ()
     for part in tl.static_range(len(tile)):
         y = y + (tile[part] * w[part] + b[part],)
@@ -73,31 +71,31 @@ def affine(tile, weight, bias, SHAPE: tl.constexpr):
 @triton.jit
 def gradient(d_y, normed, rstd, weight, d_weight, d_bias, SHAPE: tl.constexpr):
     """The gradient of what was normed, and the sums d_weight and d_bias with these rows added to them."""
-    w = rows.load_vector(weight, SHAPE)
-    slope, along, weight_terms = (), (), ()
+    w = row_tiles.load_vector(weight, SHAPE)
+    d_normed, products, weight_terms = (), (), ()
     for part in tl.static_range(len(d_y)):
-        slope = slope + (d_y[part] * w[part],)
-        along = along + (slope[part] * normed[part],)
+        d_normed = d_normed + (d_y[part] * w[part],)
+        products = products + (d_normed[part] * normed[part],)
         weight_terms = weight_terms + (d_y[part] * normed[part],)
-    mean_slope = rows.sum_of_rows(slope) / SHAPE.columns
-    mean_along = rows.sum_of_rows(along) / SHAPE.columns
+    mean_d_normed = row_tiles.sum_of_rows(d_normed) / SHAPE.columns
+    mean_product = row_tiles.sum_of_rows(products) / SHAPE.columns
     d_tile = ()
     for part in tl.static_range(len(d_y)):
-        d_tile = d_tile + ((slope[part] - mean_slope - normed[part] * mean_along) * rstd,)
-    return d_tile, rows.add(d_weight, weight_terms), rows.add(d_bias, d_y)
+        d_tile = d_tile + ((d_normed[part] - mean_d_normed - normed[part] * mean_product) * rstd,)
+    return d_tile, row_tiles.add(d_weight, weight_terms), row_tiles.add(d_bias, d_y)
 
 
 @triton.jit
 def store_sums(partials, d_weight, d_bias, SHAPE: tl.constexpr):
     """This program's partial sums: [2, D] of [programs, 2, D]."""
     partials += tl.program_id(0).to(tl.int64) * (2 * SHAPE.columns)
-    rows.store_sums(partials, d_weight, SHAPE)
-    rows.store_sums(partials + SHAPE.columns, d_bias, SHAPE)
+    row_tiles.store_sums(partials, d_weight, SHAPE)
+    row_tiles.store_sums(partials + SHAPE.columns, d_bias, SHAPE)
 
 
 def sum_up(partials: Tensor, bounds: Sequence[int], chunk: int) -> Tensor:
     """The gradients of weight and bias, [T, 2, D], of partial sums [programs, 2, D]."""
-    return tasks.sum_chunks(partials.flatten(1), bounds, chunk).view(-1, *partials.shape[1:])
+    return segment_sums.sum_chunks(partials.flatten(1), bounds, chunk).view(-1, *partials.shape[1:])
 
 
 # The kernels -----------------------------------------------------------------------------------------------------
@@ -105,17 +103,19 @@ def sum_up(partials: Tensor, bounds: Sequence[int], chunk: int) -> Tensor:
 
 @triton.jit
 def _total(x, residual, kept, scale, row, end, SHAPE: tl.constexpr):
-    return rows.add(rows.load(residual, row, end, SHAPE), rows.dropout(rows.load(x, row, end, SHAPE), kept, scale))
+    return row_tiles.add(
+        row_tiles.load(residual, row, end, SHAPE), row_tiles.dropout(row_tiles.load(x, row, end, SHAPE), kept, scale)
+    )
 
 
 @triton.jit(do_not_specialize=["end", "stream_id"])
-def _forward(
+def forward_kernel(
     x,
     residual,
     weight,
     bias,
     y,
-    moments,
+    mean_rstd,
     end,
     eps,
     seed,
@@ -125,20 +125,20 @@ def _forward(
     SHAPE: tl.constexpr,
 ):
     row = tl.program_id(0) * SHAPE.rows
-    kept = rows.keep(seed, stream_id, row, THRESHOLD, SHAPE)
+    kept = row_tiles.keep(seed, stream_id, row, THRESHOLD, SHAPE)
     total = _total(x, residual, kept, scale, row, end, SHAPE)
-    mean, rstd = moments_of(total, eps, SHAPE)
-    store_moments(moments, mean, rstd, row, end, SHAPE)
-    rows.store(y, affine(normalise(total, mean, rstd), weight, bias, SHAPE), row, end, SHAPE)
+    mean, rstd = mean_and_rstd(total, eps, SHAPE)
+    store_mean_rstd(mean_rstd, mean, rstd, row, end, SHAPE)
+    row_tiles.store(y, affine(normalise(total, mean, rstd), weight, bias, SHAPE), row, end, SHAPE)
 
 
 @triton.jit(do_not_specialize=["chunk", "stream_id"])
-def _backward(
+def backward_kernel(
     d_y,
     x,
     residual,
     weight,
-    moments,
+    mean_rstd,
     d_x,
     d_residual,
     partials,
@@ -150,18 +150,18 @@ def _backward(
     THRESHOLD: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    start, end = tasks.chunk(bounds, tl.program_id(0), chunk)
-    d_weight, d_bias = rows.zeros(SHAPE), rows.zeros(SHAPE)
+    start, end = segment_sums.chunk(bounds, tl.program_id(0), chunk)
+    d_weight, d_bias = row_tiles.zeros(SHAPE), row_tiles.zeros(SHAPE)
     row = start
     while row < end:
-        total = _total(x, residual, rows.keep(seed, stream_id, row, THRESHOLD, SHAPE), scale, row, end, SHAPE)
-        mean, rstd = load_moments(moments, row, end, SHAPE)
-        slope, normed = rows.load(d_y, row, end, SHAPE), normalise(total, mean, rstd)
-        d_total, d_weight, d_bias = gradient(slope, normed, rstd, weight, d_weight, d_bias, SHAPE)
-        rows.store(d_residual, d_total, row, end, SHAPE)
+        total = _total(x, residual, row_tiles.keep(seed, stream_id, row, THRESHOLD, SHAPE), scale, row, end, SHAPE)
+        mean, rstd = load_mean_rstd(mean_rstd, row, end, SHAPE)
+        d_output, normed = row_tiles.load(d_y, row, end, SHAPE), normalise(total, mean, rstd)
+        d_total, d_weight, d_bias = gradient(d_output, normed, rstd, weight, d_weight, d_bias, SHAPE)
+        row_tiles.store(d_residual, d_total, row, end, SHAPE)
         if THRESHOLD > 0:
-            kept = rows.keep(seed, stream_id, row, THRESHOLD, SHAPE)  # drawn anew: to keep it takes 40 registers
-            rows.store(d_x, rows.dropout(d_total, kept, scale), row, end, SHAPE)
+            kept = row_tiles.keep(seed, stream_id, row, THRESHOLD, SHAPE)  # drawn anew: to keep it takes 40 registers
+            row_tiles.store(d_x, row_tiles.dropout(d_total, kept, scale), row, end, SHAPE)
         row += SHAPE.rows
     store_sums(partials, d_weight, d_bias, SHAPE)
 
@@ -170,12 +170,14 @@ def forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, seed: Tensor | None, stream_id: int
 ) -> tuple[Tensor, Tensor]:
     """The output, and each row's mean and 1 / standard deviation, float32 [N, 2]."""
-    y, moments = torch.empty_like(x), torch.empty(x.shape[0], 2, dtype=torch.float32, device=x.device)
-    shape = rows.whole(x.shape[1])
-    drop = rows.dropout_arguments(p, seed, stream_id)
+    y, mean_rstd = torch.empty_like(x), torch.empty(x.shape[0], 2, dtype=torch.float32, device=x.device)
+    shape = row_tiles.whole(x.shape[1])
+    drop = row_tiles.dropout_arguments(p, seed, stream_id)
     grid = (triton.cdiv(x.shape[0], shape.rows),)
-    _forward[grid](x, residual, weight, bias, y, moments, x.shape[0], eps, **drop, SHAPE=shape, **rows.launch(shape))
-    return y, moments
+    forward_kernel[grid](
+        x, residual, weight, bias, y, mean_rstd, x.shape[0], eps, **drop, SHAPE=shape, **row_tiles.launch(shape)
+    )
+    return y, mean_rstd
 
 
 def backward(
@@ -183,7 +185,7 @@ def backward(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
-    moments: Tensor,
+    mean_rstd: Tensor,
     bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
@@ -191,25 +193,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x (empty without dropout, for it is the residual's), of residual, and of T weights and biases,
     float32 [T, 2, D]."""
-    shape, drop = rows.whole(x.shape[1]), rows.dropout_arguments(p, seed, stream_id)
+    shape, drop = row_tiles.whole(x.shape[1]), row_tiles.dropout_arguments(p, seed, stream_id)
     d_x = torch.empty_like(x) if drop["THRESHOLD"] else x.new_empty(0)
     d_residual = torch.empty_like(x)
-    chunk = tasks.chunk_rows(bounds, shape.rows, PROGRAMS)
-    partials = weight.new_empty(tasks.chunks(bounds, chunk), 2, x.shape[1])
-    tensors = (d_y, x, residual, weight, moments, d_x, d_residual, partials)
-    _backward[(len(partials),)](
-        *tensors, tasks.arguments(bounds), chunk, **drop, SHAPE=shape, **rows.launch(shape, rows.ROOMY)
+    chunk = segment_sums.chunk_rows(bounds, shape.rows, PROGRAMS)
+    partials = weight.new_empty(segment_sums.chunks(bounds, chunk), 2, x.shape[1])
+    tensors = (d_y, x, residual, weight, mean_rstd, d_x, d_residual, partials)
+    backward_kernel[(len(partials),)](
+        *tensors, segment_sums.arguments(bounds), chunk, **drop, SHAPE=shape, **row_tiles.launch(shape, row_tiles.ROOMY)
     )
     return d_x, d_residual, sum_up(partials, bounds, chunk)
-
-
-def compilations() -> Iterator[Compilation]:
-    vectors = dict.fromkeys(("weight", "bias", "moments"), "*fp32")
-    sums = dict.fromkeys(("weight", "moments", "partials"), "*fp32")
-    limits: dict[str, Any] = {"bounds": tasks.signature(3), "chunk": "i32"}
-    for columns, dtype, p in rows.cases():
-        case = rows.whole(columns), dtype
-        halves, others = ("x", "residual", "y"), {**vectors, "end": "i32", "eps": "fp32"}
-        yield rows.compilation("layer norm forward", _forward, *case, halves, others, p=p)
-        halves, others = ("d_y", "d_x", *halves[:2], "d_residual"), {**sums, **limits}
-        yield rows.compilation("layer norm backward", _backward, *case, halves, others, p=p, options=rows.ROOMY)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minbert import kernels
-from minbert.kernels.tasks import Parameter
+from minbert.kernels.task_views import Parameter
 
 INITIALIZER_RANGE = 0.02  # standard deviation of new weights (Devlin et al. 2019)
 MOMENTUM = 0.1  # a batch's share of the running statistics, as in PyTorch

@@ -18,7 +18,7 @@ from minbert import kernels
 from minbert.kernels import use_backend, use_matmul
 
 module = importlib.import_module("minbert.kernels.linear")  # its name in the package is the function's
-libraries = importlib.import_module("minbert.kernels.matmul")  # likewise
+libraries = importlib.import_module("minbert.kernels.matmul_library")  # likewise
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "BLAS"])

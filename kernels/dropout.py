@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, reference, rowwise
+from . import checks, native_arguments, reference
 from .dispatch import compiled
 from .native import library
 
@@ -58,10 +58,10 @@ def _(cu_seqlens: Tensor, heads: int, threshold: int, seed: Tensor, stream_id: i
 
 @torch.library.custom_op("minbert::dropout", mutates_args=(), device_types="cpu")
 def _dropout(x: Tensor, p: float, seed: Tensor, stream_id: int) -> Tensor:
-    y, scratch = torch.empty_like(x), rowwise.scratch(*x.shape)
-    drop = rowwise.dropout(p, seed, stream_id)
+    y, scratch = torch.empty_like(x), native_arguments.scratch(*x.shape)
+    drop = native_arguments.dropout(p, seed, stream_id)
     library().dropout_forward(
-        rowwise.activation(x), x.data_ptr(), y.data_ptr(), drop, scratch.data_ptr(), torch.get_num_threads()
+        native_arguments.activation(x), x.data_ptr(), y.data_ptr(), drop, scratch.data_ptr(), torch.get_num_threads()
     )
     return y
 
@@ -152,6 +152,6 @@ def dropout(x: Tensor, *, p: float, seed: Tensor | None, stream_id: int) -> Tens
     """
     checks.tensor("dropout", "x", x, ["N", "D"], checks.FLOATS, contiguous=False)
     seed = checks.dropout("dropout", p, seed, stream_id, x.device)
-    if seed is not None and compiled("dropout", x.device) and rowwise.takes(x.device, x.shape[1], x.dtype):
+    if seed is not None and compiled("dropout", x.device) and native_arguments.takes(x.device, x.shape[1], x.dtype):
         return _dropout(x.contiguous(), p, seed, stream_id)
     return reference.dropout(x, mask_like(x, p, seed, stream_id), p)

@@ -1,7 +1,7 @@
 """How fast an op can be: the bytes it has to move and the products it has to compute, against what a device can.
 
 Every input is read once and every output written once, whatever the caches hold.
-python -c "from minbert.kernels import roofline; print(roofline.table())" prints floors of BERT-base's launches.
+python bench/gpu/roofline.py prints floors of BERT-base's launches.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-FLOAT32 = 4  # bytes: of parameters, moments and their gradients
+FLOAT32 = 4  # bytes: of parameters, of mean and rstd, and of their gradients
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ def layer_norm(
     rows: int, columns: int, *, backward: bool, dropout: bool = True, tasks: int = 1, itemsize: int = 2
 ) -> Work:
     """Dropout, residual and LayerNorm; with dropout, x and the residual have gradients of their own."""
-    moments = rows * 2 * FLOAT32
+    mean_rstd = rows * 2 * FLOAT32
     params = 2 * columns * FLOAT32
     if not backward:
-        return Work(3 * rows * columns * itemsize + moments + params)
-    return Work((5 if dropout else 4) * rows * columns * itemsize + moments + (tasks + 1) * params)
+        return Work(3 * rows * columns * itemsize + mean_rstd + params)
+    return Work((5 if dropout else 4) * rows * columns * itemsize + mean_rstd + (tasks + 1) * params)
 
 
 def gelu(rows: int, columns: int, *, backward: bool, tasks: int = 1, itemsize: int = 2) -> Work:
@@ -73,9 +73,9 @@ def embedding(tokens: int, columns: int, table_rows: int, *, backward: bool, tas
     Of the tables only the words are read: token types and positions stay in a cache.
     """
     words, result, ids = tokens * columns * FLOAT32, tokens * columns * itemsize, tokens * 3 * 8
-    moments, params = tokens * 2 * FLOAT32, 2 * columns * FLOAT32
+    mean_rstd, params = tokens * 2 * FLOAT32, 2 * columns * FLOAT32
     tables = tasks * table_rows * columns * FLOAT32 if backward else 0
-    return Work(words + result + ids + moments + params + tables)
+    return Work(words + result + ids + mean_rstd + params + tables)
 
 
 def linear(rows: int, inputs: int, outputs: int, *, itemsize: int = 2) -> Work:
@@ -98,7 +98,7 @@ def gram(tasks: int, elements: int, *, itemsize: int = FLOAT32) -> Work:
 
 
 def combine_adamw(tasks: int, elements: int, *, itemsize: int = FLOAT32, copies: bool = False) -> Work:
-    """T gradients in; parameters and two moments in and out; bf16 copies of the parameters out, where they are kept."""
+    """T gradients in; parameters and both moments in and out; bf16 copies of the parameters out, if kept."""
     return Work(elements * (tasks * itemsize + 6 * FLOAT32 + (2 if copies else 0)))
 
 
@@ -215,3 +215,7 @@ def table(ceilings: Ceilings = H100) -> str:
         least = 1e6 * floor(parts, ceilings)
         lines.append(f"| {name} step, 96 sequences of 28 | {moved / 1e6:.0f} | {operations / 1e9:.0f} | {least:.0f} |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .. import roofline
-from . import sass
+import machine_code
+import roofline
 
 CLOCK = 1.83e9  # Hz
 MULTIPROCESSORS, QUARTERS = 132, 4
@@ -27,7 +27,7 @@ class Launch:
     compilation: str  # its name
     programs: int
     work: roofline.Work
-    trips: tuple[int, ...] = ()  # as for `sass.executed`
+    trips: tuple[int, ...] = ()  # as for `machine_code.executed`
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Estimate:
         return max(self.memory, self.busy)
 
 
-def estimate(launch: Launch, num_warps: int, machine_code: str) -> Estimate:
-    """From sm_90 machine code, as `ahead.compile_for` gives it."""
-    instructions, memory = sass.parse(machine_code), launch.work.bytes / roofline.H100.bandwidth
-    if (loops := len(sass.loops(instructions))) != len(launch.trips):  # another Triton may unroll one
+def estimate(launch: Launch, num_warps: int, sass: str) -> Estimate:
+    """From sm_90 machine code, as `ahead_of_time.compile_for` gives it."""
+    instructions, memory = machine_code.parse(sass), launch.work.bytes / roofline.H100.bandwidth
+    if (loops := len(machine_code.loops(instructions))) != len(launch.trips):  # another Triton may unroll one
         return Estimate(launch, memory, f"unknown: {loops} loops instead of {len(launch.trips)}", 0.0)
-    cycles = sass.busy_cycles(sass.executed(instructions, launch.trips))
+    cycles = machine_code.busy_cycles(machine_code.executed(instructions, launch.trips))
     pipe = max(cycles, key=cycles.__getitem__)
     rounds = -(-launch.programs // MULTIPROCESSORS)
     return Estimate(launch, memory, pipe, cycles[pipe] * num_warps / QUARTERS * rounds / CLOCK)

@@ -2,7 +2,7 @@
 # Fetches what bench/gpu.sh installs where there is no network: wheels for Python 3.12 on x86-64 Linux, without what such
 # a machine has anyway (torch, Triton, NumPy, transformers, pytest, hypothesis, rich, matplotlib, CMake, ninja, pybind11).
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 wheels=build/gpu/wheels
 rm -rf "$wheels"
 # the peer TorchJD

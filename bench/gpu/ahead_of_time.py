@@ -1,9 +1,9 @@
-"""Compiles every shipped configuration of the kernels for every architecture, and judges it, where no GPU is.
+"""Compiles every configuration of the Triton kernels for every architecture without a GPU, and checks its limits.
 
-python -m minbert.kernels.triton.ahead                 all of them, in a table; exit code 1 if a limit is broken
-python -m minbert.kernels.triton.ahead --sample 60     no more than 60 of them, from everywhere
-python -m minbert.kernels.triton.ahead --estimates     how long BERT-base's launches should take on an H100
-python -m minbert.kernels.triton.ahead --json FILE     the same as JSON; --text DIR writes PTX and machine code
+python bench/gpu/ahead_of_time.py                 all of them, in a table; exit code 1 if a limit is broken
+python bench/gpu/ahead_of_time.py --sample 60     at most 60 of them, evenly spread
+python bench/gpu/ahead_of_time.py --estimates     how long BERT-base's launches should take on an H100
+python bench/gpu/ahead_of_time.py --json FILE     the same as JSON; --text DIR writes PTX and machine code
 """
 
 from __future__ import annotations
@@ -12,51 +12,20 @@ import argparse
 import importlib
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-from . import estimate, sass
-
-ARCHITECTURES = (80, 90, 100)
-
-
-@dataclass(frozen=True)
-class Compilation:
-    """A kernel as one of its launches compiles it. Every module of kernels gives its own in `compilations()`.
-
-    Args:
-        name: what tells it from the others, such as "attention forward, bf16, head dim 64, 32 rows".
-        kernel: the function that `triton.jit` made.
-        signature: argument -> type ("*bf16", "i32", "fp32"), without the constants.
-        constants: argument -> value of those that are tl.constexpr.
-        divisible: the arguments that are divisible by 16 in every launch: aligned pointers, strides of whole rows.
-        num_warps, num_stages: as launched.
-        registers, shared_memory: the most that a thread and a program may take, in 4-byte registers and bytes.
-        architectures: on which it is launched.
-        options: other launch options. All our launches ask for fused multiply-adds, whatever Triton's default is.
-    """
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    divisible: tuple[str, ...]
-    num_warps: int
-    num_stages: int
-    registers: int = 255
-    shared_memory: int = 99 * 1024  # of sm_86 and sm_89, the least of those we ship for
-    architectures: tuple[int, ...] = ARCHITECTURES
-    options: Mapping[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": True})
+import estimates
+import machine_code
+from configurations import Compilation
 
 
 @dataclass(frozen=True)
@@ -107,15 +76,15 @@ def compile_for(compilation: Compilation, architecture: int) -> Resources:
     )
     options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, **compilation.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    text = machine_code(compiled.asm["cubin"])
+    text = disassemble(compiled.asm["cubin"])
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", text)}
-    counts = sass.executed(sass.parse(text))
-    wide, accesses = sass.global_accesses(counts)
+    counts = machine_code.executed(machine_code.parse(text))
+    wide, accesses = machine_code.global_accesses(counts)
     registers, local_memory, shared_memory = usage["REG"], usage["STACK"], compiled.metadata.shared
     limits = {
         f"{registers} registers of {compilation.registers}": registers > compilation.registers,
         f"{local_memory} bytes of spilled registers": local_memory > 0,
-        f"{sass.local_accesses(counts)} accesses of local memory": sass.local_accesses(counts) > 0,
+        f"{machine_code.local_accesses(counts)} accesses of local memory": machine_code.local_accesses(counts) > 0,
         f"{shared_memory} bytes of shared memory of {compilation.shared_memory}": shared_memory
         > compilation.shared_memory,
     }
@@ -128,7 +97,7 @@ def compile_for(compilation: Compilation, architecture: int) -> Resources:
         local_memory,
         shared_memory,
         programs_per_sm(registers, shared_memory, compilation.num_warps, architecture),
-        sass.matrix_instructions(counts),
+        machine_code.matrix_instructions(counts),
         wide,
         accesses,
         tuple(limit for limit, is_broken in limits.items() if is_broken),
@@ -137,8 +106,8 @@ def compile_for(compilation: Compilation, architecture: int) -> Resources:
     )
 
 
-def machine_code(cubin: bytes) -> str:
-    """What cuobjdump, which Triton brings along, says of a cubin: its resources and its instructions."""
+def disassemble(cubin: bytes) -> str:
+    """A cubin's resources and instructions as printed by cuobjdump, which Triton installs."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -151,51 +120,32 @@ def machine_code(cubin: bytes) -> str:
 # All of them -----------------------------------------------------------------------------------------------------
 
 
-def modules(package: str = __package__) -> list[str]:
-    """The names of the package's modules that have `compilations`."""
-    path = importlib.import_module(package).__path__
-    names = [f"{package}.{found.name}" for found in pkgutil.iter_modules(path)]
-    return [name for name in names if hasattr(importlib.import_module(name), "compilations")]
-
-
-def compilations_of(module: str) -> list[Compilation]:
-    """Those of one module, by its name; one that several launches share counts once."""
-    found: list[Compilation] = []
-    for compilation in importlib.import_module(module).compilations():
-        if compilation not in found:
-            found.append(compilation)
-    return found
-
-
 @dataclass(frozen=True)
 class Job:
-    """One compilation for one architecture, such that another process can find it."""
+    """One compilation for one architecture, by names and numbers that another process can look up."""
 
     module: str
     index: int
+    name: str
     architecture: int
 
-    @property
-    def compilation(self) -> Compilation:
-        return compilations_of(self.module)[self.index]
-
     def run(self) -> Resources:
-        return compile_for(self.compilation, self.architecture)
+        return compile_for(importlib.import_module(self.module).compilations()[self.index], self.architecture)
 
 
-def jobs(package: str, sample: int | None, only: str) -> list[Job]:
-    """What to compile: every configuration whose name contains `only`, for all its architectures.
+def jobs(module: str, sample: int | None, only: str) -> list[Job]:
+    """Every configuration whose name contains `only`, for all its architectures.
 
     Args:
+        module: the name of the module whose `compilations()` lists the configurations.
         sample: how many at most; then each configuration is compiled for one of its architectures, in turns.
     """
     found: list[Job] = []
-    for module in modules(package):
-        for index, compilation in enumerate(compilations_of(module)):
-            if only in compilation.name:
-                chosen = compilation.architectures
-                chosen = (chosen[len(found) % len(chosen)],) if sample else chosen
-                found += [Job(module, index, architecture) for architecture in chosen]
+    for index, compilation in enumerate(importlib.import_module(module).compilations()):
+        if only in compilation.name:
+            chosen = compilation.architectures
+            chosen = (chosen[len(found) % len(chosen)],) if sample else chosen
+            found += [Job(module, index, compilation.name, architecture) for architecture in chosen]
     if sample and sample < len(found):
         found = [found[i * len(found) // sample] for i in range(sample)]
     return found
@@ -237,12 +187,12 @@ def table(found: Sequence[Resources], markdown: bool) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name if __spec__ else __name__}", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python bench/gpu/ahead_of_time.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--sample", type=int, help="so many at most, each for one architecture, in turns")
     parser.add_argument("--estimates", action="store_true", help="only what they need, and nothing else printed")
     parser.add_argument("--only", default="", help="configurations whose names contain this")
-    parser.add_argument("--package", default=__package__, help="where the modules of kernels are")
+    parser.add_argument("--module", default="configurations", help="whose compilations() to compile")
     parser.add_argument("--processes", type=int, default=max(1, min(4, len(os.sched_getaffinity(0)))))
     parser.add_argument("--markdown", action="store_true", help="the table in Markdown")
     parser.add_argument("--json", type=Path, help="write what was found to this file")
@@ -251,12 +201,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 makes Triton interpret kernels; unset it to compile them")
 
-    work = jobs(options.package, options.sample, options.only)
+    work = jobs(options.module, options.sample, options.only)
     if options.estimates:
-        wanted = {launch.compilation for launch in estimate.LAUNCHES}
-        work = [job for job in work if job.architecture == 90 and job.compilation.name in wanted]
+        wanted = {launch.compilation for launch in estimates.LAUNCHES}
+        work = [job for job in work if job.architecture == 90 and job.name in wanted]
     if not work:
-        parser.error(f"no module of {options.package} has compilations named *{options.only}*")
+        parser.error(f"{options.module} has no compilations named *{options.only}*")
     started, found = time.monotonic(), []
     for resources in compile_all(work, options.processes):
         found.append(resources)
@@ -268,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(file=sys.stderr)
     if not options.estimates:
         print(table(found, options.markdown))
-    if hopper := estimates(found):
+    if hopper := estimate_table(found):
         print(f"\nOn an H100, in microseconds:\n\n{hopper}")
     if options.text:
         write_text(options.text, found)
@@ -280,14 +230,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if broken else 0
 
 
-def estimates(found: Sequence[Resources]) -> str:
+def estimate_table(found: Sequence[Resources]) -> str:
     """A table of the launches whose compilation for Hopper is among those found."""
     hopper = {each.name: each for each in found if each.architecture == 90}
-    launches = [(launch, hopper[launch.compilation]) for launch in estimate.LAUNCHES if launch.compilation in hopper]
+    launches = [(launch, hopper[launch.compilation]) for launch in estimates.LAUNCHES if launch.compilation in hopper]
     if not launches:
         return ""
-    times = [estimate.estimate(launch, each.num_warps, each.sass) for launch, each in launches]
-    return estimate.table(times, [each.warps_per_sm for _, each in launches])
+    times = [estimates.estimate(launch, each.num_warps, each.sass) for launch, each in launches]
+    return estimates.table(times, [each.warps_per_sm for _, each in launches])
 
 
 def write_text(directory: Path, found: Sequence[Resources]) -> None:
@@ -299,5 +249,4 @@ def write_text(directory: Path, found: Sequence[Resources]) -> None:
 
 
 if __name__ == "__main__":
-    # as a module of its own name: the processes find the same classes
-    sys.exit(importlib.import_module(f"{__package__}.ahead").main())
+    sys.exit(importlib.import_module("ahead_of_time").main())  # not __main__'s: other processes unpickle its classes

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import threading
@@ -17,9 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import stream_id
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "gpu"
 PYTHON = str(WORK / "venv" / "bin" / "python")
 OUT = Path(os.environ.get("OUT") or WORK / "out")
@@ -44,7 +43,7 @@ def phases() -> list[Phase]:
     benches = ["bench/bench_gpu_ops.py", "bench/bench_gpu_update.py", "bench/bench_gpu_steps.py"]
     gpu_tests = ["-m", "gpu", "--durations=5", "-rfE"]
     own_phase = ["tests/gpu/test_repeats.py", "tests/gpu/test_graphs.py"]
-    packages = [path for path in sys.path if path.endswith(("stream_id-packages", "dist-packages"))]
+    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     build = [
         [sys.executable, "-m", "venv", "--without-pip", str(WORK / "venv")],
         [PYTHON, __file__, "--link-packages", *packages],
@@ -55,7 +54,7 @@ def phases() -> list[Phase]:
         build.insert(2, [PYTHON, "-m", "pip", "install", "-q", "--no-index", "--no-deps", *wheels])
     calls = [PYTHON, "tests/gpu/op_calls.py"]
     return [
-        Phase("report", 90, [[sys.executable, "bench/gpu_report.py"]]),
+        Phase("report", 90, [[sys.executable, "bench/gpu/report.py"]]),
         Phase("build", 300, build, {"MINBERT_CUDA": "1", **_architecture()}),
         Phase("test", 240, [[*PYTEST, *gpu_tests, "tests", *(f"--ignore={path}" for path in own_phase)]]),
         Phase("bench", 420, [[*PYTEST, *benches, "--benchmark-only", "--benchmark-quiet", "--minbert-results"]]),
@@ -158,7 +157,7 @@ def as_json(lines: Sequence[str]) -> object:
 
 def link_packages(directories: Sequence[str]) -> None:
     """Let this environment see the packages of another one, after its own."""
-    own = Path(stream_id.getsitepackages()[0])
+    own = Path(site.getsitepackages()[0])
     (own / "machine.pth").write_text("\n".join(directories) + "\n")
 
 

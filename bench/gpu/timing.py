@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-
-from minbert.kernels.roofline import Ceilings
+from roofline import Ceilings
 
 Numbered = Callable[[int], object]  # does its work on input set i
 CALLS, ROUNDS = 48, 21  # in one replay of a graph; replays, of which the median counts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -11,21 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import phases
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 without_gpu = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="a GPU may be here")
 
 
-@pytest.fixture
-def phases(monkeypatch, tmp_path):
-    """The module bench/gpu_phases.py, its records in `tmp_path`."""
-    spec = importlib.util.spec_from_file_location("gpu_phases", BENCH / "gpu_phases.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_phases", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "OUT", tmp_path)
-    return module
+@pytest.fixture(autouse=True)
+def records_in_tmp_path(monkeypatch, tmp_path):
+    monkeypatch.setattr(phases, "OUT", tmp_path)
 
 
 def python(code: str) -> list[str]:
@@ -41,10 +35,10 @@ def test_without_a_gpu_it_says_so_and_what_can_be_done():
     done = subprocess.run([BENCH / "gpu.sh"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("bench/gpu.sh: no NVIDIA GPU here")
-    assert "minbert.kernels.triton.ahead" in done.stderr
+    assert "bench/gpu/ahead_of_time.py" in done.stderr
 
 
-def test_a_dry_run_shows_the_chosen_phases(phases):
+def test_a_dry_run_shows_the_chosen_phases():
     done = subprocess.run([BENCH / "gpu.sh", "--dry-run", "race", "build"], capture_output=True, text=True)
     shown = [line.split(",")[0] for line in done.stdout.splitlines() if not line.startswith(" ")]
     assert (done.returncode, shown) == (0, ["build", "race"])
@@ -53,11 +47,11 @@ def test_a_dry_run_shows_the_chosen_phases(phases):
     assert "no phase 'rice'; phases: report, build, test, bench, race, graph, sanitize" in done.stderr
 
 
-def test_records_are_few_enough_to_bring_back(phases):
+def test_records_are_few_enough_to_bring_back():
     assert len(phases.phases()) + 1 <= 8  # and one of the benchmarks
 
 
-def test_a_failing_command_fails_its_phase_but_stops_nothing(phases, tmp_path):
+def test_a_failing_command_fails_its_phase_but_stops_nothing(tmp_path):
     commands = [python("print('first'); raise SystemExit(3)"), python("print('second')"), ["/no/such/program"]]
     assert not phases.run(phases.Phase("mixed", 60, commands), time.monotonic())
     found = record(tmp_path, "mixed")
@@ -70,7 +64,7 @@ def test_a_failing_command_fails_its_phase_but_stops_nothing(phases, tmp_path):
     assert found["commands"][0]["status"] == "exit status 3"
 
 
-def test_a_command_past_its_limit_is_interrupted_and_may_still_write(phases, tmp_path):
+def test_a_command_past_its_limit_is_interrupted_and_may_still_write(tmp_path):
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('{\"saved\": 1}')"
     started = time.monotonic()
     assert not phases.run(phases.Phase("long", 3, [python(code), python("print('never')")]), started)

@@ -6,16 +6,13 @@ each task. The chunks do not depend on the GPU, nor do, therefore, the results.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from .ahead import Compilation
 
 CHUNKS, BLOCK, WARPS = 128, 32, 4  # of a tile of partial sums: 8 loads of 16 bytes in flight for every thread
 
@@ -63,7 +60,7 @@ def chunk(bounds, index, rows):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _sum_chunks(partials, out, bounds, rows, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_chunks_kernel(partials, out, bounds, rows, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     mine = tl.program_id(1)
     first = 0
     last = 0
@@ -85,23 +82,7 @@ def sum_chunks(partials: Tensor, bounds: Sequence[int], rows: int) -> Tensor:
     """For each of T tasks [T, columns] the sum of its chunks' partial sums [chunks, columns], float32."""
     tasks, columns = len(bounds) - 1, partials.shape[1]
     out = torch.empty(tasks, columns, dtype=torch.float32, device=partials.device)
-    _sum_chunks[(triton.cdiv(columns, BLOCK), tasks)](
+    sum_chunks_kernel[(triton.cdiv(columns, BLOCK), tasks)](
         partials, out, arguments(bounds), rows, columns, CHUNKS, BLOCK, num_warps=WARPS, enable_fp_fusion=True
     )
     return out
-
-
-def compilations() -> Iterator[Compilation]:
-    for tasks, columns in ((1, 3072), (3, 2 * 768), (3, 2 * 130)):
-        types: dict[str, Any] = {"partials": "*fp32", "out": "*fp32", "bounds": signature(tasks), "rows": "i32"}
-        yield Compilation(
-            name=f"sums over rows, {tasks} tasks, {columns} columns",
-            kernel=_sum_chunks,
-            signature=types,
-            constants={"COLUMNS": columns, "CHUNKS": CHUNKS, "BLOCK": BLOCK},
-            divisible=("partials", "out"),
-            num_warps=WARPS,
-            num_stages=3,
-            registers=96,
-            shared_memory=4096,
-        )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import triton
 import triton.language as tl
-
-from minbert.kernels.triton.ahead import Compilation
+from configurations import Compilation
 
 
 @triton.jit
@@ -22,11 +20,13 @@ def product(x, y, out, inner, STRIDE: tl.constexpr, SIZE: tl.constexpr):
     tl.store(out + i[:, None] * STRIDE + i[None, :], total.to(out.dtype.element_ty))
 
 
-def compilations() -> Iterator[Compilation]:
+def compilations() -> list[Compilation]:
     signature = {"x": "*bf16", "y": "*bf16", "out": "*bf16", "inner": "i32"}
     product_of_64 = Compilation(
         "product", product, signature, {"STRIDE": 1024, "SIZE": 64}, (*signature,), num_warps=4, num_stages=2
     )
-    yield product_of_64
-    yield replace(product_of_64, name="product in 32 registers", registers=32)
-    yield replace(product_of_64, name="product that spills", options={"maxnreg": 48}, architectures=(80,))
+    return [
+        product_of_64,
+        replace(product_of_64, name="product in 32 registers", registers=32),
+        replace(product_of_64, name="product that spills", options={"maxnreg": 48}, architectures=(80,)),
+    ]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from minbert import kernels
-from minbert.kernels import reference, rowwise, use_backend
-from minbert.kernels.triton import dropout, embedding, gelu, layer_norm, rows, tasks
+from minbert.kernels import native_arguments, reference, use_backend
+from minbert.kernels.triton import dropout, embedding, gelu, layer_norm, row_tiles, segment_sums
 
 SEED, STREAM_ID, EPS = (-(2**41) + 5, 2**32 - 10), 9, 1e-12  # with the first row's number
 UNIT = torch.finfo(torch.float32).eps
@@ -67,13 +67,13 @@ def by_kernels(op: str, case, grad: Tensor, bounds: list[int], p: float, device,
     elif op == "bias_gelu":
         found = [gelu.forward(*inputs, *params), *gelu.backward(grad, *inputs, *params, bounds)]
     elif op == "dropout_add_layer_norm":
-        y, moments = layer_norm.forward(*inputs, *params, EPS, *drop)
-        d_x, d_residual, d_params = layer_norm.backward(grad, *inputs, params[0], moments, bounds, *drop)
+        y, mean_rstd = layer_norm.forward(*inputs, *params, EPS, *drop)
+        d_x, d_residual, d_params = layer_norm.backward(grad, *inputs, params[0], mean_rstd, bounds, *drop)
         found = [y, d_x if p else d_residual, d_residual, *d_params.unbind(1)]
     else:
         *tables, weight, bias = params
-        y, moments = embedding.forward(ids, tables, weight, bias, EPS, *drop, grad.dtype)
-        d_tables, d_params = embedding.backward(grad, ids, tables, weight, moments, bounds, *drop)
+        y, mean_rstd = embedding.forward(ids, tables, weight, bias, EPS, *drop, grad.dtype)
+        d_tables, d_params = embedding.backward(grad, ids, tables, weight, mean_rstd, bounds, *drop)
         of_tables = d_tables.split([(len(bounds) - 1) * len(table) for table in tables])
         of_tables = [part.view(len(bounds) - 1, -1, y.shape[1]) for part in of_tables]
         found = [y, *of_tables, *d_params.unbind(1)]
@@ -135,7 +135,7 @@ def test_more_rows_than_programs_take_at_once(op, device, monkeypatch):
     monkeypatch.setattr(layer_norm, "PROGRAMS", 3)
     monkeypatch.setattr(gelu, "PROGRAMS", 3)
     bounds = [0, 40, 41, 100, 100]
-    assert tasks.chunk_rows(bounds, 4, 3) == 36
+    assert segment_sums.chunk_rows(bounds, 4, 3) == 36
     grad = randn(100, 20, seed=99)
     assert_as_near_to_float64_as_the_reference(op, case(op, 100, 20, torch.float32), grad, bounds, 0.1, device)
 
@@ -245,16 +245,16 @@ def test_rows_are_added_wherever_their_runs_begin_and_end(ids, device):
 
 
 def test_integers_never_make_triton_compile_anew():
-    assert all(value % 2 == 1 and value > 1 for value in tasks.arguments(range(100)))
+    assert all(value % 2 == 1 and value > 1 for value in segment_sums.arguments(range(100)))
 
 
 def test_wide_rows_and_other_precisions_are_the_references():
     gpu = torch.device("cuda")
-    assert rowwise.LARGEST_ON_GPU == rows.LARGEST
-    assert rowwise.takes(gpu, rows.LARGEST, torch.bfloat16, torch.float16, torch.float32)
-    assert not rowwise.takes(gpu, rows.LARGEST + 1, torch.float32)
-    assert not rowwise.takes(gpu, 8, torch.float64)
-    assert not rowwise.takes(torch.device("cpu"), 8, torch.float16)
+    assert native_arguments.LARGEST_ON_GPU == row_tiles.LARGEST
+    assert native_arguments.takes(gpu, row_tiles.LARGEST, torch.bfloat16, torch.float16, torch.float32)
+    assert not native_arguments.takes(gpu, row_tiles.LARGEST + 1, torch.float32)
+    assert not native_arguments.takes(gpu, 8, torch.float64)
+    assert not native_arguments.takes(torch.device("cpu"), 8, torch.float16)
 
 
 # The public ops on a GPU -----------------------------------------------------------------------------------------

@@ -8,23 +8,20 @@ need no shared memory, and of BERT's 768, three parts of 256, no lane is idle. B
 # mypy: disable-error-code="assignment, misc"
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference import drop_threshold
 from . import philox
-from .ahead import Compilation
 
 LARGEST = 4096  # columns of a row in registers
 OPTIONS = {"enable_fp_fusion": True}
 # For sums over rows beside whole rows. Left alone, ptxas spills a few registers to get by with 128 or 168.
 ROOMY = {**OPTIONS, "maxnreg": 255}
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
 class Shape(NamedTuple):
@@ -61,39 +58,8 @@ def dropout_arguments(p: float, seed: Tensor | None, stream_id: int) -> dict[str
     return {"seed": seed if threshold else None, "scale": 1 / (1 - p), "stream_id": stream_id, "THRESHOLD": threshold}
 
 
-def compilation(
-    name: str,
-    kernel: Any,
-    shape: Shape,
-    dtype: torch.dtype,
-    halves: Sequence[str],
-    others: Mapping[str, Any],
-    *,
-    p: float | None = None,
-    options: Mapping[str, Any] = OPTIONS,
-) -> Compilation:
-    """A kernel with tiles of that shape.
-
-    Args:
-        halves: the arguments that are tensors of `dtype`.
-        others: argument -> type.
-        p: of dropout, for kernels that take it.
-    """
-    types = {**dict.fromkeys(halves, TYPES[dtype]), **others}
-    constants: dict[str, Any] = {"SHAPE": shape}
-    title = f"{name}, {TYPES[dtype][1:]}, {shape.columns} columns"
-    if p is not None:
-        title += ", dropout" if p else ""
-        types |= {"scale": "fp32", "stream_id": "i32"} | ({"seed": "*i64"} if p else {})
-        constants |= {"THRESHOLD": drop_threshold(p)} | ({} if p else {"seed": None})
-    aligned = [name for name, kind in types.items() if kind[0] == "*" and (shape.columns % 8 == 0 or name == "seed")]
-    return Compilation(
-        title, kernel, types, constants, tuple(aligned), shape.warps, 3, shared_memory=16384, options=options
-    )
-
-
 @triton.jit
-def places(row, end, part, SHAPE: tl.constexpr):
+def offsets(row, end, part, SHAPE: tl.constexpr):
     """Where a part's elements are, counted from the tile's first row, and which of them exist."""
     below = tl.arange(0, SHAPE.rows)[:, None]
     column = part * SHAPE.block + tl.arange(0, SHAPE.block)[None, :]
@@ -109,8 +75,8 @@ def load(x, row, end, SHAPE: tl.constexpr, first=0):
     x += row.to(tl.int64) * SHAPE.columns
     tile = ()
     for part in tl.static_range(tl.constexpr(SHAPE.parts)):
-        place, mask = places(row, end, first + part, SHAPE)
-        tile = tile + (tl.load(x + place, mask=mask, other=0.0).to(tl.float32),)
+        offset, mask = offsets(row, end, first + part, SHAPE)
+        tile = tile + (tl.load(x + offset, mask=mask, other=0.0).to(tl.float32),)
     return tile
 
 
@@ -118,8 +84,8 @@ def load(x, row, end, SHAPE: tl.constexpr, first=0):
 def store(x, tile, row, end, SHAPE: tl.constexpr, first=0):
     x += row.to(tl.int64) * SHAPE.columns
     for part in tl.static_range(len(tile)):
-        place, mask = places(row, end, first + part, SHAPE)
-        tl.store(x + place, tile[part].to(x.dtype.element_ty), mask=mask)
+        offset, mask = offsets(row, end, first + part, SHAPE)
+        tl.store(x + offset, tile[part].to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -193,11 +159,3 @@ def dropout(tile, kept, scale):
         else:
             dropped = dropped + (tile[part],)
     return dropped
-
-
-def cases() -> Iterator[tuple[int, torch.dtype, float]]:
-    """Columns, dtypes and dropout's probabilities: each way through the kernels."""
-    for dtype in (torch.float32, torch.bfloat16):
-        yield from ((columns, dtype, 0.1) for columns in (64, 130, 384, 768, 1024, LARGEST))
-        yield 768, dtype, 0.0
-    yield 768, torch.float16, 0.1

@@ -9,7 +9,7 @@ from . import reference
 from .native import library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/launch.h's DType
-LARGEST_ON_GPU = 4096  # columns of a row that kernels/triton/rows.py keeps in registers
+LARGEST_ON_GPU = 4096  # columns of a row that kernels/triton/row_tiles.py keeps in registers
 
 
 def takes(device: torch.device, columns: int, *dtypes: torch.dtype) -> bool:

@@ -182,12 +182,11 @@ def _from_text(text: str, kind: Any) -> Any:
     if lists := _members(kind, list):
         (item,) = typing.get_args(lists[0])
         return [_from_text(part.strip(" '\""), item) for part in text.strip("[]").split(",") if part.strip()]
-    plain = _members(kind, None)
+    plain, literals = _members(kind, None), _members(kind, Literal)
+    textual = str in plain or (literals and int not in plain)
     missing = text == "null" and types.NoneType in plain
     mapping = text.startswith("{") and _members(kind, dict)
-    if any(text in typing.get_args(each) for each in _members(kind, Literal)) or (
-        str in plain and not missing and not mapping
-    ):
+    if any(text in typing.get_args(each) for each in literals) or (textual and not missing and not mapping):
         return text
     try:
         return parse_yaml(text)

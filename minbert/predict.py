@@ -15,7 +15,8 @@ from minbert.device import resolve_device
 from minbert.files.atomic import write_atomically, writing
 from minbert.inference import choose_kernels, head_outputs, load_model, run_tasks
 from minbert.model import pair_encoding
-from minbert.runs.run_directory import Run, format_predictions
+from minbert.runs.predictions import format_predictions
+from minbert.runs.run_directory import Run
 from minbert.tasks.metrics import predictions
 
 

@@ -24,7 +24,7 @@ from minbert.errors import UserError
 from minbert.inference import evaluate
 from minbert.runs.checkpoint import Progress
 from minbert.runs.resume import check_length
-from minbert.runs.run_directory import Followed, Run
+from minbert.runs.run_directory import Run
 from minbert.tasks.metrics import overall
 from minbert.training.finish import finish_run
 from minbert.training.schedule import learning_rate_factor
@@ -80,7 +80,7 @@ def train(config: TrainConfig, console: Console, group: ProcessGroup | None = No
     """
     group = group or ProcessGroup(device=resolve_device(config.device))
     path = group.broadcast_object(config.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    run = Run(path) if group.is_main else Followed(path)
+    run = Run(path, writes=group.is_main)
     with StopSignal() as stop, run.opened(config.resume):
         try:
             config = group.broadcast_object(run.options(config, console))

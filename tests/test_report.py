@@ -36,8 +36,8 @@ from minbert.report.analysis import (
 )
 from minbert.report.comparison import columns, our_scores
 from minbert.report.history import curves, epochs, grid, options, phases, thinned
+from minbert.runs.predictions import Prediction
 from minbert.runs.run_directory import Run
-from minbert.runs.schemas import Prediction
 from minbert.tasks import TASKS
 from minbert.tasks.metrics import METRICS
 

@@ -68,7 +68,7 @@ def test_before_the_first_step_nothing_is_left(quick, tmp_path, capsys, name, nu
         ("minbert.train.evaluate", 2, 8),  # while the last epoch is scored
         ("minbert.training.finish.load_model", 1, 8),
         ("minbert.training.finish.evaluate", 1, 8),
-        ("minbert.runs.run_directory.format_predictions", 1, 8),
+        ("minbert.runs.predictions.format_predictions", 1, 8),
         ("minbert.training.finish.plot_run", 1, 8),
         ("minbert.training.finish.write_report", 1, 8),
     ],

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from minbert.runs.schemas import Prediction
+from minbert.runs.predictions import Prediction
 from minbert.tasks import Task
 from minbert.tasks.metrics import METRICS
 

@@ -18,7 +18,7 @@ from minbert.files.validation import FORMAT, build, without_format
 from minbert.methods.surgery import Surgery
 from minbert.model import HEADS, Encoder, MultitaskModel, pair_encoding, save_heads
 from minbert.model.weights import fitting, open_safetensors
-from minbert.runs.schemas import Scores, check_scores
+from minbert.runs.scores import Scores, check_scores
 from minbert.tasks import Task
 
 ENTRIES = ("step", "exp_avg", "exp_avg_sq", "average")  # of an optimizer's state for a parameter, perhaps with @NAME

@@ -1,10 +1,9 @@
-"""The run directory: what is in it, who may write to it, and how a run is opened again."""
+"""The run directory: what it holds, which process may write to it, and how a run in it starts and resumes."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,48 +14,50 @@ from rich.console import Console
 from minbert.config import TrainConfig
 from minbert.data import Encoded, SkippedRow, names_hub, write_skipped
 from minbert.errors import UserError
-from minbert.files.atomic import (
-    append_line,
-    readable,
-    recover,
-    sync,
-    verify,
-    write_atomically,
-    write_json,
-    writing,
-)
+from minbert.files.atomic import readable, recover, verify, write_atomically, write_json, writing
 from minbert.files.lock import LOCK, locked
 from minbert.files.validation import FORMAT
 from minbert.runs.checkpoint import load_progress
+from minbert.runs.metrics_log import RESUME, MetricsLog, Record
+from minbert.runs.predictions import Prediction, read_predictions, write_predictions
 from minbert.runs.resume import remarks, resumed
-from minbert.runs.schemas import Prediction, check_links, read_metrics, read_predictions, read_summary
+from minbert.runs.scores import read_summary
 from minbert.tasks import Task
-from minbert.tasks.metrics import predictions, probabilities
 
-RESUME = "free some space and run the same command with --resume"
-BEFORE_A_RUN = (LOCK, ".config.yaml.tmp")  # what a run that was killed as it began may leave
+BEFORE_A_RUN = (LOCK, ".config.yaml.tmp")  # what a run that was killed at its start may leave
 
 
 class Run:
-    """A run directory: config.yaml, metrics.jsonl, summary.json, best/, last/, predictions/ and plots/."""
+    """A run directory: config.yaml, metrics.jsonl, summary.json, best/, last/, predictions/ and plots/.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    Args:
+        writes: False for the processes of a run but the first: what would change the directory does nothing then.
+
+    Attributes:
+        record: the options from before the run was resumed.
+    """
+
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
         self.best = self.path / "best"
         self.last = self.path / "last"
         self.metrics = self.path / "metrics.jsonl"
         self.skipped = self.path / "skipped.jsonl"
-        self.board: Any = None  # a SummaryWriter, or None
-        self.record: TrainConfig | None = None  # the options before it was resumed
+        self.record: TrainConfig | None = None
+        self._log = MetricsLog(self.metrics, self.path / "tensorboard")
+
+    # Start and resume -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def opened(self, resume: bool) -> Iterator[None]:
-        """Hold the directory for writing: one with a run to resume it, else an empty one, or one that a run was begun
-        in without coming to a checkpoint.
+        """Lock the directory for this process: one with a run to resume, else one that is empty or without checkpoint.
 
         Raises:
             UserError: it holds something already, no run or a damaged one to resume, or another process writes to it.
         """
+        if not self.writes:
+            yield
+            return
         self._check_usable(resume)
         with locked(self.path):
             self._check_usable(resume)
@@ -68,16 +69,15 @@ class Run:
             try:
                 yield
             finally:
-                if self.board is not None:
-                    self.board.close()
+                self._log.close()
 
     def _check_usable(self, resume: bool) -> None:
-        begun = (self.path / "config.yaml").exists()
-        if resume and not begun:
+        started = (self.path / "config.yaml").exists()
+        if resume and not started:
             raise UserError(f"{self.path}: no such run directory; without --resume the command starts a run")
         if not resume and self.has_checkpoint:
             raise UserError(f"{self.path} holds a run: give --resume to continue it, or another --out")
-        if begun:
+        if started:
             self.config()
         elif self.path.is_dir() and any(entry.name not in BEFORE_A_RUN for entry in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty, and holds no run: give another --out")
@@ -87,18 +87,20 @@ class Run:
         return readable(self.last).exists() or readable(self.best).exists()
 
     def where_it_stands(self) -> str:
-        """What is saved, and how to go on."""
+        """Which step is saved, and how to continue."""
         last = readable(self.last)
         if last.exists():
             return f"{last} holds step {load_progress(last).step}: the same command with --resume goes on"
         return "nothing is saved yet: the same command begins anew"
 
     def options(self, given: TrainConfig, console: Console) -> TrainConfig:
-        """The options with which the run begins or goes on.
+        """The options with which the run starts or resumes.
 
         Raises:
             UserError: it is resumed, and an option that may not change differs from its record.
         """
+        if not self.writes:
+            return given
         if not self.has_checkpoint:
             if (self.path / "config.yaml").exists():
                 console.print(f"{self.path} was begun and nothing of it is saved: it begins anew")
@@ -111,28 +113,33 @@ class Run:
         return config
 
     def write_options(self, config: TrainConfig) -> None:
-        """Record the options of the run that begins, or goes on.
+        """Write config.yaml.
 
         Raises:
-            UserError: the disk refuses them.
+            UserError: the disk refuses it.
         """
-        text = config.replace(resume=False).to_yaml()
-        with writing(self.path, "choose another --out"):
-            write_atomically(self.path / "config.yaml", text)
+        if self.writes:
+            with writing(self.path, "choose another --out"):
+                write_atomically(self.path / "config.yaml", config.replace(resume=False).to_yaml())
 
     def check_seen(self) -> None:
-        """Raise a UserError where the directory of a run that has begun is not to be seen."""
+        """Raise a UserError where this process does not see the directory of a run that has started."""
         if not (self.path / "config.yaml").exists():
             raise UserError(f"{self.path} is not there for every process: all machines have to share its file system")
 
     def config(self) -> TrainConfig:
+        """The options of the run.
+
+        Raises:
+            UserError: there is no run, its config.yaml is damaged, or a link leads out of the directory.
+        """
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such run directory")
         check_links(self.path)
         return TrainConfig.from_yaml(self.path / "config.yaml")
 
     def own_data(self, config: TrainConfig) -> str | None:
-        """The data that the run's options name. What they name on the hub is not fetched: the file may be anyone's.
+        """The data that the run's options name. Data on the hub is not fetched: the config.yaml may be anyone's.
 
         Raises:
             UserError: it is on the hub.
@@ -142,68 +149,42 @@ class Run:
             raise UserError(f"{self.path}/config.yaml names the data {data} of the hub; give --data {data} to fetch it")
         return data
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl.
+    # Metrics --------------------------------------------------------------------------------------------------------
 
-        Raises:
-            UserError: the disk refuses it.
-        """
-        with writing(self.metrics, RESUME):
-            append_line(self.metrics, json.dumps(_finite(record)))
-        if self.board is not None:
-            for name, value in _flat(record):
-                self.board.add_scalar(name, value, record["step"])
+    def log(self, record: Record) -> None:
+        """Append a line to metrics.jsonl (`MetricsLog.append`)."""
+        if self.writes:
+            self._log.append(record)
 
     def open_board(self, step: int) -> None:
-        """Write what `log` writes to tensorboard/ too, from `step` on.
-
-        Raises:
-            UserError: tensorboard is not installed.
-        """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs the package tensorboard: pip install 'minbert[tensorboard]'") from None
-        self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        """Write tensorboard/ too, from `step` on (`MetricsLog.open_tensorboard`)."""
+        if self.writes:
+            self._log.open_tensorboard(step)
 
     def sync(self) -> None:
-        """Have the disk know the lines of metrics.jsonl, before a checkpoint that comes after them."""
-        if self.metrics.exists():
-            with writing(self.metrics, RESUME):
-                sync(self.metrics)
+        """Have the disk know metrics.jsonl (`MetricsLog.sync`)."""
+        if self.writes:
+            self._log.sync()
 
     def forget_after(self, step: int) -> list[str]:
-        """Drop the lines of metrics.jsonl that a resumed run will write again, a half-written last one, and damaged
-        ones.
+        """Drop the lines of metrics.jsonl that a resumed run writes again (`MetricsLog.drop_after`)."""
+        return self._log.drop_after(step) if self.writes else []
 
-        Returns:
-            what is wrong with each damaged one.
-        """
-        records, problems = read_metrics(self.metrics) if self.metrics.exists() else ([], [])
-        kept = [json.dumps(record) + "\n" for record in records if record["step"] <= step]
-        with writing(self.metrics, RESUME):
-            write_atomically(self.metrics, "".join(kept))
-        return problems
+    def records(self) -> list[Record]:
+        """The lines of metrics.jsonl (`MetricsLog.records`)."""
+        return self._log.records()
 
-    def forget_summary(self) -> None:
-        """Drop summary.json: the run has not finished."""
-        with writing(self.path, RESUME):
-            (self.path / "summary.json").unlink(missing_ok=True)
-
-    def records(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, without a last line that a crash cut short.
-
-        Raises:
-            UserError: a line is damaged.
-        """
-        records, problems = read_metrics(self.metrics) if self.metrics.exists() else ([], [])
-        if problems:
-            raise UserError(f"{problems[0]}; {len(problems)} such; --resume of the run drops them")
-        return records
+    # Results --------------------------------------------------------------------------------------------------------
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         with writing(self.path, RESUME):
             write_json(self.path / "summary.json", {"format": FORMAT, **summary})
+
+    def forget_summary(self) -> None:
+        """Remove summary.json: the run has not finished."""
+        if self.writes:
+            with writing(self.path, RESUME):
+                (self.path / "summary.json").unlink(missing_ok=True)
 
     def summary(self) -> dict[str, Any]:
         """What summary.json holds; nothing while the run has not finished.
@@ -214,44 +195,20 @@ class Run:
         path = self.path / "summary.json"
         return read_summary(path) if path.exists() else {}
 
-    def predictions_directory(self, place: str = "") -> Path:
-        """predictions/, where those of the best epoch for the run's own data are, or a place under it for others."""
-        return self.path / "predictions" / place
+    def predictions_directory(self, subdirectory: str = "") -> Path:
+        """predictions/, with those of the best epoch for the run's own data, or a directory in it for others."""
+        return self.path / "predictions" / subdirectory
 
     def write_predictions(
-        self, task: Task, split: str, examples: Encoded, outputs: np.ndarray, place: str = ""
+        self, task: Task, split: str, examples: Encoded, outputs: np.ndarray, subdirectory: str = ""
     ) -> Path:
-        """Write predictions/<task>-<split>-output.csv in the course's format; and <task>-<split>.jsonl, which adds
-        labels, lengths and the probabilities of the classes.
-
-        Args:
-            outputs: the head's for every example, [n, C] or [n].
-            place: of `predictions_directory`.
-
-        Returns:
-            The former.
-        """
-        path = self.predictions_directory(place) / f"{task.predictions}-{split}-output.csv"
-        predicted = predictions(task, outputs)
-        with writing(path, "free some space and run minbert.evaluate"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, "".join(format_predictions(task, examples.ids, predicted)))
-            write_atomically(self._details(task, split, place), "".join(_format_details(task, examples, outputs)))
-        return path
+        """Write predictions to a directory of `predictions_directory` (`predictions.write_predictions`)."""
+        return write_predictions(self.predictions_directory(subdirectory), task, split, examples, outputs)
 
     def predictions(self, task: Task, split: str) -> list[Prediction] | None:
-        """What `write_predictions` wrote, in the order of the examples; None if there is nothing.
-
-        Raises:
-            UserError: it is damaged.
-        """
-        path = self._details(task, split, "")
-        if not path.exists():
-            return None
-        return read_predictions(path, task, f"minbert.evaluate {self.path} writes it anew")
-
-    def _details(self, task: Task, split: str, place: str) -> Path:
-        return self.predictions_directory(place) / f"{task.predictions}-{split}.jsonl"
+        """The predictions of the best epoch for the run's own data (`predictions.read_predictions`)."""
+        remedy = f"minbert.evaluate {self.path} writes it anew"
+        return read_predictions(self.predictions_directory(), task, split, remedy)
 
     def write_skipped(self, rows: Sequence[SkippedRow]) -> None:
         """Write skipped.jsonl: the rows of the run's data that were left out.
@@ -259,71 +216,22 @@ class Run:
         Raises:
             UserError: the disk is full.
         """
-        with writing(self.skipped, RESUME):
-            write_skipped(self.skipped, rows)
+        if self.writes:
+            with writing(self.skipped, RESUME):
+                write_skipped(self.skipped, rows)
 
 
-class Followed(Run):
-    """A run directory that another process writes."""
+def check_links(directory: Path) -> None:
+    """Refuse a run directory with links that lead out of it: a command would read, or write, what nobody named.
 
-    @contextmanager
-    def opened(self, resume: bool) -> Iterator[None]:
-        yield
-
-    def options(self, given: TrainConfig, console: Console) -> TrainConfig:
-        return given
-
-    def write_options(self, config: TrainConfig) -> None:
-        pass
-
-    def log(self, record: dict[str, Any]) -> None:
-        pass
-
-    def open_board(self, step: int) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def forget_after(self, step: int) -> list[str]:
-        return []
-
-    def forget_summary(self) -> None:
-        pass
-
-    def write_skipped(self, rows: Sequence[SkippedRow]) -> None:
-        pass
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for every NaN and infinity, which JSON has no words for."""
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a nested record, named by their paths."""
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value
-
-
-def format_predictions(task: Task, ids: Sequence[str], predicted: np.ndarray) -> list[str]:
-    """Lines of a prediction file in the course's format: a header, then `id , prediction`."""
-    lines = [f"{identifier} , {value} \n" for identifier, value in zip(ids, predicted.tolist(), strict=True)]
-    return [f"id \t {task.predicted} \n", *lines]
-
-
-def _format_details(task: Task, examples: Encoded, outputs: np.ndarray) -> Iterator[str]:
-    """A `Prediction` as a line of JSON for every example, without the fields that are None."""
-    rows = {"id": examples.ids, "predicted": predictions(task, outputs).tolist(), "tokens": examples.lengths.tolist()}
-    if examples.labels is not None:
-        rows["label"] = examples.labels.astype(np.float64).round(4).tolist()
-    classes = probabilities(task, outputs)
-    if classes is not None:
-        rows["probabilities"] = classes.round(6).tolist()
-    for values in zip(*rows.values(), strict=True):
-        yield json.dumps(dict(zip(rows, values, strict=True))) + "\n"
+    Raises:
+        UserError: there is one; it is named.
+    """
+    root = os.path.realpath(directory)
+    for folder, names, files in os.walk(directory):
+        for name in (*names, *files):
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and os.path.commonpath((root, os.path.realpath(path))) != root:
+                raise UserError(
+                    f"{path} is a link to {os.readlink(path)}, outside the run directory; put a copy in its place"
+                )

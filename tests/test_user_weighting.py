@@ -21,7 +21,6 @@ from minbert.config import TrainConfig
 from minbert.errors import UserError
 from minbert.methods.user_weighting import STATE, UserWeighting
 from minbert.report import __main__ as report
-from minbert.training.step import Stepper
 
 HERE = __name__
 GRAM = torch.tensor([[4.0, -1.0], [-1.0, 9.0]], dtype=torch.float64)
@@ -288,14 +287,14 @@ def test_a_run_resumes_to_the_bit(name: str, quick, tmp_path, monkeypatch) -> No
         pytest.importorskip("torchjd.aggregation", reason="needs torchjd, of the extra [bench]")
     options = [*quick, f"--surgery={name}", "--smart.lambda-s=0", "--precision=fp32", "--epochs=1"]
     assert train.main([*options, f"--out={tmp_path / 'straight'}"]) == 0
-    take, calls = Stepper.take, itertools.count()
+    weights_of, calls = UserWeighting.__call__, itertools.count()
 
-    def interrupted(self, batches, step, done):
+    def interrupted(self, gram, generator):
         if next(calls) == 5:
             raise KeyboardInterrupt
-        return take(self, batches, step, done)
+        return weights_of(self, gram, generator)
 
-    monkeypatch.setattr(Stepper, "take", interrupted)
+    monkeypatch.setattr(UserWeighting, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.main(options)
     assert train.main([*options, "--resume"]) == 0

@@ -1,4 +1,4 @@
-"""A weighting of the user's: MODULE:NAME of a callable from Gram matrix to weights, and its state in checkpoints."""
+"""A user's weighting, MODULE:NAME of a callable from Gram matrix to weights, and its state in checkpoints."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from minbert.errors import UserError
-from minbert.methods.weighting_state import Unsaved, load_state, save_state, state_of
+from minbert.methods.weighting_state import UnsupportedAttribute, load_state, save_state, state_of
 
-STATE = "surgery.safetensors"  # in a checkpoint
+STATE = "surgery.safetensors"  # file in a checkpoint
 
 Weighting = Callable[[Tensor], Tensor]  # gram [T, T] -> weights [T], as TorchJD's weightings are
 
 
 def check_reference(name: str) -> tuple[str, str, list[Any] | None, dict[str, Any]]:
-    """Module, attribute and arguments of a "MODULE:NAME(...)"; None for the positional ones where there is no call.
+    """Parse "MODULE:NAME(...)" into module, attribute, positional arguments (None without a call) and keywords.
 
     Raises:
-        UserError: it has another form.
+        UserError: the name has another form.
     """
     module, _, rest = name.partition(":")
     try:
@@ -50,12 +50,12 @@ def check_reference(name: str) -> tuple[str, str, list[Any] | None, dict[str, An
 
 
 class UserWeighting:
-    """A weighting named by MODULE:NAME. It may keep a state from step to step, which goes into the checkpoints.
+    """A weighting named by MODULE:NAME. Checkpoints hold its state, if it keeps one from step to step.
 
-    Every process calls it in every step, with the same Gram matrix, and takes the first one's weights.
+    Every process calls it in every step, with the same Gram matrix, and uses the weights of rank 0.
 
     Raises:
-        UserError: it cannot be imported or built, is not callable, or has a state that cannot be saved.
+        UserError: it cannot be imported or constructed, is not callable, or has a state that cannot be saved.
     """
 
     def __init__(self, name: str) -> None:
@@ -63,23 +63,26 @@ class UserWeighting:
         self.name = name
         self._called = False
         try:
-            found = operator.attrgetter(attribute)(importlib.import_module(module))
-            if arguments is not None or isinstance(found, type):
-                found = found(*(arguments or ()), **keywords)
+            weighting = operator.attrgetter(attribute)(importlib.import_module(module))
+            if arguments is not None or isinstance(weighting, type):
+                weighting = weighting(*(arguments or ()), **keywords)
         except Exception as error:
-            raise UserError(f"--surgery {name}: cannot be loaded ({_said(error)})") from error
-        if not callable(found):
-            raise UserError(f"--surgery {name}: expected a callable from Gram matrix to weights, got {found!r}")
-        self.weighting: Weighting = found
+            raise UserError(f"--surgery {name}: cannot be loaded ({_one_line(error)})") from error
+        if not callable(weighting):
+            raise UserError(f"--surgery {name}: expected a callable from Gram matrix to weights, got {weighting!r}")
+        self.weighting: Weighting = weighting
         self._state()
 
     def __call__(self, gram: Tensor, generator: torch.Generator) -> Tensor:
-        """The weights [T] for a Gram matrix [T, T]. torch's, numpy's and Python's default generators follow ours.
+        """The weights [T] for a Gram matrix [T, T], with torch's, numpy's and Python's default generators seeded.
 
-        A matrix that is not finite gets weights of 1 and does not reach the weighting: that step is skipped.
+        The weighting is not called for a matrix that is not finite, of a step that is skipped; the weights are then 1.
+
+        Args:
+            generator: its seed is the default generators' during the call.
 
         Raises:
-            UserError: it raised, or gave something else than one number for each task.
+            UserError: the weighting raised an exception, or did not return one number per task.
         """
         if not gram.isfinite().all():
             return gram.new_ones(len(gram))
@@ -87,18 +90,18 @@ class UserWeighting:
             with _seeded(generator.initial_seed()):
                 weights = self.weighting(gram)
         except Exception as error:
-            problem = f"raised {type(error).__name__}: {_said(error)}"
+            problem = f"raised {type(error).__name__}: {_one_line(error)}"
             raise UserError(f"--surgery {self.name}: {problem}, for a Gram matrix {list(gram.shape)}") from error
         if not isinstance(weights, Tensor) or weights.shape != gram.shape[:1]:
             got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise UserError(f"--surgery {self.name}: must return a tensor of {len(gram)} weights, got {got}")
         if not self._called:
-            self._state()  # refuse now what the first call added
+            self._state()  # checks the attributes that the first call added
         self._called = True
         return weights.detach().to(gram)
 
     def save(self, directory: Path) -> None:
-        """Write the state, if there is any, into a checkpoint.
+        """Write the state, if any, to a checkpoint.
 
         Raises:
             UserError: it cannot be saved.
@@ -108,10 +111,10 @@ class UserWeighting:
             save_state(*state, directory / STATE)
 
     def load(self, directory: Path, device: torch.device) -> None:
-        """Take over the state in a checkpoint.
+        """Load the state from a checkpoint.
 
         Raises:
-            UserError: there is none, or it is that of something else.
+            UserError: the checkpoint has none, or that of another weighting.
         """
         path = directory / STATE
         if not path.exists():
@@ -123,24 +126,23 @@ class UserWeighting:
         try:
             load_state(self.weighting, path, device)
         except Exception as error:
-            raise UserError(
-                f"{path} does not fit --surgery {self.name} ({_said(error)}); resume with the weighting that wrote it"
-            ) from None
+            problem = f"{path} does not fit --surgery {self.name} ({_one_line(error)})"
+            raise UserError(f"{problem}; resume with the weighting that wrote it") from None
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         try:
             return state_of(self.weighting)
-        except Unsaved as unsaved:
+        except UnsupportedAttribute as attribute:
             raise UserError(
-                f"--surgery {self.name}: its attribute {unsaved} cannot be saved in a checkpoint; give the class"
+                f"--surgery {self.name}: its attribute {attribute} cannot be saved in a checkpoint; give the class"
                 " state_dict() and load_state_dict(state), of numbers, strings, tensors and containers of them"
             ) from None
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Have the default random generators follow a seed, and as they were afterwards."""
-    python, numbers = random.getstate(), np.random.get_state()
+    """Seed the default generators of torch, numpy and Python, and restore their states afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -148,10 +150,10 @@ def _seeded(seed: int) -> Iterator[None]:
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numbers)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
-def _said(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """An error's message in one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -16,10 +16,10 @@ from rich.progress import track
 from minbert import cli
 from minbert.console import SECONDS_BETWEEN_LINES, Terminal
 from minbert.data import Examples, open_source, refuse_skipped, skipped_lines
-from minbert.data.lines import json_object
 from minbert.device import resolve_device
 from minbert.errors import UserError, require
 from minbert.files.atomic import writing
+from minbert.files.json_yaml import parse_object
 from minbert.seeds import derive_seed
 from minbert.tasks import Task, find_tasks
 
@@ -183,7 +183,7 @@ def finished(out: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -> t
             lines.pop()  # cut short
             break
         try:
-            found = json_object(line.decode())
+            found = parse_object(line.decode(), strict=False)
             origin, identity = found["by"], found["id"]
         except (ValueError, KeyError):
             raise UserError(

@@ -253,7 +253,7 @@ def test_predict_lists_all_rows_where_it_is_told_and_counts_them(run, tmp_path, 
     assert "a6" not in printed.err
     assert f"and 2 more: {tmp_path / 'left'}" in printed.err
     assert "warning: 1 example cut to 512 tokens" in printed.err
-    assert "warning: 1 example with a text of which the tokenizer leaves nothing" in printed.err
+    assert "warning: 1 example with a text without tokens" in printed.err
     assert [row["id"] for row in listed(tmp_path / "left")] == [f"a{i}" for i in range(1, 8)]
 
 

@@ -199,7 +199,7 @@ def test_a_missing_config_file_is_named():
         ("resume: 1", ["--resume", "bool", "got 1"]),
         ("epoch_length: [1]", ["--epoch-length", "'smallest'", "int", "a list"]),
         ("1: 2", ["unknown option 1"]),
-        ("lr: 0.1\nlr: 0.2", ["line 1", "twice"]),
+        ("lr: 0.1\nlr: 0.2", ["line 1", "a key is repeated"]),
         ("heads: &a {sst: linear}\nlosses: *a", ["line 2", "aliases"]),
         ("out: !!python/object/apply:os.system [touch x]", ["line 1", "python/object/apply:os.system"]),
         ("[" * 5000, ["nested too deeply"]),

@@ -1,4 +1,4 @@
-"""More training examples out of those that are there: pairs swapped, and sentences written anew elsewhere."""
+"""Further training examples: swapped pairs, and paraphrases of the examples at hand from a file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minbert.data.examples import Examples, Row, checked, label_of
+from minbert.data.examples import Examples, Row, check_row, parse_label
 from minbert.data.formats import read_rows
 from minbert.data.skipped import Skipped
 from minbert.errors import UserError, one_line
@@ -15,7 +15,7 @@ from minbert.tasks import Task
 
 
 def joined(*parts: Examples) -> Examples:
-    """The examples of one task, part after part; all parts have labels."""
+    """The parts' examples, all of one task and with labels, in one."""
     pairs = [part.pairs for part in parts if part.pairs is not None]
     return Examples(
         [identity for part in parts for identity in part.ids],
@@ -27,26 +27,26 @@ def joined(*parts: Examples) -> Examples:
 
 
 def swapped(examples: Examples) -> Examples:
-    """Pairs with their sentences in the other order: likeness is symmetric (paper 000, section 3.4)."""
+    """Pairs with their sentences in the other order: similarity is symmetric (paper 000, section 3.4)."""
     assert examples.pairs is not None, "only pairs can be swapped"
     return Examples(examples.ids, examples.pairs, examples.texts, examples.labels)
 
 
 def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: Collection[str] = ()) -> Examples:
-    """Read further training examples, such as back-translations or paraphrases of those there are (paper 002, 4.6).
+    """Read paraphrases, such as back-translations, of training examples (paper 002, section 4.6).
 
-    The file is a table or JSON objects on lines, as `minbert.data.formats` tells them apart. A row takes its label from
-    its original, the training example with its id; without one, or with several that differ, it needs a label itself.
-    Rows with an empty text, and rows that say what their original says, are left out and noted.
+    The file is a table or JSON objects on lines, in any format of `minbert.data.formats`. The label of a row is that of
+    its original, the training example with its id; without one, or with several that differ, it needs its own. Rows
+    with an empty text or the text of their original are skipped.
 
     Args:
         path: the file.
-        task: whose columns and labels to expect.
+        task: the task of its columns and labels.
         originals: the task's training examples.
         held_out: ids of examples that must not be trained on.
 
     Raises:
-        UserError: the file cannot be read, or a row of it is not usable, by its line.
+        UserError: the file cannot be read, or a row, named by its line, cannot be used.
     """
     labels: dict[str, set[float]] = {}  # of the originals with an id
     texts: dict[str, set[tuple[str, ...]]] = {}
@@ -67,7 +67,7 @@ def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: 
                 f"{where}: {row.id} is an example of the dev split; train on sentences made from train alone"
             )
         try:
-            label = _label(checked(row), task, labels.get(row.id, set()))
+            label = _label(check_row(row), task, labels.get(row.id, set()))
         except ValueError as error:
             raise UserError(f"{where}: {one_line(str(error))}") from None
         if sentences in texts.get(row.id, set()):
@@ -75,7 +75,7 @@ def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: 
         else:
             kept.append((row.id, sentences, label))
     if not kept:
-        raise UserError(f"{path} has no example that is not in the training data already")
+        raise UserError(f"{path} has no example that is not in the training data")
     return Examples(
         [identity for identity, _, _ in kept],
         [sentences[0] for _, sentences, _ in kept],
@@ -85,22 +85,21 @@ def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: 
     )
 
 
-def _label(row: Row, task: Task, own: set[float]) -> float:
-    """The label of a row, or else of its originals, whose labels are `own`.
+def _label(row: Row, task: Task, known: set[float]) -> float:
+    """The label of a row, or else that of its originals, whose labels are `known`.
 
     Raises:
-        ValueError: there is none, or it is another than theirs.
+        ValueError: there is none, or it differs from theirs.
     """
-    if not row.label.strip() and len(own) == 1:
-        return next(iter(own))
-    if not row.label.strip() and own:
-        found = " and ".join(f"{label:g}" for label in sorted(own))
+    found = " and ".join(f"{label:g}" for label in sorted(known))
+    if not row.label.strip() and len(known) == 1:
+        return next(iter(known))
+    if not row.label.strip() and known:
         raise ValueError(f"no label, and the training examples with the id {row.id!r} have {found}; give it one")
     try:
-        label = label_of(row.label.strip(), task)
+        label = parse_label(row.label.strip(), task)
     except ValueError as error:
         raise ValueError(f"{error}, nor a training example with the id {row.id!r}") from None
-    if own and not any(np.isclose(label, each) for each in own):
-        found = " and ".join(f"{each:g}" for each in sorted(own))
+    if known and not any(np.isclose(label, each) for each in known):
         raise ValueError(f"label {label:g} differs from its original's, {found} (id {row.id})")
     return label

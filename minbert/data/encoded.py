@@ -1,4 +1,4 @@
-"""Tokenized examples as flat arrays, kept on disk between runs and packed into batches without padding."""
+"""Tokenized examples in flat arrays, cached on disk between runs, and their batches as packed streams."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from minbert.data.examples import Examples
-from minbert.data.lines import short
+from minbert.data.lines import shorten
 from minbert.data.packing import Packed, dummies, length_bucket, pack_flat
 from minbert.data.skipped import SHOWN
 from minbert.files.cache import cache_directory
 from minbert.tasks import PAIR_ENCODINGS
 
-FORMAT = "minbert-encoded-1"  # part of every cache file's name: a new layout leaves old files alone
+CACHE_FORMAT = "minbert-encoded-1"  # part of a cache file's name: files of another layout are ignored
 
 
 class BatchTokenizer(Protocol):
-    """What `encode` needs of a tokenizer."""
+    """A tokenizer, as `encode` uses it."""
 
     @property
     def fingerprint(self) -> str:
-        """Different for tokenizers that may encode some text differently."""
+        """Different for any two tokenizers that may encode a text differently."""
 
     def encode_batch(
         self, texts: list[str], pairs: list[str] | None, max_length: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Token ids int32 and token types uint8, end to end; lengths int64 [n]; and how many texts were cut."""
+        """Token ids int32 [N] and token types uint8 [N], end to end; lengths int64 [n]; number of truncated texts."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Encoded:
     offsets: np.ndarray  # int64 [n * width + 1]
     labels: np.ndarray | None  # float32 [n]
     ids: list[str]
-    truncated: int  # sequences that were cut to the longest length allowed
-    width: int = 1
+    truncated: int  # number of sequences cut to the maximum length
+    width: int = 1  # sequences of an example
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,33 +62,30 @@ class Encoded:
 
     @property
     def without_tokens(self) -> np.ndarray:
-        """Indices of the examples with a text that has no token of its own, such as one of control characters alone.
-
-        The model reads nothing but [CLS] and [SEP] of it.
-        """
-        second = np.add.reduceat(self.token_type_ids, self.offsets[:-1], dtype=np.int64)  # of a pair, with its [SEP]
+        """Indices of the examples with a text without tokens but [CLS] and [SEP], such as one of control characters."""
+        second = np.add.reduceat(self.token_type_ids, self.offsets[:-1], dtype=np.int64)  # with its [SEP]
         empty = (np.diff(self.offsets) - second <= 2) | (second == 1)
         return np.flatnonzero(empty.reshape(-1, self.width).any(1))
 
     def notes(self, max_length: int | None = None) -> list[str]:
-        """What to say of texts that the model reads nothing of; or, by the most tokens it takes, in part."""
+        """Warnings about texts without tokens and, if `max_length` is given, about truncated ones."""
         notes = []
         if self.truncated and max_length is not None:
-            what = "example" if self.width == 1 else "sequence"
-            notes.append(f"{_counted(self.truncated, what)} cut to {max_length} tokens")
+            unit = "example" if self.width == 1 else "sequence"
+            notes.append(f"{_counted(self.truncated, unit)} cut to {max_length} tokens")
         empty = self.without_tokens
         if len(empty):
-            ids = ", ".join(short(self.ids[index]) for index in empty[:SHOWN])
+            ids = ", ".join(shorten(self.ids[index]) for index in empty[:SHOWN])
             more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
             notes.append(
-                f"{_counted(len(empty), 'example')} with a text of which the tokenizer leaves nothing, such as one of"
-                f" control characters alone: id {ids}{more}"
+                f"{_counted(len(empty), 'example')} with a text without tokens, such as one of control characters:"
+                f" id {ids}{more}"
             )
         return notes
 
     @property
     def checksum(self) -> str:
-        """The same for examples that train alike: of the same tokens, labels and ids in the same order."""
+        """Equal for examples with the same tokens, labels and ids in the same order."""
         arrays = {"token_ids": self.token_ids, "token_type_ids": self.token_type_ids, "offsets": self.offsets}
         arrays["ids"] = np.frombuffer(json.dumps(self.ids).encode(), np.uint8)
         if self.labels is not None:
@@ -96,7 +93,7 @@ class Encoded:
         return f"{self.width} {_checksum(arrays)}"
 
     def is_recorded_as(self, checksum: object) -> bool:
-        """Whether a checkpoint recorded these examples: by their checksum, or, up to 0.1.0, by the tokens' crc32."""
+        """Whether a checkpoint's checksum is of these examples; up to 0.1.0 it was the tokens' crc32."""
         return checksum in (self.checksum, zlib.crc32(self.token_ids.tobytes()))
 
     def pack(self, indices: np.ndarray) -> Packed:
@@ -105,26 +102,27 @@ class Encoded:
 
 
 def pack_batches(parts: Sequence[tuple[Encoded, np.ndarray]], bucket_to: int | None = None) -> Packed:
-    """Pack a batch of each of several tasks into one stream: task after task, each a contiguous segment.
+    """Pack batches of several tasks into one stream, in which each task is a contiguous segment.
 
     Args:
-        bucket_to: give streams few different shapes: round the longest length up, to this at most, and each task's
-            tokens with sequences of padding after its own.
+        parts: of each task its examples, and the indices of those in its batch (int64, at least one).
+        bucket_to: round the stream's shape up to a bucket: the longest length to at most this, and each task's number
+            of tokens by padding sequences after its own.
     """
-    gathered = [_gather(encoded, indices) for encoded, indices in parts]
-    longest = max(int(lengths.max()) for _, _, lengths in gathered)
+    batches = [_select(encoded, indices) for encoded, indices in parts]
+    longest = max(int(lengths.max()) for _, _, lengths in batches)
     padding = 0
     if bucket_to is not None:
         longest = length_bucket(longest, bucket_to)
-        added = [dummies(int(lengths.sum()), longest) for _, _, lengths in gathered]
+        added = [dummies(int(lengths.sum()), longest) for _, _, lengths in batches]
         padding = len(added[0])
-        gathered = [_padded(*arrays, extra) for arrays, extra in zip(gathered, added, strict=True)]
-    token_ids, token_type_ids, lengths = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
+        batches = [_pad(*arrays, extra) for arrays, extra in zip(batches, added, strict=True)]
+    token_ids, token_type_ids, lengths = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     return pack_flat(token_ids, token_type_ids, lengths, longest, padding)
 
 
-def _gather(encoded: Encoded, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids and token types of the examples at `indices`, and lengths of their sequences, end to end."""
+def _select(encoded: Encoded, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids [N], token types [N] and lengths [S] of the sequences of the examples at `indices`."""
     sequences = (indices[:, None] * encoded.width + np.arange(encoded.width)).ravel()
     lengths = np.diff(encoded.offsets)[sequences]
     ends = np.cumsum(lengths)
@@ -132,10 +130,10 @@ def _gather(encoded: Encoded, indices: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return encoded.token_ids[tokens], encoded.token_type_ids[tokens], lengths
 
 
-def _padded(
+def _pad(
     ids: np.ndarray, types: np.ndarray, lengths: np.ndarray, extra: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same with further sequences of these lengths, all of them token 0."""
+    """The same arrays with further sequences of lengths `extra`, all of token 0."""
     zeros = np.zeros(extra.sum(), ids.dtype)
     return np.append(ids, zeros), np.append(types, zeros.astype(types.dtype)), np.append(lengths, extra)
 
@@ -148,26 +146,22 @@ def encode(
     *,
     pair_encoding: str = "cross-encoder",
 ) -> Encoded:
-    """Tokenize examples, or take the tokens from the cache if the same texts were encoded alike before.
+    """Tokenize examples, or load their tokens from the cache.
 
     Args:
         examples: texts, or pairs of texts.
-        tokenizer: what encodes them.
-        max_length: the most tokens a sequence may have; longer ones are cut.
-        cache_dir: where the tokens are kept; `$MINBERT_CACHE` or else `~/.cache/minbert` when left out. A directory
-            that cannot be written means no cache, and a damaged file in it is made anew.
-        pair_encoding: of pairs, a key of `PAIR_ENCODINGS`; single texts are `cross-encoder`.
+        max_length: of a sequence in tokens; longer ones are truncated.
+        cache_dir: the cache; `minbert.files.cache.cache_directory()` by default. Without write permission nothing is
+            cached, and a damaged file is replaced.
+        pair_encoding: of pairs, a key of `PAIR_ENCODINGS`; `cross-encoder` for single texts.
     """
     if pair_encoding == "both":
-        joint, apart = (
-            encode(examples, tokenizer, max_length, cache_dir, pair_encoding=how)
-            for how in ("cross-encoder", "bi-encoder")
-        )
-        return _side_by_side(joint, apart)
+        encodings = ("cross-encoder", "bi-encoder")
+        return _combine(*(encode(examples, tokenizer, max_length, cache_dir, pair_encoding=each) for each in encodings))
     if pair_encoding == "bi-encoder":
         sentences = [sentence for pair in zip(examples.texts, examples.pairs or (), strict=True) for sentence in pair]
-        singly = encode(Examples([""] * len(sentences), sentences, None, None), tokenizer, max_length, cache_dir)
-        return replace(singly, labels=examples.labels, ids=examples.ids, width=PAIR_ENCODINGS[pair_encoding])
+        encoded = encode(Examples([""] * len(sentences), sentences, None, None), tokenizer, max_length, cache_dir)
+        return replace(encoded, labels=examples.labels, ids=examples.ids, width=PAIR_ENCODINGS[pair_encoding])
     path = _cache_file(examples, tokenizer, max_length, cache_dir)
     arrays = _load(path)
     if arrays is None:
@@ -175,7 +169,7 @@ def encode(
         arrays = {
             "token_ids": ids.astype(np.int32, copy=False),
             "token_type_ids": types.astype(np.uint8, copy=False),
-            "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64, copy=False),
+            "offsets": _offsets(lengths),
             "truncated": np.array([truncated], np.int64),
         }
         _store(path, arrays)
@@ -189,38 +183,40 @@ def encode(
     )
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _counted(number: int, unit: str) -> str:
+    return f"{number} {unit}{'' if number == 1 else 's'}"
 
 
-def _side_by_side(*parts: Encoded) -> Encoded:
-    """The same examples encoded in several ways, as one: an example's sequences are those it has in each."""
-    ends = np.cumsum([0, *(len(part.offsets) - 1 for part in parts)])
-    sequences = [
-        np.arange(start, end).reshape(-1, part.width) for part, start, end in zip(parts, ends, ends[1:], strict=False)
-    ]
+def _combine(*parts: Encoded) -> Encoded:
+    """Several encodings of the same examples as one: an example's sequences are those of each encoding in turn."""
     lengths = np.concatenate([np.diff(part.offsets) for part in parts])
     pool = replace(
         parts[0],
         token_ids=np.concatenate([part.token_ids for part in parts]),
         token_type_ids=np.concatenate([part.token_type_ids for part in parts]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        offsets=_offsets(lengths),
         width=1,
     )
-    ids, types, lengths = _gather(pool, np.concatenate(sequences, 1).ravel())
+    numbers = np.split(np.arange(len(lengths)), np.cumsum([len(part.offsets) - 1 for part in parts])[:-1])
+    order = [each.reshape(-1, part.width) for each, part in zip(numbers, parts, strict=True)]
+    ids, types, lengths = _select(pool, np.concatenate(order, axis=1).ravel())
     return replace(
-        parts[0],
+        pool,
         token_ids=ids,
         token_type_ids=types,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        offsets=_offsets(lengths),
         truncated=sum(part.truncated for part in parts),
         width=sum(part.width for part in parts),
     )
 
 
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64, copy=False)
+
+
 def _cache_file(examples: Examples, tokenizer: BatchTokenizer, max_length: int, cache_dir: str | Path | None) -> Path:
-    """The cache file, named after everything its content follows from."""
-    digest = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint} {max_length} {len(examples)}".encode())
+    """The cache file, named after everything that determines its content."""
+    digest = hashlib.sha256(f"{CACHE_FORMAT} {tokenizer.fingerprint} {max_length} {len(examples)}".encode())
     for texts in (examples.texts, examples.pairs or ()):
         digest.update(b"%d;" % len(texts))
         for text in texts:
@@ -239,7 +235,7 @@ def _checksum(arrays: dict[str, np.ndarray]) -> str:
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a cache file, or None when it is not there or not as it was written."""
+    """The arrays of a cache file, or None if it is missing or damaged."""
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -250,7 +246,7 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a cache file that is there whole or not at all; a disk that refuses it is no error."""
+    """Write a cache file atomically; a failure is ignored."""
     content = save(arrays, {"checksum": _checksum(arrays)})
     temporary = None
     try:

@@ -1,4 +1,4 @@
-"""Examples of a task, and the rows that they come from, whatever the format."""
+"""Examples of a task, and the rows that they are made from, in every format."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from minbert.data.lines import is_unicode, short
+from minbert.data.lines import shorten
 from minbert.data.skipped import Skipped
 from minbert.errors import UserError, one_line
+from minbert.files.json_yaml import is_unicode, name_of_type
 from minbert.tasks import Task
 
 Labels = Literal["required", "optional", "ignored"]
 
-HIDDEN = ("", "-1", "-1.0")  # labels of a split whose labels are kept back
+HIDDEN_LABELS = ("", "-1", "-1.0")  # in a split without labels
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The usable rows of one file, in its order.
+    """The usable rows of one file, in the file's order.
 
     Raises:
         ValueError: fields of different lengths.
@@ -31,7 +32,7 @@ class Examples:
     pairs: list[str] | None  # the second sentences of a pair task
     labels: np.ndarray | None  # float32 [n]; None without labels
     skipped: list[Skipped] = field(default_factory=list)
-    file: str = ""  # where they are from
+    file: str = ""  # the one that they were read from
 
     def __post_init__(self) -> None:
         for name in ("texts", "pairs", "labels"):
@@ -44,39 +45,40 @@ class Examples:
 
 
 class Row(NamedTuple):
-    """A row as it was found: the fields a task needs, or the problem that kept them from being told apart."""
+    """A row of a file: the fields that a task needs, or the problem that kept them from being read."""
 
     line: int  # from 1
-    number: str  # what it goes by without an id; empty where its id could not be read
-    id: str = ""  # its own
+    number: str  # its id if it has none; empty where its id could not be read
+    id: str = ""
     texts: Sequence[str] = ()
     label: str = ""
     problem: str = ""
 
 
 class Columns(NamedTuple):
-    """What a file calls a task's texts and its label."""
+    """The names of a task's text columns and its label column in a file."""
 
     texts: tuple[str, ...]
     label: str
 
 
 def collect(where: str, rows: Iterable[Row], task: Task, labels: Labels) -> Examples:
-    """Keep the rows that are fit for `task` and note the others.
+    """The examples of the rows that `task` can use, and its `skipped` rows.
 
     Raises:
-        UserError: no row is left.
+        UserError: no row can be used.
     """
     rows = list(rows)
-    labelled = labels == "required" or (labels == "optional" and any(row.label.strip() not in HIDDEN for row in rows))
+    any_label = any(row.label.strip() not in HIDDEN_LABELS for row in rows)
+    labelled = labels == "required" or (labels == "optional" and any_label)
     kept: list[Row] = []
     values: list[float] = []
     skipped: list[Skipped] = []
     for row in rows:
         try:
-            row = checked(row)
+            row = check_row(row)
             if labelled:
-                values.append(label_of(row.label.strip(), task))
+                values.append(parse_label(row.label.strip(), task))
             kept.append(row)
         except ValueError as error:
             skipped.append(Skipped(where, row.line, one_line(str(error)), row.id or row.number))
@@ -95,11 +97,11 @@ def collect(where: str, rows: Iterable[Row], task: Task, labels: Labels) -> Exam
     )
 
 
-def checked(row: Row) -> Row:
+def check_row(row: Row) -> Row:
     """The row with its texts stripped.
 
     Raises:
-        ValueError: it has a problem, or a text or an id that cannot be used.
+        ValueError: the row's problem, or a text or an id that cannot be used.
     """
     if row.problem:
         raise ValueError(row.problem)
@@ -109,49 +111,45 @@ def checked(row: Row) -> Row:
     if not all(map(is_unicode, (row.id, *texts))):
         raise ValueError("not Unicode text (half a surrogate pair)")
     if "\n" in row.id or "\r" in row.id:
-        raise ValueError("its id holds a line end")
+        raise ValueError("its id contains a line break")
     return row._replace(texts=texts)
 
 
-def record_row(number: int, record: Mapping[str, Any], columns: Columns, identity: str) -> Row:
-    """The row that a record of any values by name holds.
+def row_of_record(number: int, record: Mapping[str, Any], columns: Columns, id_column: str) -> Row:
+    """The row of a record, which maps names to values of any type.
 
     Args:
-        number: from 0.
-        identity: the name of its id.
+        number: the record's, from 0.
     """
-    own = record.get(identity)
-    row = Row(number + 1, str(number), "" if own is None else str(own))
-    if isinstance(own, Mapping | list):
-        return row._replace(id="", problem=f"expected text or a number for {identity}, got a {type(own).__name__}")
+    identifier = record.get(id_column)
+    row = Row(number + 1, str(number), "" if identifier is None else str(identifier))
+    if isinstance(identifier, Mapping | list):
+        problem = f"expected text or a number for {id_column}, got {name_of_type(identifier)}"
+        return row._replace(id="", problem=problem)
     if not {*columns.texts} <= {*record}:
-        found = ", ".join(map(short, record)) or "nothing"
-        return row._replace(problem=f"expected text for {' and '.join(columns.texts)}; found {short(found, 200)}")
+        found = ", ".join(map(shorten, record)) or "nothing"
+        return row._replace(problem=f"expected text for {' and '.join(columns.texts)}; found {shorten(found, 200)}")
     for name in columns.texts:
         if not isinstance(record[name], str):
-            return row._replace(problem=f"expected text for {name}, got {_kind(record[name])}")
+            return row._replace(problem=f"expected text for {name}, got {name_of_type(record[name])}")
     label = record.get(columns.label)
     return row._replace(texts=[record[name] for name in columns.texts], label="" if label is None else str(label))
 
 
-def _kind(value: object) -> str:
-    return "nothing (null)" if value is None else f"a {type(value).__name__}"
-
-
-def label_of(text: str, task: Task) -> float:
-    """The label's value.
+def parse_label(text: str, task: Task) -> float:
+    """A label's value.
 
     Raises:
-        ValueError: it is no label of the task.
+        ValueError: the task has no such label.
     """
     if not text:
         raise ValueError("no label")
     try:
-        value = float(text.replace("_", "?"))  # Python's own numbers may have underscores
+        value = float(text.replace("_", "?"))  # float() would accept underscores
     except ValueError:
-        raise ValueError(f"label {short(text)!r} is not a number") from None
+        raise ValueError(f"label {shorten(text)!r} is not a number") from None
     if not 0 <= value <= task.top:
-        raise ValueError(f"label {short(text)} lies outside 0 to {task.top}")
+        raise ValueError(f"label {shorten(text)} is outside 0 to {task.top}")
     if not task.is_scored and value != int(value):
-        raise ValueError(f"label {short(text)} is not a whole number")
+        raise ValueError(f"label {shorten(text)} is not a whole number")
     return value

@@ -1,8 +1,7 @@
-"""Lines of text files and the fields in them, as every reader takes them."""
+"""Lines of text files and their fields, for every reader of data."""
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from minbert.errors import UserError
-from minbert.files.json_yaml import unique_keys
 
 LONGEST_LINE = 1 << 26  # bytes
 LONGEST_RECORD = 1 << 26  # characters of a quoted field over several lines
@@ -23,11 +21,11 @@ def read_lines(path: str | Path, expected: str, *, option: str = "", pipes: bool
     r"""The lines of a UTF-8 text file one by one, without their ends.
 
     A line ends with `\n` or `\r\n`. Every other character is text: a lone `\r`, form feeds, U+0085, U+2028. A byte
-    order mark at the start is no part of the text.
+    order mark at the start is dropped.
 
     Args:
         path: a regular file.
-        expected: what should be in the file, for messages.
+        expected: the content that the file should have, for messages.
         option: the option that named the file, for messages.
         pipes: also read a pipe, or standard input when `path` is `-`.
 
@@ -83,11 +81,10 @@ def split_quoted(line: str, delimiter: str = "\t", more: Iterator[str] | None = 
     A field that begins with a quote ends with the next one that is not doubled; quotes elsewhere are text.
 
     Args:
-        more: the lines that follow, of which a quoted field takes as many as it spans; by default a quoted field ends
-            on its line.
+        more: the lines that follow, for quoted fields that span several; by default a quoted field ends on its line.
 
     Returns:
-        The fields, and why there are no more of them: the problem that kept the rest from being told apart, or nothing.
+        The fields, and the problem that ended them early, or "".
     """
     if '"' not in line:
         return line.split(delimiter), ""
@@ -121,35 +118,6 @@ def split_quoted(line: str, delimiter: str = "\t", more: Iterator[str] | None = 
         position = end + len(delimiter)
 
 
-def json_object(line: str, expected: str = "a JSON object") -> dict[str, Any]:
-    """The JSON object that a line holds.
-
-    Args:
-        expected: what it should be, for messages.
-
-    Raises:
-        ValueError: it holds none, or one with the same name twice.
-    """
-    try:
-        record = json.loads(line, object_pairs_hook=unique_keys)
-    except RecursionError:
-        raise ValueError("not JSON (nested too deeply)") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"expected {expected}, got a {type(record).__name__}")
-    return record
-
-
-def short(text: str, limit: int = 40) -> str:
+def shorten(text: str, limit: int = 40) -> str:
     """A text cut to `limit` characters, for messages."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written in UTF-8: JSON may escape half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

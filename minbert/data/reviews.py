@@ -1,4 +1,4 @@
-"""Reviews with 1 to 5 stars, such as Yelp's, as the training data of an auxiliary task (paper 001, section 4.4)."""
+"""Reviews with 1 to 5 stars, such as Yelp's: training data of an auxiliary task (paper 001, section 4.4)."""
 
 from __future__ import annotations
 
@@ -11,34 +11,37 @@ from typing import Any
 import numpy as np
 
 from minbert.data.examples import Examples
-from minbert.data.lines import is_unicode, json_object, read_lines, short, split_quoted
+from minbert.data.lines import read_lines, shorten, split_quoted
 from minbert.data.skipped import Skipped
 from minbert.errors import UserError, one_line
+from minbert.files.json_yaml import is_unicode, parse_object
 from minbert.seeds import derive_seed
 
 STARS = (1, 2, 3, 4, 5)
 
 
 def read_reviews(path: str | Path, per_star: int, seed: int) -> Examples:
-    """Draw as many reviews of each number of stars, every one with the same chance.
+    """Draw the same number of reviews for each number of stars, each review with the same probability.
 
-    The file is read once, and only what may be drawn is kept: it may be larger than memory.
+    The file is read once, by reservoir sampling: it may be larger than memory.
 
     Args:
-        path: JSON objects on lines, or CSV with a header; both with `stars` and `text`. Empty texts are left out, and
-            noted.
+        path: JSON objects on lines, or CSV with a header; both with `stars` and `text`. Empty texts are
+            skipped.
         per_star: reviews for each number of stars.
-        seed: what the draw follows.
+        seed: of the draw.
 
     Returns:
-        the reviews in the file's order, labels 0 to 4 for 1 to 5 stars, ids their lines.
+        The reviews in the file's order; their labels are 0 to 4 for 1 to 5 stars, their ids are their lines.
 
     Raises:
         UserError: the file cannot be read, a line of it is not a review, or it has too few with some number of stars.
     """
-    words = np.random.PCG64(derive_seed(seed, "reviews"))
+    generator = np.random.PCG64(derive_seed(seed, "reviews"))
     skipped: list[Skipped] = []
-    drawn: dict[int, list[tuple[int, int, str]]] = {stars: [] for stars in STARS}  # heaps: the largest word goes first
+    drawn: dict[int, list[tuple[int, int, str]]] = {
+        stars: [] for stars in STARS
+    }  # heaps: the largest number goes first
     for line, review in _records(Path(path)):
         where, text = f"{path}, line {line}", review.get("text")
         if not isinstance(text, str):
@@ -49,7 +52,7 @@ def read_reviews(path: str | Path, per_star: int, seed: int) -> Examples:
             skipped.append(Skipped(str(path), line, "empty text", str(line)))
             continue
         chosen = drawn[_stars(review.get("stars"), where)]
-        entry = (-int(words.random_raw()), line, text.strip())
+        entry = (-int(generator.random_raw()), line, text.strip())
         if len(chosen) < per_star:
             heapq.heappush(chosen, entry)
         else:
@@ -66,21 +69,21 @@ def read_reviews(path: str | Path, per_star: int, seed: int) -> Examples:
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Lines (from 1; the last one, of a review over several) and what they hold by name."""
-    lines = _Counted(read_lines(path, "reviews with stars and text", option="--reviews"))
+    """Each review's line (from 1; its last one if it spans several) and its values by name."""
+    lines = _NumberedLines(read_lines(path, "reviews with stars and text", option="--reviews"))
     first = next(lines, "")
     if first.lstrip().startswith("{"):
         for line in itertools.chain([first], lines):
             if line.strip():
                 try:
-                    yield lines.number, json_object(line, "a JSON object with stars and text")
+                    yield lines.number, parse_object(line, "a JSON object with stars and text", strict=False)
                 except ValueError as error:
                     remedy = "; is the file cut short?" if str(error).startswith("not JSON") else ""
                     raise UserError(f"{path}, line {lines.number}: {one_line(str(error))}{remedy}") from None
         return
     names = [name.strip() for name in _fields(path, first, lines)]
     if not {"stars", "text"} <= set(names):
-        found = one_line(short(", ".join(filter(None, names)) or "nothing", 80))
+        found = one_line(shorten(", ".join(filter(None, names)) or "nothing", 80))
         raise UserError(f"{path}, line 1: expected a JSON object, or a CSV header with stars and text; found {found}")
     for name in ("stars", "text"):
         if names.count(name) > 1:
@@ -97,7 +100,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield lines.number, dict(zip(names, fields, strict=True))
 
 
-def _fields(path: Path, line: str, lines: _Counted) -> list[str]:
+def _fields(path: Path, line: str, lines: _NumberedLines) -> list[str]:
     number = lines.number
     fields, problem = split_quoted(line, ",", lines)
     if problem:
@@ -105,8 +108,8 @@ def _fields(path: Path, line: str, lines: _Counted) -> list[str]:
     return fields
 
 
-class _Counted(Iterator[str]):
-    """Lines, and the number of the last one that was taken, from 1."""
+class _NumberedLines(Iterator[str]):
+    """Lines, and the number of the last one read, from 1."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self.lines, self.number = lines, 0
@@ -123,9 +126,9 @@ def _stars(value: object, where: str) -> int:
     except ValueError:
         stars = 0.0
     if stars not in STARS:
-        raise UserError(f"{where}: expected 1, 2, 3, 4 or 5 stars, got {short(str(value))!r}")
+        raise UserError(f"{where}: expected 1, 2, 3, 4 or 5 stars, got {shorten(str(value))!r}")
     return int(stars)
 
 
 def _names(record: dict[str, Any]) -> str:
-    return one_line(short(", ".join(map(str, record)), 80)) or "nothing"
+    return one_line(shorten(", ".join(map(str, record)), 80)) or "nothing"

@@ -1,4 +1,4 @@
-"""Which examples a step sees, as pure functions of the step: resuming a run needs nothing but its number."""
+"""Sampling of tasks and examples, as pure functions of the step: resuming a run needs nothing but its number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EpochLength = Literal["smallest", "largest", "each"] | int
 class TaskSampler:
     """Batches from an endless sequence of passes over `n` examples, each pass in a fresh random order.
 
-    Batches straddle passes, so each has `batch_size` examples whatever `n` is.
+    A batch may span two passes, so each has `batch_size` examples for any `n`.
 
     Raises:
         ValueError: no examples, or an empty batch.
@@ -27,7 +27,7 @@ class TaskSampler:
     n: int
     batch_size: int
     seed: int
-    name: str  # the task's: two tasks of one size have different orders
+    name: str  # the task's: tasks of equal size have different orders
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.batch_size < 1:
@@ -47,31 +47,31 @@ class TaskSampler:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tasks take each step of a run, and how many steps each has taken before."""
+    """The tasks of each step of a run."""
 
     names: tuple[str, ...]
     epoch_steps: int
     steps: int
-    turns: np.ndarray | None = None  # [steps]: the task of each step, as an index of `names`; None: all take every step
+    task_of_step: np.ndarray | None = None  # [steps]: an index of `names`; None: all tasks are in every step
 
     def at(self, step: int) -> dict[str, int]:
-        """The tasks that take step `step` (from 0), each with the number of steps it took before."""
-        if self.turns is None:
+        """The tasks of step `step` (from 0), each with its number of steps before this one."""
+        if self.task_of_step is None:
             return dict.fromkeys(self.names, step)
-        return {self.names[self.turns[step]]: int(self._numbers[step])}
+        return {self.names[self.task_of_step[step]]: int(self._numbers[step])}
 
     def steps_of(self, name: str) -> int:
-        """How many of the run's steps the task takes."""
-        return self.steps if self.turns is None else int((self.turns == self.names.index(name)).sum())
+        """The number of the task's steps in the run."""
+        return self.steps if self.task_of_step is None else int((self.task_of_step == self.names.index(name)).sum())
 
     @functools.cached_property
     def _numbers(self) -> np.ndarray:
-        """[steps]: how many steps before this one its task took."""
-        assert self.turns is not None
-        numbers = np.empty(len(self.turns), np.int64)
+        """[steps]: how many earlier steps have the same task."""
+        assert self.task_of_step is not None
+        numbers = np.empty(len(self.task_of_step), np.int64)
         for index in range(len(self.names)):
-            taken = np.flatnonzero(self.turns == index)
-            numbers[taken] = np.arange(len(taken))
+            steps = np.flatnonzero(self.task_of_step == index)
+            numbers[steps] = np.arange(len(steps))
         return numbers
 
 
@@ -92,12 +92,11 @@ def plan(
 
     Args:
         sizes: examples of each task, in the tasks' order.
-        batch_sizes: examples of each task in a step that it takes.
-        order: `joint`, where every task takes every step, or a name in `ORDERS`.
-        length: see `epoch_counts`.
-        times: how many times as long an epoch is.
-        weights: how many times as often a task takes a step; 1 where left out.
-        alphas: exponent of the sizes in the first and in the last epoch, with even steps between; for `proportional`.
+        batch_sizes: examples of each task in one of its steps.
+        order: `joint`, where every step has all tasks, or a name in `ORDERS`.
+        length, times: as for `epoch_counts`.
+        weights: factors of each task's number of steps; 1 by default.
+        alphas: exponent of the sizes in the first and in the last epoch, linear in between; for `proportional`.
         epochs: their number, unless `steps` is given.
 
     Raises:
@@ -113,12 +112,14 @@ def plan(
     counts = [max(1, round(count * factor)) for count, factor in zip(counts, factors, strict=True)]
     total = steps or epochs * sum(counts)
     epochs = -(-total // sum(counts))
-    turns = []
+    tasks = []
     for epoch in range(epochs):
         alpha = alphas[0] + (alphas[1] - alphas[0]) * epoch / max(1, epochs - 1)
-        odds = np.array([factor * sizes[name] ** alpha for name, factor in zip(names, factors, strict=True)])
-        turns.append(ORDERS[order](np.array(counts), odds / odds.sum(), derive_seed(seed, "turns", epoch)))
-    return Plan(names, sum(counts), total, np.concatenate(turns)[:total])
+        probabilities = np.array([factor * sizes[name] ** alpha for name, factor in zip(names, factors, strict=True)])
+        tasks.append(
+            ORDERS[order](np.array(counts), probabilities / probabilities.sum(), derive_seed(seed, "turns", epoch))
+        )
+    return Plan(names, sum(counts), total, np.concatenate(tasks)[:total])
 
 
 def epoch_counts(sizes: Sequence[int], batch_sizes: Sequence[int], length: EpochLength, times: int = 1) -> list[int]:
@@ -127,9 +128,9 @@ def epoch_counts(sizes: Sequence[int], batch_sizes: Sequence[int], length: Epoch
     Args:
         sizes: examples of each task.
         batch_sizes: examples in a batch of each task.
-        length: as many as show the task that is through first (`smallest`) or last (`largest`) all of its examples,
-            as many for each task as show it all of its own (`each`), or this number.
-        times: as many times more (paper 004, section 4.5).
+        length: the number of batches in a pass over the task with the fewest (`smallest`) or the most (`largest`), over
+            each task (`each`), or this number.
+        times: a factor of all of them (paper 004, section 4.5).
     """
     own = [-(-size // batch_size) for size, batch_size in zip(sizes, batch_sizes, strict=True)]
     if length != "each":
@@ -137,29 +138,29 @@ def epoch_counts(sizes: Sequence[int], batch_sizes: Sequence[int], length: Epoch
     return [times * count for count in own]
 
 
-def _sequential(counts: np.ndarray, odds: np.ndarray, seed: int) -> np.ndarray:
+def _sequential(counts: np.ndarray, probabilities: np.ndarray, seed: int) -> np.ndarray:
     """Task after task: all steps of the first one, then all of the next (papers 001, section 5.3, and 003)."""
     return np.repeat(np.arange(len(counts)), counts)
 
 
-def _round_robin(counts: np.ndarray, odds: np.ndarray, seed: int) -> np.ndarray:
-    """One step of each task in turn (paper 002, section 4.4); a task that has had its share is passed over."""
+def _round_robin(counts: np.ndarray, probabilities: np.ndarray, seed: int) -> np.ndarray:
+    """One step of each task in turn (paper 002, section 4.4); a task without steps left is left out."""
     rounds = np.concatenate([np.arange(count) for count in counts])
-    return _sequential(counts, odds, seed)[np.argsort(rounds, kind="stable")]
+    return _sequential(counts, probabilities, seed)[np.argsort(rounds, kind="stable")]
 
 
-def _shuffled(counts: np.ndarray, odds: np.ndarray, seed: int) -> np.ndarray:
+def _shuffled(counts: np.ndarray, probabilities: np.ndarray, seed: int) -> np.ndarray:
     """All steps of all tasks in a random order (paper 003, section 3)."""
-    return _sequential(counts, odds, seed)[_permutation(int(counts.sum()), seed)]
+    return _sequential(counts, probabilities, seed)[_permutation(int(counts.sum()), seed)]
 
 
-def _proportional(counts: np.ndarray, odds: np.ndarray, seed: int) -> np.ndarray:
-    """Every step's task drawn by itself, with these odds (Stickland and Murray 2019)."""
+def _proportional(counts: np.ndarray, probabilities: np.ndarray, seed: int) -> np.ndarray:
+    """Each step's task drawn independently with these probabilities (Stickland and Murray 2019)."""
     draws = np.random.PCG64(seed).random_raw(int(counts.sum())) / 2.0**64
-    return np.searchsorted(np.cumsum(odds)[:-1], draws, side="right")
+    return np.searchsorted(np.cumsum(probabilities)[:-1], draws, side="right")
 
 
-# By name: from each task's steps in an epoch [T], its odds [T] (their sum is 1) and a seed to the task of every step.
+# By name: from each task's steps in an epoch [T], its probability [T] and a seed to the task of every step.
 ORDERS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
     "sequential": _sequential,
     "round-robin": _round_robin,
@@ -192,9 +193,9 @@ def token_split(lengths: np.ndarray, parts: int) -> np.ndarray:
 
 
 def token_budget_batches(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Split examples into batches of at most `tokens` tokens, those of like length together.
+    """Split examples, sorted by length, into batches of at most `tokens` tokens.
 
-    A single example that is longer than `tokens` makes a batch of its own.
+    An example with more tokens is a batch alone.
 
     Args:
         lengths: tokens of each example, [n].
@@ -213,12 +214,11 @@ def token_budget_batches(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
     return batches
 
 
-@functools.lru_cache(maxsize=16)  # of all tasks, the pass at hand and the next
+@functools.lru_cache(maxsize=16)  # this pass and the next of all tasks
 def _permutation(n: int, seed: int) -> np.ndarray:
     """A random order of 0..n-1, read-only.
 
-    Sorting raw words of the bit generator gives the same order under every NumPy, which `Generator.permutation` does
-    not promise.
+    Sorting raw numbers of the bit generator gives the same order in every NumPy, unlike `Generator.permutation`.
     """
     order = np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
     order.flags.writeable = False

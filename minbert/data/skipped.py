@@ -1,4 +1,4 @@
-"""Rows of an input that are left out: how they are named on the terminal, and the file that lists all of them."""
+"""Skipped rows of an input: their lines on the terminal, and the file that lists all of them."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from minbert.data.lines import short
+from minbert.data.lines import shorten
 from minbert.errors import UserError, one_line
-from minbert.files import json_yaml
-from minbert.files import validation as records
 from minbert.files.atomic import write_atomically
+from minbert.files.json_yaml import read_json_lines
+from minbert.files.validation import build
 
 SHOWN = 5  # rows of a file that a command names on the terminal
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that was left out: its file, its line (from 1, counting the header), why, and its id where it has one."""
+    """A row that cannot be used: its file, its line (from 1, with the header), the reason, and its id if it has one."""
 
     file: str
     line: int
     reason: str
-    id: str = field(default="", compare=False)  # file and line say which row it is
+    id: str = field(default="", compare=False)  # file and line identify the row
 
     def __str__(self) -> str:
-        identity = f", id {one_line(short(self.id))}" if self.id else ""
+        identity = f", id {one_line(shorten(self.id))}" if self.id else ""
         return f"line {self.line}{identity}: {self.reason}"
 
 
 def skipped_lines(skipped: Sequence[Skipped], rest: str) -> list[str]:
-    """Lines for the terminal: how many rows of each file were left out, the first few of them, and where the rest are.
+    """Lines for the terminal: each file's number of skipped rows, the first few of them, and where to find the rest.
 
     Args:
-        rest: where all of them are listed.
+        rest: the list of all of them.
     """
     by_file: dict[str, list[Skipped]] = {}
     for row in skipped:
@@ -51,7 +51,7 @@ def skipped_lines(skipped: Sequence[Skipped], rest: str) -> list[str]:
 
 
 def refuse_skipped(skipped: Sequence[Skipped]) -> None:
-    """What --strict does: raise a UserError if a row was left out."""
+    """Raise a UserError if a row was skipped, for --strict."""
     if skipped:
         count = "1 row" if len(skipped) == 1 else f"{len(skipped)} rows, the first"
         raise UserError(f"--strict: {count} cannot be used: {skipped[0].file}, {skipped[0]}")
@@ -59,7 +59,7 @@ def refuse_skipped(skipped: Sequence[Skipped]) -> None:
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A line of a list of rows that were left out."""
+    """A line of a list of skipped rows."""
 
     split: str
     task: str
@@ -71,13 +71,13 @@ class SkippedRow:
 
 def skipped_rows(split: str, task: str, skipped: Sequence[Skipped]) -> list[SkippedRow]:
     return [
-        SkippedRow(split, task, one_line(row.file), row.line, one_line(short(row.id, 200)), short(row.reason, 1000))
+        SkippedRow(split, task, one_line(row.file), row.line, one_line(shorten(row.id, 200)), shorten(row.reason, 1000))
         for row in skipped
     ]
 
 
 def write_skipped(path: Path, rows: Sequence[SkippedRow]) -> None:
-    """List the rows in a file, a JSON object on each line, those of train first; without any, there is no file."""
+    """Write the rows to a file of JSON lines, those of train first; remove the file if there are none."""
     rows = sorted(rows, key=lambda row: (row.split != "train", row.split, row.task, row.file, row.line))
     if rows:
         write_atomically(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
@@ -86,11 +86,11 @@ def write_skipped(path: Path, rows: Sequence[SkippedRow]) -> None:
 
 
 def update_skipped(path: Path, split: str, files: Collection[tuple[str, str]], rows: Sequence[SkippedRow]) -> None:
-    """Replace what a list has of some files of a split.
+    """Replace the rows of some files of a split in a list.
 
     Args:
-        files: tasks, and the file of each that was read.
-        rows: those of the files that were left out.
+        files: pairs of a task and its file.
+        rows: the files' skipped rows.
     """
     read = {(task, os.path.realpath(file)) for task, file in files}
     listed = read_skipped(path)
@@ -99,7 +99,7 @@ def update_skipped(path: Path, split: str, files: Collection[tuple[str, str]], r
 
 
 def read_skipped(path: Path) -> list[SkippedRow]:
-    """The rows that a list names; none where there is no list.
+    """The rows of a list; none if there is no list.
 
     Raises:
         UserError: the list is damaged.
@@ -108,9 +108,9 @@ def read_skipped(path: Path) -> list[SkippedRow]:
         return []
     remedy = "delete the file and evaluate the run again"
     rows = []
-    for number, found in json_yaml.read_lines(path, remedy):
+    for number, found in read_json_lines(path, remedy):
         where = f"{path}, line {number}"
         if isinstance(found, ValueError):
             raise UserError(f"{where}: damaged ({found}); {remedy}")
-        rows.append(records.build(SkippedRow, found, where))
+        rows.append(build(SkippedRow, found, where))
     return rows

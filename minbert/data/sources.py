@@ -1,4 +1,4 @@
-"""Where examples come from: the demo corpus, a directory of CS224N files or GLUE folders, or the hub."""
+"""Sources of examples: the demo corpus, a directory of CS224N files or GLUE folders, the hub, and reviews."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minbert.data import demo
-from minbert.data.examples import Columns, Examples, collect, record_row
+from minbert.data.examples import Columns, Examples, collect, row_of_record
 from minbert.data.formats import read_file
 from minbert.data.reviews import read_reviews
 from minbert.errors import UserError
@@ -17,7 +17,7 @@ from minbert.tasks import TASKS, Task
 
 SPLITS = ("train", "dev", "test")
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
-HUB_LABEL = "label"  # the hub's GLUE calls every task's label so
+HUB_LABEL = "label"  # the label column of every task of GLUE on the hub
 ACCEPTED = (
     "--data takes a directory of CS224N files (ids-sst-train.csv, quora-train.csv, ...), a directory of GLUE folders "
     "(QQP/train.tsv, ...) or a hub name such as nyu-mll/glue"
@@ -25,7 +25,7 @@ ACCEPTED = (
 
 
 class Source(Protocol):
-    """Examples of some tasks, in splits named train, dev and test."""
+    """Examples of some tasks, in splits train, dev and test."""
 
     name: str
 
@@ -33,13 +33,13 @@ class Source(Protocol):
         """Names of the tasks that have a train split."""
 
     def splits(self, task: Task) -> list[str]:
-        """The splits of `task` that are there, in the order train, dev, test."""
+        """The splits that `task` has here, in the order train, dev, test."""
 
     def load(self, task: Task, split: str) -> Examples:
         """Read one split; train and dev have labels, test may lack them.
 
         Raises:
-            UserError: the split is not there, or its file is bad.
+            UserError: the split is missing, or its file is bad.
         """
 
 
@@ -62,7 +62,7 @@ def open_source(data: str | None) -> Source:
 
 
 def names_hub(data: str) -> bool:
-    """Whether it names a data set on the hub: OWNER/NAME that is nothing here."""
+    """Whether it names a data set on the hub: OWNER/NAME, and no local file or directory."""
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", data)) and not os.path.exists(data)
 
 
@@ -72,14 +72,14 @@ class DemoSource:
     name = "the built-in demo corpus"
 
     def tasks(self) -> list[str]:
-        return list(demo.TASKS)
+        return list(demo.GENERATORS)
 
     def splits(self, task: Task) -> list[str]:
-        return list(SPLITS) if task.name in demo.TASKS else []
+        return list(SPLITS) if task.name in demo.GENERATORS else []
 
     def load(self, task: Task, split: str) -> Examples:
         if split not in self.splits(task):
-            have = ", ".join(demo.TASKS)
+            have = ", ".join(demo.GENERATORS)
             raise UserError(f"{self.name} has no {split} split of {task.name}; it has {have}; give --data for others")
         return demo.examples(task.name, split)
 
@@ -158,7 +158,7 @@ class HubSource:
             ) from None
         self.name = name
         self._datasets = datasets
-        configs = set(self._ask(datasets.get_dataset_config_names))
+        configs = set(self._call(datasets.get_dataset_config_names))
         self._tasks = {task.name: task.glue for task in TASKS.values() if task.glue and task.glue.hub in configs}
         if not self._tasks:
             known = ", ".join(task.glue.hub for task in TASKS.values() if task.glue)
@@ -170,8 +170,8 @@ class HubSource:
     def splits(self, task: Task) -> list[str]:
         if task.name not in self._tasks:
             return []
-        there = self._ask(self._datasets.get_dataset_split_names, self._tasks[task.name].hub)
-        return [split for split in SPLITS if HUB_SPLITS[split] in there]
+        names = self._call(self._datasets.get_dataset_split_names, self._tasks[task.name].hub)
+        return [split for split in SPLITS if HUB_SPLITS[split] in names]
 
     def load(self, task: Task, split: str) -> Examples:
         if split not in self.splits(task):
@@ -179,23 +179,23 @@ class HubSource:
                 f"the hub's {self.name} has no {split} split of {task.name}; it has {', '.join(self._tasks)}"
             )
         glue = self._tasks[task.name]
-        table = self._ask(self._datasets.load_dataset, glue.hub, split=HUB_SPLITS[split])
+        table = self._call(self._datasets.load_dataset, glue.hub, split=HUB_SPLITS[split])
         absent = {*glue.columns, HUB_LABEL} - set(table.column_names)
         if absent:
             found = ", ".join(table.column_names)
             raise UserError(f"{self.name}/{glue.hub}: no column {', '.join(sorted(absent))}; found {found}")
         names = [*glue.columns, HUB_LABEL, *(["idx"] if "idx" in table.column_names else [])]
         rows = (
-            record_row(number, dict(zip(names, values, strict=True)), Columns(glue.columns, HUB_LABEL), "idx")
+            row_of_record(number, dict(zip(names, values, strict=True)), Columns(glue.columns, HUB_LABEL), "idx")
             for number, values in enumerate(zip(*(table[name] for name in names), strict=True))
         )
         where = f"{self.name}/{glue.hub}/{HUB_SPLITS[split]}"
         return collect(where, rows, task, "optional" if split == "test" else "required")
 
-    def _ask(self, question: Callable[..., Any], *arguments: str, **options: str) -> Any:
-        """Call into `datasets`, and turn what the hub may answer into one line."""
+    def _call(self, function: Callable[..., Any], *arguments: str, **options: str) -> Any:
+        """Call a function of `datasets`; the hub's errors become one line."""
         try:
-            return question(self.name, *arguments, **options)
+            return function(self.name, *arguments, **options)
         except (OSError, ValueError) as error:  # no such data set, no permission, no network
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(

@@ -22,7 +22,7 @@ from minbert.data.tokenizer_files import add_tokens, read_config, read_vocab
 from minbert.errors import UserError, one_line
 from minbert.files.atomic import write_text
 from minbert.files.hub import TOKENIZER, checkpoint_directory
-from minbert.files.json_yaml import VOCABULARY_LIMIT, read_text, short
+from minbert.files.json_yaml import VOCABULARY_LIMIT, is_unicode, read_text, short
 
 REQUIRED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 SPECIAL = (*REQUIRED, "[MASK]")
@@ -220,7 +220,7 @@ class Tokenizer:
             try:
                 encodings = self._backend.encode_batch_fast(chunk, add_special_tokens=False)
             except TypeError:
-                number = next(i for i, text in enumerate(chunk) if not _is_unicode(text))
+                number = next(i for i, text in enumerate(chunk) if not (isinstance(text, str) and is_unicode(text)))
                 raise UserError(
                     f"text {start + number + 1} of {len(texts)} is not valid Unicode text: {chunk[number]!r:.80};"
                     " give UTF-8 text"
@@ -245,10 +245,6 @@ def _commonest_characters(counts: Mapping[str, int], limit: int) -> set[str]:
         for character in word:
             characters[character] += count
     return set(sorted(characters, key=lambda character: (-characters[character], character))[:limit])
-
-
-def _is_unicode(text: object) -> bool:
-    return isinstance(text, str) and text.encode("utf-8", "ignore").decode() == text
 
 
 def _backend(vocab: dict[str, int]) -> tokenizers.Tokenizer:

@@ -1,7 +1,7 @@
-"""JSON and YAML files from anywhere, read within limits.
+"""Reads JSON and YAML files from any source, within limits.
 
-Every file is refused with one line if it is no regular file, longer than its limit, not UTF-8, nested too deeply, or
-holds a key twice, or in JSON a number that is none or not finite, or half a surrogate pair.
+A file is refused with one line if it is no regular file, longer than its limit, not UTF-8, nested too deeply, or holds
+a key twice; JSON also if it holds NaN, a number that is not finite, or half a surrogate pair.
 """
 
 from __future__ import annotations
@@ -58,20 +58,40 @@ def read_text(path: Path, limit: int, remedy: str = REMEDY, *, regular: bool = T
         raise UserError(f"cannot read {path} (byte {error.start + 1} is not UTF-8); {remedy}") from None
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, strict: bool = True) -> Any:
     """The value of a JSON text.
 
+    Args:
+        strict: whether to refuse numbers that are not finite and half surrogate pairs, which users' data may hold.
+
     Raises:
-        ValueError: it has none, or is refused as the module says; the message is one line.
+        ValueError: it is not JSON, or is refused; the message is one line.
     """
+    numbers: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite, "parse_int": _integer}
     try:
-        value = json.loads(
-            text, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
-        )
+        value = json.loads(text, object_pairs_hook=_unique_keys, **numbers if strict else {})
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if "\\u" in text:
+    if strict and "\\u" in text:
         _check_surrogates(value)
+    return value
+
+
+def parse_object(text: str, expected: str = "a JSON object", *, strict: bool = True) -> dict[str, Any]:
+    """The JSON object of a text; arguments as for `parse_json`.
+
+    Args:
+        expected: the kind of object, for messages.
+
+    Raises:
+        ValueError: it is not JSON, is refused, or is no object; the message is one line.
+    """
+    try:
+        value = parse_json(text, strict=strict)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected {expected}, got {name_of_type(value)}")
     return value
 
 
@@ -83,16 +103,13 @@ def read_json(path: Path, limit: int = OBJECT_LIMIT, remedy: str = REMEDY) -> di
     """
     text = read_text(path, limit, remedy)
     try:
-        value = parse_json(text)
+        return parse_object(text)
     except ValueError as error:
         raise UserError(f"cannot read {path} ({error}); {remedy}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not {name_of_type(value)}; {remedy}")
-    return value
 
 
-def read_lines(path: Path, remedy: str = REMEDY) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Each line's number and JSON object, or why it is none. A blank line is none.
+def read_json_lines(path: Path, remedy: str = REMEDY) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Each line's number and its JSON object, or the error of a line that is none, such as a blank one.
 
     Raises:
         UserError: the file is missing, no regular file, cannot be read, or is longer than `LINES_LIMIT`.
@@ -102,17 +119,14 @@ def read_lines(path: Path, remedy: str = REMEDY) -> Iterator[tuple[int, dict[str
         try:
             if len(line) > LINE_LIMIT:
                 raise ValueError(f"longer than {LINE_LIMIT} bytes")
-            value = parse_json(line.decode("utf-8"))
-            if not isinstance(value, dict):
-                raise ValueError(f"expected a JSON object, got {name_of_type(value)}")
-            yield number, value
+            yield number, parse_object(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             yield number, ValueError(f"byte {error.start + 1} is not UTF-8")
         except ValueError as error:
             yield number, error
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object with these keys and values, for `json.loads`; a ValueError for a key that it has twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -138,8 +152,17 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8: JSON may escape half a surrogate pair, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _check_surrogates(value: Any) -> None:
-    """Refuse strings with half a surrogate pair, which no UTF-8 file can hold."""
+    """Refuse strings with half a surrogate pair."""
     pending = [value]
     while pending:
         value = pending.pop()
@@ -147,12 +170,12 @@ def _check_surrogates(value: Any) -> None:
             pending += [*value, *value.values()]
         elif isinstance(value, list):
             pending += value
-        elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        elif isinstance(value, str) and not is_unicode(value):
             raise ValueError(f"{short(value)} holds half a surrogate pair")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, tags and keys that stand twice; 1e-3 is a number."""
+    """YAML without aliases, tags and repeated keys; 1e-3 is a number."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
@@ -167,7 +190,7 @@ class _Loader(yaml.SafeLoader):
         values = super().construct_mapping(node, deep)
         if len(values) < len(node.value):
             mark: Any = node.start_mark
-            raise yaml.constructor.ConstructorError(None, None, "a key stands twice", mark)
+            raise yaml.constructor.ConstructorError(None, None, "a key is repeated", mark)
         return values
 
 
@@ -206,8 +229,8 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{where}{one_line(str(error.problem))}") from None
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{position}{one_line(str(error.problem))}") from None
     except yaml.YAMLError as error:
         raise ValueError(one_line(str(error).split("\n")[0])) from None
     except RecursionError:
@@ -223,6 +246,6 @@ def short(value: object) -> str:
 
 
 def name_of_type(value: object) -> str:
-    """What JSON calls a value of this kind."""
+    """JSON's name for the type of a value."""
     names = {dict: "an object", list: "a list", str: "a string", types.NoneType: "null", bool: "a boolean"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 from minbert.errors import UserError
 from minbert.files.atomic import append_line, sync, write_atomically, writing
-from minbert.files.json_yaml import read_lines
+from minbert.files.json_yaml import read_json_lines
 from minbert.files.validation import checked
 from minbert.runs.scores import check_scores_and_overall, expect
 
@@ -90,7 +90,7 @@ class MetricsLog:
             UserError: the file cannot be read.
         """
         records, problems = [], []
-        for number, line in read_lines(self.path) if self.path.exists() else ():
+        for number, line in read_json_lines(self.path) if self.path.exists() else ():
             try:
                 if isinstance(line, ValueError):
                     raise line

@@ -12,7 +12,7 @@ import numpy as np
 from minbert.data import Encoded
 from minbert.errors import UserError
 from minbert.files.atomic import write_atomically, writing
-from minbert.files.json_yaml import read_lines
+from minbert.files.json_yaml import read_json_lines
 from minbert.files.validation import build
 from minbert.runs.scores import expect
 from minbert.tasks import Task
@@ -82,7 +82,7 @@ def read_predictions(directory: Path, task: Task, split: str, remedy: str) -> li
     if not path.exists():
         return None
     found = []
-    for number, line in read_lines(path, remedy):
+    for number, line in read_json_lines(path, remedy):
         try:
             if isinstance(line, ValueError):
                 raise line

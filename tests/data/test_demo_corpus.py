@@ -11,14 +11,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from minbert.data.demo import SIZES, TASKS, examples
-from minbert.data.demo_paraphrase import ASPECTS, CITIES
-from minbert.data.demo_sentiment import ADJECTIVES, INTENSIFIERS, NEGATORS, VERBS
-from minbert.data.demo_similarity import OTHER_WORD, SLOTS
-from minbert.data.demo_words import ACTIONS, MANNERS, THINGS
-from minbert.data.formats import Examples
+from minbert.data.demo import GENERATORS, SIZES, examples
+from minbert.data.demo.paraphrase import ASPECTS, CITIES
+from minbert.data.demo.sentiment import ADJECTIVES, INTENSIFIERS, NEGATORS, VERBS
+from minbert.data.demo.similarity import OTHER_WORD, SLOTS
+from minbert.data.demo.words import ACTIONS, MANNERS, THINGS
+from minbert.data.examples import Examples
 
-every_split = pytest.mark.parametrize(("task", "split"), [(task, split) for task in TASKS for split in SIZES])
+every_split = pytest.mark.parametrize(("task", "split"), [(task, split) for task in GENERATORS for split in SIZES])
 
 
 def sentences(task: str, split: str) -> list[str]:
@@ -37,7 +37,7 @@ def spoken(concepts: Sequence[tuple[str, ...]], text: str) -> tuple[tuple[str, .
 
 def test_the_corpus_is_the_same_on_every_machine():
     digest = hashlib.sha256()
-    for task in TASKS:
+    for task in GENERATORS:
         for split in SIZES:
             some = examples(task, split)
             rows = zip(some.ids, some.texts, some.pairs or some.texts, some.labels, strict=True)
@@ -53,7 +53,7 @@ def test_sizes_are_as_told_and_no_example_comes_twice(task, split):
     assert (some.pairs is not None) == (task != "sst")
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", GENERATORS)
 def test_splits_share_no_sentence(task):
     train, dev, test = (set(sentences(task, split)) for split in SIZES)
     assert not train & dev
@@ -61,7 +61,7 @@ def test_splits_share_no_sentence(task):
     assert not dev & test
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", GENERATORS)
 def test_dev_speaks_the_language_of_train(task):
     train, dev = (set(re.findall(r"\w+", " ".join(sentences(task, split)))) for split in ("train", "dev"))
     assert dev <= train

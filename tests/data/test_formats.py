@@ -108,9 +108,9 @@ def test_without_an_id_column_ids_are_row_numbers_that_skipping_does_not_shift(w
     [
         ("9\tz\twhy ?\thow ?\t", "no label"),
         ("9\tz\twhy ?\thow ?\tyes", "label 'yes' is not a number"),
-        ("9\tz\twhy ?\thow ?\t2.0", "label 2.0 lies outside 0 to 1"),
-        ("9\tz\twhy ?\thow ?\t-1", "label -1 lies outside 0 to 1"),
-        ("9\tz\twhy ?\thow ?\tnan", "label nan lies outside 0 to 1"),
+        ("9\tz\twhy ?\thow ?\t2.0", "label 2.0 is outside 0 to 1"),
+        ("9\tz\twhy ?\thow ?\t-1", "label -1 is outside 0 to 1"),
+        ("9\tz\twhy ?\thow ?\tnan", "label nan is outside 0 to 1"),
         ("9\tz\twhy ?\thow ?\t0.5", "label 0.5 is not a whole number"),
         ("9\tz\twhy ?\thow ?\t1_0", "label '1_0' is not a number"),
         ("9\tz\twhy ?\t \t1.0", "empty text"),
@@ -137,7 +137,7 @@ def test_a_regression_takes_any_number_in_its_range(write):
     path = write("id\tsentence1\tsentence2\tsimilarity", "a\tx\ty\t2.583", "b\tx\ty\t5.0", "c\tx\ty\t5.1")
     examples = read_examples(path, STS)
     assert examples.labels.tolist() == pytest.approx([2.583, 5.0])
-    assert examples.skipped == [Skipped(str(path), 4, "label 5.1 lies outside 0 to 5")]
+    assert examples.skipped == [Skipped(str(path), 4, "label 5.1 is outside 0 to 5")]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_regression_takes_any_number_in_its_range(write):
         (["i\0d\0", "a"], "{path}, line 1: no column 'sentence' in the header; found i\\x00d\\x00"),
         (
             ["id\tsentence\tsentiment", "a\tb\t7", "a\tb\t"],
-            "{path}: none of its 2 rows is usable; line 2: label 7 lies ",
+            "{path}: none of its 2 rows is usable; line 2: label 7 is ",
         ),
     ],
 )
@@ -321,13 +321,13 @@ def test_json_objects_of_any_values_are_rows_or_named(write):
     for (_, identity, reason), (expected, part) in zip(
         found,
         [
-            ("c", "expected text for sentence, got nothing"),
+            ("c", "expected text for sentence, got null"),
             ("d", "expected text for sentence, got a list"),
-            ("4", "expected text or a number for id, got a dict"),
-            ("a\nb", "its id holds a line end"),
+            ("4", "expected text or a number for id, got an object"),
+            ("a\nb", "its id contains a line break"),
             ("e", "half a surrogate pair"),
             ("f", "label 'True' is not a number"),
-            ("g", "label nan lies outside"),
+            ("g", "label nan is outside"),
             ("9", "key 'sentence' twice in an object"),
             ("i", "expected text for sentence; found id, text"),
             ("12", "nested too deeply"),

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minbert.data import lines as module
-from minbert.data.lines import json_object, read_lines, split_quoted
+from minbert.data.lines import read_lines, split_quoted
 from minbert.errors import UserError
 
 
@@ -135,18 +135,3 @@ def test_a_quote_that_is_never_closed_costs_no_memory(monkeypatch):
     following = iter(["x" * 100] * 1000)
     assert "a quote is not closed" in split_quoted('"x', ",", following)[1]
     assert len(list(following)) >= 989
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("[" * 100_000, "not JSON .nested too deeply"),
-        ('{"a": 1, "a": 2}', "not JSON .key 'a' twice in an object"),
-        ('{"a": 1', "not JSON .Expecting"),
-        ('{"a": ' + "9" * 5000 + "}", "not JSON .Exceeds the limit"),
-        ("3", "expected a JSON object, got a int"),
-    ],
-)
-def test_what_is_no_json_object_is_a_value_error(line, message):
-    with pytest.raises(ValueError, match=message):
-        json_object(line)

@@ -69,7 +69,7 @@ def test_the_draw_follows_the_seed_and_every_review_has_the_same_chance(tmp_path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"stars": 5, "text": "x"}\n{"stars": 5, "te', r"line 2: not JSON \(.*is the file cut short"),
+        ('{"stars": 5, "text": "x"}\n{"stars": 5, "te', r"line 2: not JSON: .*is the file cut short"),
         ('{"stars": 5}\n', "line 1: expected a review with stars and text; found stars"),
         ('{"stars": 4.5, "text": "x"}\n', "line 1: expected 1, 2, 3, 4 or 5 stars, got '4.5'"),
         ('{"stars": null, "text": "x"}\n', "line 1: expected 1, 2, 3, 4 or 5 stars, got 'None'"),
@@ -84,9 +84,9 @@ def test_the_draw_follows_the_seed_and_every_review_has_the_same_chance(tmp_path
         ('stars,text\n\n5,"good\nfilm"\n4,nice,or not\n', "line 5: expected a review .* in 2 fields, found 3"),
         ('stars,text\n5,"good" film\n', "line 2: cannot tell its fields apart .text after a closing quote"),
         ('stars,text\n5,good\n4,"bad\n3,more\n', "line 3: cannot tell its fields apart .a quote is not closed"),
-        ('{"stars": 1, "text": "x"}\n' + "[" * 9999 + "\n", r"line 2: not JSON \(nested too deeply"),
+        ('{"stars": 1, "text": "x"}\n' + "[" * 9999 + "\n", r"line 2: not JSON: nested too deeply"),
         ('{"stars": 1, "text": "\\ud800"}\n', "line 1: not Unicode text"),
-        ('{"stars": 1, "stars": 2, "text": "x"}\n', "line 1: not JSON .key 'stars' twice in an object"),
+        ('{"stars": 1, "stars": 2, "text": "x"}\n', "line 1: not JSON: key 'stars' twice in an object"),
         ("stars,text\r1,x\r", "its lines end with carriage returns alone"),
         ('stars,text\n5,good\nsix,"good\nfilm"\n', "line 4: expected 1, 2, 3, 4 or 5 stars, got 'six'"),
         ('stars,text\n5,"good\n', "cannot tell its fields apart"),

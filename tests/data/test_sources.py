@@ -155,10 +155,10 @@ def test_rows_of_the_hub_without_text_or_label_are_named(hub, monkeypatch):
     dev = open_source("nyu-mll/glue").load(QQP, "dev")
     assert dev.ids == ["7"]
     assert [(row.line, row.id, row.reason) for row in dev.skipped] == [
-        (2, "8", "expected text for question1, got nothing (null)"),
-        (3, "2", "expected text for question2, got nothing (null)"),
+        (2, "8", "expected text for question1, got null"),
+        (3, "2", "expected text for question2, got null"),
         (4, "10", "not Unicode text (half a surrogate pair)"),
-        (5, "11", "expected text for question1, got a int"),
+        (5, "11", "expected text for question1, got a number"),
         (6, "12", "no label"),
     ]
 

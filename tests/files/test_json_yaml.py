@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from minbert.errors import UserError
-from minbert.files.json_yaml import parse_json, parse_yaml, read_bytes, read_json, read_lines
+from minbert.files.json_yaml import parse_json, parse_object, parse_yaml, read_bytes, read_json, read_json_lines
 
 
 @pytest.mark.parametrize(
@@ -55,15 +55,37 @@ def test_files_are_read_up_to_their_limit(tmp_path):
     with pytest.raises(UserError, match="no regular file"):
         read_bytes(tmp_path / "zeros", 9)
     path.write_bytes(b"[]")
-    with pytest.raises(UserError, match="must hold a JSON object, not a list"):
+    with pytest.raises(UserError, match="expected a JSON object, got a list"):
         read_json(path)
 
 
 def test_each_line_is_an_object_or_says_why_not(tmp_path):
     path = tmp_path / "lines"
     path.write_bytes(b'{"a": 1}\n\n[1]\n\xff\n{"b": 2}')
-    found = list(read_lines(path))
+    found = list(read_json_lines(path))
     assert [number for number, value in found if isinstance(value, dict)] == [1, 5]
     assert [number for number, value in found if isinstance(value, ValueError)] == [2, 3, 4]
     path.write_bytes(b"")
-    assert list(read_lines(path)) == []
+    assert list(read_json_lines(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 100_000, "not JSON: nested too deeply"),
+        ('{"a": 1, "a": 2}', "not JSON: key 'a' twice in an object"),
+        ('{"a": 1', "not JSON: Expecting"),
+        ('{"a": ' + "9" * 5000 + "}", "not JSON: Exceeds the limit"),
+        ("3", "expected a JSON object, got a number"),
+    ],
+)
+def test_a_line_of_data_that_is_no_json_object_is_a_value_error(line, message):
+    with pytest.raises(ValueError, match=message):
+        parse_object(line, strict=False)
+
+
+def test_data_may_hold_numbers_and_texts_that_files_of_a_run_may_not():
+    text = '{"a": NaN, "b": 1e400, "c": "\\ud800"}'
+    assert str(parse_object(text, strict=False)) == str({"a": float("nan"), "b": float("inf"), "c": "\ud800"})
+    with pytest.raises(ValueError, match="not JSON: NaN is no JSON number"):
+        parse_object(text)

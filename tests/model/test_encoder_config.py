@@ -46,7 +46,7 @@ def test_impossible_encoders_are_refused_at_construction(values: dict, message: 
     ("content", "message"),
     [
         ("{", "cannot read .*config.json"),
-        ("[]", "must hold a JSON object, not a list"),
+        ("[]", "expected a JSON object, got a list"),
         ("{}", "describes no encoder"),
         (json.dumps({"model_type": "roberta", "hidden_size": 8}), "describes a model of type 'roberta'"),
         (json.dumps({"hidden_size": 8, "is_decoder": True}), "is_decoder is set, but minbert has encoders only"),

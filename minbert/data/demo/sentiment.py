@@ -1,15 +1,15 @@
 """Demo sentiment: reviews in five classes, from graded adjectives, intensifiers, negation and two-clause contrast.
 
 A review is built from a target score in [-2, 2]; its label is the score plus 2. The rules, which a model has to
-discover: "very" makes a mild adjective strong, "not" turns a mild one around and flattens a strong one to neutral, "far
+learn: "very" makes a mild adjective strong; "not" turns a mild one around and flattens a strong one to neutral; "far
 from" turns a strong one into its mild opposite; in a contrast the main clause counts in full and the other one half,
 rounded towards zero.
 """
 
 from __future__ import annotations
 
-from minbert.data.demo_dice import Dice
-from minbert.data.demo_words import a, sentence
+from minbert.data.demo.seeded_random import SeededRandom
+from minbert.data.demo.words import a, sentence
 
 ADJECTIVES = {
     2: ("superb", "wonderful", "brilliant", "outstanding", "excellent", "fantastic"),
@@ -44,30 +44,30 @@ CONTRASTS = {  # the scores of aside and main clause that make each score
 }
 
 
-def review(dice: Dice, number: int) -> tuple[tuple[str], float]:
-    """A review and its label, a whole number from 0 (worst) to 4 (best): the classes take turns."""
+def review(random: SeededRandom, number: int) -> tuple[tuple[str], float]:
+    """A review and its label, a whole number from 0 (worst) to 4 (best), which follows from the number."""
     score = number % 5 - 2
-    things, aspects = dice.pick(DOMAINS)
-    thing = dice.pick(things)
-    form = dice.below(5)
+    things, aspects = random.pick(DOMAINS)
+    thing = random.pick(things)
+    form = random.below(5)
     if form < 2 and abs(score) < 2:
-        text = _contrast(dice, score, aspects, thing)
+        text = _contrast(random, score, aspects, thing)
     elif form == 2:
-        text = " and ".join(_clause(dice, score, aspect, thing) for aspect in dice.two(aspects))
+        text = " and ".join(_clause(random, score, aspect, thing) for aspect in random.two(aspects))
     else:
-        text = _clause(dice, score, dice.pick(aspects), thing)
-    if dice.chance(0.3):
-        text = dice.pick(OPENERS) + text
-    return (sentence(text, dice.pick((".", ".", ".", "!"))),), float(score + 2)
+        text = _clause(random, score, random.pick(aspects), thing)
+    if random.chance(0.3):
+        text = random.pick(OPENERS) + text
+    return (sentence(text, random.pick((".", ".", ".", "!"))),), float(score + 2)
 
 
-def _contrast(dice: Dice, score: int, aspects: tuple[str, ...], thing: str) -> str:
+def _contrast(random: SeededRandom, score: int, aspects: tuple[str, ...], thing: str) -> str:
     """Two clauses of opposite sentiment, of which the main one decides."""
-    aside, main = dice.pick(CONTRASTS[score])
-    first_aspect, second_aspect = dice.two(aspects)
-    aside_text = _clause(dice, aside, first_aspect, thing)
-    main_text = _clause(dice, main, second_aspect, thing)
-    return dice.pick(
+    aside, main = random.pick(CONTRASTS[score])
+    first_aspect, second_aspect = random.two(aspects)
+    aside_text = _clause(random, aside, first_aspect, thing)
+    main_text = _clause(random, main, second_aspect, thing)
+    return random.pick(
         (
             f"{aside_text}, but {main_text}",
             f"although {aside_text}, {main_text}",
@@ -76,32 +76,32 @@ def _contrast(dice: Dice, score: int, aspects: tuple[str, ...], thing: str) -> s
     )
 
 
-def _clause(dice: Dice, score: int, aspect: str, thing: str) -> str:
+def _clause(random: SeededRandom, score: int, aspect: str, thing: str) -> str:
     """A clause of the given score on one aspect of the thing under review."""
-    where = dice.pick(("", "", f" of the {thing}", f" of this {thing}"))
-    form = dice.below(6)
+    owner = random.pick(("", "", f" of the {thing}", f" of this {thing}"))
+    form = random.below(6)
     if form == 0:
-        return f"I {dice.pick(VERBS[score])} the {aspect}{where}"
+        return f"I {random.pick(VERBS[score])} the {aspect}{owner}"
     if form == 1:
-        return f"I found the {aspect}{where} {dice.pick(ADJECTIVES[score])}"
+        return f"I found the {aspect}{owner} {random.pick(ADJECTIVES[score])}"
     if form == 2:
-        return f"the {thing} had {a(dice.pick(ADJECTIVES[score]))} {aspect}"
-    return f"the {aspect}{where} {dice.pick(('was', 'was', 'seemed'))} {_phrase(dice, score)}"
+        return f"the {thing} had {a(random.pick(ADJECTIVES[score]))} {aspect}"
+    return f"the {aspect}{owner} {random.pick(('was', 'was', 'seemed'))} {_phrase(random, score)}"
 
 
-def _phrase(dice: Dice, score: int) -> str:
-    """An adjective with what modifies it, worth `score` in all."""
-    plain = dice.pick(ADJECTIVES[score])
+def _phrase(random: SeededRandom, score: int) -> str:
+    """An adjective with its modifier, of the given score in all."""
+    plain = random.pick(ADJECTIVES[score])
     if score == 0:
-        return dice.pick((plain, f"{dice.pick(NEGATORS)} {dice.pick(ADJECTIVES[dice.pick((-2, 2))])}"))
+        return random.pick((plain, f"{random.pick(NEGATORS)} {random.pick(ADJECTIVES[random.pick((-2, 2))])}"))
     sign = 1 if score > 0 else -1
     if abs(score) == 2:
-        return dice.pick((plain, f"{dice.pick(INTENSIFIERS)} {dice.pick(ADJECTIVES[sign])}"))
-    return dice.pick(
+        return random.pick((plain, f"{random.pick(INTENSIFIERS)} {random.pick(ADJECTIVES[sign])}"))
+    return random.pick(
         (
             plain,
-            f"{dice.pick(SOFTENERS)} {plain}",
-            f"{dice.pick(NEGATORS)} {dice.pick(ADJECTIVES[-sign])}",
-            f"far from {dice.pick(ADJECTIVES[-2 * sign])}",
+            f"{random.pick(SOFTENERS)} {plain}",
+            f"{random.pick(NEGATORS)} {random.pick(ADJECTIVES[-sign])}",
+            f"far from {random.pick(ADJECTIVES[-2 * sign])}",
         )
     )

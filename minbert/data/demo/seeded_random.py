@@ -9,8 +9,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-class Dice:
-    """Draws built on `random.Random.random` alone: the one stream that Python promises never to change."""
+class SeededRandom:
+    """Draws from `random.Random.random` alone: the only sequence that Python promises not to change."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed).random

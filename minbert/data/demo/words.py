@@ -1,8 +1,8 @@
-"""The concepts that the demo corpus's pair tasks speak of: each is a group of words that mean the same."""
+"""The concepts of the demo corpus's pair tasks: each is a pair of synonyms."""
 
 from __future__ import annotations
 
-from minbert.data.demo_dice import Dice
+from minbert.data.demo.seeded_random import SeededRandom
 
 Concept = tuple[str, str]  # the first word is the common one
 
@@ -31,9 +31,9 @@ MANNERS: tuple[Concept, ...] = (
 )
 
 
-def word(dice: Dice, concept: Concept, common: float) -> str:
+def word(random: SeededRandom, concept: Concept, common: float) -> str:
     """A word for the concept: the common one with that probability."""
-    return concept[0] if dice.chance(common) else concept[1]
+    return concept[0] if random.chance(common) else concept[1]
 
 
 def a(words: str) -> str:

@@ -1,8 +1,8 @@
 """The built-in demo corpus: sentiment, paraphrase and similarity in plain English, made from templates by a fixed seed.
 
-What an example is about is drawn; classes take turns by its number, so that every split has as many examples of each.
-Which split a sentence belongs to is a function of its text, so dev and test hold no sentence of the train split:
-neither as an example nor as one half of a pair.
+The subject of an example is drawn; its class follows from its number, so every split has as many examples of each
+class. The split of a sentence is a function of its text, so dev and test share no sentence with train: neither as an
+example nor as one half of a pair.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minbert.data.demo_dice import Dice
-from minbert.data.demo_paraphrase import questions
-from minbert.data.demo_sentiment import review
-from minbert.data.demo_similarity import scenes
-from minbert.data.formats import Examples
+from minbert.data.demo.paraphrase import questions
+from minbert.data.demo.seeded_random import SeededRandom
+from minbert.data.demo.sentiment import review
+from minbert.data.demo.similarity import scenes
+from minbert.data.examples import Examples
 from minbert.seeds import derive_seed
 
-Draw = Callable[[Dice, int], tuple[tuple[str, ...], float]]  # the texts and the label of the example of that number
+Generator = Callable[[SeededRandom, int], tuple[tuple[str, ...], float]]  # from an example's number to texts and label
 
-TASKS: dict[str, Draw] = {"sst": review, "qqp": questions, "sts": scenes}
+GENERATORS: dict[str, Generator] = {"sst": review, "qqp": questions, "sts": scenes}
 SIZES = {"train": 4800, "dev": 800, "test": 800}
-SHARES = ("train", "train", "train", "dev", "test")  # of all sentences
+SPLITS_BY_HASH = ("train", "train", "train", "dev", "test")
 
 
 @functools.cache
 def examples(task: str, split: str) -> Examples:
     """All examples of a task (sst, qqp or sts) in a split (train, dev or test), the same on every machine."""
-    dice = Dice(derive_seed("demo", task, split))
+    random = SeededRandom(derive_seed("demo", task, split))
     rows: dict[tuple[str, ...], float] = {}
     while len(rows) < SIZES[split]:
-        texts, label = TASKS[task](dice, len(rows))
+        texts, label = GENERATORS[task](random, len(rows))
         if len(set(texts)) == len(texts) and all(_split(text) == split for text in texts):
             rows[texts] = label
     columns = list(zip(*rows, strict=True))
@@ -46,4 +46,4 @@ def examples(task: str, split: str) -> Examples:
 
 
 def _split(text: str) -> str:
-    return SHARES[zlib.crc32(text.encode()) % len(SHARES)]
+    return SPLITS_BY_HASH[zlib.crc32(text.encode()) % len(SPLITS_BY_HASH)]

@@ -1,4 +1,4 @@
-"""minbert's parts for a training loop of one's own; `minbert.integrations.transformers` is imported by its own name."""
+"""Surgery and SMART for any training loop; `minbert.integrations.transformers` has to be imported by that name."""
 
 from minbert.methods.divergences import js_loss, kl_loss, sym_kl_loss
 

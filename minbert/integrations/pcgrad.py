@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, wraps
 from itertools import compress
+from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from minbert.integrations.loss_gradients import (
-    accumulate,
+    accumulate_grad,
+    check_losses,
     check_parameters,
-    grad_set_aside,
-    gradients,
+    loss_gradients,
+    preserved_grad,
     python_functions,
-    scalars,
 )
 from minbert.kernels import checks, combine, gram, surgery_weights
 from minbert.methods.surgery import Conflicts, mean_weights, pcgrad_weights, sum_weights
@@ -29,8 +28,20 @@ from minbert.methods.user_weighting import Weighting
 _PLAIN: dict[str, Weighting] = {"sum": sum_weights, "mean": mean_weights}
 
 
+def _inner_attribute(name: str) -> Any:
+    return property(attrgetter(f"optimizer.{name}"))
+
+
+def _inner_method(name: str) -> Any:
+    @wraps(getattr(torch.optim.Optimizer, name))
+    def method(self: PCGrad, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.optimizer, name)(*args, **kwargs)
+
+    return method
+
+
 class PCGrad(torch.optim.Optimizer):
-    """An optimizer whose gradients go through gradient surgery first (Yu et al. 2020, algorithm 1).
+    """An optimizer with gradient surgery (Yu et al. 2020, algorithm 1).
 
         optimizer = PCGrad(torch.optim.AdamW(model.parameters(), lr=1e-5))
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer)
@@ -39,13 +50,13 @@ class PCGrad(torch.optim.Optimizer):
         optimizer.step()
         schedule.step()
 
-    It is a torch.optim.Optimizer whose parameter groups, state and hooks are those of `.optimizer`, the one inside: a
-    learning-rate schedule, GradScaler, accelerate or transformers' scheduler takes either. Losses that a GradScaler
-    scaled are fine: surgery does not depend on the scale.
+    It is a torch.optim.Optimizer with the parameter groups, state and hooks of the inner optimizer, `.optimizer`:
+    learning-rate schedules, GradScaler, accelerate and transformers' schedulers take either. A GradScaler may scale the
+    losses: surgery does not depend on the scale.
 
     Unlike Pytorch-PCGrad:
-    - The default reduction is "sum", as in the paper. There, it is "mean", which its code takes for "sum" too: the
-      shared parameters' gradients are T times smaller for T losses. `PCGrad(optimizer, "mean")` has that size.
+    - The default reduction is "sum", as in the paper. There, it is "mean", and "sum" computes the mean too:
+      the shared parameters' gradients are T times smaller for T losses. `PCGrad(optimizer, "mean")` has that size.
     - Only shared parameters are projected, and only their gradients enter inner products and norms. There, all
       parameters are projected, heads too.
     - Parameters that at least two losses reach are shared. There, a parameter that one of the losses does not reach
@@ -53,7 +64,7 @@ class PCGrad(torch.optim.Optimizer):
     - Gradients add to what `.grad` holds, as with `backward`. There, they replace it.
     - Parameters that no loss reaches keep their `.grad`. There, it becomes zeros, and weight decay and momentum act.
     - The orders of projection follow a generator of torch. There, they follow Python's `random`.
-    - The graph goes with the last loss. There, it stays.
+    - The backward of the last loss frees the graph. There, it stays.
 
     Gradients are torch.autograd.grad's. A graph with a checkpoint of torch.utils.checkpoint(..., use_reentrant=True),
     whose parameters it does not show, is refused. DistributedDataParallel does not see these gradients: average `.grad`
@@ -62,15 +73,15 @@ class PCGrad(torch.optim.Optimizer):
     Args:
         optimizer: its parameters are float32, bfloat16 or float64, on one device.
         reduction: "sum" of the projected gradients, or their "mean".
-        shared: the parameters that surgery is about; when left out, those that at least two of the losses reach, found
-            anew in each call. Every other parameter gets the plain sum of its gradients: a head's is its task's own.
+        shared: the parameters that surgery applies to; when left out, those that at least two of the losses of a call
+            reach. Every other parameter gets the sum of its gradients: a head gets its task's gradient.
         generator: a CPU generator for the orders of projection; torch's default generator when left out.
-        weighting: another surgery in PCGrad's place, gram float64 [T, T] -> weights [T], as TorchJD's weightings are.
-            `reduction` is then the plain combination that it departs from.
+        weighting: another surgery in place of PCGrad, gram float64 [T, T] -> weights [T], like TorchJD's weightings.
+            `reduction` then defines the unprojected combination.
 
     Attributes:
-        conflicts: how the gradients of the last `pc_backward` disagreed, a
-            `minbert.methods.surgery.Conflicts`, with NaN where nothing is shared; None before.
+        conflicts: the `minbert.methods.surgery.Conflicts` between the gradients of the last `pc_backward`, NaN without
+            shared parameters; None before the first.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -85,7 +96,7 @@ class PCGrad(torch.optim.Optimizer):
         generator: torch.Generator | None = None,
         weighting: Weighting | None = None,
     ) -> None:
-        # Optimizer.__init__ would give this object groups, state and hooks of its own.
+        # Optimizer.__init__ is not called: groups, state and hooks are the inner optimizer's.
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"PCGrad: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         checks.choice("PCGrad", "reduction", reduction, tuple(_PLAIN))
@@ -105,10 +116,10 @@ class PCGrad(torch.optim.Optimizer):
         self._warned = False
 
     def pc_backward(self, losses: Iterable[Tensor]) -> None:
-        """Add to the parameters' `.grad` what surgery makes of the losses' gradients.
+        """Add the losses' gradients after surgery to the parameters' `.grad`.
 
-        The losses may share a graph: it is kept until the last of them is differentiated. If a shared parameter's
-        gradient is not finite, nothing is projected, and the plain combination shows it to whoever looks for it.
+        The losses may share a graph, which the backward of the last one frees. If a shared parameter's gradient is not
+        finite, nothing is projected, and `.grad` gets the plain sum or mean, which is not finite either.
 
         Args:
             losses: T scalars, one per task; each of them reaches a parameter of the optimizer.
@@ -119,10 +130,10 @@ class PCGrad(torch.optim.Optimizer):
         """
         parameters = [parameter for parameter in dict.fromkeys(self._parameters()) if parameter.requires_grad]
         check_parameters(parameters)
-        listed = scalars(losses)
-        functions = python_functions(listed)
-        with grad_set_aside(parameters):
-            grads = gradients(listed, parameters)
+        losses = check_losses(losses)
+        functions = python_functions(losses)
+        with preserved_grad(parameters):
+            grads = loss_gradients(losses, parameters)
         reached = [sum(grad is not None for grad in column) for column in zip(*grads, strict=True)]
         for task, row in enumerate(grads):
             if not any(grad is not None for grad in row):
@@ -145,77 +156,46 @@ class PCGrad(torch.optim.Optimizer):
 
         projected = combine(rows, weights)
         summed = combine([list(compress(row, others)) for row in grads], sum_weights(products))
-        accumulate(compress(parameters, shared), projected)
-        accumulate(compress(parameters, others), summed)
+        accumulate_grad(compress(parameters, shared), projected)
+        accumulate_grad(compress(parameters, others), summed)
 
     def _warn_once(self, functions: list[str], reached: list[int]) -> None:
-        """Say what may be missing from the gradients and cannot be seen."""
-        found = []
+        """Warn of gradients that may be missing."""
+        problems = []
         if functions and 0 in reached:
-            found.append(
+            problems.append(
                 f"no loss reaches {reached.count(0)} of {len(reached)} parameters, and the losses' graph has"
                 f" {', '.join(functions)}, written in Python: parameters that such a function uses without taking them"
                 " as arguments get no gradient"
             )
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            found.append(
+            problems.append(
                 "DistributedDataParallel does not average these gradients; average .grad over the processes before"
                 " step()"
             )
-        if found and not self._warned:
+        if problems and not self._warned:
             self._warned = True
-            warnings.warn(f"PCGrad: {'; '.join(found)}", stacklevel=3)
+            warnings.warn(f"PCGrad: {'; '.join(problems)}", stacklevel=3)
 
-    # The rest is the inner optimizer's ----------------------------------------------------------------------------
+    # The inner optimizer's interface ------------------------------------------------------------------------------
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.optimizer.defaults
+    param_groups = _inner_attribute("param_groups")
+    state = _inner_attribute("state")
+    defaults = _inner_attribute("defaults")
+    zero_grad = _inner_method("zero_grad")
+    add_param_group = _inner_method("add_param_group")
+    state_dict = _inner_method("state_dict")
+    load_state_dict = _inner_method("load_state_dict")
+    register_step_pre_hook = _inner_method("register_step_pre_hook")
+    register_step_post_hook = _inner_method("register_step_post_hook")
+    register_state_dict_pre_hook = _inner_method("register_state_dict_pre_hook")
+    register_state_dict_post_hook = _inner_method("register_state_dict_post_hook")
+    register_load_state_dict_pre_hook = _inner_method("register_load_state_dict_pre_hook")
+    register_load_state_dict_post_hook = _inner_method("register_load_state_dict_post_hook")
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         """The inner optimizer's `step`. A closure calls `zero_grad` and `pc_backward`, and returns a loss."""
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.optimizer.add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state; surgery has none of its own."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, or what the inner optimizer's did."""
-        self.optimizer.load_state_dict(state_dict)
-
-    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
-        """On the inner optimizer, which the hook is given; so are the hooks below."""
-        return self.optimizer.register_step_pre_hook(hook)
-
-    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
-        return self.optimizer.register_step_post_hook(hook)
-
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        return self.optimizer.register_state_dict_pre_hook(hook, prepend)
-
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        return self.optimizer.register_state_dict_post_hook(hook, prepend)
-
-    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend)
-
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minbert.integrations.kept_statistics import statistics_kept
+from minbert.integrations.running_statistics import frozen_running_statistics
 from minbert.kernels import checks, smart_ascend, smart_init
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # the perturbed state and the clean one -> a scalar
@@ -25,36 +25,35 @@ def l2_norm(x: Tensor) -> Tensor:
 
 
 class SMARTLoss(nn.Module):
-    """How far an adversarial perturbation of the embeddings moves the output (Jiang et al. 2019, algorithm 1).
+    """The loss between outputs with and without an adversarial perturbation (Jiang et al. 2019, algorithm 1).
 
         smart = SMARTLoss(lambda embed: head(encoder(embed)), sym_kl_loss, epsilon=0.05, noise_var=1e-4, step_size=0.05)
         loss = task_loss + weight * smart(embed, logits)  # logits = head(encoder(embed))
 
-    The embeddings start from normal noise and climb `loss_fn` for `num_steps` steps; the loss between the outputs at
-    the end of the climb and the clean ones is returned. Its gradient flows through both outputs and through `embed`;
-    the climb itself leaves no gradient in any parameter, unless an autograd function inside runs a backward of its own.
-    Dropout inside `eval_fn` counts as movement, unless its masks are the same as in the clean pass; the passes draw
-    from torch's generator.
+    The perturbation starts from normal noise and ascends `loss_fn` for `num_steps` steps. The result is the loss between
+    the perturbed and the clean output; its gradient flows through both and through `embed`. The ascent accumulates no
+    gradient in any parameter, unless an autograd function inside runs another backward. Dropout inside `eval_fn` adds
+    to the loss, unless its masks are those of the clean pass; the passes draw from torch's generator.
 
-    Batch normalisation in training normalises a perturbed batch by its own statistics, and only clean batches, those
-    that are not given here, enter the running ones: torch's BatchNorm, SyncBatchNorm and InstanceNorm modules and
-    minbert's own leave them alone in here, and spectral_norm its vectors. Statistics that are kept elsewhere cannot be
-    seen: by modules of one's own, by torch.nn.functional.batch_norm called directly, inside a function compiled by
-    torch.compile or torch.jit (a compiled module is fine), or when torch.utils.checkpoint runs a pass again.
+    Batch normalisation in training normalises a perturbed batch by its own statistics, but does not update the running
+    ones: this holds for torch's BatchNorm, SyncBatchNorm and InstanceNorm modules, minbert's BatchNorm, and the vectors
+    of spectral_norm. Running statistics are updated by other modules, by direct calls of
+    torch.nn.functional.batch_norm, inside a function compiled by torch.compile or torch.jit (a compiled module is
+    fine), and when torch.utils.checkpoint runs a pass again.
 
     The arguments and defaults are smart-pytorch's. Unlike there, with projection="ball" a gradient is scaled to norm 1
     before `step_size` multiplies it, as in the paper; the perturbation is projected onto the ball of radius `epsilon`,
     where smart-pytorch rescales it to norm 1 whatever its length and only adds `epsilon` to a denominator; `noise_var`
     is a variance, not a standard deviation; and it works under torch.no_grad(), for measuring. A ball of the default
     radius, 1e-6, is too small to move any output of BERT, whose embeddings have a root mean square of about 0.5: choose
-    one that acts, of 1e-2 to 1e-1 there, and a `step_size` of its order. With projection="unit" it is the released
-    behaviour: the gradient as it comes, a perturbation of norm 1 after every step, and no part for `epsilon`.
+    1e-2 to 1e-1 there, and a `step_size` of the same order. With projection="unit" it behaves like smart-pytorch: the
+    gradient is not scaled, the perturbation has norm 1 after every step, and `epsilon` has no effect.
 
     Args:
         eval_fn: embeddings, shaped like `embed` -> the state (logits or scores), a float tensor.
-        loss_fn: (perturbed state, clean state) -> a scalar, what the climb increases.
+        loss_fn: (perturbed state, clean state) -> a scalar, which the ascent increases.
         loss_last_fn: the loss that is returned; `loss_fn` when left out.
-        norm_fn: `inf_norm` or `l2_norm`, or a function of one's own that computes the same.
+        norm_fn: `inf_norm` or `l2_norm`, or another function that computes the same.
         num_steps: 0 or more; with 0 the perturbation is the noise.
         step_size, epsilon, noise_var: as above, 0 or more.
         projection: "ball" or "unit".
@@ -131,38 +130,38 @@ class SMARTLoss(nn.Module):
         x = clean[real]  # [N, D]
         seed = torch.randint(2**63 - 1, (), device=embed.device, generator=self.generator)
         perturbed = smart_init(x, sigma=self.noise_var**0.5, seed=seed, stream_id=0)
-        with statistics_kept(self.eval_fn):
+        with frozen_running_statistics(self.eval_fn):
             for _ in range(self.num_steps):
-                slope = self._slope(clean + _spread(perturbed - x, real), state.detach())[real]
-                perturbed = self._climb(perturbed, x, slope, bounds)
-            moved = self.eval_fn(embed + _spread(perturbed - x, real))
-        return self.loss_last_fn(moved, state)
+                gradient = self._gradient(clean + _padded(perturbed - x, real), state.detach())[real]
+                perturbed = self._ascend(perturbed, x, gradient, bounds)
+            perturbed_state = self.eval_fn(embed + _padded(perturbed - x, real))
+        return self.loss_last_fn(perturbed_state, state)
 
-    def _slope(self, perturbed: Tensor, state: Tensor) -> Tensor:
+    def _gradient(self, perturbed: Tensor, state: Tensor) -> Tensor:
         """The gradient of `loss_fn` with respect to the perturbed embeddings alone."""
         with torch.enable_grad():
             loss = self.loss_fn(self.eval_fn(perturbed.requires_grad_()), state)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"SMARTLoss: loss_fn must return a scalar tensor, got {got}; take the loss's mean or sum")
-        slope = torch.autograd.grad(loss, perturbed, allow_unused=True)[0] if loss.requires_grad else None
-        if slope is None:
+        gradient = torch.autograd.grad(loss, perturbed, allow_unused=True)[0] if loss.requires_grad else None
+        if gradient is None:
             raise ValueError(
                 "SMARTLoss: eval_fn's output must depend on the embeddings that it is given; got one that does not; "
                 "compute it from eval_fn's argument, and outside torch.no_grad()"
             )
-        return slope
+        return gradient
 
-    def _climb(self, perturbed: Tensor, x: Tensor, slope: Tensor, bounds: Tensor) -> Tensor:
-        """One step up the slope and back onto the ball, or onto the released implementations' unit sphere."""
+    def _ascend(self, perturbed: Tensor, x: Tensor, gradient: Tensor, bounds: Tensor) -> Tensor:
+        """One step of projected gradient ascent, on the ball or, like smart-pytorch, on the unit sphere."""
         if self.projection == "ball":
             eta, epsilon = self.step_size, self.epsilon
         else:
-            perturbed, eta, epsilon = perturbed + self.step_size * slope, 0.0, 1.0
+            perturbed, eta, epsilon = perturbed + self.step_size * gradient, 0.0, 1.0
         return smart_ascend(
             perturbed,
             x,
-            slope,
+            gradient,
             bounds,
             eta=eta,
             epsilon=epsilon,
@@ -189,7 +188,7 @@ class SMARTLoss(nn.Module):
 
 
 def _norm_of(norm_fn: Callable[[Tensor], Tensor]) -> str:
-    """The kernels' name of the norm that a function computes, found by asking it once."""
+    """The kernels' name of the norm that a function computes, found by calling it."""
     got = norm_fn(torch.tensor([[3.0, -4.0], [1.0, 0.0]]))
     for name, lengths in (("inf", [[4.0], [1.0]]), ("2", [[5.0], [1.0]])):
         if isinstance(got, Tensor) and got.shape == (2, 1) and torch.allclose(got.float(), torch.tensor(lengths)):
@@ -229,8 +228,8 @@ def _real_tokens(embed: Tensor, mask: Tensor | None) -> Tensor:
     return mask.bool()
 
 
-def _spread(packed: Tensor, real: Tensor) -> Tensor:
-    """[N, D] laid out over [..., D], with zeros where there is no real token."""
+def _padded(packed: Tensor, real: Tensor) -> Tensor:
+    """Packed vectors [N, D] as [..., D], zeros at padding."""
     padded = packed.new_zeros(*real.shape, packed.shape[-1])
     padded[real] = packed
     return padded

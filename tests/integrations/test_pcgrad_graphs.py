@@ -13,7 +13,7 @@ from minbert.integrations import PCGrad
 
 
 class Recomputed(torch.autograd.Function):
-    """A module that runs again in a backward of its own, which autograd does not see."""
+    """A module that runs again in another backward, which autograd does not see."""
 
     @staticmethod
     def forward(ctx, x: Tensor, module: nn.Module) -> Tensor:
@@ -89,7 +89,9 @@ def test_a_checkpoint_that_is_not_reentrant_gives_the_same_gradients() -> None:
 def test_a_backward_inside_a_function_is_refused_and_grad_stays() -> None:
     network = Network()
     network.body.bias.grad = kept = torch.ones(4)
-    with pytest.raises(ValueError, match=r"ran a backward of its own, which wrote \.grad of parameter 2, past surgery"):
+    with pytest.raises(
+        ValueError, match=r"ran another backward, which accumulated in \.grad of parameter 2 without surgery"
+    ):
         network.optimizer().pc_backward(network.losses(lambda x: Recomputed.apply(x, network.body), before=True))
     assert network.body.bias.grad is kept
     assert kept.tolist() == [1.0] * 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minbert.integrations import SMARTLoss, sym_kl_loss
-from minbert.integrations.kept_statistics import statistics_kept
+from minbert.integrations.running_statistics import frozen_running_statistics
 from minbert.model.layers import BatchNorm
 
 D = 6
@@ -127,7 +127,7 @@ def test_in_evaluation_the_running_statistics_are_used_and_kept() -> None:
 
 def test_sync_batch_norm_which_needs_a_gpu_has_no_running_statistics_meanwhile() -> None:
     norm = nn.SyncBatchNorm(D)
-    with statistics_kept(norm):
+    with frozen_running_statistics(norm):
         assert norm.running_mean is norm.running_var is norm.num_batches_tracked is None
     assert norm.running_mean.tolist() == [0.0] * D
 

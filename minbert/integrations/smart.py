@@ -30,10 +30,10 @@ class SMARTLoss(nn.Module):
         smart = SMARTLoss(lambda embed: head(encoder(embed)), sym_kl_loss, epsilon=0.05, noise_var=1e-4, step_size=0.05)
         loss = task_loss + weight * smart(embed, logits)  # logits = head(encoder(embed))
 
-    The perturbation starts from normal noise and ascends `loss_fn` for `num_steps` steps. The result is the loss between
-    the perturbed and the clean output; its gradient flows through both and through `embed`. The ascent accumulates no
-    gradient in any parameter, unless an autograd function inside runs another backward. Dropout inside `eval_fn` adds
-    to the loss, unless its masks are those of the clean pass; the passes draw from torch's generator.
+    The perturbation starts from normal noise and ascends `loss_fn` for `num_steps` steps. The result is the loss
+    between the perturbed and the clean output; its gradient flows through both and through `embed`. The ascent
+    accumulates no gradient in any parameter, unless an autograd function inside runs another backward. Dropout inside
+    `eval_fn` adds to the loss, unless its masks are those of the clean pass; the passes draw from torch's generator.
 
     Batch normalisation in training normalises a perturbed batch by its own statistics, but does not update the running
     ones: this holds for torch's BatchNorm, SyncBatchNorm and InstanceNorm modules, minbert's BatchNorm, and the vectors

@@ -5,8 +5,8 @@
     register()
     model = BertModel.from_pretrained("bert-base-uncased", attn_implementation="minbert")
 
-The model's batches stay padded. Once per forward the padding mask becomes the places of the real tokens, and attention
-runs on those alone in every layer.
+The model's batches stay padded. Once per forward the padding mask is converted to the indices of the real tokens, and
+attention in every layer runs on these.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _CHANGES_THE_SCORES = ("head_mask", "position_bias", "s_aux", "sliding_window", 
 
 
 def register() -> None:
-    """Make attn_implementation="minbert" known to transformers. Calling it again changes nothing.
+    """Register attn_implementation="minbert" with transformers. Further calls have no effect.
 
     Raises:
-        ImportError: transformers is missing, or older than 5.0, whose BERT builds its masks otherwise.
+        ImportError: transformers is missing, or older than 5.0, whose BERT has other masks.
     """
     try:
         import transformers
@@ -46,23 +46,23 @@ def register() -> None:
 
 @dataclass(frozen=True)
 class RealTokens:
-    """Where the real tokens of a padded batch [batch, length] are: what the layers get as their attention mask."""
+    """The indices of the real tokens of a padded batch [batch, length], which the layers get as attention mask."""
 
     batch: int
     length: int
-    rows: Tensor | None  # int64 [N], their places in the flattened batch; None where there is no padding
+    rows: Tensor | None  # int64 [N], indices in the flattened batch; None without padding
     cu_seqlens: Tensor  # int32 [S + 1]; a sequence without real tokens is left out
     max_seqlen: int
 
     @classmethod
-    def all_of(cls, batch: int, length: int, device: torch.device) -> RealTokens:
+    def without_padding(cls, batch: int, length: int, device: torch.device) -> RealTokens:
         """A batch without padding."""
         cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
         return cls(batch, length, None, cu_seqlens, length)
 
     @classmethod
-    def under(cls, mask: Tensor) -> RealTokens:
-        """The places where a padding mask, bool [batch, length], is true; padding may be on either side or both.
+    def from_mask(cls, mask: Tensor) -> RealTokens:
+        """The tokens where a padding mask, bool [batch, length], is true. Padding may be on either side or both.
 
         Raises:
             ValueError: padding between the real tokens of a sequence, or no real token at all.
@@ -80,7 +80,7 @@ class RealTokens:
         batch, length = mask.shape
         rows = mask.flatten().nonzero()[:, 0]
         if len(rows) == batch * length:
-            return cls.all_of(batch, length, mask.device)
+            return cls.without_padding(batch, length, mask.device)
         return cls(batch, length, rows, F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()))
 
     def gather(self, padded: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class RealTokens:
 
 
 class _Gather(torch.autograd.Function):
-    """Some rows of a tensor. No row is taken twice, so its gradient is a copy where index_select's adds up."""
+    """index_select of distinct rows, so that the backward copies rows instead of adding them."""
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, rows: Tensor) -> Tensor:
@@ -124,12 +124,12 @@ def real_tokens(
     device: torch.device,
     **kwargs: Any,
 ) -> RealTokens:
-    """What transformers' models get for a mask, once per forward.
+    """The attention mask of transformers' models, computed once per forward.
 
     Args:
         batch_size, q_length, kv_length: the batch's shape.
         mask_function: which keys a query sees, padding aside; it must be transformers' bidirectional one.
-        attention_mask: bool [batch_size, kv_length], true at real tokens; None where there is no padding.
+        attention_mask: bool [batch_size, kv_length], true at real tokens; None without padding.
         device: where the model runs.
 
     Raises:
@@ -142,10 +142,10 @@ def real_tokens(
     if q_length != kv_length:
         raise _unsupported(f"is self-attention, got {q_length} queries for {kv_length} keys")
     if attention_mask is None:
-        return RealTokens.all_of(batch_size, q_length, device)
+        return RealTokens.without_padding(batch_size, q_length, device)
     if attention_mask.shape != (batch_size, q_length):
         raise _unsupported(f"needs an attention_mask [{batch_size}, {q_length}], got {list(attention_mask.shape)}")
-    return RealTokens.under(attention_mask.bool())
+    return RealTokens.from_mask(attention_mask.bool())
 
 
 def packed_attention(
@@ -163,12 +163,12 @@ def packed_attention(
     Args:
         module: the layer's attention module.
         query, key, value: float [batch, H, length, d].
-        attention_mask: what `real_tokens` gave; None where there is no padding.
-        scaling: what the scores are multiplied by; 1 / sqrt(d) when left out.
+        attention_mask: the result of `real_tokens`; None without padding.
+        scaling: the factor of the scores; 1 / sqrt(d) when left out.
         dropout: the probability of dropping an attention probability; the seed is drawn from torch's generator.
 
     Returns:
-        [batch, length, H, d], zeros at padding; and None, as nobody computes all the attention probabilities.
+        [batch, length, H, d], zeros at padding; and None for the attention probabilities, which are not computed.
 
     Raises:
         ValueError: attention that is not bidirectional self-attention, a mask of another kind, or an argument that
@@ -188,7 +188,7 @@ def packed_attention(
     if kwargs.get("output_attentions"):
         raise _unsupported("computes no attention probabilities to return, got output_attentions=True", use="eager")
     if attention_mask is None:
-        attention_mask = RealTokens.all_of(batch, length, query.device)
+        attention_mask = RealTokens.without_padding(batch, length, query.device)
     if not isinstance(attention_mask, RealTokens):
         got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise _unsupported(f"needs a padding mask [batch, length], got {got}")

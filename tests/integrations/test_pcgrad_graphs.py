@@ -89,9 +89,8 @@ def test_a_checkpoint_that_is_not_reentrant_gives_the_same_gradients() -> None:
 def test_a_backward_inside_a_function_is_refused_and_grad_stays() -> None:
     network = Network()
     network.body.bias.grad = kept = torch.ones(4)
-    with pytest.raises(
-        ValueError, match=r"ran another backward, which accumulated in \.grad of parameter 2 without surgery"
-    ):
+    message = r"ran another backward, which accumulated in \.grad of parameter 2 without surgery"
+    with pytest.raises(ValueError, match=message):
         network.optimizer().pc_backward(network.losses(lambda x: Recomputed.apply(x, network.body), before=True))
     assert network.body.bias.grad is kept
     assert kept.tolist() == [1.0] * 4

@@ -125,7 +125,7 @@ def attend(mask: Tensor | None, module: nn.Module | None = None, **options) -> T
     """Attention of random queries, keys and values [3, 4 heads, 20, 8]."""
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(3, 20, 4, 8, generator=generator).transpose(1, 2) for _ in range(3))
-    tokens = None if mask is None else RealTokens.under(mask.bool())
+    tokens = None if mask is None else RealTokens.from_mask(mask.bool())
     out, probabilities = packed_attention(module or nn.Module(), q, k, v, tokens, **options)
     assert probabilities is None
     return out
@@ -143,10 +143,10 @@ def test_padding_gives_zeros(side: str) -> None:
 def test_padding_is_not_read() -> None:
     mask = padding_mask("both sides").bool()
     q, k, v = (torch.randn(3, 4, 20, 8) for _ in range(3))
-    clean, _ = packed_attention(nn.Module(), q, k, v, RealTokens.under(mask))
+    clean, _ = packed_attention(nn.Module(), q, k, v, RealTokens.from_mask(mask))
     for x in (q, k, v):
         x.transpose(1, 2)[~mask] = float("nan")
-    poisoned, _ = packed_attention(nn.Module(), q, k, v, RealTokens.under(mask))
+    poisoned, _ = packed_attention(nn.Module(), q, k, v, RealTokens.from_mask(mask))
     assert torch.equal(clean, poisoned)
 
 
@@ -167,7 +167,7 @@ def test_training_drops_probabilities_with_a_seed_from_torchs_generator() -> Non
 
 
 def test_kept_probabilities_are_those_of_the_mask_and_weigh_twice() -> None:
-    tokens = RealTokens.under(padding_mask("both sides").bool())
+    tokens = RealTokens.from_mask(padding_mask("both sides").bool())
     zeros = torch.zeros(3, 4, 20, 8)  # as scores, so that probabilities are 1 / length
     torch.manual_seed(4)
     out, _ = packed_attention(nn.Module(), zeros, zeros, zeros + 1, tokens, dropout=0.5)
@@ -205,11 +205,11 @@ def test_gradient_checkpointing_computes_the_same_gradients() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_the_places_of_the_tokens_are_found_once_per_forward(monkeypatch) -> None:
+def test_the_indices_of_the_tokens_are_computed_once_per_forward(monkeypatch) -> None:
     _, ours = both(MODELS["bert"])
     calls = []
     under = RealTokens.under.__func__
-    monkeypatch.setattr(RealTokens, "under", classmethod(lambda cls, mask: calls.append(mask) or under(cls, mask)))
+    monkeypatch.setattr(RealTokens, "from_mask", classmethod(lambda cls, mask: calls.append(mask) or under(cls, mask)))
     mask = padding_mask("right")
     ours(token_ids(mask), attention_mask=mask)
     assert len(calls) == 1

@@ -20,10 +20,12 @@ from minbert.cli import parse_layers
 from minbert.config import TrainConfig
 from minbert.errors import UserError
 from minbert.recipes import paper, papers
-from minbert.report.history import flat_scores
+from minbert.report import paper_table
+from minbert.report.training_history import flat_scores
 from minbert.reproduce import FILES
 from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS
+from minbert.training import separate_process
 
 ROWS = [(number, name) for number in papers() for name in paper(number).rows]
 SMALL = """
@@ -54,7 +56,7 @@ def in_process(monkeypatch):
             message = f"error: {error}\n"
             return SimpleNamespace(returncode=2, communicate=lambda: (None, message))
 
-    monkeypatch.setattr(reproduce.subprocess, "Popen", start)
+    monkeypatch.setattr(separate_process.subprocess, "Popen", start)
     return calls
 
 
@@ -81,7 +83,7 @@ def test_every_row_is_a_recipe_with_the_papers_figures(number, name):
 @pytest.mark.parametrize("number", papers())
 def test_a_papers_table_runs_end_to_end(number, sweep, in_process, tmp_path):
     files = [f"--{name}={path}" for name, path in write_further_data(tmp_path).items()]
-    with patch("minbert.training.finish.write_report"):  # test_report.py writes them
+    with patch("minbert.training.finish.write_report"):  # tests/report writes them
         assert sweep(number, *files, "--steps=2") == 0
     found = json.loads((tmp_path / "out" / "table.json").read_text())
     assert list(found) == list(paper(number).rows)
@@ -178,7 +180,7 @@ def test_a_run_that_is_to_be_longer_is_extended_and_a_longer_one_is_kept(sweep, 
 
 
 def test_a_sweep_that_is_stopped_stops_its_run(sweep, monkeypatch, capsys, tmp_path):
-    told = []
+    signals = []
 
     class Waiting:
         returncode = 143
@@ -190,14 +192,14 @@ def test_a_sweep_that_is_stopped_stops_its_run(sweep, monkeypatch, capsys, tmp_p
             signal.raise_signal(signal.SIGTERM)
 
         def send_signal(self, number):
-            told.append(number)
+            signals.append(number)
 
         def wait(self):
-            told.append("waited")
+            signals.append("waited")
 
-    monkeypatch.setattr(reproduce.subprocess, "Popen", Waiting)
+    monkeypatch.setattr(separate_process.subprocess, "Popen", Waiting)
     assert sweep("000", "--rows=finetune") == 143
-    assert told == [signal.SIGTERM, "waited"]
+    assert signals == [signal.SIGTERM, "waited"]
     said = f"stopped; the same command goes on with what {tmp_path / 'out'} holds"
     assert capsys.readouterr().out.splitlines()[-1] == said
 
@@ -222,7 +224,10 @@ def test_results_that_cannot_be_written_are_one_line(sweep, in_process, tmp_path
     with pytest.raises(UserError, match=r"file/out cannot be written .*; choose another --out"):
         sweep("000", f"--out={tmp_path / 'file' / 'out'}")
     full = OSError(errno.ENOSPC, "No space left on device")
-    with patch.object(reproduce, "write_atomically", side_effect=full), pytest.raises(UserError, match="no room left"):
+    with (
+        patch.object(paper_table, "write_atomically", side_effect=full),
+        pytest.raises(UserError, match="no room left"),
+    ):
         sweep("001", "--rows=auxiliary-0.3")
 
 
@@ -230,7 +235,7 @@ def test_results_that_cannot_be_written_are_one_line(sweep, in_process, tmp_path
     ("words", "message"),
     [
         (["007"], r"unknown paper '007' \(did you mean '00\d'\?\); known: 000, 001, 002, 003, 004"),
-        (["000", "--rows=pcgrda"], r"--rows: paper 000 has no row 'pcgrda' \(did you mean 'pcgrad'\?\); rows: single"),
+        (["000", "--rows=pcgrda"], r"paper 000 has no row 'pcgrda' \(did you mean 'pcgrad'\?\); rows: single"),
         (["000", "--seed=1"], r"unknown option --seed \(did you mean '--seeds'\?\)"),
     ],
 )

@@ -23,7 +23,7 @@ from minbert.data import open_source
 from minbert.device import resolve_precision
 from minbert.errors import UserError
 from minbert.files.atomic import verify
-from minbert.report.comparison import our_scores
+from minbert.report.comparison_report import our_scores
 from minbert.runs import checkpoint
 from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS

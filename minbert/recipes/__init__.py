@@ -35,6 +35,17 @@ class Paper:
     title: str
     rows: Mapping[str, Row]
 
+    def row(self, name: str) -> Row:
+        """The row of this name.
+
+        Raises:
+            UserError: the paper has no such row.
+        """
+        if name not in self.rows:
+            near = did_you_mean(name, list(self.rows))
+            raise UserError(f"paper {self.number} has no row {name!r}{near}; rows: {', '.join(self.rows)}")
+        return self.rows[name]
+
 
 def papers() -> list[str]:
     """The papers' numbers."""
@@ -73,12 +84,7 @@ def recipe(name: str) -> Mapping[str, Any]:
     """
     number, _, row = name.partition("/")
     if row:
-        rows = paper(number).rows
-        if row not in rows:
-            raise UserError(
-                f"paper {number} has no row {row!r}{did_you_mean(row, list(rows))}; rows: {', '.join(rows)}"
-            )
-        return rows[row].options
+        return paper(number).row(row).options
     known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     if name not in known:
         listed = f"{', '.join(known)}, and PAPER/ROW of the papers {', '.join(papers())}"

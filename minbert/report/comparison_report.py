@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minbert.report import history
-from minbert.report.figures import Figure
-from minbert.report.history import Epoch, Option
-from minbert.report.page import write_page
-from minbert.report.single import palette, training_figures
+from minbert.report.html_page import write_page
+from minbert.report.svg_charts import Figure
+from minbert.report.training_charts import palette, training_figures
+from minbert.report.training_history import Epoch, Option, epochs, flat_scores, options
 from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS
 
@@ -88,7 +87,7 @@ def our_scores(run: Run | None) -> dict[str, float]:
     found: dict[str, float] = {}
     for split, mark in (("dev", ""), ("test", " test")):
         if scores := summary.get(split):
-            flat = history.flat_scores(scores) | {"overall": scores["overall"]}
+            flat = flat_scores(scores) | {"overall": scores["overall"]}
             found |= {f"{name}{mark}": score for name, score in flat.items()}
     return found
 
@@ -136,9 +135,9 @@ def details(row: Row, page: Path) -> Details:
     own = row.run.path / "report.html"
     return Details(
         row,
-        history.epochs(records),
+        epochs(records),
         row.run.summary().get("best_epoch", 0),
-        [option for option in history.options(config) if option.changed or option.settled],
+        [option for option in options(config) if option.changed or option.settled],
         training_figures(records, palette(config.tasks or [])),
         Path(os.path.relpath(own, page.parent)).as_posix() if own.exists() else "",
     )

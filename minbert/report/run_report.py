@@ -10,11 +10,12 @@ from typing import Any
 from minbert.config import TrainConfig
 from minbert.data import Examples, SkippedRow, Source, open_source, read_skipped
 from minbert.errors import UserError
-from minbert.report import analysis, history
-from minbert.report.analysis import Example, Group
-from minbert.report.figures import Figure, heat_map, line_chart, scatter
-from minbert.report.history import Points, Record
-from minbert.report.page import write_page
+from minbert.report import error_analysis, training_history
+from minbert.report.error_analysis import Example, Group
+from minbert.report.html_page import write_page
+from minbert.report.svg_charts import Figure, scatter
+from minbert.report.training_charts import gradient_figures, palette, training_figures
+from minbert.report.training_history import Record
 from minbert.runs.run_directory import Run
 from minbert.tasks import Task
 
@@ -26,7 +27,6 @@ CLASSES = {  # what labels mean
     "cfimdb": ("negative", "positive"),
     "sst2": ("negative", "positive"),
 }
-SERIES = 6  # colours that the style sheet has for lines
 
 
 def write_report(run: Run, data: str | None = None) -> Path:
@@ -51,11 +51,11 @@ def write_report(run: Run, data: str | None = None) -> Path:
         method=method(config),
         summary=summary,
         headline=headline(tasks, records, summary),
-        epochs=history.epochs(records),
+        epochs=training_history.epochs(records),
         training=training_figures(records, colours),
         gradients=gradient_figures(records, colours),
-        phases=history.phases(records),
-        options=history.options(config),
+        phases=training_history.phases(records),
+        options=training_history.options(config),
         kernels=kernels_by_backend(summary),
         sections=[task_section(run, task, source) for task in tasks],
         skipped=skipped_by_split(run),
@@ -84,7 +84,7 @@ def method(config: TrainConfig) -> list[str]:
 
 def headline(tasks: Sequence[Task], records: Sequence[Record], summary: dict[str, Any]) -> list[Headline]:
     """The overall score and each task's, of the best epoch (of the last one that ended, in a run that has not)."""
-    epochs = history.epochs(records)
+    epochs = training_history.epochs(records)
     if not epochs:
         return []
     number = summary["best_epoch"] if summary else len(epochs)
@@ -93,44 +93,6 @@ def headline(tasks: Sequence[Task], records: Sequence[Record], summary: dict[str
     best = epochs[number - 1]
     of_tasks = [Headline(task.title, task.metric, best.scores[task.name]) for task in tasks if task.name in best.scores]
     return [Headline("Overall", "mean of the tasks", best.overall), *of_tasks]
-
-
-def training_figures(records: Sequence[Record], colours: dict[str, str]) -> list[Figure]:
-    """Dev scores by epoch, and the training loss of each task by step."""
-    figures = []
-    epochs = history.epochs(records)
-    if epochs:
-        lines: dict[str, Points] = {
-            name: [(each.epoch, each.scores[name]) for each in epochs if name in each.scores]
-            for name in epochs[0].scores
-        }
-        lines["overall"] = [(epoch.epoch, epoch.overall) for epoch in epochs]
-        figures.append(line_chart("Dev scores", lines, "epoch", colours | {"overall": "ink"}, marked=True))
-    for name, points in history.curves(records, "loss").items():
-        figures.append(line_chart(f"Training loss, {name}", {name: points}, "step", colours))
-    return figures
-
-
-def gradient_figures(records: Sequence[Record], colours: dict[str, str]) -> dict[str, list[Figure]]:
-    """Figures of surgery (conflicts and what it removes) and of SMART; none of what the run did not do."""
-    surgery: list[Figure] = []
-    cosine, similarity = (history.grid(records, key) for key in ("cosine", "magnitude_similarity"))
-    if cosine.names and similarity.names:
-        note = "Cosine of two tasks' gradients; below 0 they conflict."
-        surgery.append(heat_map("Conflict", cosine, signed=True, note=note))
-        note = "2|a||b| / (|a|² + |b|²): 1 for gradients of one length, near 0 where one dominates."
-        surgery.append(heat_map("Magnitude similarity", similarity, signed=False, note=note))
-    smart: list[Figure] = []
-    for kind, key, title, note in (
-        (surgery, "projected_share", "Projected share", "How much of the plain update surgery removes."),
-        (smart, "smart", "SMART's regulariser", "The divergence of perturbed from clean outputs, before lambda_s."),
-        (smart, "smart_share", "SMART's share of the loss", "Below 1e-4 the regulariser does next to nothing."),
-        (smart, "bregman", "Bregman divergence", "From the averaged teacher's outputs, before mu."),
-    ):
-        lines = history.curves(records, key)
-        if lines:
-            kind.append(line_chart(title, lines, "step", colours | {key: "s0"}, note=note))
-    return {"Gradient surgery": surgery, "Regularisers": smart}
 
 
 @dataclass(frozen=True)
@@ -146,7 +108,7 @@ class TaskSection:
     confusion: list[list[int]] | None = None
     scatter: Figure | None = None
     groups: Sequence[Group] = ()
-    properties: Sequence[analysis.Property] = ()
+    properties: Sequence[error_analysis.Property] = ()
     mistakes: Sequence[tuple[Example, list[tuple[str, float]]]] = ()  # the first `SHOWN`, and their properties' cells
     wrong: int = 0  # of how many
     texts_missing: str = ""
@@ -161,9 +123,9 @@ def task_section(run: Run, task: Task, source: Source | str) -> TaskSection:
         return TaskSection(task, "The dev split has no labels.")
     texts, texts_missing = _texts(task, source, [prediction.id for prediction in found])
     examples = [Example(prediction, texts[i] if texts else ()) for i, prediction in enumerate(found)]
-    looked_at = analysis.properties(task, with_texts=bool(texts))
-    wrong = analysis.mistakes(task, examples)
-    value = analysis.score(task, examples)
+    looked_at = error_analysis.properties(task, with_texts=bool(texts))
+    wrong = error_analysis.mistakes(task, examples)
+    value = error_analysis.score(task, examples)
     section: dict[str, Any] = {}
     if task.metric == "pearson":
         pairs = [(example.label, example.prediction.predicted) for example in examples]
@@ -171,13 +133,13 @@ def task_section(run: Run, task: Task, source: Source | str) -> TaskSection:
         section["scatter"] = scatter("Predicted against true similarity", pairs, task.top, note)
     else:
         section["classes"] = CLASSES.get(task.name, ("",) * (task.top + 1))
-        section["confusion"] = analysis.confusion(task, examples)
+        section["confusion"] = error_analysis.confusion(task, examples)
     return TaskSection(
         task,
         examples=len(examples),
         score=value,
-        facts=analysis.facts(task, examples),
-        groups=analysis.groups(task, examples, looked_at),
+        facts=error_analysis.facts(task, examples),
+        groups=error_analysis.groups(task, examples, looked_at),
         properties=looked_at,
         mistakes=[(example, [each.cell(example) for each in looked_at]) for example in wrong[:SHOWN]],
         wrong=len(wrong),
@@ -200,11 +162,6 @@ def kernels_by_backend(summary: dict[str, Any]) -> dict[str, list[str]]:
     for op, backend in summary.get("backends", {}).items():
         found.setdefault(backend, []).append(op)
     return found
-
-
-def palette(names: Sequence[str]) -> dict[str, str]:
-    """The class of each task's colour."""
-    return {name: f"s{number % SERIES}" for number, name in enumerate(names)}
 
 
 def _opened(data: str | None, run: Run, config: TrainConfig) -> Source | str:

@@ -1,0 +1,121 @@
+"""A paper's table with its published figures beside ours: on the terminal, table.md, table.json and report.html."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from minbert.files.atomic import write_atomically, write_json
+from minbert.recipes import Paper, Row
+from minbert.report import comparison_report
+from minbert.report.training_history import flat_scores
+from minbert.runs.run_directory import Run
+from minbert.tasks import TASKS
+
+HOURS = "hours an epoch"
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """The runs of a row of the table."""
+
+    row: Row
+    runs: list[Run] = field(default_factory=list)  # one for each seed that has finished
+    failures: list[str] = field(default_factory=list)  # one for each other seed
+
+    def found(self) -> dict[str, list[float]]:
+        """Our scores by column, as `columns` names them: one for each seed."""
+        found: dict[str, list[float]] = {}
+        for summary in (run.summary() for run in self.runs):
+            for split in ("dev", "test"):
+                scores = flat_scores(summary.get(split, {}))
+                if len(scores) > 1:
+                    scores["overall"] = summary[split]["overall"]
+                for name, score in scores.items():
+                    found.setdefault(f"{split} {name}", []).append(score)
+            found.setdefault(HOURS, []).append(
+                summary["seconds"] / summary["steps"] * summary["steps_per_epoch"] / 3600
+            )
+        return found
+
+    def published(self) -> dict[str, float]:
+        """The paper's scores by column."""
+        scores = {f"{split} {name}": score for split, by in self.row.published.items() for name, score in by.items()}
+        return scores if self.row.hours is None else {**scores, HOURS: self.row.hours}
+
+
+def columns(results: Sequence[RowResult]) -> list[str]:
+    """Names of the columns: dev scores, then test scores and hours where the paper has them."""
+    present = {name for result in results for name in (*result.published(), *result.found())}
+    if not any(HOURS in result.published() for result in results):
+        present.discard(HOURS)
+    order = [f"{split} {name}" for split in ("dev", "test") for name in (*TASKS, "overall")]
+    return [name for name in (*order, HOURS) if name in present]
+
+
+def cells(result: RowResult, names: Sequence[str]) -> list[str]:
+    """The published score and ours of each column."""
+    published, found = result.published(), result.found()
+    pairs = [
+        (f"{published[name]:.3f}" if name in published else "–", _mean(found[name]) if name in found else "–")
+        for name in names
+    ]
+    return ["" if pair == ("–", "–") else " / ".join(pair) for pair in pairs]
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
+def terminal_table(found: Paper, results: Sequence[RowResult]) -> Table:
+    """The paper's table for the terminal."""
+    names = columns(results)
+    shown = Table(box=box.SIMPLE_HEAD, title=found.title, title_justify="left", title_style="bold")
+    shown.add_column("published / ours", min_width=16)
+    for name in names:
+        shown.add_column(name)
+    for result in results:
+        failed = f" ({len(result.failures)} failed)" if result.failures else ""
+        shown.add_row(result.row.title + failed, *cells(result, names))
+    return shown
+
+
+def write_tables(out: Path, found: Paper, results: Sequence[RowResult]) -> None:
+    """Write table.md, table.json and report.html, with the runs so far."""
+    names = columns(results)
+    lines = [f"| published / ours | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {' | '.join([result.row.title, *cells(result, names)])} |" for result in results]
+    failures = [f"- {result.row.title}: {failure}" for result in results for failure in result.failures]
+    text = "\n".join([f"# {found.title}", "", *lines, "", *failures]).rstrip() + "\n"
+    write_atomically(out / "table.md", text)
+    record = {
+        result.row.name: {
+            "title": result.row.title,
+            "published": result.published(),
+            "ours": result.found(),
+            "failures": list(result.failures),
+        }
+        for result in results
+    }
+    write_json(out / "table.json", record)
+    rows = []
+    for result in results:
+        runs: Sequence[Run | None] = result.runs or [None]
+        published, note = _report_names(result.published()), "; ".join(result.failures)
+        rows += [comparison_report.Row(result.row.title, published, run, note) for run in runs]
+    comparison_report.write_comparison(out / "report.html", found.title, rows)
+
+
+def _report_names(published: Mapping[str, float]) -> dict[str, float]:
+    """Published scores as the report names them: "dev sst" is sst, and "test sst" is sst test."""
+    return {
+        name.removeprefix("dev ") if name.startswith("dev ") else " ".join(reversed(name.split(" ", 1))): score
+        for name, score in published.items()
+        if name != HOURS
+    }

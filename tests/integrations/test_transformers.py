@@ -208,8 +208,10 @@ def test_gradient_checkpointing_computes_the_same_gradients() -> None:
 def test_the_indices_of_the_tokens_are_computed_once_per_forward(monkeypatch) -> None:
     _, ours = both(MODELS["bert"])
     calls = []
-    under = RealTokens.under.__func__
-    monkeypatch.setattr(RealTokens, "from_mask", classmethod(lambda cls, mask: calls.append(mask) or under(cls, mask)))
+    from_mask = RealTokens.from_mask.__func__
+    monkeypatch.setattr(
+        RealTokens, "from_mask", classmethod(lambda cls, mask: calls.append(mask) or from_mask(cls, mask))
+    )
     mask = padding_mask("right")
     ours(token_ids(mask), attention_mask=mask)
     assert len(calls) == 1

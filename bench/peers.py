@@ -28,7 +28,7 @@ def shape(smoke: bool) -> dict[str, int]:
 
 def labels(batch_size: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {task.name: torch.randint(task.top + 1, (batch_size,), generator=generator).float() for task in TASKS}
+    return {task.name: torch.randint(task.max_label + 1, (batch_size,), generator=generator).float() for task in TASKS}
 
 
 def seeded() -> torch.Generator:
@@ -78,7 +78,7 @@ class Padded:
         encoder.to(device).train()
         self.words = encoder.embeddings.word_embeddings
         self.encoder = torch.compile(encoder) if compiled else encoder
-        self.heads = nn.ModuleDict({task.name: nn.Linear(sizes["hidden_size"], task.outputs) for task in TASKS}).to(
+        self.heads = nn.ModuleDict({task.name: nn.Linear(sizes["hidden_size"], task.num_outputs) for task in TASKS}).to(
             device
         )
         self.params = [*encoder.parameters(), *self.heads.parameters()]

@@ -1,4 +1,4 @@
-"""Write training sentences anew by translating them there and back: `python -m minbert.augment`, for `--augmented`."""
+"""Back-translate training sentences for `--augmented`: `python -m minbert.augment`."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ NEEDS = "python -m minbert.augment needs transformers and sentencepiece: pip ins
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Write each training sentence of a task anew by translating it there and back (paper 002, section 4.6).
+    """Back-translate each training sentence of a task (paper 002, section 4.6).
 
     Args:
         model: directory or hub name of a translation model (sequence to sequence), such as Helsinki-NLP/opus-mt-en-de.
-        out: file to write, a JSON object on each line, for --augmented of minbert.train. The same command goes on with
-            a file that was left unfinished.
-        back_model: model that translates back, such as Helsinki-NLP/opus-mt-de-en; left out, what --model writes is
-            taken as it is: it is a paraphraser then.
-        data: directory of CS224N files or GLUE folders, or a hub name; the built-in demo corpus when left out.
-        task: whose training sentences; of pairs both are written anew.
+        out: file to write, a JSON object on each line, for --augmented of minbert.train. The same command continues an
+            unfinished file.
+        back_model: model that translates back, such as Helsinki-NLP/opus-mt-de-en; without one, --model is a
+            paraphraser.
+        data: directory of CS224N files or GLUE folders, or a hub name; by default the built-in demo corpus.
+        task: the task of the training sentences; of pairs both are translated.
         batch_size: sentences in a batch.
         beams: width of the beam search.
-        temperature: draw words at this temperature in place of the beam search.
-        max_length: tokens of a translation at most.
-        seed: what the draws follow.
+        temperature: sample at this temperature instead of beam search.
+        max_length: of a translation in tokens.
+        seed: of the sampling.
         device: auto, cpu, cuda or cuda:N.
-        strict: translate nothing if a row of the data cannot be used; else such rows are named and left out.
+        strict: refuse data with a row that cannot be used; else such rows are named and left out.
     """
 
     model: str
@@ -63,12 +63,12 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "beams", "max_length"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        heat = self.temperature
-        require(heat is None or 0 < heat < float("inf"), "temperature", "more than 0", heat)
+        positive = self.temperature is None or 0 < self.temperature < float("inf")
+        require(positive, "temperature", "more than 0", self.temperature)
 
     @property
     def origin(self) -> str:
-        """What every row says of how it was made."""
+        """The models and options of a file, which each of its rows records."""
         models = " and ".join(filter(None, (self.model, self.back_model)))
         search = f"{self.beams} beams" if self.temperature is None else f"temperature {self.temperature:g}"
         return f"{models}, {search}, at most {self.max_length} tokens, seed {self.seed}"
@@ -89,17 +89,17 @@ class Translator:
             self.model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name).to(device).eval()
         except ImportError:
             raise UserError(NEEDS) from None
-        except Exception as error:  # a missing file, an unknown kind of model, a lost connection: each raises its own
+        except Exception as error:  # a missing file, another kind of model, a lost connection: each raises its own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(f"{name}: not a translation model that transformers loads ({reason})") from None
         self.options: dict[str, Any] = {"max_new_tokens": config.max_length, "num_beams": config.beams}
         if config.temperature is not None:
-            drawn = {"num_beams": 1, "do_sample": True, "temperature": config.temperature, "top_k": 0}
-            self.options = {**self.options, **drawn}
+            sampling = {"num_beams": 1, "do_sample": True, "temperature": config.temperature, "top_k": 0}
+            self.options = {**self.options, **sampling}
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str], seed: int) -> list[str]:
-        """Their translations, as many; words that are drawn follow the seed."""
+        """The translation of each text; the seed is that of the sampling."""
         torch.manual_seed(seed)
         inputs = self.tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True).to(self.model.device)
         inputs.pop("token_type_ids", None)
@@ -112,12 +112,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def augment(config: AugmentConfig, console: Console) -> None:
-    """Write `config.out`, or what is missing of it.
+    """Write `config.out`, or the rows that it lacks.
 
-    Sentences of like length go together. A batch is written as soon as it is done, so stopping loses at most one.
+    Batches hold sentences of similar length. Each is written at once, so a stopped command loses at most one batch.
 
     Raises:
-        UserError: bad input, or the file holds something else.
+        UserError: bad input, or the file has other content.
     """
     (task,) = find_tasks([config.task])
     examples = open_source(config.data).load(task, "train")
@@ -129,19 +129,19 @@ def augment(config: AugmentConfig, console: Console) -> None:
     rows = [_row(task, examples, i, config.origin) for i in order]
     out = Path(config.out)
     done, size = finished(out, rows, config.batch_size)
-    left = range(done, len(rows), config.batch_size)
-    if left:
+    starts = range(done, len(rows), config.batch_size)
+    if starts:
         device = resolve_device(config.device)
         names = filter(None, (config.model, config.back_model))
         translators = [Translator(name, config, device) for name in names]
-    started, shown = time.monotonic(), time.monotonic()
+    started = printed = time.monotonic()
     try:
         with (
             writing(out, "free some space and run the same command again"),
             open(out, "ab") as file,
         ):
             file.truncate(size)
-            for start in track(left, "translating", console=console, transient=True, disable=not console.is_terminal):
+            for start in track(starts, "translating", console=console, transient=True, disable=not console.is_terminal):
                 batch = rows[start : start + config.batch_size]
                 for column in task.columns:
                     texts = [row[column] for row in batch]
@@ -151,9 +151,9 @@ def augment(config: AugmentConfig, console: Console) -> None:
                 file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in batch).encode())
                 file.flush()
                 done = start + len(batch)
-                if not console.is_terminal and time.monotonic() - shown > SECONDS_BETWEEN_LINES:
-                    shown = time.monotonic()
-                    seconds = (shown - started) / (done - left.start) * (len(rows) - done)
+                if not console.is_terminal and time.monotonic() - printed > SECONDS_BETWEEN_LINES:
+                    printed = time.monotonic()
+                    seconds = (printed - started) / (done - starts.start) * (len(rows) - done)
                     console.print(f"{done} of {len(rows)} translated, {seconds:.0f} s left")
     except KeyboardInterrupt:
         console.print(f"{done} of {len(rows)} are in {out}; the same command goes on")
@@ -162,15 +162,15 @@ def augment(config: AugmentConfig, console: Console) -> None:
 
 
 def finished(out: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -> tuple[int, int]:
-    """How many of the rows, in whole batches, the file holds already, and in how many bytes.
+    """The number of rows, in whole batches, that the file has, and their size in bytes.
 
     Raises:
-        UserError: it holds something else, or cannot be read or written.
+        UserError: it has other content, or cannot be read or written.
     """
     try:
         if not out.exists() and out.parent.is_dir():
             return 0, 0
-        if out.exists() and not out.is_file() and not out.is_dir():  # a pipe would be waited for
+        if out.exists() and not out.is_file() and not out.is_dir():  # opening a pipe would block
             raise OSError(0, "not a regular file")
         with open(out, "r+b") as file:
             lines = file.read().splitlines(keepends=True)
@@ -178,9 +178,9 @@ def finished(out: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -> t
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     for number, line in enumerate(lines, 1):
         row = rows[number - 1] if number <= len(rows) else {}
-        begun = json.dumps({"id": row.get("id")}, ensure_ascii=False)[:-1].encode()
-        if number == len(lines) and not line.endswith(b"\n") and begun[: len(line)] == line[: len(begun)]:
-            lines.pop()  # cut short
+        prefix = json.dumps({"id": row.get("id")}, ensure_ascii=False)[:-1].encode()
+        if number == len(lines) and not line.endswith(b"\n") and prefix[: len(line)] == line[: len(prefix)]:
+            lines.pop()  # the command was stopped in this line
             break
         try:
             found = parse_object(line.decode(), strict=False)
@@ -196,7 +196,7 @@ def finished(out: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -> t
 
 
 def _row(task: Task, examples: Examples, index: int, origin: str) -> dict[str, Any]:
-    """An example under its columns' names, as a row of the file to be written anew."""
+    """An example as a row of the file, by its columns' names."""
     assert examples.labels is not None, "training examples have labels"
     label = float(examples.labels[index])
     texts = (examples.texts[index], *([examples.pairs[index]] if examples.pairs else []))

@@ -34,15 +34,14 @@ class EvaluateConfig:
 
     Args:
         run: run directory.
-        data: where the split is; when left out, the directory that the run was trained on. RUN/predictions/ and
-            RUN/skipped.jsonl are of the best epoch and of the run's own data, as the report shows them. What
-            --checkpoint last predicts is written to RUN/predictions/last/; of other data, to a directory under these
-            that is named after the data, with a skipped.jsonl of its own.
-        split: dev, or test (test files may lack labels: then predictions are written and nothing is scored).
-        tasks: tasks to evaluate; those of the run when left out.
+        data: source of the split; by default the run's training data. RUN/predictions/ and RUN/skipped.jsonl are of
+            the best epoch and of the run's own data, as in the report. Predictions of --checkpoint last are written to
+            RUN/predictions/last/; those of other data to a subdirectory named after the data, with a skipped.jsonl.
+        split: dev, train or test (test files may lack labels: then predictions are written without scores).
+        tasks: tasks to evaluate; by default all of the run.
         checkpoint: best or last.
         device: auto, cpu, cuda or cuda:N.
-        strict: evaluate nothing if a row of the split cannot be used.
+        strict: refuse a split with a row that cannot be used.
     """
 
     run: str
@@ -71,10 +70,10 @@ def main(arguments: Sequence[str]) -> int:
     skipped = [row for each in examples.values() for row in each.skipped]
     if options.strict:
         refuse_skipped(skipped)
-    place = predictions_place(options.checkpoint, options.data, config.data)
+    subdirectory = predictions_subdirectory(options.checkpoint, options.data, config.data)
     own = same_data(options.data, config.data)
-    listed = run.skipped if own else run.predictions_directory(place) / run.skipped.name
-    for line in skipped_lines(skipped, str(listed)):
+    skipped_file = run.skipped if own else run.predictions_directory(subdirectory) / run.skipped.name
+    for line in skipped_lines(skipped, str(skipped_file)):
         warnings.print(line)
 
     device = resolve_device(options.device)
@@ -91,32 +90,32 @@ def main(arguments: Sequence[str]) -> int:
     scores, outputs = evaluate(model, present, encoded, device)
     files = {(task.name, examples[task.name].file) for task in present}
     rows = [row for task in present for row in skipped_rows(options.split, task.name, examples[task.name].skipped)]
-    with writing(listed, "free some space and run minbert.evaluate"):
-        listed.parent.mkdir(parents=True, exist_ok=True)
-        update_skipped(listed, options.split, files, rows)
+    with writing(skipped_file, "free some space and run minbert.evaluate"):
+        skipped_file.parent.mkdir(parents=True, exist_ok=True)
+        update_skipped(skipped_file, options.split, files, rows)
     if scores:
         console.print(score_table(f"{source.name}", [(options.split, scores, overall(scores))]))
     for task in present:
-        path = run.write_predictions(task, options.split, encoded[task.name], outputs[task.name], place)
-        count, left_out = len(encoded[task.name]), len(examples[task.name].skipped)
-        notes = [f"{left_out} of {count + left_out} rows left out"] if left_out else []
+        path = run.write_predictions(task, options.split, encoded[task.name], outputs[task.name], subdirectory)
+        count, num_skipped = len(encoded[task.name]), len(examples[task.name].skipped)
+        notes = [f"{num_skipped} of {count + num_skipped} rows left out"] if num_skipped else []
         notes += [] if task.name in scores else [f"no labels in this split, so no {task.metric}"]
-        said = f" ({'; '.join(notes)})" if notes else ""
-        console.print(f"{task.title}: {count} predictions in {path}{said}")
+        remark = f" ({'; '.join(notes)})" if notes else ""
+        console.print(f"{task.title}: {count} predictions in {path}{remark}")
     if absent := [task.name for task in tasks if task not in present and task.evaluated]:
         warnings.print(f"warning: {source.name} has no {options.split} split of {', '.join(absent)}")
     return 0
 
 
 def same_data(one: str | None, own: str | None) -> bool:
-    """Whether what --data names is the run's own data, which it is when left out."""
+    """Whether the data of --data (by default the run's) is the run's own."""
     if one is None or own is None:
         return one is None
     return one == own or os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(own))
 
 
-def predictions_place(checkpoint: str, data: str | None, own: str | None) -> str:
-    """Where under RUN/predictions/ the predictions of a checkpoint for some data belong."""
+def predictions_subdirectory(checkpoint: str, data: str | None, own: str | None) -> str:
+    """The directory under RUN/predictions/ for a checkpoint's predictions on some data."""
     parts = [] if checkpoint == "best" else [checkpoint]
     if data is not None and not same_data(data, own):
         path = os.path.realpath(os.path.expanduser(data)) if os.path.exists(os.path.expanduser(data)) else data

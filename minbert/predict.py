@@ -26,14 +26,14 @@ class PredictConfig:
 
     Args:
         run: run directory.
-        task: a task the run was trained on: sst, qqp, sts or cfimdb.
+        task: a task of the run, such as sst, qqp, sts or cfimdb.
         input: file of the course or of GLUE (tab-separated with a header), JSON objects on lines, or text with a
-            sentence or a tab-separated pair on each line, which goes by the line's number, from 0; - reads any of them
-            from standard input. Names, headers and fields are read as in training (minbert/data/formats.py).
-        output: file to write; standard output when left out.
-        skipped: file to list all rows in that cannot be used, with line, id and reason; the first few of them are
-            named on standard error anyway.
-        strict: predict nothing if there is such a row.
+            sentence or a tab-separated pair on each line, whose id is the line's number, from 0; - is standard input.
+            Names, headers and fields are read as in training (minbert/data/formats.py).
+        output: file to write; standard output by default.
+        skipped: file for a list of all rows that cannot be used, with line, id and reason; standard error names the
+            first few.
+        strict: refuse an input with such a row.
         checkpoint: best or last.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     path = Path(options.output)
     with writing(path, "choose another --output"):
-        if path.exists() and not path.is_file():  # a device or a pipe, which is not to be replaced
+        if path.exists() and not path.is_file():  # a device or a pipe, which must not be replaced
             path.write_text(text, encoding="utf-8")
         else:
             write_atomically(path, text)

@@ -35,7 +35,7 @@ def test_every_task_names_a_loss_and_a_metric_that_exist():
     for task in TASKS.values():
         assert task.loss in LOSSES
         assert task.metric in ("accuracy", "pearson")
-        assert task.outputs == (5 if task.name in ("sst", "yelp") else 1)
+        assert task.num_outputs == (5 if task.name in ("sst", "yelp") else 1)
 
 
 def test_predictions_of_each_kind():

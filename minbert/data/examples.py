@@ -148,8 +148,8 @@ def parse_label(text: str, task: Task) -> float:
         value = float(text.replace("_", "?"))  # float() would accept underscores
     except ValueError:
         raise ValueError(f"label {shorten(text)!r} is not a number") from None
-    if not 0 <= value <= task.top:
-        raise ValueError(f"label {shorten(text)} is outside 0 to {task.top}")
-    if not task.is_scored and value != int(value):
+    if not 0 <= value <= task.max_label:
+        raise ValueError(f"label {shorten(text)} is outside 0 to {task.max_label}")
+    if not task.is_regression and value != int(value):
         raise ValueError(f"label {shorten(text)} is not a whole number")
     return value

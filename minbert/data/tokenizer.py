@@ -26,14 +26,14 @@ from minbert.files.json_yaml import VOCABULARY_LIMIT, is_unicode, read_text, sho
 
 REQUIRED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 SPECIAL = (*REQUIRED, "[MASK]")
-CHUNK = 8192  # texts handed to the library at once: it keeps some kilobytes for each until they are read
-SHORTEST = 4  # tokens that leave a pair one of its own
+CHUNK = 8192  # texts encoded by the library at once: each takes some kilobytes until it is read
+SHORTEST = 4  # tokens of a pair in which one is not special
 SMALLEST_VOCABULARY = 100
 LARGEST_ALPHABET = 1000  # characters of a learned vocabulary
 LARGEST_VOCABULARY = 2**24
 
-VOCABULARIES = ("tokenizer.json", "vocab.txt")  # the first that is there is read
-# transformers' names for what BertNormalizer calls otherwise
+VOCABULARIES = ("tokenizer.json", "vocab.txt")  # the first one present is read
+# From transformers' names to BertNormalizer's
 NORMALIZER_OPTIONS = {
     "do_lower_case": "lowercase",
     "strip_accents": "strip_accents",
@@ -47,7 +47,7 @@ class Tokenizer:
     Attributes:
         vocab_size: one more than the largest token id.
         pad_id, unk_id, cls_id, sep_id: ids of the special tokens.
-        fingerprint: sha256 of everything that decides a token id, in hexadecimal.
+        fingerprint: sha256 of everything that determines a token id, in hexadecimal.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Tokenizer:
         directory: Path | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Take over a `tokenizers` tokenizer; its own truncation, padding and template are put aside.
+        """Wrap a `tokenizers` tokenizer and replace its truncation, padding and template.
 
         Args:
-            directory, config: whose files and options name tokens that are added to the vocabulary.
+            directory, config: of the files and options that add tokens to the vocabulary.
 
         Raises:
             UserError: it is not a BERT tokenizer, or lacks a special token.
@@ -120,8 +120,8 @@ class Tokenizer:
         """Learn a lower-casing WordPiece vocabulary; the same texts give the same vocabulary in every process.
 
         Args:
-            texts: at least one word in all.
-            vocab_size: most tokens wanted, 100 or more. Up to half of them are single characters, the commonest
+            texts: of at least one word.
+            vocab_size: maximum number of tokens, 100 or more. Up to half of them are single characters, the commonest
                 ones; a word with another character becomes [UNK].
 
         Raises:
@@ -138,12 +138,12 @@ class Tokenizer:
         if vocab_size < SMALLEST_VOCABULARY:
             raise UserError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, got {vocab_size}; ask for more tokens")
         alphabet = _commonest_characters(counts, min(LARGEST_ALPHABET, vocab_size // 4))
-        learnt = [word for word in sorted(counts) if alphabet.issuperset(word)]
+        learned = [word for word in sorted(counts) if alphabet.issuperset(word)]
         # The library numbers the characters inside words in the order of a randomly seeded hash map, and breaks ties
-        # between merges by these numbers: number them here, as if they were special tokens.
-        inside = sorted({f"##{character}" for word in learnt for character in word[1:]})
+        # between merges by these numbers. As special tokens they have a fixed order.
+        inside = sorted({f"##{character}" for word in learned for character in word[1:]})
         trainer = WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*SPECIAL, *inside], show_progress=False)
-        backend.train_from_iterator((" ".join([word] * counts[word]) for word in learnt), trainer)
+        backend.train_from_iterator((" ".join([word] * counts[word]) for word in learned), trainer)
         return cls(_backend(backend.get_vocab(with_added_tokens=False)))
 
     def encode(self, text: str, pair: str | None = None, max_length: int | None = None) -> list[int]:
@@ -159,11 +159,11 @@ class Tokenizer:
         Args:
             texts: S texts.
             pairs: their S second sentences, if they have any.
-            max_length: most tokens of an example, special tokens included; tokens are taken off the end of the
-                longer of a pair, and off both once they are even. None keeps everything.
+            max_length: of an example in tokens, with special tokens; the end of the longer text of a pair is cut, or
+                of both once they are even. None keeps everything.
 
         Returns:
-            ids, int32 [N]; token types, uint8 [N]; lengths, int64 [S]; how many examples lost tokens.
+            ids, int32 [N]; token types, uint8 [N]; lengths, int64 [S]; the number of truncated examples.
 
         Raises:
             ValueError: `pairs` of another length than `texts`, or `max_length` below 4.
@@ -176,8 +176,8 @@ class Tokenizer:
         ids = array("i")
         segments = np.zeros((len(texts), 2), np.int64)  # tokens of type 0 and of type 1
         truncated = 0
-        second = self._words(pairs) if pairs is not None else (None for _ in texts)
-        for example, (first_ids, second_ids) in enumerate(zip(self._words(texts), second, strict=True)):
+        second = self._token_ids(pairs) if pairs is not None else (None for _ in texts)
+        for example, (first_ids, second_ids) in enumerate(zip(self._token_ids(texts), second, strict=True)):
             first, last = len(first_ids), len(second_ids or ())
             if max_length is not None:
                 first, last = _longest_first(first, last, max_length - (2 if second_ids is None else 3))
@@ -196,7 +196,7 @@ class Tokenizer:
         return [0] * boundary + [1] * (len(ids) - boundary)
 
     def save(self, directory: str | Path) -> None:
-        """Write vocab.txt, tokenizer.json and tokenizer_config.json, which transformers reads too."""
+        """Write vocab.txt, tokenizer.json and tokenizer_config.json, as transformers reads them."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         vocab = self._backend.get_vocab(with_added_tokens=True)
@@ -213,7 +213,7 @@ class Tokenizer:
         }
         write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
-    def _words(self, texts: Sequence[str]) -> Iterator[list[int]]:
+    def _token_ids(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Each text's token ids without [CLS] and [SEP], encoded in parallel chunk by chunk."""
         for start in range(0, len(texts), CHUNK):
             chunk = list(texts[start : start + CHUNK])
@@ -229,7 +229,7 @@ class Tokenizer:
 
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """How many tokens of a pair stay when only `room` may: the shorter keeps up to half, the longer the rest."""
+    """The lengths of a pair truncated to `room` tokens: the shorter keeps up to half, the longer the rest."""
     if first + second <= room:
         return first, second
     if first > second:
@@ -239,7 +239,7 @@ def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 def _commonest_characters(counts: Mapping[str, int], limit: int) -> set[str]:
-    """The `limit` characters that words with these counts hold most often; of equals, the lower code point."""
+    """The `limit` commonest characters of words with these counts; of equally common ones, the lower code point."""
     characters: Counter[str] = Counter()
     for word, count in counts.items():
         for character in word:
@@ -257,7 +257,7 @@ def _backend(vocab: dict[str, int]) -> tokenizers.Tokenizer:
 
 
 def _with_options(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer with tokenizer_config.json's options, which beat what its own file says, as in transformers."""
+    """The tokenizer with tokenizer_config.json's options, which override its own file's, as in transformers."""
     if isinstance(backend.normalizer, BertNormalizer):
         for name in NORMALIZER_OPTIONS.keys() & config.keys():
             try:
@@ -274,5 +274,5 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(read_text(path, VOCABULARY_LIMIT))
     except (KeyboardInterrupt, UserError):
         raise
-    except BaseException as error:  # the library raises nothing narrower, and panics beside Exception
+    except BaseException as error:  # the library raises nothing narrower, and its panics are no Exception
         raise UserError(f"cannot read {path} ({one_line(str(error))[:200]}); copy or download it again") from None

@@ -1,4 +1,4 @@
-"""What the files beside a vocabulary say of a BERT tokenizer: its class, its options and the tokens added to it."""
+"""The files beside a BERT vocabulary: the tokenizer's class, its options and the tokens added to it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from minbert.errors import UserError
 from minbert.files.json_yaml import VOCABULARY_LIMIT, read_json, read_text, short
 from minbert.files.validation import checked
 
-# Tokenizers of transformers that are BERT's WordPiece; the last two say nothing but that tokenizer.json has it all.
+# Tokenizers of transformers that are BERT's WordPiece, or, if generic, leave everything to tokenizer.json.
 CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-# What only some versions of transformers obey, with the value that changes nothing.
-UNREAD = {"do_basic_tokenize": True, "never_split": None, "auto_map": None, "extra_special_tokens": None}
+# Options that only some versions of transformers follow, with the value that has no effect.
+UNSUPPORTED = {"do_basic_tokenize": True, "never_split": None, "auto_map": None, "extra_special_tokens": None}
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token that is added to a vocabulary, as transformers writes it."""
+    """A token added to a vocabulary, in the form of transformers."""
 
     content: str
     lstrip: bool = False
@@ -35,20 +35,20 @@ class Token:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json, if there is one, over special_tokens_map.json.
+    """The options of tokenizer_config.json and, below it, special_tokens_map.json; missing files are empty.
 
     Raises:
-        UserError: a damaged file, another class of tokenizer than BERT's, or an option that minbert does not have.
+        UserError: a damaged file, another class of tokenizer than BERT's, or an unsupported option.
     """
     config = _object(directory / "special_tokens_map.json") | _object(directory / "tokenizer_config.json")
     where = directory / "tokenizer_config.json"
-    own = config.get("tokenizer_class")
-    kind = own if own is not None else _object(directory / "config.json").get("tokenizer_class")
+    own_class = config.get("tokenizer_class")
+    kind = own_class if own_class is not None else _object(directory / "config.json").get("tokenizer_class")
     known = (*CLASSES, *(f"{name}Fast" for name in CLASSES), *GENERIC)
     if kind is not None and kind not in known:
-        file = where if own is not None else directory / "config.json"
+        file = where if own_class is not None else directory / "config.json"
         raise UserError(f"{file}: tokenizer_class {short(kind)} is not BERT's WordPiece; minbert reads {CLASSES[0]}")
-    for name, harmless in UNREAD.items():
+    for name, harmless in UNSUPPORTED.items():
         value = config.get(name, harmless)
         if value != harmless and value not in ([], {}):
             raise UserError(f"{where}: minbert does not have {name} {short(value)}; give a tokenizer without it")
@@ -60,8 +60,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def add_tokens(backend: Tokenizer, directory: Path, config: Mapping[str, Any]) -> None:
-    """Add the tokens that transformers adds: of added_tokens.json, `added_tokens_decoder` and
-    `additional_special_tokens`, each with the id that it has there.
+    """Add the tokens of added_tokens.json, `added_tokens_decoder` and `additional_special_tokens`, with their ids.
 
     Raises:
         UserError: a damaged file, or an id that the token cannot have.
@@ -103,7 +102,7 @@ def _add(backend: Tokenizer, tokens: Sequence[Token]) -> None:
 
 
 def read_vocab(path: Path) -> dict[str, int]:
-    """One token per line; a token's id is its line's number, counted from 0."""
+    """The ids of a file with one token a line; a token's id is its line's number, from 0."""
     text = read_text(path, VOCABULARY_LIMIT, "expected UTF-8 text with one token a line")
     return {line.rstrip("\n"): i for i, line in enumerate(io.StringIO(text, newline=None))}
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written to a temporary name, synced, then renamed."""
+"""Atomic writes of files and directories: to a temporary name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from minbert.errors import UserError
 from minbert.files.json_yaml import read_json, short
 
 MANIFEST = "manifest.json"
-BLOCK = 1 << 24  # bytes handed to the system at once
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DTYPES = {  # as safetensors names them, in the order in which it writes them
+BLOCK = 1 << 24  # bytes written at once
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DTYPES = {  # safetensors' names, in its order of writing
     torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
@@ -40,15 +40,15 @@ _DTYPES = {  # as safetensors names them, in the order in which it writes them
 
 @contextmanager
 def writing(path: Path, remedy: str) -> Iterator[None]:
-    """Turn what the system says against writing `path` into one clear line that ends with `remedy`.
+    """Turn an `OSError` about writing `path` into a `UserError` that ends with `remedy`.
 
     Raises:
-        UserError: a full disk, one that fails or is read-only, or a directory that is gone.
+        UserError: a disk that is full, broken or read-only, or a directory that is missing.
     """
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in _FULL:
             raise UserError(f"no room left on the disk to write {path}; {remedy}") from None
         raise UserError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from None
 
@@ -57,7 +57,7 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
 
 
 def write(path: Path, parts: Iterable[Any]) -> None:
-    """Write bytes-like parts to a new file, one after the other, and sync it. A failure may leave a part of it."""
+    """Write bytes-like parts to a new file in order, and sync it. A failure may leave a truncated file."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
     try:
         for part in parts:
@@ -75,7 +75,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: after a crash the file is the old one or the new one, never a part."""
+    """Replace the content of `path`: after a crash the file is the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write_text(temporary, text)
@@ -92,9 +92,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """`write` a safetensors file, tensor by tensor: no more than one is copied at a time.
+    """Write a safetensors file, equal to that of `safetensors.torch.save`, and sync it.
 
-    The bytes are those of `safetensors.torch.save`.
+    Copies one tensor at a time; `safetensors.torch.save_file` copies all of them and does not sync.
     """
     order = sorted(tensors, key=lambda name: (list(_DTYPES).index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -104,11 +104,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         end = start + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
-    words = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    words += b" " * (-len(words) % 8)
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
 
     def parts() -> Iterator[Any]:
-        yield len(words).to_bytes(8, "little") + words
+        yield len(encoded).to_bytes(8, "little") + encoded
         for name in order:
             yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
@@ -116,7 +116,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line, or leave the file as it was."""
+    """Append a line; a failure leaves the file unchanged."""
     data = f"{line}\n".encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
     try:
@@ -136,9 +136,9 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Replace directory `path` by one that `fill` fills, with a manifest of its files' checksums.
+    """Replace directory `path` by a new one that `fill` writes, and add a manifest of its files' checksums.
 
-    After a crash at any moment, `recover(path)` finds the old directory or the new one, whole.
+    After a crash at any time, `recover(path)` restores the complete old directory or the new one.
     """
     recover(path)
     new, old = _new(path), _old(path)
@@ -161,19 +161,19 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def recover(path: Path) -> None:
-    """Undo a `write_directory` that a crash cut short."""
+    """Undo a `write_directory` that a crash interrupted."""
     new, old = _new(path), _old(path)
     if not (new.exists() or old.exists()):
         return
     if not path.exists() and old.exists():
         old.rename(path)
-    sync(path.parent)  # before what may be the only whole directory on the disk goes
+    sync(path.parent)  # before the removal of what may be the only complete directory on the disk
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def readable(path: Path) -> Path:
-    """Where a reader finds the directory that `write_directory` may be replacing at this moment."""
+    """The path of a complete directory while `write_directory` may be replacing it."""
     return path if path.exists() or not _old(path).exists() else _old(path)
 
 
@@ -181,7 +181,7 @@ def verify(directory: Path) -> None:
     """Check every file of `directory` against its manifest.
 
     Raises:
-        UserError: a file is missing, or is not what was written; it is named.
+        UserError: a file is missing or was altered; it is named.
     """
     path, remedy = directory / MANIFEST, "restore it from a copy, or use another checkpoint"
     if not path.exists():
@@ -221,10 +221,10 @@ def _old(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Have the disk know a file's content, or which names a directory holds, where the system does that."""
+    """Flush a file's content, or a directory's entries, to the disk, where the system supports it."""
     if path.is_dir():
-        with suppress(PermissionError):  # Windows opens no directories, others only those that may be listed
-            _sync(path, ignored=(errno.EINVAL, errno.ENOTSUP))  # some network file systems sync none
+        with suppress(PermissionError):  # Windows opens no directories, other systems only readable ones
+            _sync(path, ignored=(errno.EINVAL, errno.ENOTSUP))  # some network file systems sync no directories
     else:
         _sync(path)
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint lives: a directory of this machine, or a name on the Hugging Face hub."""
+"""Checkpoints in a local directory or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TOKENIZER = (
 
 
 def checkpoint_directory(path_or_name: str | Path, patterns: tuple[str, ...]) -> Path:
-    """The directory that holds a checkpoint's files, fetched from the hub when it is named there.
+    """The local directory of a checkpoint's files, downloaded from the hub if necessary.
 
     Args:
-        path_or_name: a directory, or a hub name such as `bert-base-uncased`. What exists, is a `Path`, starts
-            with `.`, `/` or `~`, or has two slashes is a directory and never looked up on the hub.
-        patterns: the files to fetch, `WEIGHTS` or `TOKENIZER`.
+        path_or_name: a directory, or a hub name such as `bert-base-uncased`. A path that exists, is a `Path`, starts
+            with `.`, `/` or `~`, or has two slashes is a directory, never a hub name.
+        patterns: the files to download, `WEIGHTS` or `TOKENIZER`.
 
     Raises:
         UserError: no such directory, no such name on the hub, or the hub out of reach.
@@ -47,7 +47,7 @@ def checkpoint_directory(path_or_name: str | Path, patterns: tuple[str, ...]) ->
             f"{name!r} is neither a directory nor a model you can read on the hub; check the spelling"
             " (and, for a private model, run `hf auth login`)"
         ) from None
-    except Exception as error:  # a lost connection raises whatever the library's HTTP client of the day raises
+    except Exception as error:  # a lost connection raises the error of the library's HTTP client, which varies
         raise UserError(
             f"{name!r} is not a directory, and the hub is out of reach ({_first_line(error)});"
             " go online (and unset HF_HUB_OFFLINE), or give the directory of a downloaded checkpoint"

@@ -1,4 +1,4 @@
-"""Values from a file, checked against a record's fields before they are used."""
+"""Validation of values from files against the types of a dataclass."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from minbert.files.json_yaml import short
 LARGEST_NUMBER = 1e100  # whose square is finite
 LARGEST_INTEGER = 2**63 - 1
 
-FORMAT = 2  # of what a run writes; 0.1.0 wrote 1, without saying so
+FORMAT = 2  # of a run's files; 0.1.0 wrote 1, without a number
 
 Record = TypeVar("Record")
 
 
 def build(kind: type[Record], values: Mapping[Any, Any], where: str, *, ignore_unknown: bool = False) -> Record:
-    """The record of dataclass `kind` with these values; fields that are left out have their defaults.
+    """An instance of dataclass `kind` with these values; missing fields have their defaults.
 
     Args:
-        where: what the error's line starts with, such as the file's name.
+        where: the start of an error message, such as the file's name.
 
     Raises:
         UserError: an unknown key, a missing one, or a value of another type than its field's, each named; or a value
-            that the record itself refuses.
+            that the dataclass refuses.
     """
     types_of = types_of_fields(kind)  # type: ignore[arg-type]
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -48,21 +48,21 @@ def build(kind: type[Record], values: Mapping[Any, Any], where: str, *, ignore_u
 
 
 def checked(value: Any, kind: Any, where: str) -> Any:
-    """The value, if a field of type `kind` may have it; a mapping becomes the record that `kind` is.
+    """The value, if it is of type `kind`; a mapping becomes the dataclass `kind`.
 
     Raises:
-        UserError: it may not; the line starts with `where` and names what in the value is wrong.
+        UserError: it is not; the message starts with `where` and names the wrong part.
     """
     check = _checker(kind)
     try:
         return check(value)
-    except _Unfit as unfit:
-        raise UserError(f"{where}{unfit.place}: expected {unfit.expected}, got {short(unfit.got)}") from None
+    except _Mismatch as mismatch:
+        raise UserError(f"{where}{mismatch.path}: expected {mismatch.expected}, got {short(mismatch.got)}") from None
 
 
-class _Unfit(Exception):
-    def __init__(self, expected: str, got: Any, place: str = "") -> None:
-        self.expected, self.got, self.place = expected, got, place
+class _Mismatch(Exception):
+    def __init__(self, expected: str, got: Any, path: str = "") -> None:
+        self.expected, self.got, self.path = expected, got, path
 
 
 @cache
@@ -73,7 +73,7 @@ def types_of_fields(kind: type) -> dict[str, Any]:
 
 @cache
 def _checker(kind: Any) -> Callable[[Any], Any]:
-    """A function that returns a value that is of this kind, and raises `_Unfit` for any other."""
+    """A function that returns a value of type `kind`, and raises `_Mismatch` for any other."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return _union(kind, [_checker(argument) for argument in arguments])
@@ -104,7 +104,7 @@ def _when(kind: Any, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if not holds(value):
             limit = f" of at most {_LIMITS[kind]:g}" if kind in _LIMITS and type(value) in (int, kind) else ""
-            raise _Unfit(described(kind) + limit, value)
+            raise _Mismatch(described(kind) + limit, value)
         return float(value) if kind is float else value
 
     return check
@@ -116,9 +116,9 @@ def _union(kind: Any, options: list[Callable[[Any], Any]]) -> Callable[[Any], An
         for option in options:
             try:
                 return option(value)
-            except _Unfit as unfit:
-                inner = unfit if unfit.place else inner
-        raise inner or _Unfit(described(kind), value)
+            except _Mismatch as mismatch:
+                inner = mismatch if mismatch.path else inner
+        raise inner or _Mismatch(described(kind), value)
 
     return check
 
@@ -126,7 +126,7 @@ def _union(kind: Any, options: list[Callable[[Any], Any]]) -> Callable[[Any], An
 def _items(item: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if not isinstance(value, list):
-            raise _Unfit("a list", value)
+            raise _Mismatch("a list", value)
         return [_inside(f"[{number}]", item, each) for number, each in enumerate(value)]
 
     return check
@@ -135,10 +135,10 @@ def _items(item: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _entries(item: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if not isinstance(value, dict):
-            raise _Unfit("a mapping", value)
+            raise _Mismatch("a mapping", value)
         for name in value:
             if not isinstance(name, str):
-                raise _Unfit("names as keys", name)
+                raise _Mismatch("names as keys", name)
         return {name: _inside(f".{name:.40}", item, each) for name, each in value.items()}
 
     return check
@@ -147,25 +147,25 @@ def _entries(item: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _nested(kind: Any) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if not isinstance(value, dict):
-            raise _Unfit(f"a record of {', '.join(types_of_fields(kind))}", value)
+            raise _Mismatch(f"a record of {', '.join(types_of_fields(kind))}", value)
         needed = [field.name for field in dataclasses.fields(kind) if field.default is field.default_factory]
         wrong = [name for name in value if name not in types_of_fields(kind)] + [n for n in needed if n not in value]
         if wrong:
-            raise _Unfit(f"a record of {', '.join(types_of_fields(kind))}", wrong[0] if wrong[0] in value else value)
+            raise _Mismatch(f"a record of {', '.join(types_of_fields(kind))}", wrong[0] if wrong[0] in value else value)
         return kind(**{name: _inside(f".{name}", _checker(types_of_fields(kind)[name]), value[name]) for name in value})
 
     return check
 
 
-def _inside(place: str, check: Callable[[Any], Any], value: Any) -> Any:
+def _inside(path: str, check: Callable[[Any], Any], value: Any) -> Any:
     try:
         return check(value)
-    except _Unfit as unfit:
-        raise _Unfit(unfit.expected, unfit.got, place + unfit.place) from None
+    except _Mismatch as mismatch:
+        raise _Mismatch(mismatch.expected, mismatch.got, path + mismatch.path) from None
 
 
 def described(kind: Any) -> str:
-    """A field's type in words: int, one of 'a', 'b', float or dict[str, float]."""
+    """A field's type for messages: int, one of 'a', 'b', float or dict[str, float]."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(described(argument) for argument in arguments if argument is not types.NoneType)
@@ -178,10 +178,10 @@ def described(kind: Any) -> str:
 
 
 def without_format(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a file of a run holds, less its format's number.
+    """The values of a run's file without its format number.
 
     Raises:
-        UserError: a later format than this minbert reads.
+        UserError: a later format than minbert reads.
     """
     values = dict(values)
     number = values.pop("format", 1)

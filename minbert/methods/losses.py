@@ -73,7 +73,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 def losses_for(task: Task) -> list[str]:
     """The losses that fit a task's labels."""
-    if task.top > 1 and not task.is_scored:
+    if task.max_label > 1 and not task.is_regression:
         return ["cross_entropy"]
     of_pairs = ["cosine_embedding", "multiple_negatives_ranking"] if task.is_pair else []
-    return ["binary_cross_entropy", *(["mean_squared_error"] if task.is_scored else []), *of_pairs]
+    return ["binary_cross_entropy", *(["mean_squared_error"] if task.is_regression else []), *of_pairs]

@@ -72,8 +72,8 @@ class LinearHead(Head):
 
     def __init__(self, task: Task, hidden_size: int, dropout_p: float = 0.1) -> None:
         super().__init__(task, hidden_size, dropout_p)
-        self.weight = nn.Parameter(torch.empty(task.outputs, self.features_size(hidden_size)))
-        self.bias = nn.Parameter(torch.empty(task.outputs))
+        self.weight = nn.Parameter(torch.empty(task.num_outputs, self.features_size(hidden_size)))
+        self.bias = nn.Parameter(torch.empty(task.num_outputs))
         nn.init.normal_(self.weight, std=INITIALIZER_RANGE)
         nn.init.zeros_(self.bias)
 
@@ -152,7 +152,7 @@ class CosineHead(Head):
     )
 
     def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
-        scales = {"mean_squared_error": self.task.top, "multiple_negatives_ranking": LOGIT_SCALE}
+        scales = {"mean_squared_error": self.task.max_label, "multiple_negatives_ranking": LOGIT_SCALE}
         return scales.get(self.task.loss, 1.0) * self.cosine(*sequences)
 
     def cosine(self, u: Tensor, v: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class ScaledCosineHead(ProjectedCosineHead):
 
     def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
         logits = LOGIT_SCALE * self.cosine(*sequences)
-        return self.task.top * logits.sigmoid() if self.task.loss == "mean_squared_error" else logits
+        return self.task.max_label * logits.sigmoid() if self.task.loss == "mean_squared_error" else logits
 
 
 # Three layers, and networks mixed with a cosine --------------------------------------------------------------------
@@ -202,7 +202,7 @@ class LayersHead(Head):
         sizes = (self.width * hidden_size, hidden_size)
         self.inner = nn.ModuleList([new_linear(size, hidden_size, bias=False) for size in sizes])
         self.norms = nn.ModuleList([BatchNorm(hidden_size), BatchNorm(hidden_size)])
-        self.outer = new_linear(hidden_size, task.outputs)
+        self.outer = new_linear(hidden_size, task.num_outputs)
 
     def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
         x = joined(*sequences)
@@ -238,7 +238,7 @@ class MixedHead(Head):
     def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
         *_, u, v = sequences
         network = self.network.score(*sequences[: self.network.width], drop=drop)
-        return self.share * network + (1 - self.share) * self.task.top * F.cosine_similarity(u, v, dim=-1)
+        return self.share * network + (1 - self.share) * self.task.max_label * F.cosine_similarity(u, v, dim=-1)
 
 
 class HalfCosineHead(MixedHead):

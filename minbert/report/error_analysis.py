@@ -156,7 +156,7 @@ def score(task: Task, examples: Sequence[Example]) -> float:
 
 def confusion(task: Task, examples: Sequence[Example]) -> list[list[int]]:
     """How many examples of each class (row) are predicted to be of each class (column)."""
-    counts = np.zeros((task.top + 1, task.top + 1), np.int64)
+    counts = np.zeros((task.max_label + 1, task.max_label + 1), np.int64)
     for example in examples:
         counts[int(example.label), int(example.prediction.predicted)] += 1
     return counts.tolist()
@@ -217,13 +217,13 @@ def facts(task: Task, examples: Sequence[Example]) -> dict[str, str]:
         }
     matrix = np.array(confusion(task, examples))
     found = {"by the commonest class alone": f"{matrix.sum(1).max() / matrix.sum():.3f}"}
-    if task.top == 1:
+    if task.max_label == 1:
         for name, predicted_or_true in (("precision", matrix[:, 1]), ("recall", matrix[1])):
             found[name] = f"{matrix[1, 1] / predicted_or_true.sum():.3f}" if predicted_or_true.any() else "–"
         return found
     wrong = np.sum(off_by != 0)
     found["within one class"] = f"{np.mean(np.abs(off_by) <= 1):.1%}"
     found["mistakes off by one"] = f"{np.sum(np.abs(off_by) == 1) / wrong:.1%}" if wrong else "no mistakes"
-    never = [str(number) for number in range(task.top + 1) if not matrix[:, number].any()]
+    never = [str(number) for number in range(task.max_label + 1) if not matrix[:, number].any()]
     found["never predicted"] = ", ".join(never) or "no class"
     return found

@@ -130,9 +130,9 @@ def task_section(run: Run, task: Task, source: Source | str) -> TaskSection:
     if task.metric == "pearson":
         pairs = [(example.label, example.prediction.predicted) for example in examples]
         note = f"Pearson correlation {value:.3f}. On the line, a prediction is right."
-        section["scatter"] = scatter("Predicted against true similarity", pairs, task.top, note)
+        section["scatter"] = scatter("Predicted against true similarity", pairs, task.max_label, note)
     else:
-        section["classes"] = CLASSES.get(task.name, ("",) * (task.top + 1))
+        section["classes"] = CLASSES.get(task.name, ("",) * (task.max_label + 1))
         section["confusion"] = error_analysis.confusion(task, examples)
     return TaskSection(
         task,

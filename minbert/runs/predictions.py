@@ -42,7 +42,7 @@ def write_predictions(directory: Path, task: Task, split: str, examples: Encoded
     Raises:
         UserError: the disk is full.
     """
-    path = directory / f"{task.predictions}-{split}-output.csv"
+    path = directory / f"{task.prediction_stem}-{split}-output.csv"
     with writing(path, "free some space and run minbert.evaluate"):
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(path, "".join(format_predictions(task, examples.ids, predictions(task, outputs))))
@@ -53,11 +53,11 @@ def write_predictions(directory: Path, task: Task, split: str, examples: Encoded
 def format_predictions(task: Task, ids: Sequence[str], predicted: np.ndarray) -> list[str]:
     """Lines in the course's format: a header, then `id , prediction`."""
     lines = [f"{identifier} , {value} \n" for identifier, value in zip(ids, predicted.tolist(), strict=True)]
-    return [f"id \t {task.predicted} \n", *lines]
+    return [f"id \t {task.prediction_column} \n", *lines]
 
 
 def _details(directory: Path, task: Task, split: str) -> Path:
-    return directory / f"{task.predictions}-{split}.jsonl"
+    return directory / f"{task.prediction_stem}-{split}.jsonl"
 
 
 def _format_details(task: Task, examples: Encoded, outputs: np.ndarray) -> Iterator[str]:
@@ -95,11 +95,11 @@ def read_predictions(directory: Path, task: Task, split: str, remedy: str) -> li
 def _checked(found: Prediction, task: Task) -> Prediction:
     expect(found.tokens >= 0, "tokens", "0 or more", found.tokens)
     for name, value in (("predicted", found.predicted), ("label", found.label)):
-        if value is not None and not task.is_scored:
-            expect(value in range(task.top + 1), name, f"a class from 0 to {task.top}", value)
-    expect(found.label is None or 0 <= found.label <= task.top, "label", f"0 to {task.top}", found.label)
+        if value is not None and not task.is_regression:
+            expect(value in range(task.max_label + 1), name, f"a class from 0 to {task.max_label}", value)
+    expect(found.label is None or 0 <= found.label <= task.max_label, "label", f"0 to {task.max_label}", found.label)
     classes = found.probabilities
     if classes is not None:
-        fits = not task.is_scored and len(classes) == task.top + 1 and all(0 <= each <= 1 for each in classes)
-        expect(fits, "probabilities", f"{task.top + 1} shares", classes)
+        fits = not task.is_regression and len(classes) == task.max_label + 1 and all(0 <= each <= 1 for each in classes)
+        expect(fits, "probabilities", f"{task.max_label + 1} shares", classes)
     return found

@@ -1,4 +1,4 @@
-"""The tasks: what one is, the built-in ones, and how predictions become scores."""
+"""The record of a task, the built-in tasks, and their predictions and metrics."""
 
 from minbert.tasks.builtin import TASKS, find_tasks
 from minbert.tasks.task import PAIR_ENCODINGS, Glue, Task

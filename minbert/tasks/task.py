@@ -1,4 +1,4 @@
-"""What a task is: its columns, labels, loss, metric and files."""
+"""The record of a task: its columns, labels, loss, metric and files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-# How a pair is read, and how many sequences that makes: as one, [CLS] a [SEP] b [SEP]; each sentence by itself,
-# [CLS] a [SEP] and [CLS] b [SEP]; or all three of these.
+# The encodings of a pair, with their numbers of sequences: [CLS] a [SEP] b [SEP]; [CLS] a [SEP] and [CLS] b [SEP]; or
+# all three of these.
 PAIR_ENCODINGS = {"cross-encoder": 1, "bi-encoder": 2, "both": 3}
 
 
 @dataclass(frozen=True)
 class Glue:
-    """Where GLUE keeps a task: its folder, its columns and its configuration name on the hub."""
+    """A task's folder, columns and label in GLUE, and its configuration on the hub."""
 
     folder: str
     columns: tuple[str, ...]
@@ -23,21 +23,21 @@ class Glue:
 
 @dataclass(frozen=True)
 class Task:
-    """What minbert knows of a task. Labels lie in [0, `top`]; whole numbers unless they are scores."""
+    """A task. Its labels are in [0, `max_label`]: whole numbers, or real ones of a regression."""
 
     name: str
     title: str
     columns: tuple[str, ...]  # the text columns: one for single sentences, two for pairs
     label: str  # the label column
-    top: int  # the largest label
+    max_label: int
     loss: str  # of `minbert.methods.losses.LOSSES`
-    metric: Literal["accuracy", "pearson"]
-    predictions: str  # name of its prediction files, and their label column in the course's format
-    predicted: str
+    prediction_stem: str  # the start of its prediction files' names
+    prediction_column: str  # of its labels in prediction files in the course's format
+    metric: Literal["accuracy", "pearson"] = "accuracy"
     files: Mapping[str, str] = field(default_factory=dict)  # CS224N file of each split
     glue: Glue | None = None
     head: str = "linear"  # of `minbert.model.HEADS`
-    headline: bool = True  # whether the overall score counts it
+    in_overall: bool = True  # whether the overall score includes it
     evaluated: bool = True  # whether it has a dev split; an auxiliary task is only trained on
 
     @property
@@ -45,11 +45,11 @@ class Task:
         return len(self.columns) == 2
 
     @property
-    def is_scored(self) -> bool:
-        """Whether labels are scores on a scale; else they are classes."""
+    def is_regression(self) -> bool:
+        """Whether labels are scores; else they are classes."""
         return self.metric == "pearson"
 
     @property
-    def outputs(self) -> int:
-        """Numbers a head gives for one example: logits of the classes, one logit, or one score."""
-        return self.top + 1 if self.loss == "cross_entropy" else 1
+    def num_outputs(self) -> int:
+        """Outputs of a head for one example: a logit of each class, one logit, or one score."""
+        return self.max_label + 1 if self.loss == "cross_entropy" else 1

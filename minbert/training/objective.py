@@ -126,7 +126,7 @@ class Objective:
             outputs = model.from_embedded(embedded, batch.packed, counts, seed=dropout_seed)
             norms = self._norms(batch)
         tasks = {name: model.tasks[name] for name in outputs}
-        task = {name: LOSSES[of.loss](outputs[name], batch.labels[name], of.top) for name, of in tasks.items()}
+        task = {name: LOSSES[of.loss](outputs[name], batch.labels[name], of.max_label) for name, of in tasks.items()}
         terms = [*(self.weights.get(name, 1.0) * loss for name, loss in task.items()), *norms]
         smart, smart_terms, bregman, size = {}, [batch.smart_weights.new_zeros(())], {}, None
         on_phase("forward")

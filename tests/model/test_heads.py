@@ -55,7 +55,9 @@ def test_every_head_gives_what_its_losses_take(name: str, training: bool) -> Non
             group = loss == "multiple_negatives_ranking" and training
             assert found.shape == ((N, N) if group else (N, 5) if task == "sst" else (N,))
             if training:
-                LOSSES[loss](found, torch.tensor([0.0, 1, 0, 1, 1]) * head.task.top, head.task.top).backward()
+                LOSSES[loss](
+                    found, torch.tensor([0.0, 1, 0, 1, 1]) * head.task.max_label, head.task.max_label
+                ).backward()
                 assert pooled.grad.abs().sum() > 0
                 assert all(parameter.grad is not None for parameter in head.parameters())
 

@@ -28,7 +28,7 @@ from minbert.tasks.metrics import METRICS
 
 def examples(task: str, predicted: list[float], labels: list[float], texts: list[tuple[str, ...]] | None = None):
     """Examples with all of the probability on what is predicted."""
-    classes = TASKS[task].top + 1 if TASKS[task].metric == "accuracy" else 0
+    classes = TASKS[task].max_label + 1 if TASKS[task].metric == "accuracy" else 0
     found = []
     for i, (each, label) in enumerate(zip(predicted, labels, strict=True)):
         spread = [float(number == each) for number in range(classes)] or None

@@ -1,22 +1,16 @@
-// From the Gram matrix of the task gradients to their weights, for host and device: reference.surgery_weights,
-// operation by operation. `workers` share the rows; every one of them calls the function, and `sync` waits for all.
+// Computes the weights of the task gradients from their Gram matrix, for host and device: the operations of
+// reference.surgery_weights in the same order. Each of `workers` threads calls the function for a share of the rows;
+// `sync` is their barrier.
 #pragma once
 
 #include <cmath>
 
-#include "launch.h"
-
-#ifdef __CUDACC__
-#define MINBERT_HOST_DEVICE __host__ __device__
-#else
-#define MINBERT_HOST_DEVICE
-#endif
+#include "host_device.h"
+#include "kernels.h"
 
 namespace minbert {
 
-// `static`, as in philox.h: every instruction set keeps its own copies.
-
-// a b, rounded before anything is added to it: a fused multiply-add would have other bits.
+// a b, rounded before any addition: a fused multiply-add would give other bits.
 static inline MINBERT_HOST_DEVICE double times(double a, double b) {
 #ifdef __CUDA_ARCH__
   return __dmul_rn(a, b);
@@ -34,21 +28,21 @@ static inline MINBERT_HOST_DEVICE double dot(const double* a, const double* b, i
   return total;
 }
 
-// Row `task` of the coefficients: its gradient in terms of the original ones, once it has walked the others (Yu et al.
-// 2020, algorithm 1).
-static inline MINBERT_HOST_DEVICE void pcgrad_walk(const double* gram, const int64_t* orders, bool projects,
-                                                   int64_t task, int64_t tasks, double* coefficients) {
+// Row `task` of the coefficients: the projected gradient of the task as a combination of the original gradients (Yu et
+// al. 2020, algorithm 1).
+static inline MINBERT_HOST_DEVICE void project(const double* gram, const int64_t* orders, bool projects, int64_t task,
+                                               int64_t tasks, double* coefficients) {
   double* const own = coefficients + task * tasks;
   for (int64_t j = 0; j < tasks; ++j) own[j] = j == task;
-  for (int64_t place = 0; projects && place < tasks; ++place) {
-    const int64_t j = orders[task * tasks + place];
+  for (int64_t i = 0; projects && i < tasks; ++i) {
+    const int64_t j = orders[task * tasks + i];
     if (j == task || j < 0 || j >= tasks) continue;
     const double product = dot(own, gram + j * tasks, tasks), square = gram[j * tasks + j];
     if (product < 0 && square > 0) own[j] -= product / square;
   }
 }
 
-// What cancels counts as 0; -Inf stays, and is no number once its root is taken.
+// Negative sums, which cancellation leaves, become 0; -Inf stays, so that its root is NaN.
 static inline MINBERT_HOST_DEVICE double at_least_0(double x) { return x < 0 && is_finite(x) ? 0 : x; }
 static inline MINBERT_HOST_DEVICE double root(double x) { return sqrt(at_least_0(x)); }
 
@@ -63,8 +57,7 @@ static inline MINBERT_HOST_DEVICE void surgery_weights(const SurgeryProblem& pro
   bool projects = problem.orders != nullptr;
   for (int64_t i = 0; projects && i < tasks * tasks; ++i) projects = is_finite(gram[i]);
   if (problem.orders)
-    for (int64_t i = worker; i < tasks; i += workers)
-      pcgrad_walk(gram, problem.orders, projects, i, tasks, coefficients);
+    for (int64_t i = worker; i < tasks; i += workers) project(gram, problem.orders, projects, i, tasks, coefficients);
   sync();
   for (int64_t k = worker; k < tasks; k += workers) {
     double total = problem.weights ? problem.weights[k] : plain;
@@ -77,8 +70,8 @@ static inline MINBERT_HOST_DEVICE void surgery_weights(const SurgeryProblem& pro
   }
   sync();
 
-  // Three quadratic forms v' G v: of the weights, of what surgery changed, and of the plain weights. First come the
-  // products v_i (G v)_i, then their sums.
+  // Three quadratic forms v' G v: of the weights, of the difference that surgery makes, and of the plain weights. First
+  // the products v_i (G v)_i, then their sums.
   double* const forms = result.scratch + tasks * tasks;  // [3, T]
   for (int64_t i = worker; i < tasks; i += workers) {
     double of_weights = 0, of_change = 0, of_plain = 0;
@@ -97,14 +90,14 @@ static inline MINBERT_HOST_DEVICE void surgery_weights(const SurgeryProblem& pro
   for (int form = 0; form < 3; ++form)
     for (int64_t i = 0; i < tasks; ++i) square[form] += forms[form * tasks + i];
   const double norm = root(at_least_0(square[0]) + (problem.own_square ? *problem.own_square : 0));
-  const bool holds = is_finite(norm);
-  const double scale = holds && 0 < problem.max_norm && problem.max_norm < norm ? problem.max_norm / norm : 1;
+  const bool finite = is_finite(norm);
+  const double scale = finite && 0 < problem.max_norm && problem.max_norm < norm ? problem.max_norm / norm : 1;
   sync();
   for (int64_t k = worker; k < tasks; k += workers) weights[k] = times(weights[k], scale);
   if (worker == 0) {
     result.stats[0] = norm;
     result.stats[1] = scale;
-    result.stats[2] = holds;
+    result.stats[2] = finite;
     result.stats[3] = square[2] > 0 ? root(square[1] / square[2]) : NAN;
   }
 }

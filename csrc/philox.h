@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MINBERT_HOST_DEVICE __host__ __device__
-#else
-#define MINBERT_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace minbert {
 
@@ -19,7 +15,6 @@ struct Words4 {
   uint32_t word[4];
 };
 
-// `static`: every instruction set keeps its own copy.
 static inline MINBERT_HOST_DEVICE Words4 philox(Words4 counter, int64_t seed) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
   uint32_t* c = counter.word;

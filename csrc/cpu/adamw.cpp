@@ -1,11 +1,13 @@
 // The AdamW step on the weighted sum of the task gradients, in one pass over memory.
-#include "adamw_math.h"
-#include "cpu/chunks.h"
+#include "adamw.h"
+
+#include "cpu/multi_tensor.h"
+#include "cpu/simd_math.h"
 
 namespace minbert::MINBERT_ISA {
 namespace {
 
-// What an update reads and writes, from one element on; an average or a copy may be null.
+// The tensors that an update reads and writes, from one element on; average and copy may be null.
 template <class Scalar>
 struct State {
   Scalar *param, *exp_avg, *exp_avg_sq, *average;
@@ -17,11 +19,8 @@ struct State {
   }
 };
 
-inline void store_copy(BFloat16* to, Floats v) {
-  const auto bits = narrow(v, BFloat16{});
-  std::memcpy(to, &bits, sizeof(bits));
-}
-inline void store_copy(BFloat16* to, Doubles v) {  // by way of float32, as torch does
+inline void store_copy(BFloat16* to, Floats v) { store_raw(to, narrow(v, BFloat16{})); }
+inline void store_copy(BFloat16* to, Doubles v) {  // via float32, as torch does
   Floats single = {};
   for (int lane = 0; lane < kDoubles; ++lane) single[lane] = static_cast<float>(v[lane]);
   const auto bits = narrow(single, BFloat16{});
@@ -33,13 +32,12 @@ inline void update(Register grad, const State<Scalar>& at, const AdamWScalars<Sc
   Register param = load<Register>(at.param), exp_avg = load<Register>(at.exp_avg);
   Register exp_avg_sq = load<Register>(at.exp_avg_sq);
   adamw(grad, param, exp_avg, exp_avg_sq, scalars, [](Register v) { return square_root(v); });
-  std::memcpy(at.exp_avg, &exp_avg, sizeof(exp_avg));
-  std::memcpy(at.exp_avg_sq, &exp_avg_sq, sizeof(exp_avg_sq));
-  std::memcpy(at.param, &param, sizeof(param));
+  store_raw(at.exp_avg, exp_avg);
+  store_raw(at.exp_avg_sq, exp_avg_sq);
+  store_raw(at.param, param);
   if (at.copy) store_copy(at.copy, param);
   if (!at.average) return;
-  const Register average = scalars.average(load<Register>(at.average), param);
-  std::memcpy(at.average, &average, sizeof(average));
+  store_raw(at.average, scalars.average(load<Register>(at.average), param));
 }
 
 template <class Element>

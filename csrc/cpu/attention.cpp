@@ -1,9 +1,9 @@
-// Attention over sequences of one packed stream, forward and backward. The work is cut into items of one sequence and a
-// few heads; an item packs its rows into float32, holds whole rows of scores for a block of queries, and writes its
-// part of the result once. No two items share any output, so the result is the same for any thread count.
+// Attention within the sequences of a packed stream, forward and backward. A work item is one sequence and a few heads:
+// it converts its rows to float32, holds whole rows of scores for a block of queries, and writes its part of the result
+// once. No two items write the same output, so that the result does not depend on the thread count.
 #include "cpu/attention_plan.h"
-#include "cpu/pack.h"
-#include "cpu/philox_vectors.h"
+#include "cpu/head_matrices.h"
+#include "cpu/keep_bytes.h"
 #include "cpu/softmax.h"
 
 namespace minbert::MINBERT_ISA {
@@ -11,7 +11,7 @@ namespace {
 
 enum Part { kQueries, kKeys, kValues };
 
-// An item's tokens from `row` on, `rows` of them.
+// The rows [row, row + rows) of an item.
 template <class Element>
 Heads<const Element> heads_of(const AttentionProblem& p, QueriesKeysValues qkv, Part part, const Item& item,
                               int64_t row, int64_t rows) {
@@ -27,7 +27,7 @@ Heads<const Element> heads_of(const AttentionProblem& p, HeadRows x, const Item&
   return {data, x.token_stride, x.head_stride, rows, item.heads, p.head_dim};
 }
 
-// The same of a contiguous tensor [N, parts, H, d] that is written.
+// The same rows of a contiguous output [N, parts, H, d].
 template <class Element>
 Heads<Element> heads_of(const AttentionProblem& p, Element* x, int64_t parts, int64_t part, const Item& item,
                         int64_t row, int64_t rows) {
@@ -40,23 +40,25 @@ Heads<Element> heads_of(const AttentionProblem& p, Element* x, int64_t parts, in
           p.head_dim};
 }
 
-void draw_masks(const AttentionProblem& p, const Item& item, int64_t row, int64_t rows, int64_t keys, uint8_t* keep) {
+void keep_rows(const AttentionProblem& p, const Item& item, int64_t row, int64_t rows, int64_t keys, uint8_t* keep) {
+  const Keys philox_keys(p.dropout.seed);
   for (int64_t i = 0; i < rows; ++i)
-    keep_query(keep + i * keys, rows * keys, item.first_head, item.heads, keys, item.first_token + row + i, p.dropout);
+    keep_query(keep + i * keys, rows * keys, item.first_head, item.heads, keys, item.first_token + row + i, p.dropout,
+               philox_keys);
 }
 
 template <class Element>
-void attend(const AttentionProblem& p, QueriesKeysValues qkv, Element* out, const Item& item, Arena& arena) {
-  const Buffers b(arena, item.length, p.head_dim, false);
+void attend(const AttentionProblem& p, QueriesKeysValues qkv, Element* out, const Item& item, Allocator& scratch) {
+  const Buffers b(scratch, item.length, p.head_dim, false);
   const int64_t keys = round_up(item.length, kPanel), columns = round_up(p.head_dim, kFloats);
   const int64_t blocks = (item.length + kBlockRows - 1) / kBlockRows;
   float factors[kGroup][kBlockRows];
-  pack(heads_of<Element>(p, qkv, kKeys, item, 0, item.length), 1, b.keys, columns);
-  pack(heads_of<Element>(p, qkv, kValues, item, 0, item.length), 1, b.values, columns);
+  load_heads(heads_of<Element>(p, qkv, kKeys, item, 0, item.length), 1, b.keys, columns);
+  load_heads(heads_of<Element>(p, qkv, kValues, item, 0, item.length), 1, b.values, columns);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t row = item.length * block / blocks, rows = item.length * (block + 1) / blocks - row;
-    pack(heads_of<Element>(p, qkv, kQueries, item, row, rows), p.scale, b.queries, columns);
-    if (p.dropout.threshold) draw_masks(p, item, row, rows, keys, b.keep);
+    load_heads(heads_of<Element>(p, qkv, kQueries, item, row, rows), p.scale, b.queries, columns);
+    if (p.dropout.threshold) keep_rows(p, item, row, rows, keys, b.keep);
     for (int64_t head = 0; head < item.heads; ++head) {
       if (block == 0) transpose_into_panels(b.keys[head], columns, item.length, p.head_dim, b.keys_transposed[head]);
       multiply({b.queries[head], columns, false}, {b.keys_transposed[head], kPanel, p.head_dim * kPanel}, rows,
@@ -68,9 +70,9 @@ void attend(const AttentionProblem& p, QueriesKeysValues qkv, Element* out, cons
                                                                : exponentials<false>(scores, item.length, keep));
       }
       multiply({b.scores, keys, false}, {b.values[head], columns, kPanel}, rows, item.length, p.head_dim,
-               b.queries[head], columns);  // the queries have done their part
+               b.queries[head], columns);  // overwrites the queries, which are not needed any more
     }
-    unpack(
+    store_heads(
         b.queries, columns, [&](int64_t head, int64_t i) { return factors[head][i]; },
         heads_of(p, out, 1, 0, item, row, rows));
   }
@@ -78,20 +80,21 @@ void attend(const AttentionProblem& p, QueriesKeysValues qkv, Element* out, cons
 
 template <class Element>
 void attend_backward(const AttentionProblem& p, HeadRows grad_out, QueriesKeysValues qkv, Element* grad_qkv,
-                     const Item& item, Arena& arena) {
-  const Buffers b(arena, item.length, p.head_dim, true);
+                     const Item& item, Allocator& scratch) {
+  const Buffers b(scratch, item.length, p.head_dim, true);
   const int64_t keys = round_up(item.length, kPanel), columns = round_up(p.head_dim, kFloats);
   const int64_t blocks = (item.length + kBlockRows - 1) / kBlockRows;
   const auto store = [&](float* const* from, Part part, int64_t row, int64_t rows, float factor) {
-    unpack(from, columns, [&](int64_t, int64_t) { return factor; }, heads_of(p, grad_qkv, 3, part, item, row, rows));
+    store_heads(
+        from, columns, [&](int64_t, int64_t) { return factor; }, heads_of(p, grad_qkv, 3, part, item, row, rows));
   };
-  pack(heads_of<Element>(p, qkv, kKeys, item, 0, item.length), 1, b.keys, columns);
-  pack(heads_of<Element>(p, qkv, kValues, item, 0, item.length), 1, b.values, columns);
+  load_heads(heads_of<Element>(p, qkv, kKeys, item, 0, item.length), 1, b.keys, columns);
+  load_heads(heads_of<Element>(p, qkv, kValues, item, 0, item.length), 1, b.values, columns);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t row = item.length * block / blocks, rows = item.length * (block + 1) / blocks - row;
-    pack(heads_of<Element>(p, qkv, kQueries, item, row, rows), p.scale, b.queries, columns);
-    pack(heads_of<Element>(p, grad_out, item, row, rows), p.keep_scale, b.grad_out, columns);
-    if (p.dropout.threshold) draw_masks(p, item, row, rows, keys, b.keep);
+    load_heads(heads_of<Element>(p, qkv, kQueries, item, row, rows), p.scale, b.queries, columns);
+    load_heads(heads_of<Element>(p, grad_out, item, row, rows), p.keep_scale, b.grad_out, columns);
+    if (p.dropout.threshold) keep_rows(p, item, row, rows, keys, b.keep);
     for (int64_t head = 0; head < item.heads; ++head) {
       if (block == 0) {
         transpose_into_panels(b.keys[head], columns, item.length, p.head_dim, b.keys_transposed[head]);
@@ -107,7 +110,7 @@ void attend_backward(const AttentionProblem& p, HeadRows grad_out, QueriesKeysVa
         p.dropout.threshold ? softmax_backward<true>(scores, grads, item.length, keep)
                             : softmax_backward<false>(scores, grads, item.length, keep);
       }
-      // Values and then queries are not needed any more: their gradients take their places.
+      // The gradients overwrite the values and then the queries, which are not needed any more.
       multiply({b.scores, keys, true}, {b.grad_out[head], columns, kPanel}, item.length, rows, p.head_dim,
                b.values[head], columns, block > 0);
       multiply({b.grad_scores, keys, true}, {b.queries[head], columns, kPanel}, item.length, rows, p.head_dim,
@@ -124,18 +127,16 @@ void attend_backward(const AttentionProblem& p, HeadRows grad_out, QueriesKeysVa
 }  // namespace
 
 int64_t attention_scratch(const AttentionProblem& p, bool backward, int threads) noexcept {
-  Arena counter{nullptr, 0};
-  counter.take<int32_t>(p.sequences);
+  Allocator counter{nullptr, 0};
+  counter.allocate<int32_t>(p.sequences);
   return counter.used + threads * scratch_of_thread(p, backward);
 }
 
 bool attention(const AttentionProblem& p, QueriesKeysValues qkv, void* out, void* scratch, int threads) noexcept {
   if (!lengths_are_valid(p)) return false;
-  for_each_item(p, false, scratch, threads, [&](const Item& item, Arena& arena) {
-    if (p.dtype == DType::float32)
-      attend(p, qkv, static_cast<float*>(out), item, arena);
-    else
-      attend(p, qkv, static_cast<BFloat16*>(out), item, arena);
+  for_each_item(p, false, scratch, threads, [&](const Item& item, Allocator& allocator) {
+    with_activation(p.dtype,
+                    [&](auto element) { attend(p, qkv, static_cast<decltype(element)*>(out), item, allocator); });
   });
   return true;
 }
@@ -143,11 +144,10 @@ bool attention(const AttentionProblem& p, QueriesKeysValues qkv, void* out, void
 bool attention_backward(const AttentionProblem& p, HeadRows grad_out, QueriesKeysValues qkv, void* grad_qkv,
                         void* scratch, int threads) noexcept {
   if (!lengths_are_valid(p)) return false;
-  for_each_item(p, true, scratch, threads, [&](const Item& item, Arena& arena) {
-    if (p.dtype == DType::float32)
-      attend_backward(p, grad_out, qkv, static_cast<float*>(grad_qkv), item, arena);
-    else
-      attend_backward(p, grad_out, qkv, static_cast<BFloat16*>(grad_qkv), item, arena);
+  for_each_item(p, true, scratch, threads, [&](const Item& item, Allocator& allocator) {
+    with_activation(p.dtype, [&](auto element) {
+      attend_backward(p, grad_out, qkv, static_cast<decltype(element)*>(grad_qkv), item, allocator);
+    });
   });
   return true;
 }

@@ -6,8 +6,8 @@
 namespace minbert::MINBERT_ISA {
 namespace {
 
-// One row of residual + dropout(x). (What the loops use, here and below, lies in objects of their own: of variables
-// that they share with others, the compiler would have to believe that every store changes them.)
+// One row of residual + dropout(x). An object, as the lambdas below that capture by value: the compiler would assume
+// that every store changes variables captured by reference.
 template <bool dropped, class Element>
 struct TotalOf {
   const Element *x, *residual;
@@ -22,44 +22,44 @@ struct TotalOf {
 template <bool dropped, bool streamed, class Element>
 void forward_rows(int64_t begin, int64_t end, int64_t columns, const Element* x, const Element* residual,
                   const float* weight, const float* bias, float eps, const Dropout& dropout, Element* y,
-                  Moments* moments, const Scratch& scratch) {
-  const auto ahead = [&](int64_t row, int64_t column) {
+                  MeanRstd* mean_rstd, const Scratch& scratch) {
+  const auto prefetch_inputs = [&](int64_t row, int64_t column) {
     prefetch(x + row * columns + column);
     prefetch(residual + row * columns + column);
   };
   over_rows<dropped>(
-      begin, end, columns, dropout, scratch.multipliers, ahead, [&](int64_t row, const float* multipliers) {
+      begin, end, columns, dropout, scratch.multipliers, prefetch_inputs, [&](int64_t row, const float* multipliers) {
         const TotalOf<dropped, Element> total{x + row * columns, residual + row * columns, multipliers};
         Element* const to = y + row * columns;
-        const Moments of_row = moments_of(columns, eps, scratch.row, total);
-        moments[row] = of_row;
+        const MeanRstd of_row = mean_and_rstd(columns, eps, scratch.row, total);
+        mean_rstd[row] = of_row;
         normalise(columns, of_row, scratch.row, weight, bias,
-                  [=](int64_t at, int64_t count, Floats value) { store_first<streamed>(to + at, value, count); });
+                  [=](int64_t at, int64_t count, Floats value) { store_first(to + at, value, count, streamed); });
       });
   if (streamed) end_streams();
 }
 
 template <bool dropped, bool streamed, class Element>
 void backward_rows(int64_t begin, int64_t end, int64_t columns, const Element* d_y, const Element* x,
-                   const Element* residual, const float* weight, const Moments* moments, const Dropout& dropout,
+                   const Element* residual, const float* weight, const MeanRstd* mean_rstd, const Dropout& dropout,
                    Element* d_x, Element* d_residual, const Scratch& scratch) {
   for (float* sums : scratch.sums) std::memset(sums, 0, padded(columns) * sizeof(float));
-  const auto ahead = [&](int64_t row, int64_t column) {
+  const auto prefetch_inputs = [&](int64_t row, int64_t column) {
     prefetch(x + row * columns + column);
     prefetch(residual + row * columns + column);
     prefetch(d_y + row * columns + column);
   };
   over_rows<dropped>(
-      begin, end, columns, dropout, scratch.multipliers, ahead, [&](int64_t row, const float* multipliers) {
+      begin, end, columns, dropout, scratch.multipliers, prefetch_inputs, [&](int64_t row, const float* multipliers) {
         const TotalOf<dropped, Element> total{x + row * columns, residual + row * columns, multipliers};
         const Element* const from = d_y + row * columns;
         Element *const to = d_residual + row * columns, *const to_x = dropped ? d_x + row * columns : nullptr;
         normalise_backward(
-            columns, moments[row], weight, scratch.row, scratch.sums[0], scratch.sums[1], total,
+            columns, mean_rstd[row], weight, scratch.row, scratch.sums[0], scratch.sums[1], total,
             [=](int64_t at, int64_t count) { return load_first(from + at, count); },
             [=](int64_t at, int64_t count, Floats gradient) {
-              store_first<streamed>(to + at, gradient, count);
-              if (dropped) store_first<streamed>(to_x + at, gradient * load<Floats>(multipliers + at), count);
+              store_first(to + at, gradient, count, streamed);
+              if (dropped) store_first(to_x + at, gradient * load<Floats>(multipliers + at), count, streamed);
             });
       });
   if (streamed) end_streams();
@@ -72,41 +72,43 @@ void dropout_forward(Activation a, const void* x, void* y, Dropout dropout, floa
     using Element = decltype(element);
     over_chunks(threads, 0, a.rows, bytes_of(a) * 2, [&](int64_t chunk, int64_t begin, int64_t end) {
       float* space = scratch_of(scratch, chunk, a.columns).multipliers;
-      const auto ahead = [&](int64_t row, int64_t column) {
+      const auto prefetch_inputs = [&](int64_t row, int64_t column) {
         prefetch(static_cast<const Element*>(x) + row * a.columns + column);
       };
-      over_rows<true>(begin, end, a.columns, dropout, space, ahead, [&](int64_t row, const float* multipliers) {
-        const Element* const from = static_cast<const Element*>(x) + row * a.columns;
-        Element* const to = static_cast<Element*>(y) + row * a.columns;
-        along_row(a.columns, [=](int64_t at, int, int64_t count) {
-          store_first(to + at, load_first(from + at, count) * load<Floats>(multipliers + at), count);
-        });
-      });
+      over_rows<true>(begin, end, a.columns, dropout, space, prefetch_inputs,
+                      [&](int64_t row, const float* multipliers) {
+                        const Element* const from = static_cast<const Element*>(x) + row * a.columns;
+                        Element* const to = static_cast<Element*>(y) + row * a.columns;
+                        along_row(a.columns, [=](int64_t at, int, int64_t count) {
+                          store_first(to + at, load_first(from + at, count) * load<Floats>(multipliers + at), count);
+                        });
+                      });
     });
   });
 }
 
 void layer_norm_forward(Activation a, const void* x, const void* residual, const float* weight, const float* bias,
-                        float eps, Dropout dropout, void* y, Moments* moments, float* scratch, int threads) noexcept {
+                        float eps, Dropout dropout, void* y, MeanRstd* mean_rstd, float* scratch,
+                        int threads) noexcept {
   with_rows(a, dropout, y, [&](auto element, auto dropped, auto streamed) {
     using Element = decltype(element);
     over_chunks(threads, 0, a.rows, bytes_of(a) * 3, [&](int64_t chunk, int64_t begin, int64_t end) {
       forward_rows<dropped.kValue, streamed.kValue>(
           begin, end, a.columns, static_cast<const Element*>(x), static_cast<const Element*>(residual), weight, bias,
-          eps, dropout, static_cast<Element*>(y), moments, scratch_of(scratch, chunk, a.columns));
+          eps, dropout, static_cast<Element*>(y), mean_rstd, scratch_of(scratch, chunk, a.columns));
     });
   });
 }
 
 void layer_norm_backward(Activation a, const void* d_y, const void* x, const void* residual, const float* weight,
-                         const Moments* moments, Dropout dropout, void* d_x, void* d_residual, float* d_weight,
+                         const MeanRstd* mean_rstd, Dropout dropout, void* d_x, void* d_residual, float* d_weight,
                          float* d_bias, float* scratch, int threads) noexcept {
   with_rows(a, dropout, d_residual, [&](auto element, auto dropped, auto streamed) {
     using Element = decltype(element);
     over_chunks(threads, 0, a.rows, bytes_of(a) * 5, [&](int64_t chunk, int64_t begin, int64_t end) {
       backward_rows<dropped.kValue, streamed.kValue>(
           begin, end, a.columns, static_cast<const Element*>(d_y), static_cast<const Element*>(x),
-          static_cast<const Element*>(residual), weight, moments, dropout, static_cast<Element*>(d_x),
+          static_cast<const Element*>(residual), weight, mean_rstd, dropout, static_cast<Element*>(d_x),
           static_cast<Element*>(d_residual), scratch_of(scratch, chunk, a.columns));
     });
   });

@@ -1,74 +1,43 @@
 // SMART's perturbations (Jiang et al. 2019, algorithm 1): the normal start, and one projected step of gradient ascent.
-#include "ascent_math.h"
-#include "cpu/box_muller.h"
+#include "cpu/box_muller_simd.h"
+#include "smart_ascent.h"
 
 namespace minbert::MINBERT_ISA {
 namespace {
 
-// `count` elements, zeros behind them where a register holds more.
-template <class Element>
-inline Floats read(const Element* from, int64_t count) {
-  if (count == kFloats) return load<Floats>(from);
-  Element padded[kFloats] = {};
-  std::memcpy(padded, from, count * sizeof(Element));
-  return load<Floats>(padded);
-}
-
-template <class Element>
-inline void write(Element* to, Floats v, int64_t count, bool streamed) {
-  const auto stored = narrow(v, Element{});
-  if (count < kFloats)
-    std::memcpy(to, &stored, count * sizeof(Element));
-  else if (streamed)
-    stream(to, stored);
-  else
-    std::memcpy(to, &stored, sizeof(stored));
-}
-
-// Whether a range of an output of so many bytes is written past the caches.
-inline bool pays_to_stream(const void* to, int64_t output_bytes) {
-  return output_bytes >= kStreamedBytes && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
-}
-
-// body(at, count) for every register of a range: `count` elements from `at` on.
-template <class Body>
-inline void for_each_register(int64_t length, const Body& body) {
-  int64_t at = 0;
-  for (; at + kFloats <= length; at += kFloats) body(at, int64_t{kFloats});
-  if (at < length) body(at, length - at);
-}
-
-// Rows from first_row on, `rows` of them and at most kRowsAtOnce.
+// out = x + noise for `rows` rows, at most kRowsAtOnce; first_row is the number of the first one.
 template <class Element>
 void add_noise(const Element* x, Element* out, int64_t first_row, int64_t rows, int64_t columns, float sigma,
                const Keys& keys, uint32_t stream_id, bool streamed) {
   Polar noise[kRowsAtOnce];
-  philox_rows(first_row, columns, 1, stream_id, keys, [&](int64_t last, int64_t column, const Words* word) {
-    noise[last] = polar(word);
-    if (last + 1 < kRowsAtOnce) return;
-    Floats z[2][kRowsAtOnce];
-    normals(noise, z[0], z[1]);
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t at = row * columns + column, left = columns - column;
-      if (left >= 2 * kFloats) {
-        Floats result[2];
-        load_several(x + at, result);
-        for (int i = 0; i < 2; ++i) result[i] += sigma * z[i][row];
-        streamed ? store_several<true>(out + at, result) : store_several<false>(out + at, result);
-      } else {
-        const int64_t first = smaller(kFloats, left), second = left - first;
-        write(out + at, read(x + at, first) + sigma * z[0][row], first, false);
-        if (second > 0) write(out + at + kFloats, read(x + at + kFloats, second) + sigma * z[1][row], second, false);
-      }
-    }
-  });
+  philox_rows(even_lanes_first(), first_row, columns, 1, stream_id, keys,
+              [&](int64_t last, int64_t column, const Words* word) {
+                noise[last] = polar(word);
+                if (last + 1 < kRowsAtOnce) return;
+                Floats z[2][kRowsAtOnce];
+                normals(noise, z[0], z[1]);
+                for (int64_t row = 0; row < rows; ++row) {
+                  const int64_t at = row * columns + column, left = columns - column;
+                  if (left >= 2 * kFloats) {
+                    Floats result[2];
+                    load_several(x + at, result);
+                    for (int i = 0; i < 2; ++i) result[i] += sigma * z[i][row];
+                    store_several(out + at, result, streamed);
+                  } else {
+                    const int64_t first = smaller(kFloats, left), second = left - first;
+                    store_first(out + at, load_first(x + at, first) + sigma * z[0][row], first);
+                    if (second > 0)
+                      store_first(out + at + kFloats, load_first(x + at + kFloats, second) + sigma * z[1][row], second);
+                  }
+                }
+              });
 }
 
-// Norms of a group. What is not finite makes the norm NaN or Inf.
+// Norms of a group of elements. A non-finite element makes the norm NaN or Inf.
 class InfinityNorm {
  public:
   void add(Floats v) {
-    const Ints magnitude = (Ints)v & 0x7FFFFFFF;  // in the order of the numbers; NaN comes last
+    const Ints magnitude = (Ints)v & 0x7FFFFFFF;  // ordered like the absolute values, with NaN last
     largest_ = magnitude > largest_ ? magnitude : largest_;
   }
   float value() const {
@@ -103,7 +72,7 @@ class L2Norm {
   Doubles total_[2] = {};
 };
 
-// One group of an ascent: a range of elements.
+// One group of an ascent, a range of elements.
 template <class Element>
 class Group {
  public:
@@ -120,40 +89,41 @@ class Group {
   template <class Norm>
   void measure_gradient() {
     Norm norm;
-    for_each_register(length_, [&](int64_t at, int64_t count) { norm.add(read(grad_ + at, count)); });
-    const float steepness = norm.value();
-    moves_ = eta_ != 0 && has_direction(steepness);
-    if (moves_) step_ = Rescaling(steepness, eta_);
+    along_registers<1>(length_, [&](auto, int64_t at, int64_t count) { norm.add(load_first(grad_ + at, count)); });
+    const float gradient_norm = norm.value();
+    steps_ = eta_ != 0 && has_direction(gradient_norm);
+    if (steps_) step_ = Rescaling(gradient_norm, eta_);
   }
 
   void step_and_clamp() const {
-    for_each_register(length_, [&](int64_t at, int64_t count) {
-      const Floats centre = read(x_ + at, count);
-      write(out_ + at, clamped(moved(at, count), centre - epsilon_, centre + epsilon_), count, streamed_);
+    along_registers<1>(length_, [&](auto, int64_t at, int64_t count) {
+      const Floats centre = load_first(x_ + at, count);
+      store_first(out_ + at, clamped(stepped(at, count), centre - epsilon_, centre + epsilon_), count, streamed_);
     });
   }
 
   template <class Norm>
   void step_and_rescale(bool only_from_outside) const {
     Norm norm;
-    for_each_register(length_, [&](int64_t at, int64_t count) { norm.add(moved(at, count) - read(x_ + at, count)); });
+    along_registers<1>(
+        length_, [&](auto, int64_t at, int64_t count) { norm.add(stepped(at, count) - load_first(x_ + at, count)); });
     const float distance = norm.value();
     const bool rescales = only_from_outside ? distance > epsilon_ : has_direction(distance);
     const Rescaling rescale = rescales ? Rescaling(distance, epsilon_) : Rescaling();
-    for_each_register(length_, [&](int64_t at, int64_t count) {
-      Floats result = moved(at, count);
+    along_registers<1>(length_, [&](auto, int64_t at, int64_t count) {
+      Floats result = stepped(at, count);
       if (rescales) {
-        const Floats centre = read(x_ + at, count);
+        const Floats centre = load_first(x_ + at, count);
         result = centre + rescale(result - centre);
       }
-      write(out_ + at, result, count, streamed_);
+      store_first(out_ + at, result, count, streamed_);
     });
   }
 
  private:
-  Floats moved(int64_t at, int64_t count) const {
-    const Floats start = read(perturbed_ + at, count);
-    return moves_ ? start + step_(read(grad_ + at, count)) : start;
+  Floats stepped(int64_t at, int64_t count) const {
+    const Floats start = load_first(perturbed_ + at, count);
+    return steps_ ? start + step_(load_first(grad_ + at, count)) : start;
   }
 
   const Element *const perturbed_, *const x_, *const grad_;
@@ -162,7 +132,7 @@ class Group {
   const float eta_, epsilon_;
   const bool streamed_;
   Rescaling step_;
-  bool moves_ = false;
+  bool steps_ = false;
 };
 
 template <class Element>
@@ -182,7 +152,7 @@ void ascend_group(const Ascent& ascent, int64_t index) {
   }
 }
 
-constexpr int64_t kRows = 16;  // tokens that one thread takes at a time
+constexpr int64_t kRows = 16;  // tokens of one work item
 
 }  // namespace
 
@@ -191,10 +161,10 @@ void smart_init(const NormalStart& start, int threads) noexcept {
   const uint32_t first_row = static_cast<uint32_t>(start.seed[1]);
   const int64_t rows = start.rows, columns = start.columns;
   const float sigma = start.sigma * unit_of(start.scale);
-  const auto run = [&](auto element) {
+  with_activation(start.dtype, [&](auto element) {
     using Element = decltype(element);
-    const int64_t bytes = rows * columns * static_cast<int64_t>(sizeof(Element));
-    const bool streamed = pays_to_stream(start.out, bytes) && bytes / rows % kVectorBytes == 0;
+    const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(Element)), bytes = rows * row_bytes;
+    const bool streamed = pays_to_stream(start.out, bytes, row_bytes);
     parallel(threads, (rows + kRows - 1) / kRows, 8 * bytes, [&](int64_t index) {
       const int64_t end = smaller(rows, (index + 1) * kRows);
       for (int64_t row = index * kRows; row < end; row += kRowsAtOnce)
@@ -203,13 +173,12 @@ void smart_init(const NormalStart& start, int threads) noexcept {
                   columns, sigma, keys, start.stream_id, streamed);
       end_streams();
     });
-  };
-  start.dtype == DType::float32 ? run(float{}) : run(BFloat16{});
+  });
 }
 
 void smart_ascend(const Ascent& ascent, int threads) noexcept {
   const int64_t groups_at_once = ascent.cu_seqlens ? 1 : kRows;
-  const auto run = [&](auto element) {
+  with_activation(ascent.dtype, [&](auto element) {
     using Element = decltype(element);
     const int64_t bytes = ascent.tokens * ascent.columns * static_cast<int64_t>(sizeof(Element));
     parallel(threads, (ascent.groups + groups_at_once - 1) / groups_at_once, 4 * bytes, [&](int64_t index) {
@@ -217,8 +186,7 @@ void smart_ascend(const Ascent& ascent, int threads) noexcept {
       for (int64_t group = index * groups_at_once; group < end; ++group) ascend_group<Element>(ascent, group);
       end_streams();
     });
-  };
-  ascent.dtype == DType::float32 ? run(float{}) : run(BFloat16{});
+  });
 }
 
 }  // namespace minbert::MINBERT_ISA

@@ -1,7 +1,7 @@
-// Gradient surgery's two passes over memory, the Gram matrix of the task gradients and their weighted sum; and between
-// them, from the one to the weights of the other.
-#include "cpu/chunks.h"
-#include "gram_order.h"
+// Gradient surgery: the Gram matrix of the task gradients, the weights computed from it, and the weighted sum of the
+// task gradients.
+#include "cpu/multi_tensor.h"
+#include "gram_summation.h"
 #include "pcgrad.h"
 
 namespace minbert::MINBERT_ISA {
@@ -9,10 +9,10 @@ namespace {
 
 // Gram -------------------------------------------------------------------------------------------------------------
 
-// Products of float32 are exact in float64, and the conversion hides behind memory: no error builds up in a chunk.
-// A tile is the products of up to kTile rows with up to kTile others; its sums stay in registers.
+// Products of float32 are exact in float64, so that almost no error accumulates in a chunk; memory latency hides the
+// conversion. A tile is the products of up to kTile gradients with up to kTile others; its sums stay in registers.
 constexpr int kTile = 3;
-constexpr int64_t kBlock = 1024;  // elements of every row that are read once and reused from the cache
+constexpr int64_t kBlock = 1024;  // elements of every gradient that are read from memory once and then from the cache
 
 inline double sum(Doubles v) {
   double total = 0;
@@ -20,14 +20,7 @@ inline double sum(Doubles v) {
   return total;
 }
 
-template <class Element>
-Doubles load_last(const Element* from, int64_t count) {  // fewer elements than a register holds: zeros follow
-  Element padded[kDoubles] = {};
-  std::memcpy(padded, from, count * sizeof(Element));
-  return load<Doubles>(padded);
-}
-
-// gram[i, j] += <left_i, right_j> for the tile's rows; only j >= i when both sides are the same rows.
+// gram[i, j] += <left_i, right_j> for the tile's gradients; only j >= i where both sides are the same.
 template <int lefts, int rights, bool same, class Element>
 void add_tile(const Element* const* left, const Element* const* right, int64_t length, double* gram, int64_t stride) {
   constexpr int kDepth = lefts == 1 ? 4 : lefts == 2 ? 2 : 1;  // enough sums to hide the latency of an addition
@@ -44,7 +37,7 @@ void add_tile(const Element* const* left, const Element* const* right, int64_t l
     for (int depth = 0; depth < kDepth; ++depth)
       add(depth, [&](const Element* from) { return load<Doubles>(from + at + depth * kDoubles); });
   for (; at + kDoubles <= length; at += kDoubles) add(0, [&](const Element* from) { return load<Doubles>(from + at); });
-  if (at < length) add(0, [&](const Element* from) { return load_last(from + at, length - at); });
+  if (at < length) add(0, [&](const Element* from) { return load_first<Doubles>(from + at, length - at); });
   for (int i = 0; i < lefts; ++i)
     for (int j = same ? i : 0; j < rights; ++j)
       for (int depth = 0; depth < kDepth; ++depth) gram[i * stride + j] += sum(total[depth][i][j]);
@@ -70,7 +63,7 @@ void gram_of_chunk(const TaskGradients& g, const Chunk& chunk, double* gram) {
     const auto read_tile = [&](int64_t first, const Element** rows) {
       const int64_t count = smaller(kTile, tasks - first);
       for (int64_t i = 0; i < count; ++i) {
-        const Element* data = row<Element>(g, first + i, chunk);
+        const Element* data = gradient<Element>(g, first + i, chunk);
         rows[i] = data ? data + begin : zeros;
       }
       return count;
@@ -85,14 +78,13 @@ void gram_of_chunk(const TaskGradients& g, const Chunk& chunk, double* gram) {
       }
     }
   }
-  for (int64_t i = 0; i < tasks; ++i)  // an absent row is orthogonal to all, even to one that holds Inf or NaN
+  for (int64_t i = 0; i < tasks; ++i)  // an absent gradient is orthogonal to all others, even to one with Inf or NaN
     for (int64_t j = i; j < tasks; ++j)
-      if (!row<Element>(g, i, chunk) || !row<Element>(g, j, chunk)) gram[i * tasks + j] = 0;
+      if (!gradient<Element>(g, i, chunk) || !gradient<Element>(g, j, chunk)) gram[i * tasks + j] = 0;
 }
 
 // Combine ----------------------------------------------------------------------------------------------------------
 
-// With `streamed`, `out` must be aligned to what a register is stored as.
 template <bool streamed, class Element>
 void combine_chunk(const TaskGradients& g, const Chunk& chunk, const double* weights, Element* out) {
   using Accumulator = typename AccumulatorOf<Element>::type;
@@ -104,24 +96,18 @@ void combine_chunk(const TaskGradients& g, const Chunk& chunk, const double* wei
     Accumulator total[kDepth] = {};
     add_weighted<Element>(g, chunk, weights, at, total);
     Element* to = count < kStep ? padded : out + at;
-    for (int depth = 0; depth < kDepth; ++depth) {
-      const auto result = narrow(total[depth], Element{});
-      if (streamed && count == kStep)
-        stream(to + depth * kLanes, result);
-      else
-        std::memcpy(to + depth * kLanes, &result, sizeof(result));
-    }
+    for (int depth = 0; depth < kDepth; ++depth)
+      store_raw(to + depth * kLanes, narrow(total[depth], Element{}), streamed && count == kStep);
     if (count < kStep) std::memcpy(out + at, padded, count * sizeof(Element));
   }
   if (streamed) end_streams();
 }
 
-// Streaming pays where the output's lines are not in the cache already, as they are when `out` is one of the rows.
-bool pays_to_stream(const TaskGradients& g, const Chunk& chunk, const void* out, int64_t output_bytes) {
-  if (output_bytes < kStreamedBytes || reinterpret_cast<uintptr_t>(out) % kVectorBytes != 0) return false;
+// Whether `out` is one of the gradients: then it is in the cache, and non-temporal stores do not pay.
+bool is_a_gradient(const TaskGradients& g, const Chunk& chunk, const void* out) {
   for (int64_t task = 0; task < g.tasks; ++task)
-    if (g.data[task * g.tensors + chunk.tensor] == out) return false;
-  return true;
+    if (g.data[task * g.tensors + chunk.tensor] == out) return true;
+  return false;
 }
 
 }  // namespace
@@ -153,7 +139,7 @@ void combine(const TaskGradients& g, const double* weights, void* const* out, in
     with_element(g.dtypes[chunk.tensor], [&](auto element) {
       using Element = decltype(element);
       Element* to = static_cast<Element*>(out[chunk.tensor]) + chunk.begin;
-      if (pays_to_stream(g, chunk, out[chunk.tensor], output_bytes))
+      if (pays_to_stream(out[chunk.tensor], output_bytes) && !is_a_gradient(g, chunk, out[chunk.tensor]))
         combine_chunk<true>(g, chunk, weights, to);
       else
         combine_chunk<false>(g, chunk, weights, to);

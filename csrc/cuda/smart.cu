@@ -1,20 +1,21 @@
-// SMART's perturbations on a CUDA device: the normal start, and one projected step of gradient ascent, a launch each.
+// SMART's perturbations on a CUDA device: the normal start, and one projected step of gradient ascent, in one launch
+// each.
 //
-// Memory bounds both. Of 2700 x 768 bfloat16, smart_init moves 8.3 MB (2.5 us at 3.35 TB/s) and smart_ascend 16.6 MB
-// (5.0 us from memory; less where the passes that came before have left its inputs in the second cache, as they do).
+// Memory is the bound of both. For 2700 x 768 bfloat16, smart_init reads and writes 8.3 MB (2.5 us at 3.35 TB/s) and
+// smart_ascend 16.6 MB (5.0 us from memory, less from the L2 cache, which holds the inputs after the passes before).
 #include <type_traits>
 
-#include "ascent_math.h"
-#include "cuda/elements.h"
-#include "cuda/launching.h"
-#include "launch.h"
-#include "normal_math.h"
+#include "box_muller.h"
+#include "cuda/launch.h"
+#include "cuda/vector_access.h"
+#include "kernels.h"
 #include "philox.h"
+#include "smart_ascent.h"
 
 namespace minbert {
 namespace {
 
-constexpr int kWarp = 32, kRowsOfBlock = 4;  // one warp takes one row: all of SMART's rows are under way at once
+constexpr int kWarp = 32, kRowsOfBlock = 4;  // one warp per row, so that all of SMART's rows run at once
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
 inline int64_t blocks_of_rows(int64_t rows) { return (rows + kRowsOfBlock - 1) / kRowsOfBlock; }
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(kWarp* kRowsOfBlock) smart_init_kernel(NormalS
   const uint32_t number = static_cast<uint32_t>(start.seed[1]) + static_cast<uint32_t>(row);
   for (int64_t column = lane() * kStep; column < start.columns; column += kWarp * kStep) {
     const auto inside = [&](int part) { return kWidth == kStep || column + part < start.columns; };
-    typename Access::Raw raw[kStep / kWidth];  // asked for first: they come while the noise is made
+    typename Access::Raw raw[kStep / kWidth];  // loaded first: the latency overlaps with the noise
     for (int part = 0; part < kStep; part += kWidth)
       if (inside(part)) raw[part / kWidth] = Access::read(x + column + part);
     float z[kStep];
@@ -57,9 +58,9 @@ __global__ void __launch_bounds__(kWarp* kRowsOfBlock) smart_init_kernel(NormalS
 
 // Norms --------------------------------------------------------------------------------------------------------------
 
-// What is not finite makes a norm NaN or Inf. Totals are added up in an order that depends on the shapes alone.
+// A non-finite element makes the norm NaN or Inf. The order of the sums depends on the shapes alone.
 struct InfinityNorm {
-  using Total = int32_t;  // of a magnitude's bits: in the order of the numbers; NaN comes last
+  using Total = int32_t;  // the bits of an absolute value, which are ordered like the values, with NaN last
 
   static __device__ Total of(float v) { return __float_as_int(v) & 0x7FFFFFFF; }
   static __device__ Total plus(Total a, Total b) { return a > b ? a : b; }
@@ -73,22 +74,22 @@ struct L2Norm {
   static __device__ Total of(float v) { return static_cast<double>(v) * v; }
   static __device__ Total plus(Total a, Total b) { return a + b; }
   static __device__ Total over_warp(Total total) {
-    for (int apart = kWarp / 2; apart > 0; apart /= 2) total += __shfl_xor_sync(kAllLanes, total, apart);
+    for (int step = kWarp / 2; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
     return total;
   }
   static __device__ float norm(Total total) { return static_cast<float>(sqrt(total)); }
 };
 
 // Groups of elements -------------------------------------------------------------------------------------------------
-// A group says where its elements are (`for_each` passes the places of the calling thread), what they are there, and
-// how the threads that hold it add their totals.
+// A group gives access to its elements by index (`for_each` visits the indices of the calling thread) and sums over its
+// threads.
 
-// A token, by one warp: all that is needed of it is read at once and stays in registers.
+// A token, processed by one warp: its three inputs are read at once and stay in registers.
 template <class Element, int packs>
 class TokenInRegisters {
  public:
   using Access = Packs<Element>;
-  using Place = int;  // which of the lane's packs
+  using Index = int;  // of one of the lane's packs
 
   __device__ TokenInRegisters(const Ascent& a, int64_t row)
       : first_(row * a.columns + lane() * Access::kWidth), end_((row + 1) * a.columns) {
@@ -100,14 +101,14 @@ class TokenInRegisters {
   template <class F>
   __device__ void for_each(const F& f) const {
 #pragma unroll
-    for (Place place = 0; place < packs; ++place) f(place);
+    for (Index index = 0; index < packs; ++index) f(index);
   }
 
-  __device__ auto grad(Place place) const { return widened_again(grad_[place]); }
-  __device__ auto perturbed(Place place) const { return widened_again(perturbed_[place]); }
-  __device__ auto x(Place place) const { return widened_again(x_[place]); }
-  __device__ void write(void* out, Place place, const Floats<Access::kWidth>& v) const {
-    if (index(place) < end_) Access::write(static_cast<Element*>(out) + index(place), v);
+  __device__ auto grad(Index index) const { return widened_again(grad_[index]); }
+  __device__ auto perturbed(Index index) const { return widened_again(perturbed_[index]); }
+  __device__ auto x(Index index) const { return widened_again(x_[index]); }
+  __device__ void write(void* out, Index index, const Floats<Access::kWidth>& v) const {
+    if (element(index) < end_) Access::write(static_cast<Element*>(out) + element(index), v);
   }
 
   template <class Norm>
@@ -116,26 +117,26 @@ class TokenInRegisters {
   }
 
  private:
-  __device__ int64_t index(Place place) const { return first_ + place * (kWarp * Access::kWidth); }
+  __device__ int64_t element(Index index) const { return first_ + index * (kWarp * Access::kWidth); }
 
-  // Keeps the compiler from holding the wide numbers of one pass for the next: they take up to twice the registers.
+  // Prevents the compiler from keeping the float32 numbers of a pass for the next: they take up to twice the registers.
   static __device__ auto widened_again(uint4 raw) {
     asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
     return Access::widened(raw);
   }
 
-  // Behind the row stand zeros, which change no norm.
+  // Elements beyond the row become 0, which changes no norm.
   __device__ void read(uint4 (&to)[packs], const void* from) {
 #pragma unroll
-    for (Place place = 0; place < packs; ++place)
-      to[place] = index(place) < end_ ? Access::read(static_cast<const Element*>(from) + index(place)) : uint4{};
+    for (Index index = 0; index < packs; ++index)
+      to[index] = element(index) < end_ ? Access::read(static_cast<const Element*>(from) + element(index)) : uint4{};
   }
 
   const int64_t first_, end_;
   uint4 grad_[packs], perturbed_[packs], x_[packs];
 };
 
-// Any range of elements, by one block, which reads it again in each pass: after the first it is in the second cache.
+// Any range of elements, processed by one block, which reads it in each pass: from the L2 cache after the first.
 constexpr int kThreadsOfGroup = 512;
 
 template <class A>
@@ -143,7 +144,7 @@ class RangeInMemory {
  public:
   using Access = A;
   using Element = typename Access::Element;
-  using Place = int64_t;  // the index of an element
+  using Index = int64_t;  // of an element
 
   __device__ RangeInMemory(const Ascent& a, int64_t first_row, int64_t end_row)
       : a_(a), begin_(first_row * a.columns), end_(end_row * a.columns) {}
@@ -151,21 +152,21 @@ class RangeInMemory {
   template <class F>
   __device__ void for_each(const F& f) const {
 #pragma unroll 2
-    for (Place place = begin_ + threadIdx.x * Access::kWidth; place < end_; place += kThreadsOfGroup * Access::kWidth)
-      f(place);
+    for (Index index = begin_ + threadIdx.x * Access::kWidth; index < end_; index += kThreadsOfGroup * Access::kWidth)
+      f(index);
   }
 
-  __device__ auto grad(Place place) const { return at(a_.grad, place); }
-  __device__ auto perturbed(Place place) const { return at(a_.perturbed, place); }
-  __device__ auto x(Place place) const { return at(a_.x, place); }
-  __device__ void write(void* out, Place place, const Floats<Access::kWidth>& v) const {
-    Access::write(static_cast<Element*>(out) + place, v);
+  __device__ auto grad(Index index) const { return at(a_.grad, index); }
+  __device__ auto perturbed(Index index) const { return at(a_.perturbed, index); }
+  __device__ auto x(Index index) const { return at(a_.x, index); }
+  __device__ void write(void* out, Index index, const Floats<Access::kWidth>& v) const {
+    Access::write(static_cast<Element*>(out) + index, v);
   }
 
   template <class Norm>
   __device__ typename Norm::Total total(typename Norm::Total of_thread) const {
     __shared__ typename Norm::Total of_warps[kThreadsOfGroup / kWarp];
-    __syncthreads();  // all have read the total before
+    __syncthreads();  // all threads have read the previous total
     const auto of_warp = Norm::over_warp(of_thread);
     if (lane() == 0) of_warps[threadIdx.x / kWarp] = of_warp;
     __syncthreads();
@@ -175,8 +176,8 @@ class RangeInMemory {
   }
 
  private:
-  static __device__ auto at(const void* tensor, Place place) {
-    return Access::widened(Access::read(static_cast<const Element*>(tensor) + place));
+  static __device__ auto at(const void* tensor, Index index) {
+    return Access::widened(Access::read(static_cast<const Element*>(tensor) + index));
   }
 
   const Ascent& a_;
@@ -185,12 +186,12 @@ class RangeInMemory {
 
 // The ascent ---------------------------------------------------------------------------------------------------------
 
-// The norm of what `values` gives for every place of a group.
+// The norm of values(index) over all indices of a group.
 template <class Norm, class Group, class Values>
 __device__ float norm_of(const Group& group, const Values& values) {
   typename Norm::Total total = 0;
-  group.for_each([&](typename Group::Place place) {
-    const auto v = values(place);
+  group.for_each([&](typename Group::Index index) {
+    const auto v = values(index);
     for (int i = 0; i < Group::Access::kWidth; ++i) total = Norm::plus(total, Norm::of(v.at[i]));
   });
   return Norm::norm(group.template total<Norm>(total));
@@ -199,46 +200,46 @@ __device__ float norm_of(const Group& group, const Values& values) {
 template <bool infinity, class Group>
 __device__ void ascend(const Ascent& a, const Group& group) {
   using Norm = std::conditional_t<infinity, InfinityNorm, L2Norm>;
-  using Place = typename Group::Place;
+  using Index = typename Group::Index;
   constexpr int kWidth = Group::Access::kWidth;
   const float unit = unit_of(a.scale), eta = a.eta * unit, epsilon = a.epsilon * unit;
 
-  const float steepness = norm_of<Norm>(group, [&](Place place) { return group.grad(place); });
-  const bool moves = eta != 0 && has_direction(steepness);
-  const Rescaling step = moves ? Rescaling(steepness, eta) : Rescaling();
-  const auto moved = [&](Place place) {
-    auto v = group.perturbed(place);
-    const auto grad = group.grad(place);
-    for (int i = 0; i < kWidth; ++i) v.at[i] = moves ? v.at[i] + step(grad.at[i]) : v.at[i];
+  const float gradient_norm = norm_of<Norm>(group, [&](Index index) { return group.grad(index); });
+  const bool steps = eta != 0 && has_direction(gradient_norm);
+  const Rescaling step = steps ? Rescaling(gradient_norm, eta) : Rescaling();
+  const auto stepped = [&](Index index) {
+    auto v = group.perturbed(index);
+    const auto grad = group.grad(index);
+    for (int i = 0; i < kWidth; ++i) v.at[i] = steps ? v.at[i] + step(grad.at[i]) : v.at[i];
     return v;
   };
 
   if (infinity && a.onto_ball) {
-    group.for_each([&](Place place) {
-      const auto centre = group.x(place);
-      auto v = moved(place);
+    group.for_each([&](Index index) {
+      const auto centre = group.x(index);
+      auto v = stepped(index);
       for (int i = 0; i < kWidth; ++i) v.at[i] = clamped(v.at[i], centre.at[i] - epsilon, centre.at[i] + epsilon);
-      group.write(a.out, place, v);
+      group.write(a.out, index, v);
     });
     return;
   }
-  const float distance = norm_of<Norm>(group, [&](Place place) {
-    const auto centre = group.x(place);
-    auto v = moved(place);
+  const float distance = norm_of<Norm>(group, [&](Index index) {
+    const auto centre = group.x(index);
+    auto v = stepped(index);
     for (int i = 0; i < kWidth; ++i) v.at[i] -= centre.at[i];
     return v;
   });
   const bool rescales = a.onto_ball ? distance > epsilon : has_direction(distance);
   const Rescaling onto = rescales ? Rescaling(distance, epsilon) : Rescaling();
-  group.for_each([&](Place place) {
-    const auto centre = group.x(place);
-    auto v = moved(place);
+  group.for_each([&](Index index) {
+    const auto centre = group.x(index);
+    auto v = stepped(index);
     for (int i = 0; i < kWidth; ++i) v.at[i] = rescales ? centre.at[i] + onto(v.at[i] - centre.at[i]) : v.at[i];
-    group.write(a.out, place, v);
+    group.write(a.out, index, v);
   });
 }
 
-// Few registers enough that 2700 rows of 768 halves run in one wave on the 132 multiprocessors of an H100.
+// Limits the registers, so that 2700 rows of 768 halves run in one wave on the 132 multiprocessors of an H100.
 constexpr int blocks_at_once(int packs) { return packs < 3 ? 8 : packs == 3 ? 6 : packs < 6 ? 5 : 3; }
 
 template <class Element, int packs, bool infinity>
@@ -255,7 +256,7 @@ __global__ void __launch_bounds__(kThreadsOfGroup, 2) ascend_groups_kernel(Ascen
   ascend<infinity>(a, RangeInMemory<Access>(a, first, end));
 }
 
-// The narrowest kernel that holds a token of so many columns, or null where it is too long to stay in registers.
+// The kernel with the fewest registers that hold a token of `columns` columns, or null where none does.
 constexpr int kLongestToken = 1024;
 
 template <class Element, bool infinity, int packs = 2>
@@ -288,7 +289,7 @@ const char* launch_start(const NormalStart& start, void* stream) {
                 blocks_of_rows(start.rows), kWarp * kRowsOfBlock, stream, start);
 }
 
-// f(element) with a value of the C++ type behind a dtype.
+// Calls f with a value of the C++ type of a dtype.
 template <class F>
 const char* with_element(DType dtype, const F& f) {
   if (dtype == DType::bfloat16) return f(BFloat16());

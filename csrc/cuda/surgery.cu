@@ -1,7 +1,7 @@
 // Gradient surgery on a CUDA device: the Gram matrix of the task gradients, their weights, and their weighted sum.
-// Nothing waits for the host, and every sum has one order: the same bits each time.
-#include "cuda/vectors.h"
-#include "gram_order.h"
+// No kernel waits for the host, and the order of every sum is fixed, so that results are equal to the bit.
+#include "cuda/weighted_sum.h"
+#include "gram_summation.h"
 #include "pcgrad.h"
 
 namespace minbert {
@@ -11,18 +11,19 @@ static_assert(kLanes == kThreads && kLaneGroup == 32, "a lane is a thread, a gro
 
 // Gram -------------------------------------------------------------------------------------------------------------
 //
-// Bound by memory where float64 runs at half the rate of float32 (or at the full one): T rows are read once for T <= 4;
+// Memory is the bound where float64 runs at half the rate of float32 or more. T <= 4 gradients are read once:
 // 3 x 110M float32 are 1.32 GB, 394 us at the 3.35 TB/s of an H100, 438 us at the 3.0 that a copy reaches. Products of
-// float32 are exact in float64. GPUs with 1/64 of that rate (sm_86, sm_89) take about 1.5 times their memory's time.
+// float32 are exact in float64. On GPUs with 1/64 of that rate (sm_86, sm_89) the kernel takes about 1.5 times as long
+// as the memory traffic.
 
-constexpr int kTile = 3;  // tasks of a tile, for more than 4 tasks
+constexpr int kTile = 3;  // tasks of a tile, where there are more than 4 tasks
 
-// Blocks on a multiprocessor: what registers allow. At 3 x float32 they have 98 KB of loads in flight, of which 25 hide
-// the latency; a vector of bfloat16 fills sixteen registers as float64.
+// The blocks per multiprocessor that the registers allow. At 3 x float32 they have 98 KB of loads in flight; 25 KB hide
+// the latency. A vector of bfloat16 takes sixteen registers as float64.
 template <class Element, int tasks>
 constexpr int kBlocks = sizeof(Element) > 2 ? (tasks > 4 ? 3 : 4) : (tasks > 3 ? 2 : 3);
 
-// sum_of_lanes of what the threads of a block hold, each `count` numbers: the sums are in the first `count` threads.
+// sum_of_lanes over the threads of a block, for `count` numbers each. The first `count` threads return the sums.
 template <int count>
 __device__ double sums_of_block(const double (&mine)[count]) {
   constexpr int kGroups = kThreads / kLaneGroup;
@@ -41,11 +42,11 @@ __device__ double sums_of_block(const double (&mine)[count]) {
   return total;
 }
 
-// The products of `lefts` rows with `rights` others, or among themselves where `same`: then only j >= i.
+// The inner products of `lefts` gradients with `rights` others, or among themselves where `same`: then only j >= i.
 template <int lefts, int rights, bool same, class Element>
 struct Tile {
   static constexpr int kRows = same ? lefts : lefts + rights, kVector = 16 / sizeof(Element);
-  // How many sweeps are in flight: up to 8 loads, and up to 32 elements, which go through twice as wide registers.
+  // The number of sweeps in flight: up to 8 loads, and up to 32 elements, which float64 doubles in width.
   static constexpr int kLoads = kVector == 8 ? 4 : 8, kDepth = kRows < kLoads ? kLoads / kRows : 1;
 
   static constexpr int kEntries = same ? lefts * (lefts + 1) / 2 : lefts * rights;
@@ -81,7 +82,7 @@ struct Tile {
       }
   }
 
-  // The tile's part of the Gram matrix: rows from task `left` and columns from task `right` on.
+  // Computes the tile's part of the Gram matrix: rows from task `left` and columns from task `right` on.
   __device__ void run(const TaskTable& table, const Part& part, int left, int right, double* partials) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -103,7 +104,7 @@ struct Tile {
 #pragma unroll
       for (int j = same ? i : 0; j < rights; ++j)
         if (thread == entry(i, j) && left + i < table.tasks && right + j < table.tasks)
-          // an absent row is orthogonal to all, even to one that holds Inf or NaN
+          // an absent gradient is orthogonal to all others, even to one with Inf or NaN
           entries[(left + i) * table.tasks + right + j] = row[i] && row[same ? j : lefts + j] ? sum : 0;
   }
 };
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<Element, tasks>))
   Tile<tasks, tasks, true, Element>().run(table, find_part(table, blockIdx.x), 0, 0, partials);
 }
 
-// Neighbouring blocks take the pairs of tiles of one part, so that its rows are read from memory once.
+// Neighbouring blocks process the pairs of tiles of one part, so that its gradients are read from memory once.
 template <class Element>
 __global__ void __launch_bounds__(kThreads, (kBlocks<Element, 2 * kTile>))
     gram_of_many_kernel(const __grid_constant__ TaskTable table, double* partials) {
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<Element, 2 * kTile>))
     Tile<kTile, kTile, false, Element>().run(table, part, left * kTile, right * kTile, partials);
 }
 
-// One block for each entry. A chunk's sum is that of its parts, in their order.
+// One block per entry of the matrix. A chunk's sum is the sum of its parts, in order.
 __global__ void __launch_bounds__(kThreads)
     gram_of_chunks_kernel(const double* partials, int64_t chunks, int tasks, double* gram) {
   const int i = blockIdx.x / tasks, j = blockIdx.x % tasks, entries = tasks * tasks;
@@ -154,7 +155,7 @@ __global__ void surgery_weights_kernel(SurgeryProblem problem, SurgeryResult res
 
 // Combine ----------------------------------------------------------------------------------------------------------
 //
-// T rows are read and one is written: 3 x 110M float32 are 1.76 GB, 525 us at 3.35 TB/s.
+// The kernel reads T gradients and writes one: 3 x 110M float32 are 1.76 GB, 525 us at 3.35 TB/s.
 
 template <class Element, int tasks>
 __global__ void __launch_bounds__(kThreads)

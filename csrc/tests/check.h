@@ -1,4 +1,5 @@
-// What the C++ tests share: a check that ends the program, numbers, and tensors in buffers of their exact size.
+// Common parts of the C++ tests: a check that ends the program, pseudo-random numbers, and tensors in buffers of their
+// exact size.
 #pragma once
 
 #include <cmath>
@@ -7,15 +8,16 @@
 #include <cstring>
 #include <vector>
 
-#include "launch.h"
+#include "kernels.h"
 #include "philox.h"
 
 namespace minbert {
 
-void test_launches();
-void test_updates(Isa isa);
+void test_cuda_on_host();
+void test_adamw(Isa isa);
+void test_attention(Isa isa);
+void test_rowwise(Isa isa);
 void test_smart(Isa isa);
-void test_rows(Isa isa);
 
 namespace {
 

@@ -1,64 +1,28 @@
 // Attention and its gradients against plain loops in float64: lengths around the blocks and panels, odd numbers of
-// heads, tensors that are views of wider ones, and scratch memory of exactly the size that was asked for.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
+// heads, tensors that are views of wider ones, and scratch memory of exactly the requested size.
+#include "check.h"
 
-#include "launch.h"
-#include "philox.h"
-
-using namespace minbert;
-
+namespace minbert {
 namespace {
 
 using Numbers = std::vector<double>;
 
-double number(uint64_t i) {  // in [-1, 1), different for every i
-  return philox({{static_cast<uint32_t>(i), 0, 0, 0}}, 7).word[0] / 2147483648.0 - 1;
+// A Buffer of NaN.
+Buffer poisoned(DType dtype, int64_t size) {
+  Buffer buffer(size, dtype, 0);
+  std::memset(buffer.data(), 0xFF, size * width(dtype));
+  return buffer;
 }
-
-// Float32 or bfloat16 elements, and what they stand for.
-struct Tensor {
-  DType dtype;
-  std::vector<char> bytes;
-
-  Tensor(DType dtype, int64_t size) : dtype(dtype), bytes(size * (dtype == DType::float32 ? 4 : 2), '\xFF') {}  // NaN
-
-  double get(int64_t i) const {
-    float value;
-    if (dtype == DType::float32) {
-      std::memcpy(&value, bytes.data() + 4 * i, 4);
-    } else {
-      uint16_t half;
-      std::memcpy(&half, bytes.data() + 2 * i, 2);
-      const uint32_t bits = static_cast<uint32_t>(half) << 16;
-      std::memcpy(&value, &bits, 4);
-    }
-    return value;
-  }
-
-  void set(int64_t i, float value) {  // truncates to bfloat16
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const uint16_t half = static_cast<uint16_t>(bits >> 16);
-    if (dtype == DType::float32)
-      std::memcpy(bytes.data() + 4 * i, &value, 4);
-    else
-      std::memcpy(bytes.data() + 2 * i, &half, 2);
-  }
-};
 
 struct Case {
   AttentionProblem problem;
   QueriesKeysValues strides;
   HeadRows grad_strides;
-  Tensor qkv, grad_out;
+  Buffer qkv, grad_out;
 };
 
 // The result [N, H, d] and the gradient [N, 3, H, d].
-void attend(const Case& c, Numbers& out, Numbers& grad) {
+void attend(Case& c, Numbers& out, Numbers& grad) {
   const AttentionProblem& p = c.problem;
   const auto at = [&](int64_t part, int64_t token, int64_t head, int64_t i) {
     return c.qkv.get(token * c.strides.token_stride + part * c.strides.part_stride + head * c.strides.head_stride + i);
@@ -106,16 +70,13 @@ void attend(const Case& c, Numbers& out, Numbers& grad) {
       }
 }
 
-void compare(const char* what, const Case& c, const Tensor& got, const Numbers& expected) {
+void compare(const char* what, const Case& c, Buffer& got, const Numbers& expected) {
   const double unit = c.problem.dtype == DType::float32 ? 1e-5 : 8e-3;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    const double error = std::abs(got.get(i) - expected[i]);
-    if (error <= unit * std::abs(expected[i]) + 2e-5) continue;
-    std::fprintf(stderr, "%s: element %d is %g, expected %g (%d heads of %d, %d tokens)\n", what, static_cast<int>(i),
-                 got.get(i), expected[i], static_cast<int>(c.problem.heads), static_cast<int>(c.problem.head_dim),
-                 static_cast<int>(c.problem.tokens));
-    std::exit(1);
-  }
+  for (size_t i = 0; i < expected.size(); ++i)
+    CHECK(std::abs(got.get(i) - expected[i]) <= unit * std::abs(expected[i]) + 2e-5,
+          "%s: element %d is %g, expected %g (%d heads of %d, %d tokens)", what, static_cast<int>(i), got.get(i),
+          expected[i], static_cast<int>(c.problem.heads), static_cast<int>(c.problem.head_dim),
+          static_cast<int>(c.problem.tokens));
 }
 
 void test_case(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, int64_t head_dim, DType dtype,
@@ -138,33 +99,35 @@ void test_case(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, i
   Case c{problem,
          {nullptr, 3 * row + gap, row, head_dim},
          {nullptr, row, head_dim},
-         {dtype, tokens * (3 * row + gap) - 2 * gap},
-         {dtype, tokens * row - gap}};
-  for (int64_t i = 0; i < tokens * (3 * row + gap) - 2 * gap; ++i) c.qkv.set(i, static_cast<float>(number(i)));
-  for (int64_t i = 0; i < tokens * row - gap; ++i) c.grad_out.set(i, static_cast<float>(number(i + (1 << 24))));
-  c.strides.data = c.qkv.bytes.data();
-  c.grad_strides.data = c.grad_out.bytes.data();
+         poisoned(dtype, tokens * (3 * row + gap) - 2 * gap),
+         poisoned(dtype, tokens * row - gap)};
+  for (int64_t i = 0; i < tokens * (3 * row + gap) - 2 * gap; ++i) c.qkv.set(i, number(i));
+  for (int64_t i = 0; i < tokens * row - gap; ++i) c.grad_out.set(i, number(i + (1 << 24)));
+  c.strides.data = c.qkv.data();
+  c.grad_strides.data = c.grad_out.data();
 
   Numbers expected, expected_grad;
   attend(c, expected, expected_grad);
-  std::vector<std::vector<char>> first;
-  for (const int threads : {1, 3}) {
-    Tensor out(dtype, tokens * heads * head_dim), grad(dtype, 3 * tokens * heads * head_dim);
+  const int64_t size = tokens * heads * head_dim;
+  std::vector<Buffer> first;
+  for (const int threads : kThreadCounts) {
+    Buffer out = poisoned(dtype, size), grad = poisoned(dtype, 3 * size);
     for (const bool backward : {false, true}) {
-      const int64_t size = kernels(isa).attention_scratch(problem, backward, threads);
-      void* const scratch = std::aligned_alloc(64, size);
-      std::memset(scratch, 0xFF, size);
-      const bool valid = backward ? kernels(isa).attention_backward(problem, c.grad_strides, c.strides,
-                                                                    grad.bytes.data(), scratch, threads)
-                                  : kernels(isa).attention(problem, c.strides, out.bytes.data(), scratch, threads);
-      if (!valid) std::fprintf(stderr, "attention refuses good lengths\n"), std::exit(1);
+      const int64_t bytes = kernels(isa).attention_scratch(problem, backward, threads);
+      void* const scratch = std::aligned_alloc(64, bytes);
+      std::memset(scratch, 0xFF, bytes);
+      const bool valid =
+          backward ? kernels(isa).attention_backward(problem, c.grad_strides, c.strides, grad.data(), scratch, threads)
+                   : kernels(isa).attention(problem, c.strides, out.data(), scratch, threads);
+      CHECK(valid, "attention refuses valid lengths");
       std::free(scratch);
     }
     compare("attention", c, out, expected);
     compare("attention's gradient", c, grad, expected_grad);
-    if (first.empty()) first = {out.bytes, grad.bytes};
-    if (first[0] != out.bytes || first[1] != grad.bytes)
-      std::fprintf(stderr, "attention differs between thread counts\n"), std::exit(1);
+    if (first.empty()) first = {out, grad};
+    CHECK(std::memcmp(first[0].data(), out.data(), size * width(dtype)) == 0 &&
+              std::memcmp(first[1].data(), grad.data(), 3 * size * width(dtype)) == 0,
+          "attention differs between thread counts");
   }
 }
 
@@ -173,9 +136,9 @@ void test_bad_lengths(Isa isa) {
   for (const auto& cu_seqlens : bad) {
     const AttentionProblem problem{
         DType::float32, cu_seqlens.data(), static_cast<int64_t>(cu_seqlens.size()) - 1, 9, 7, 1, 8, 1, {0, 0, 0}, 1};
-    if (kernels(isa).attention(problem, {nullptr, 24, 8, 8}, nullptr, nullptr, 1) ||
-        kernels(isa).attention_backward(problem, {nullptr, 8, 8}, {nullptr, 24, 8, 8}, nullptr, nullptr, 1))
-      std::fprintf(stderr, "attention takes bad lengths\n"), std::exit(1);
+    CHECK(!kernels(isa).attention(problem, {nullptr, 24, 8, 8}, nullptr, nullptr, 1) &&
+              !kernels(isa).attention_backward(problem, {nullptr, 8, 8}, {nullptr, 24, 8, 8}, nullptr, nullptr, 1),
+          "attention accepts invalid lengths");
   }
 }
 
@@ -191,3 +154,5 @@ void test_attention(Isa isa) {
     }
   test_bad_lengths(isa);
 }
+
+}  // namespace minbert

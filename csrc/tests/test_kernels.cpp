@@ -1,10 +1,8 @@
-// Every kernel against plain loops: all instruction sets, odd sizes and alignments, one thread and several. Buffers are
-// exactly as large as they must be, so that AddressSanitizer sees a step beyond them.
+// Every kernel against plain loops: all instruction sets, odd sizes and alignments, one thread and several. Buffers
+// have the exact sizes, so that AddressSanitizer detects accesses beyond them.
 #include "check.h"
 
 using namespace minbert;
-
-void test_attention(Isa isa);
 
 namespace {
 
@@ -92,9 +90,9 @@ void test_masks(Isa isa) {
         kernels(isa).dropout_mask(keep.data(), rows, columns, dropout, threads);
         for (int64_t row = 0; row < rows; ++row)
           for (int64_t column = 0; column < columns; ++column) {
-            const Words4 words =
-                philox({{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(first_row + row), 0, dropout.stream_id}},
-                       dropout.seed);
+            const Words4 words = philox(
+                {{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(first_row + row), 0, dropout.stream_id}},
+                dropout.seed);
             CHECK(keep[row * columns + column] == (words.word[column % 4] >= dropout.threshold),
                   "%s: dropout_mask at (%d, %d)", kIsaNames[static_cast<int>(isa)], static_cast<int>(row),
                   static_cast<int>(column));
@@ -138,7 +136,7 @@ void test_philox() {
 
 int main() {
   test_philox();
-  test_launches();
+  test_cuda_on_host();
   for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
     if (!supports(isa)) {
       std::printf("%s: not on this processor\n", kIsaNames[static_cast<int>(isa)]);
@@ -147,9 +145,9 @@ int main() {
     test_surgery(isa);
     test_large_combine(isa);
     test_masks(isa);
-    test_updates(isa);
+    test_adamw(isa);
     test_smart(isa);
-    test_rows(isa);
+    test_rowwise(isa);
     test_attention(isa);
     std::printf("%s: ok\n", kIsaNames[static_cast<int>(isa)]);
   }

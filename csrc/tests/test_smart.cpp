@@ -1,6 +1,6 @@
 // smart_init and smart_ascend against plain loops in float64.
+#include "box_muller.h"
 #include "check.h"
-#include "normal_math.h"
 
 namespace minbert {
 namespace {
@@ -85,15 +85,15 @@ void test_ascent_of(Isa isa, DType dtype, int64_t columns, bool infinity, bool p
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = (per_sequence ? cu_seqlens[group] : group) * columns;
     const int64_t end = (per_sequence ? cu_seqlens[group + 1] : group + 1) * columns;
-    Norm steepness{infinity}, distance{infinity};
+    Norm gradient_norm{infinity}, distance{infinity};
     bool finite = true;
-    for (int64_t i = begin; i < end; ++i) steepness.add(grad.get(i)), finite = finite && std::isfinite(grad.get(i));
-    const auto moved = [&](int64_t i) {
-      return perturbed.get(i) + (finite ? eta * grad.get(i) / steepness.value() : 0);
+    for (int64_t i = begin; i < end; ++i) gradient_norm.add(grad.get(i)), finite = finite && std::isfinite(grad.get(i));
+    const auto stepped = [&](int64_t i) {
+      return perturbed.get(i) + (finite ? eta * grad.get(i) / gradient_norm.value() : 0);
     };
-    for (int64_t i = begin; i < end; ++i) distance.add(moved(i) - x.get(i));
+    for (int64_t i = begin; i < end; ++i) distance.add(stepped(i) - x.get(i));
     for (int64_t i = begin; i < end; ++i) {
-      const double offset = moved(i) - x.get(i);
+      const double offset = stepped(i) - x.get(i);
       double expected = offset;
       if (onto_ball && infinity)
         expected = std::fmin(std::fmax(offset, -epsilon), epsilon);

@@ -1,5 +1,5 @@
 // The CUDA kernels of SMART on the host: tests/kernels/test_smart_cuda.py builds and calls this.
-#include "cuda/launching.h"
+#include "cuda/launch.h"
 //
 #include "cuda/smart.cu"
 

@@ -1,0 +1,48 @@
+// Detects the instruction sets of this processor and selects the kernels compiled for one of them.
+#include "kernels.h"
+
+namespace minbert {
+
+namespace portable {
+extern const Kernels kernels;
+}
+#ifdef MINBERT_X86
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+CpuFeatures cpu_features() noexcept {
+  CpuFeatures found{};
+#ifdef MINBERT_X86
+  found.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  found.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  found.avx512_bf16 = found.avx512 && __builtin_cpu_supports("avx512bf16");
+  found.amx_bf16 = found.avx512 && __builtin_cpu_supports("amx-bf16");
+#endif
+  return found;
+}
+
+bool supports(Isa isa) noexcept {
+  const CpuFeatures found = cpu_features();
+  return isa == Isa::portable || (isa == Isa::avx2 && found.avx2) || (isa == Isa::avx512 && found.avx512);
+}
+
+Isa best_isa() noexcept {
+  return supports(Isa::avx512) ? Isa::avx512 : supports(Isa::avx2) ? Isa::avx2 : Isa::portable;
+}
+
+const Kernels& kernels(Isa isa) noexcept {
+#ifdef MINBERT_X86
+  if (isa == Isa::avx512) return avx512::kernels;
+  if (isa == Isa::avx2) return avx2::kernels;
+#endif
+  (void)isa;
+  return portable::kernels;
+}
+
+}  // namespace minbert

@@ -28,7 +28,7 @@ def _native_update(
     skip_unless: Tensor | None,
     scalars: Sequence[float],
 ) -> tuple[list[list[int]], Sequence[float], int, bool]:
-    """csrc/launch.h's AdamWState, AdamWStep and Gate."""
+    """csrc/kernels.h's AdamWState, AdamWStep and Gate."""
     tensors = (params, exp_avgs, exp_avg_sqs, averages, copies)
     addresses = [[tensor.data_ptr() for tensor in part] for part in tensors]
     if skip_unless is None:
@@ -68,7 +68,7 @@ def _(grads: Sequence[Tensor | None], weights: Tensor, *rest) -> None:
 def _scalars(
     step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, momentum: float
 ) -> list[float]:
-    """csrc/launch.h's AdamWStep: the bias corrections folded into eps and the step size, as `reference.adamw_` does."""
+    """csrc/kernels.h's AdamWStep: bias corrections are folded into eps and the step size, as in `reference.adamw_`."""
     beta1, beta2 = betas
     correction = (1 - beta2**step) ** 0.5
     return [1 - lr * weight_decay, beta1, beta2, eps * correction, lr * correction / (1 - beta1**step), momentum]

@@ -14,7 +14,7 @@ from .dispatch import compiled
 from .dropout import attention_dropout_mask
 from .native import library
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/launch.h's DType
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/kernels.h's DType
 _LARGEST_HEAD_DIM = 128
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import reference
 from .native import library
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/launch.h's DType
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/kernels.h's DType
 LARGEST_ON_GPU = 4096  # columns of a row that kernels/triton/row_tiles.py keeps in registers
 
 

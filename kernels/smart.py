@@ -9,7 +9,7 @@ from . import checks, reference
 from .dispatch import compiled
 from .native import library
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 3}  # csrc/launch.h's DType
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 3}  # csrc/kernels.h's DType
 
 
 def _takes(op: str, x: Tensor) -> bool:
@@ -23,7 +23,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _start(x: Tensor, sigma: float, seed: Tensor, stream_id: int, scale: Tensor | None) -> tuple[Tensor, tuple]:
-    """Memory for the result, and csrc/launch.h's NormalStart."""
+    """Memory for the result, and csrc/kernels.h's NormalStart."""
     out = torch.empty_like(x)
     rows, columns = x.shape
     addresses = x.data_ptr(), out.data_ptr()
@@ -62,7 +62,7 @@ def _ascent(
     onto_ball: bool,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, tuple]:
-    """Memory for the result, and csrc/launch.h's Ascent."""
+    """Memory for the result, and csrc/kernels.h's Ascent."""
     out = torch.empty_like(perturbed)
     tokens, columns = perturbed.shape
     groups = cu_seqlens.shape[0] - 1 if per_sequence else tokens

@@ -12,7 +12,7 @@ from . import checks, reference
 from .dispatch import compiled
 from .native import library
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # csrc/launch.h's DType
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # csrc/kernels.h's DType
 
 
 def _present(grads: Sequence[Tensor | None]) -> Tensor:
@@ -35,7 +35,7 @@ def stream_of(device: torch.device) -> Iterator[int]:
 
 
 def _scratch_for_gram(sizes: Sequence[int], tasks: int, parts: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """csrc/launch.h's partials, and where the Gram matrix goes."""
+    """csrc/kernels.h's partials, and where the Gram matrix goes."""
     chunks = sum(-(-size // library().CHUNK) for size in sizes)
     partials = torch.empty(chunks, parts, tasks, tasks, dtype=torch.float64, device=device)
     return partials, torch.empty(tasks, tasks, dtype=torch.float64, device=device)
@@ -93,7 +93,7 @@ def _surgery_arguments(
     max_norm: float,
     mean: bool,
 ) -> tuple[tuple[int | float, ...], tuple[Tensor, Tensor, Tensor]]:
-    """csrc/launch.h's SurgeryProblem and SurgeryResult, and the tensors of the latter: weights, stats, scratch."""
+    """csrc/kernels.h's SurgeryProblem and SurgeryResult, and the tensors of the latter: weights, stats, scratch."""
     tasks = gram.shape[0]
     result = gram.new_empty(tasks), gram.new_empty(4), gram.new_empty(tasks + 3, tasks)
     given = (0 if tensor is None else tensor.data_ptr() for tensor in (gram, orders, weights, own_square))

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import yaml
 
 from minbert import kernels
-from minbert.errors import UserError, did_you_mean, one_line
+from minbert.errors import UserError, dashed, did_you_mean, one_line
 from minbert.files.json_yaml import parse_yaml, read_yaml
 from minbert.files.validation import checked, described, types_of_fields, without_format
 from minbert.methods.surgery import names_code
@@ -164,11 +164,6 @@ class Parser:
             else:
                 parser.add_argument(dashed(name), metavar="", help=text)
         return parser.format_help()
-
-
-def dashed(name: str) -> str:
-    """An option as the command line has it."""
-    return f"--{name.replace('_', '-')}"
 
 
 def _members(kind: Any, origin: Any) -> list[Any]:

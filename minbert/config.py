@@ -1,22 +1,22 @@
-"""What a run is made of: one frozen record of options that refuses nonsense when it is built."""
+"""The options of a training run: a frozen record that refuses invalid values when it is built."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from minbert.errors import UserError, require
+from minbert.errors import UserError, dashed, require, require_known
 from minbert.files.json_yaml import read_yaml
 from minbert.files.validation import FORMAT, build, without_format
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import check_surgery, needs_task_gradients
 from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
-from minbert.task_options import check_known, check_tasks, chosen, of_task
+from minbert.options_by_task import of_task, with_head_and_loss
 from minbert.tasks import TASKS, Task, find_tasks
 
 
@@ -43,6 +43,31 @@ class ScratchConfig:
             require(value > 0, f"scratch.{name}", "positive", value)
 
 
+INFINITE = float("inf")
+RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (  # of values that are given, also by task
+    ("at least 1", lambda value: value >= 1, ("epochs", "steps", "batch_size", "threads", "accumulate", "epoch_times")),
+    ("at least 1", lambda value: value >= 1, ("reviews_per_star", "max_skipped", "checkpoint_steps", "log_steps")),
+    ("at least 4", lambda value: value >= 4, ("max_length",)),
+    ("between 0 and 1", lambda value: 0 < value < 1, ("lr", "head_lr", "adam_eps")),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, ("dropout", "head_dropout", "warmup")),
+    ("more than 0", lambda value: 0 < value < INFINITE, ("timeout", "loss_weights", "sampling_weights")),
+    ("0 or more", lambda value: 0 <= value < INFINITE, ("weight_decay", "clip_norm", "l2")),
+    ("0 or more", lambda value: 0 <= value < INFINITE, ("sampling_alpha", "sampling_alpha_end")),
+    ("between 0 and 2**63 - 1", lambda value: 0 <= value < 2**63, ("seed",)),
+)
+BY_TASK = (
+    "batch_size",
+    "loss_weights",
+    "sampling_weights",
+    "swap_pairs",
+    "augmented",
+    "heads",
+    "losses",
+    "pooling",
+    "l2",
+)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Options of `python -m minbert.train`; the command line beats --config, which beats --recipe.
@@ -51,7 +76,7 @@ class TrainConfig:
         data: directory of CS224N files or GLUE folders, or a hub name; the built-in demo corpus when left out.
         tasks: tasks to train, in order, such as sst,qqp,sts; when left out, those of them that the data holds.
         model: directory or hub name of a pretrained BERT; a small encoder from scratch when left out.
-        recipe: named options of minbert, taken before --config and the command line.
+        recipe: named options of minbert; --config and the command line override them.
         out: run directory to create; runs/<date>-<time> when left out.
         resume: continue the run in --out from its last checkpoint.
         epochs: passes over the data, each of epoch_length steps.
@@ -61,9 +86,9 @@ class TrainConfig:
             how much narrower a model is), 1.5e-3 from scratch, and 1e-3 with a frozen encoder.
         head_lr: peak learning rate of the heads; lr when left out.
         seed: everything random follows from it.
-        precision: arithmetic of the encoder; auto takes bf16 where the processor has it.
+        precision: arithmetic of the encoder; auto is bf16 where the processor has it.
         device: auto, cpu, cuda or cuda:N.
-        backend: auto takes compiled kernels where there are some; reference is plain PyTorch.
+        backend: auto uses compiled kernels where there are some; reference is plain PyTorch.
         matmul: library of float32 matrix products on CPUs: torch's BLAS, or oneDNN; auto times both as a run in fp32
             begins, unless its encoder is narrow, and records the faster.
         threads: CPU threads; torch's own choice when left out.
@@ -74,40 +99,40 @@ class TrainConfig:
             --allow-code is given there.
         surgery_reduction: whether pcgrad sums the projected gradients or takes their mean.
         surgery_groups: tasks whose gradients surgery sees as one, joined by +, such as sst+qqp+sts,cfimdb; left out,
-            each task is its own.
+            each task is a group.
         low_memory: run task after task instead of all in one stream.
         accumulate: batches of each task in one update.
-        timeout: seconds for which a process may be silent before the others give it up.
+        timeout: seconds without a heartbeat of a process, after which the others stop.
         cuda_graphs: on a GPU, replay forward and backward as CUDA graphs, with batches padded to few different numbers
             of tokens; only where a step is one stream and one batch.
         smart: smoothness-inducing adversarial regularisation; --smart.lambda-s 0 turns it off.
         bregman: momentum Bregman proximal point method; off unless --bregman.mu is given.
         loss_weights: what a task's loss is multiplied by, such as {sst: 2}; 1 where left out.
-        optimizers: shared has one AdamW for all tasks; per-task gives each task moments, step counts and a learning
-            rate schedule of its own (for one task a step).
-        sampling: joint takes a batch of every task in each step, the others one task a step: round-robin in turn,
+        optimizers: shared has one AdamW for all tasks; per-task has separate moments, step counts and learning rate
+            schedules (for one task a step).
+        sampling: joint has a batch of every task in each step, the others one task a step: round-robin in turn,
             sequential all of an epoch's batches of one task and then of the next, shuffled those of all tasks in a
             random order, proportional draws the task of every step.
         sampling_alpha: proportional draws a task with n examples in proportion to n^alpha: 0 draws all tasks alike; a
             temperature T is an alpha of 1/T.
         sampling_alpha_end: alpha of the last epoch, reached in even steps, such as 0.2 after 1 (Stickland and Murray
             2019, "annealed sampling"); left out, alpha stays.
-        sampling_weights: how many times as often a task takes a step, such as {sst: 2}; 1 where left out.
+        sampling_weights: how many times as often a step is a task's, such as {sst: 2}; 1 where left out.
         epoch_length: batches of each task in an epoch follow the smallest task, the largest, each task itself, or are
             this many.
         epoch_times: how many times as many batches as epoch_length says.
         swap_pairs: pair tasks, such as sts, whose training pairs are doubled by each pair with its sentences swapped,
             and whose batch size is doubled with them.
         augmented: files of further training examples by task, such as {sst: FILE}: tab-separated with the columns of
-            the task's training file, or a JSON object with them on each line; a row without a label takes that of the
-            training example whose id it has.
+            the task's training file, or a JSON object with them on each line; a row without a label has that of the
+            training example with its id.
         reviews: file of reviews with 1 to 5 stars, which adds the task yelp to the others: JSON objects on lines, or
             CSV with a header, with stars and text. Never evaluated.
         reviews_per_star: reviews drawn for each number of stars.
         strict: start no run whose data has a row that cannot be used; else such rows are left out and named.
-        heads: by task, how pooled vectors become outputs, such as {qqp: concatenated, sts: cosine}; it decides whether
-            a pair is read as one sequence or each sentence by itself; linear for tasks left out.
-        losses: by task, what is minimised, such as {sts: cosine_embedding}; the task's own for tasks left out.
+        heads: by task, how pooled vectors become outputs, such as {qqp: concatenated, sts: cosine}; a head encodes a
+            pair as one sequence (cross-encoder) or each sentence alone (bi-encoder); linear for tasks left out.
+        losses: by task, the loss, such as {sts: cosine_embedding}; the task's own for tasks left out.
         l2: weight of the L2 norm of a task's parameters in its loss, or one for each task, such as {qqp: 0.1}.
         shared_layer: a layer between pooling and every head: linear (with ReLU), or transform (linear, BatchNorm, GELU,
             dropout); none when left out.
@@ -189,29 +214,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.tasks is not None:
             find_tasks(self.tasks)
-        counts = ("epochs", "max_skipped", "checkpoint_steps", "log_steps", "accumulate", "epoch_times")
-        for name in (*counts, "reviews_per_star"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        sizes = self.batch_size if isinstance(self.batch_size, dict) else {None: self.batch_size}
-        for task, size in sizes.items():
-            require(size >= 1, f"batch_size{f'.{task}' if task else ''}", "at least 1", size)
-        for name in ("steps", "threads"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, "at least 1", value)
-        require(self.max_length is None or self.max_length >= 4, "max_length", "at least 4", self.max_length)
-        for name in ("lr", "head_lr", "adam_eps"):
-            value = getattr(self, name)
-            require(value is None or 0 < value < 1, name, "between 0 and 1", value)
-        require(0 < self.timeout < float("inf"), "timeout", "more than 0", self.timeout)
-        for name in ("weight_decay", "clip_norm"):
-            require(0 <= getattr(self, name) < float("inf"), name, "0 or more", getattr(self, name))
-        for name in ("dropout", "head_dropout", "warmup"):
-            value = getattr(self, name)
-            require(value is None or 0 <= value < 1, name, "at least 0 and below 1", value)
+        for expected, holds, names in RANGES:
+            for name in names:
+                option = getattr(self, name)
+                for task, value in option.items() if isinstance(option, dict) else [("", option)]:
+                    require(value is None or holds(value), f"{name}.{task}" if task else name, expected, value)
         if isinstance(self.epoch_length, int):
             require(self.epoch_length >= 1, "epoch_length", "smallest, largest, each or at least 1", self.epoch_length)
+        require(not (self.resume and self.out is None), "out", "given with --resume: it names the run", None)
         self._check_sampling()
-        self._check_tasks_named()
+        self._check_tasks()
         self._check_heads()
         check_surgery(self.surgery)
         if self.sampling != "joint" and needs_task_gradients(self.surgery):
@@ -221,11 +233,9 @@ class TrainConfig:
             )
         if self.surgery_groups is not None and self.tasks is not None:
             task_groups(find_tasks(self.tasks), self.surgery_groups)
-        require(0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1", self.seed)
-        require(not (self.resume and self.out is None), "out", "given with --resume: it names the run", None)
 
     def _check_sampling(self) -> None:
-        """Refuse options that the way of sampling has no use for."""
+        """Refuse options that have no effect with this --sampling."""
         if self.sampling == "joint":
             for name, unwanted, instead in (
                 ("optimizers", self.optimizers == "per-task", "--optimizers shared"),
@@ -234,38 +244,38 @@ class TrainConfig:
             ):
                 if unwanted:
                     raise UserError(
-                        f"--{name.replace('_', '-')} {getattr(self, name)} needs one task a step, and --sampling joint"
-                        f" takes all of them in each; give {instead}, or another --sampling"
+                        f"{dashed(name)} {getattr(self, name)} needs one task a step, and --sampling joint takes all of"
+                        f" them in each; give {instead}, or another --sampling"
                     )
-        for name in ("sampling_alpha", "sampling_alpha_end"):
-            value = getattr(self, name)
-            require(value is None or 0 <= value < float("inf"), name, "0 or more", value)
         if self.sampling != "proportional" and (self.sampling_alpha, self.sampling_alpha_end) != (1.0, None):
             raise UserError(
                 f"--sampling-alpha does nothing with --sampling {self.sampling}; give --sampling proportional"
             )
 
-    def _check_tasks_named(self) -> None:
-        """Refuse unknown tasks, and values out of range, in the options that say something of each task."""
-        sizes = self.batch_size if isinstance(self.batch_size, dict) else {}
-        weights = {"loss_weights": self.loss_weights or {}, "sampling_weights": self.sampling_weights or {}}
-        named: dict[str, Iterable[str]] = {**weights, "batch_size": sizes, "augmented": self.augmented or {}}
-        for option, tasks in {**named, "swap_pairs": self.swap_pairs or []}.items():
-            for task in tasks:
-                check_known(f"--{option.replace('_', '-')}", "task", task, TASKS)
+    def _check_tasks(self) -> None:
+        """Refuse unknown tasks in options by task, and tasks that an option does not fit."""
+        for name in BY_TASK:
+            option = getattr(self, name)
+            for task in option if isinstance(option, dict | list) else ():
+                require_known(f"{dashed(name)}: unknown task", task, TASKS)
         if self.tasks is not None and "yelp" in self.tasks and self.reviews is None:
             raise UserError("the task yelp is trained on reviews; give them with --reviews FILE")
         if self.tasks == ["yelp"]:
             raise UserError("the task yelp only helps others: it has no dev split; add a task")
-        for option, values in weights.items():
-            for task, value in values.items():
-                require(0 < value < float("inf"), f"{option}.{task}", "more than 0", value)
         for task in self.swap_pairs or []:
             if not TASKS[task].is_pair:
                 pairs = ", ".join(name for name, known in TASKS.items() if known.is_pair)
                 raise UserError(
                     f"--swap-pairs {task}: its examples are single sentences; the tasks with pairs: {pairs}"
                 )
+
+    def _check_heads(self) -> None:
+        for task in self.chosen_tasks(self.tasks or list(TASKS)):
+            require_known("--pooling: unknown pooling", of_task(self.pooling, task.name, "cls"), POOLINGS)
+            shared = self.shared_layer is not None and SHARED_LAYERS[self.shared_layer].normalises
+            if (shared or HEADS[task.head].normalises) and of_task(self.batch_size, task.name, 2) < 2:
+                layer = f"--shared-layer {self.shared_layer}" if shared else f"--heads.{task.name} {task.head}"
+                raise UserError(f"--batch-size {self.batch_size}: {layer} normalises over a batch; give at least 2")
 
     def batch_size_of(self, task: str) -> int:
         """Examples of a task in one step.
@@ -284,20 +294,7 @@ class TrainConfig:
         Raises:
             UserError: an unknown name, the same name twice, or no name.
         """
-        return [chosen(task, self.heads, self.losses) for task in find_tasks(names)]
-
-    def _check_heads(self) -> None:
-        for option in ("heads", "losses", "pooling", "l2"):
-            check_tasks(f"--{option}", getattr(self, option))
-        tasks = self.chosen_tasks(self.tasks or list(TASKS))
-        for task in tasks:
-            check_known("--pooling", "pooling", of_task(self.pooling, task.name, "cls"), POOLINGS)
-            weight = of_task(self.l2, task.name, 0.0)
-            require(0 <= weight < float("inf"), "l2", "0 or more", weight)
-            shared = self.shared_layer is not None and SHARED_LAYERS[self.shared_layer].normalises
-            if (shared or HEADS[task.head].normalises) and of_task(self.batch_size, task.name, 2) < 2:
-                layer = f"--shared-layer {self.shared_layer}" if shared else f"--heads.{task.name} {task.head}"
-                raise UserError(f"--batch-size {self.batch_size}: {layer} normalises over a batch; give at least 2")
+        return [with_head_and_loss(task, self.heads, self.losses) for task in find_tasks(names)]
 
     def replace(self, **changes: Any) -> TrainConfig:
         return dataclasses.replace(self, **changes)

@@ -1,5 +1,10 @@
 """The one error a user can cause. Commands print it as a single line and exit with code 2."""
 
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+
 
 class UserError(Exception):
     """Bad input. The message says what is wrong, where, what was expected and what to do, in one line."""
@@ -12,7 +17,22 @@ def require(ok: bool, option: str, expected: str, got: object) -> None:
         UserError: it is not.
     """
     if not ok:
-        raise UserError(f"--{option.replace('_', '-')} must be {expected}, got {got}")
+        raise UserError(f"{dashed(option)} must be {expected}, got {got}")
+
+
+def require_known(what: str, name: str, known: Collection[str]) -> None:
+    """Refuse a name that is none of the known ones; `what` is the start of the line, such as "unknown task".
+
+    Raises:
+        UserError: it is not.
+    """
+    if name not in known:
+        raise UserError(f"{what} {name!r}{did_you_mean(name, list(known))}; known: {', '.join(known)}")
+
+
+def dashed(option: str) -> str:
+    """An option as the command line has it."""
+    return f"--{option.replace('_', '-')}"
 
 
 def one_line(text: str) -> str:
@@ -24,9 +44,7 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-def did_you_mean(word: str, known: "list[str] | tuple[str, ...]") -> str:
+def did_you_mean(word: str, known: Sequence[str]) -> str:
     """`" (did you mean 'x'?)"` for the known name nearest to `word`, or `""` when none is near."""
-    import difflib
-
-    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    nearest = get_close_matches(word, known, n=1, cutoff=0.6)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""

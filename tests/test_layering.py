@@ -20,7 +20,7 @@ ROOMS = [  # a room imports only from itself and the rooms above
     ["data"],
     ["model"],
     ["methods"],
-    ["task_options"],
+    ["options_by_task"],
     ["config", "device"],
     ["console", "cli"],
     ["distributed"],

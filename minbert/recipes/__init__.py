@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from minbert.errors import UserError, did_you_mean
+from minbert.errors import UserError, did_you_mean, require_known
 
 FOLDER = Path(__file__).parent
 Scores = Mapping[str, Mapping[str, float]]  # split -> task or "overall" -> score
@@ -58,9 +58,7 @@ def paper(number: str) -> Paper:
     Raises:
         UserError: there is no paper of that number.
     """
-    known = papers()
-    if number not in known:
-        raise UserError(f"unknown paper {number!r}{did_you_mean(number, known)}; known: {', '.join(known)}")
+    require_known("unknown paper", number, papers())
     content = yaml.safe_load((FOLDER / "papers" / f"{number}.yaml").read_text(encoding="utf-8"))
     rows = {
         name: Row(

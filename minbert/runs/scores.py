@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from minbert.errors import UserError
+from minbert.errors import UserError, require_known
 from minbert.files.json_yaml import read_json, short
 from minbert.files.validation import checked, without_format
-from minbert.task_options import check_known
 from minbert.tasks import TASKS
 
 Scores = dict[str, dict[str, float]]
@@ -62,7 +61,7 @@ def check_scores(scores: Any, where: str) -> None:
     checked(scores, Scores, where)
     expect(bool(scores), where, "the scores of a task", scores)
     for name, each in scores.items():
-        check_known(where, "task", name, TASKS)
+        require_known(f"{where}: unknown task", name, TASKS)
         expect(list(each) == [TASKS[name].metric], f"{where}.{name}", f"{TASKS[name].metric} alone", list(each))
 
 

@@ -37,11 +37,11 @@ from minbert.methods.smart import embedding_scale, rounds_away
 from minbert.methods.surgery import find_surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel, load_heads, pair_encoding
+from minbert.options_by_task import of_task
 from minbert.runs import checkpoint
 from minbert.runs.checkpoint import Progress
 from minbert.runs.run_directory import Run
 from minbert.seeds import derive_seed
-from minbert.task_options import of_task
 from minbert.tasks import TASKS, Task
 from minbert.training.objective import Objective
 from minbert.training.optimizer import AdamW

@@ -1,20 +1,20 @@
-"""Options that differ from task to task: which head, loss, pooling and regulariser each one has."""
+"""Options that may differ by task, such as --heads, --losses and --l2."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from minbert.errors import UserError, did_you_mean
+from minbert.errors import UserError, require_known
 from minbert.methods.losses import LOSSES, losses_for
 from minbert.model import HEADS
-from minbert.tasks import TASKS, Task
+from minbert.tasks import Task
 
 Value = TypeVar("Value")
 
 
-def chosen(task: Task, heads: Mapping[str, str], losses: Mapping[str, str]) -> Task:
+def with_head_and_loss(task: Task, heads: Mapping[str, str], losses: Mapping[str, str]) -> Task:
     """The task with the head and the loss that --heads and --losses give it.
 
     Raises:
@@ -23,8 +23,8 @@ def chosen(task: Task, heads: Mapping[str, str], losses: Mapping[str, str]) -> T
     """
     name = task.name
     task = replace(task, head=heads.get(name, task.head), loss=losses.get(name, task.loss))
-    check_known(f"--heads.{name}", "head", task.head, HEADS)
-    check_known(f"--losses.{name}", "loss", task.loss, LOSSES)
+    require_known(f"--heads.{name}: unknown head", task.head, HEADS)
+    require_known(f"--losses.{name}: unknown loss", task.loss, LOSSES)
     if not task.is_pair and HEADS[task.head].pair_encoding != "cross-encoder":
         fitting = [head for head in HEADS if HEADS[head].pair_encoding == "cross-encoder"]
         raise UserError(
@@ -48,25 +48,3 @@ def chosen(task: Task, heads: Mapping[str, str], losses: Mapping[str, str]) -> T
 def of_task(option: Value | Mapping[str, Value], task: str, otherwise: Value) -> Value:
     """A task's value of an option that has one for all tasks, or one for some of them."""
     return option.get(task, otherwise) if isinstance(option, Mapping) else option
-
-
-def check_tasks(option: str, values: object) -> None:
-    """Refuse values by task for a task that there is not.
-
-    Raises:
-        UserError: there is one.
-    """
-    for name in values if isinstance(values, Mapping) else ():
-        check_known(option, "task", name, TASKS)
-
-
-def check_known(option: str, kind: str, value: str, known: Collection[str]) -> None:
-    """Refuse a name that is none of the known ones.
-
-    Raises:
-        UserError: it is not.
-    """
-    if value not in known:
-        raise UserError(
-            f"{option}: unknown {kind} {value!r}{did_you_mean(value, list(known))}; known: {', '.join(known)}"
-        )

@@ -21,8 +21,8 @@ from bench_methods import ours
 from peers import TASKS, labels, shape
 from torch import nn
 
-from minbert.data import token_split
 from minbert.device import keep_freed_memory
+from minbert.distributed.batch_shards import split_by_tokens
 from minbert.distributed.process_group import ProcessGroup
 from minbert.methods.losses import LOSSES
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
@@ -78,7 +78,7 @@ def main() -> None:
         parameters = sum(p.numel() for p in MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS).parameters())
         sent[DDP] = 2 * 4 * parameters * (group.world_size - 1) // group.world_size  # of an all-reduce
         lengths = np.concatenate([lengths_of(task, batch_size, 100 * i) for i, task in enumerate(DECILES)])
-        tokens = np.add.reduceat(lengths, token_split(lengths, group.world_size)[:-1])
+        tokens = np.add.reduceat(lengths, split_by_tokens(lengths, group.world_size)[:-1])
         dealt = [
             len(joint_batch(batch_size, sizes["vocab_size"], slice(rank, None, group.world_size)).token_ids)
             for rank in range(group.world_size)

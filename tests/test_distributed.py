@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from course import write_further_data
@@ -10,7 +9,6 @@ from groups import SMALL, assert_close, assert_close_in_bf16, once, state
 from several_runs import train_all
 
 from minbert import train
-from minbert.data import token_split
 from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.recipes import paper, papers
@@ -138,22 +136,6 @@ def test_a_rank_sends_the_bytes_that_the_formula_says(case, rows, gathers, passe
             sent = record["bytes_sent"] * size / (size - 1)
             # a rank with fewer sequences than another sends as many vectors; sums of a few numbers come on top
             assert parameters + pooled <= sent <= parameters + 1.5 * pooled
-
-
-def test_ranks_get_stretches_of_about_as_many_tokens():
-    rng = np.random.default_rng(0)
-    for parts in (1, 2, 3, 7):
-        for n in (parts, parts + 1, 96):
-            lengths = rng.integers(3, 60, n)
-            bounds = token_split(lengths, parts)
-            assert bounds[0] == 0
-            assert bounds[-1] == n
-            assert (np.diff(bounds) >= 1).all()
-            if n == 96:
-                tokens = np.add.reduceat(lengths, bounds[:-1])
-                assert tokens.max() - tokens.min() <= 60
-    with pytest.raises(ValueError, match="at least 3 examples for as many parts, got 2"):
-        token_split(np.array([5, 5]), 3)
 
 
 def test_one_process_is_a_group_of_its_own():

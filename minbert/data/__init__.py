@@ -4,7 +4,7 @@ from minbert.data.augmentation import joined, read_augmented, swapped
 from minbert.data.encoded import Encoded, encode, pack_batches
 from minbert.data.examples import Examples
 from minbert.data.formats import read_examples, read_file, read_glue
-from minbert.data.sampling import Plan, TaskSampler, plan, token_budget_batches, token_split
+from minbert.data.sampling import Plan, TaskSampler, plan, token_budget_batches
 from minbert.data.skipped import (
     Skipped,
     SkippedRow,
@@ -42,7 +42,6 @@ __all__ = [
     "skipped_rows",
     "swapped",
     "token_budget_batches",
-    "token_split",
     "update_skipped",
     "write_skipped",
 ]

@@ -169,29 +169,6 @@ ORDERS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
 }
 
 
-def token_split(lengths: np.ndarray, parts: int) -> np.ndarray:
-    """Cut a row of examples into stretches of about as many tokens, each of at least one example.
-
-    Args:
-        lengths: tokens of each example, [n].
-
-    Returns:
-        bounds of the stretches, int64 [parts + 1], from 0 to n.
-
-    Raises:
-        ValueError: fewer examples than parts.
-    """
-    if len(lengths) < parts:
-        raise ValueError(f"expected at least {parts} examples for as many parts, got {len(lengths)}")
-    ends = np.cumsum(lengths)
-    wanted = ends[-1] * np.arange(1, parts) / parts
-    cuts = np.searchsorted(ends, wanted)
-    cuts += ends[cuts] - wanted < wanted - (ends[cuts] - lengths[cuts])  # the nearer end of the example that is cut
-    numbers = np.arange(parts + 1)
-    bounds = np.concatenate([[0], cuts, [len(lengths)]]) - numbers
-    return np.minimum(np.maximum.accumulate(np.maximum(bounds, 0)), len(lengths) - parts) + numbers
-
-
 def token_budget_batches(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
     """Split examples, sorted by length, into batches of at most `tokens` tokens.
 

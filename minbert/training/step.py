@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from minbert import kernels
-from minbert.data import Encoded, pack_batches, token_split
+from minbert.data import Encoded, pack_batches
 from minbert.data.packing import Packed
-from minbert.distributed.batch_shards import BatchShard as Share
+from minbert.distributed.batch_shards import shard_examples
 from minbert.distributed.process_group import ProcessGroup
 from minbert.distributed.sharded_parameters import ShardedParameters
-from minbert.errors import UserError
 from minbert.methods.surgery import Surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import MultitaskModel
@@ -134,7 +133,9 @@ class Stepper:
         """A stream, or this rank's stretch of it."""
         here, share = parts, None
         if self.arena is not None:
-            here, share = self._shared_out(parts)
+            lengths = [self.data[task.name].lengths[indices] for task, indices in parts]
+            own, share = shard_examples(lengths, [self.data[task.name].width for task, _ in parts], self.group)
+            here = [(task, i[of]) for (task, i), of in zip(parts, own, strict=True) if len(i[of])]
         packed = pack_batches([(self.data[task.name], indices) for task, indices in here], self.bucket_to)
         if row is None and self._split:
             packed = packed.by_task(self._sequences(here, packed.padding))
@@ -146,27 +147,6 @@ class Stepper:
         """Of each group in a stream."""
         sizes = {task.name: len(indices) * self.data[task.name].width + padding for task, indices in parts}
         return [sum(sizes.get(task.name, 0) for task in group) for group in self.groups]
-
-    def _shared_out(self, parts: Parts) -> tuple[Parts, Share]:
-        """This rank's examples of a stream.
-
-        Raises:
-            UserError: there are fewer examples than ranks.
-        """
-        lengths = np.concatenate([self.data[task.name].lengths[indices] for task, indices in parts])
-        widths = np.concatenate([np.full(len(indices), self.data[task.name].width) for task, indices in parts])
-        if len(lengths) < self.group.world_size:
-            raise UserError(
-                f"a batch of {len(lengths)} examples is too small for {self.group.world_size} processes; give a larger"
-                " --batch-size, or fewer processes"
-            )
-        bounds = token_split(lengths, self.group.world_size)
-        start, end = bounds[self.group.rank : self.group.rank + 2]
-        first = np.cumsum([0, *(len(indices) for _, indices in parts)])
-        own = [i[max(start - at, 0) : max(end - at, 0)] for (_, i), at in zip(parts, first[:-1], strict=True)]
-        here = [(task, indices) for (task, _), indices in zip(parts, own, strict=True) if len(indices)]
-        sequences = tuple(np.add.reduceat(widths, bounds[:-1]).tolist())
-        return here, Share(self.group, sequences, int(lengths[:start].sum()), int(lengths.sum()))
 
     def _differentiate(
         self, batch: Batch, row: int | None, on_phase: Callable[[str], None] = lambda name: None

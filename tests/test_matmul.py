@@ -73,7 +73,7 @@ def test_a_run_measures_once_and_its_evaluation_and_continuation_keep_to_it(quic
     used.clear()
     capsys.readouterr()
     assert train.main([*options, "--steps=8", "--resume", "--matmul=blas"]) == 0
-    assert "--matmul (was onednn, is blas): sums may round otherwise" in capsys.readouterr().out
+    assert "--matmul (was onednn, is blas): sums may round differently" in capsys.readouterr().out
     assert {*used} == {"blas"}
 
 

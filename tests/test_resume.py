@@ -1,4 +1,4 @@
-"""What a resumed run takes from its record, which options may change, and how far a run can be extended."""
+"""Resuming: which options come from the record, which may change, and how far a run can be extended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from minbert import train
 from minbert.config import TrainConfig
 from minbert.errors import UserError
 from minbert.methods.smart import SmartConfig
-from minbert.runs.resume import DECIDED, FREE, LENGTH, ROUNDING, check_length, differences, flat, resumed
+from minbert.runs.resume import (
+    CHOSEN_AT_START,
+    LENGTH,
+    ROUNDING,
+    WITHOUT_EFFECT,
+    check_length,
+    differences,
+    flat,
+    resumed,
+)
 from minbert.runs.run_directory import Run
 
 # fmt: off
@@ -41,11 +50,11 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 def test_every_option_is_classified():
-    """A new option is fixed until someone says why it may change: then it is in one of the tables, and not here."""
-    classes = [*FREE, *ROUNDING, *LENGTH, *FIXED]
+    """A new option is fixed, unless a table of minbert/runs/resume.py says why it may change."""
+    classes = [*WITHOUT_EFFECT, *ROUNDING, *LENGTH, *FIXED]
     assert len(classes) == len(set(classes))
     assert {name for name, _ in flat(TrainConfig())} == set(classes)
-    assert set(DECIDED) <= set(FIXED)
+    assert set(CHOSEN_AT_START) <= set(FIXED)
 
 
 CHANGED = {  # another value of each option that is not a number or a flag
@@ -145,7 +154,7 @@ def test_a_run_goes_on_with_other_options_that_change_no_result(course_data, qui
 def test_other_arithmetic_is_said(quick, tmp_path, capsys):
     assert train.main([*quick, "--steps=2", "--threads=1"]) == 0
     assert train.main([*quick, "--steps=3", "--threads=2", "--backend=reference", "--resume"]) == 0
-    line = "--threads (was 1, is 2), --backend (was auto, is reference): sums may round otherwise"
+    line = "--threads (was 1, is 2), --backend (was auto, is reference): sums may round differently"
     assert line in capsys.readouterr().out
 
 

@@ -52,11 +52,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Details:
-    """What is told of a row's run."""
+    """The details of a row's run."""
 
     row: Row
     epochs: Sequence[Epoch]
-    best_epoch: int  # 0 while the run goes on
+    best_epoch: int  # 0 for an unfinished run
     options: Sequence[Option]
     figures: Sequence[Figure]
     link: str  # to its own report, relative to the page; empty if it has none
@@ -129,7 +129,7 @@ def _column(published: Sequence[float | None], ours: Sequence[float | None]) -> 
 
 
 def details(row: Row, page: Path) -> Details:
-    """What the page tells of a row's run."""
+    """The details that the page shows of a row's run."""
     assert row.run is not None
     records, config = row.run.records(), row.run.config()
     own = row.run.path / "report.html"
@@ -137,7 +137,7 @@ def details(row: Row, page: Path) -> Details:
         row,
         epochs(records),
         row.run.summary().get("best_epoch", 0),
-        [option for option in options(config) if option.changed or option.settled],
+        [option for option in options(config) if option.changed or option.resolved],
         training_figures(records, palette(config.tasks or [])),
         Path(os.path.relpath(own, page.parent)).as_posix() if own.exists() else "",
     )

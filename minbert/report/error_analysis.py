@@ -1,4 +1,4 @@
-"""What a run gets wrong on a split, and what the texts of it have in common: the papers' analyses, as numbers.
+"""The mistakes of a run on a split by properties of the texts: the papers' analyses, as numbers.
 
 Paper 000, section 5, looks at how far off sentiment is, at pronouns in one question of a pair only, and at words in
 common that raise the predicted similarity; paper 003, section 5, at confusion matrices, at classes that are never
@@ -30,7 +30,7 @@ _WORD = re.compile(r"\w+(?:'\w+)*")
 
 @dataclass(frozen=True)
 class Example:
-    """What a run says of an example whose label is known, and the example's sentence or two; no texts if unknown."""
+    """The prediction for an example with a label, and the example's sentence or two; no texts if they are unknown."""
 
     prediction: Prediction
     texts: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Example:
 # Properties of the texts -------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8)  # the texts of an example, of which several properties are asked in turn
+@lru_cache(maxsize=8)  # several properties read the same text one after another
 def words(text: str) -> list[str]:
     """The words of a text in lower case, with typewriter apostrophes."""
     return _WORD.findall(text.lower().replace("’", "'"))
@@ -94,11 +94,11 @@ def _where(holds: Callable[[str], bool]) -> Callable[[Example], str]:
 
 @dataclass(frozen=True)
 class Property:
-    """Something of an example that may go with mistakes.
+    """A property of an example that may be related to mistakes.
 
     Args:
         of: its value.
-        edges: where the groups of a number begin, but for the first; a property without edges is its own group.
+        edges: where the groups of a number begin, but for the first; without edges, each value is a group.
     """
 
     title: str
@@ -107,7 +107,7 @@ class Property:
     needs_texts: bool = True
 
     def group(self, example: Example) -> tuple[int, str]:
-        """The group the example is in: what to sort it by, and what to call it."""
+        """The group of the example: its sorting key and its name."""
         value = self.of(example)
         if isinstance(value, str):
             return NAMES.index(value), value
@@ -120,7 +120,7 @@ class Property:
         return number, f"{first:g} to {end - 1:g}" if isinstance(value, int) else f"{first:g} to below {end:g}"
 
     def cell(self, example: Example) -> tuple[str, float]:
-        """What a table shows of an example, and what it sorts by."""
+        """The cell of a table for the example, and its sorting key."""
         value = self.of(example)
         if isinstance(value, str):
             return value, NAMES.index(value)
@@ -141,7 +141,7 @@ OF_PAIRS = (
 
 
 def properties(task: Task, with_texts: bool) -> list[Property]:
-    """What is looked at for a task: all of it, or what can be told without the texts."""
+    """The properties of a task's examples: all of them, or those that need no texts."""
     return [each for each in (OF_PAIRS if task.is_pair else OF_SENTENCES) if with_texts or not each.needs_texts]
 
 
@@ -203,7 +203,7 @@ def mistakes(task: Task, examples: Sequence[Example]) -> list[Example]:
 
 
 def facts(task: Task, examples: Sequence[Example]) -> dict[str, str]:
-    """What stands out, in short.
+    """Key figures of the mistakes.
 
     For classes in an order, how many predictions are within one (000, section 5), and which class is never predicted
     (003, section 5); for two classes precision and recall; for a similarity whether it is over-scored (000, section 5).

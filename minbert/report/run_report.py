@@ -75,7 +75,7 @@ class Headline:
 
 
 def method(config: TrainConfig) -> list[str]:
-    """What the run did with the tasks' gradients, and what it added to their losses."""
+    """The surgery of the run, and the regularisers of its losses."""
     parts = [config.surgery] if config.mode == "finetune" else ["frozen encoder"]
     if config.smart.on:
         parts.append("SMART")
@@ -97,7 +97,7 @@ def headline(tasks: Sequence[Task], records: Sequence[Record], summary: dict[str
 
 @dataclass(frozen=True)
 class TaskSection:
-    """What a report says of a task; of a split without labels or predictions only why there is nothing."""
+    """The section of a task; without labels or predictions it has only the reason in `missing`."""
 
     task: Task
     missing: str = ""

@@ -17,7 +17,7 @@ SCATTERED = 2000  # points of a scatter plot at most
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture, what it shows in words, and its legend: classes of colours and what they stand for."""
+    """A chart with its title, its legend (classes of colours and names) and a note."""
 
     title: str
     svg: Markup
@@ -37,16 +37,16 @@ def line_chart(
     """
     every = [point for points in lines.values() for point in points]
     axes = Axes(_span([point[0] for point in every]), _span([point[1] for point in every]))
-    words = "; ".join(f"{name} goes from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in lines.items())
-    svg = _svg(f"{title}, by {x}: {words}.", WIDTH, HEIGHT)
+    summary = "; ".join(f"{name} goes from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in lines.items())
+    svg = _svg(f"{title}, by {x}: {summary}.", WIDTH, HEIGHT)
     axes.draw(svg, x, whole=True)
     of = {name: colours.get(name, "ink") for name in lines}
     for name, points in lines.items():
-        places = [(axes.across(px), axes.up(py)) for px, py in points]
-        path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in places)
+        positions = [(axes.across(px), axes.up(py)) for px, py in points]
+        path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in positions)
         SubElement(svg, "path", {"class": f"line {of[name]}", "d": path})
-        if marked or len(places) == 1:
-            for (px, py), point in zip(places, points, strict=True):
+        if marked or len(positions) == 1:
+            for (px, py), point in zip(positions, points, strict=True):
                 dot = SubElement(svg, "circle", {"class": f"dot {of[name]}", **_xy(px, py, "c"), "r": "3.5"})
                 SubElement(dot, "title").text = f"{name}, {x} {point[0]:g}: {point[1]:.3f}"
     return Figure(title, _markup(svg), [(of[name], name) for name in lines], note)
@@ -68,8 +68,8 @@ def heat_map(title: str, grid: Grid, *, signed: bool, note: str = "") -> Figure:
             if value is None:
                 continue
             colour = "conflict" if value < 0 else "agree"
-            place = {**_xy(left + width * column, y + 1), "width": f"{width + 0.3:.1f}", "height": f"{row - 2:.1f}"}
-            cell = SubElement(svg, "rect", {"class": colour, **place, "fill-opacity": f"{abs(value) / full:.3f}"})
+            position = {**_xy(left + width * column, y + 1), "width": f"{width + 0.3:.1f}", "height": f"{row - 2:.1f}"}
+            cell = SubElement(svg, "rect", {"class": colour, **position, "fill-opacity": f"{abs(value) / full:.3f}"})
             SubElement(cell, "title").text = f"{name}, {_steps(first, last)}: {value:.3f}"
     _text(svg, left, bottom + 13, str(grid.spans[0][0]), "start", "tick")
     _text(svg, WIDTH - RIGHT, bottom + 13, str(grid.spans[-1][1]), "end", "tick")
@@ -120,7 +120,7 @@ class Axes:
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
-    """The smallest and the largest value, apart even if they are equal."""
+    """The smallest and the largest value, widened if they are equal."""
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
 
@@ -136,14 +136,14 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[tuple[float, st
     return list(zip(ticks, plain if small else [f"{tick:.{decimals}f}" for tick in ticks], strict=True))
 
 
-def _svg(words: str, width: float, height: float) -> Element:
+def _svg(label: str, width: float, height: float) -> Element:
     box = f"0 0 {width:g} {height:g}"
-    return Element("svg", {"viewBox": box, "role": "img", "aria-label": words})
+    return Element("svg", {"viewBox": box, "role": "img", "aria-label": label})
 
 
 def _text(svg: Element, x: float, y: float, text: str, anchor: str, kind: str = "name") -> None:
-    place = {**_xy(x, y), "text-anchor": anchor, "dominant-baseline": "middle"}
-    SubElement(svg, "text", {"class": kind, **place}).text = text
+    position = {**_xy(x, y), "text-anchor": anchor, "dominant-baseline": "middle"}
+    SubElement(svg, "text", {"class": kind, **position}).text = text
 
 
 def _xy(x: float, y: float, prefix: str = "") -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How a run went, from its metrics.jsonl, as numbers that a page can show: thinned out, averaged, by epoch."""
+"""The records of metrics.jsonl as curves, grids, phases and epochs; and the options of a run, beside their defaults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Points = list[tuple[float, float]]  # (step or epoch, value)
 
 
 def curves(records: Sequence[Record], key: str, limit: int = 120) -> dict[str, Points]:
-    """What `key` said over the steps, by name (by the key itself if it is one number), each of `limit` points at most.
+    """The values of `key` by step, by name (by the key itself if it is one number), each of `limit` points at most.
 
     Values that were not finite are left out.
     """
@@ -60,7 +60,7 @@ class Grid:
 
 
 def grid(records: Sequence[Record], key: str, columns: int = 60) -> Grid:
-    """The means of what `key` said of each pair, over as many spans of steps as there is room for."""
+    """The means of `key` for each pair of tasks over spans of steps, at most `columns` of them."""
     having = [record for record in records if key in record]
     names = list(dict.fromkeys(name for record in having for name in record[key]))
     parts = _parts(having, columns)
@@ -93,7 +93,7 @@ def phases(records: Sequence[Record]) -> list[Phase]:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is known after an epoch."""
+    """The scores and means of an epoch."""
 
     epoch: int
     step: int
@@ -136,18 +136,18 @@ class Option:
 
     @property
     def changed(self) -> bool:
-        return self.value != self.default and not self.settled
+        return self.value != self.default and not self.resolved
 
     @property
-    def settled(self) -> bool:
-        """Whether the default leaves the value open, so that the run had to choose one if the user did not."""
+    def resolved(self) -> bool:
+        """Whether the default is None or auto, and the value was given or chosen by the run."""
         return self.default in (None, "auto") and self.value != self.default
 
 
 def options(config: TrainConfig) -> list[Option]:
-    """All options but where the run is: those that differ from the defaults first, then those that these left open."""
+    """All options but the run directory's: first those that differ from the defaults, then the resolved ones."""
     found = _options("--", config, TrainConfig())
-    return sorted(found, key=lambda option: (not option.changed, not option.settled))
+    return sorted(found, key=lambda option: (not option.changed, not option.resolved))
 
 
 def _options(prefix: str, record: Any, defaults: Any) -> list[Option]:

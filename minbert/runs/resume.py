@@ -1,4 +1,4 @@
-"""Which options of a run may change when it is resumed, and what it takes from its own record."""
+"""Which options of a run may change when it is resumed, and which come from its config.yaml."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from minbert.config import TrainConfig
 from minbert.device import resolve_device
 from minbert.errors import UserError
 
-# Decided when the run began if they were left open; a resumed run never decides them anew.
-DECIDED = ("tasks", "max_length", "precision", "lr", "smart.precision")
+# With the default, None or auto, a new run chooses a value and records it; a resumed run has the recorded one.
+CHOSEN_AT_START = ("tasks", "max_length", "precision", "lr", "smart.precision")
 
-# Where data is. It may have moved: a resumed run compares what was read. Left out, it is where it was.
-PLACES = ("data", "augmented", "reviews")
+# The data may have moved: a resumed run compares its content. When left out, the recorded path holds.
+DATA_PATHS = ("data", "augmented", "reviews")
 
-FREE = {  # options that change neither weights nor scores, and why
-    **dict.fromkeys(PLACES, "what was read is compared"),
+WITHOUT_EFFECT = {  # options that change neither weights nor scores, and why
+    **dict.fromkeys(DATA_PATHS, "the content is compared"),
     "recipe": "a name for other options, which are compared",
     "out": "where the run is",
     "resume": "says that there is a run",
-    "timeout": "when to give a process up",
-    "max_skipped": "when to give the run up",
+    "timeout": "when to stop because a process is lost",
+    "max_skipped": "when to stop because losses are not finite",
     "checkpoint_steps": "when to save",
-    "log_steps": "what is written down",
-    "tensorboard": "what is written down",
-    "strict": "whether to begin at all",
+    "log_steps": "what is logged",
+    "tensorboard": "what is logged",
+    "strict": "whether to start at all",
 }
 
-# The same arithmetic, with sums in another order: the run goes on, but not to the bit as if undisturbed.
+# Sums are in another order: the run can be resumed, but its weights equal an uninterrupted run's only to rounding.
 ROUNDING = ("device", "threads", "backend", "matmul")
 
 LENGTH = ("epochs", "steps")  # a run can be extended, or end earlier
 
-# All others decide what is trained, and on what: they are fixed.
+# All other options determine the weights: they are fixed.
 
 
 def resumed(saved: TrainConfig, given: TrainConfig, run: Path) -> TrainConfig:
-    """The options with which a run goes on: the given ones, and those of its record for what was left open.
+    """The options of a resumed run: the given ones, and the recorded ones for those with the default None or auto.
 
     Raises:
         UserError: an option is fixed and differs; all of them are named.
     """
     recorded, wanted = dict(flat(saved)), dict(flat(given))
-    for name in (*DECIDED, *PLACES, "threads", "backend", "matmul"):
+    for name in (*CHOSEN_AT_START, *DATA_PATHS, "threads", "backend", "matmul"):
         if wanted[name] in (None, "auto"):
             wanted[name] = recorded[name]
     if (wanted["precision"], recorded["precision"]) == ("bf16", "fp32") and raised_for_smart(saved):
         wanted["precision"] = "fp32"
-    may_differ = (*FREE, *ROUNDING, *LENGTH)
+    may_differ = (*WITHOUT_EFFECT, *ROUNDING, *LENGTH)
     differing = [name for name in wanted if name not in may_differ and not _same(recorded[name], wanted[name])]
     if differing:
         shown = ", ".join(_change(name, recorded[name], wanted[name]) for name in differing)
@@ -63,16 +63,16 @@ def resumed(saved: TrainConfig, given: TrainConfig, run: Path) -> TrainConfig:
 
 
 def differences(saved: TrainConfig, given: TrainConfig) -> dict[str, str]:
-    """The options with which another run was begun than `given` would begin: by name, `--name (was x, is y)`.
+    """The options in which a saved run differs from the run that `given` would start: by name, `--name (was x, is y)`.
 
-    Those that change no result do not count, and those that `given` leaves for a run to decide do not.
+    Options without effect on the results do not count, nor those for which `given` lets the run choose.
     """
     recorded, wanted = dict(flat(saved)), dict(flat(given))
     found = []
     for name, value in wanted.items():
-        left_open = name in DECIDED and value in (None, "auto")
-        free = (name in FREE and name not in PLACES) or name in ROUNDING
-        if not (free or left_open or _same(recorded[name], value)):
+        chosen = name in CHOSEN_AT_START and value in (None, "auto")
+        same_results = (name in WITHOUT_EFFECT and name not in DATA_PATHS) or name in ROUNDING
+        if not (same_results or chosen or _same(recorded[name], value)):
             found.append(name)
     if "precision" in found and wanted["precision"] == "bf16" and raised_for_smart(saved):
         found.remove("precision")
@@ -80,30 +80,30 @@ def differences(saved: TrainConfig, given: TrainConfig) -> dict[str, str]:
 
 
 def raised_for_smart(saved: TrainConfig) -> bool:
-    """Whether a run may have been begun with bf16 and computes in float32, which SMART's radius needed."""
+    """Whether SMART's radius may have raised the precision of a run from bf16 to float32."""
     return saved.precision == "fp32" and saved.smart.on and saved.smart.precision == "auto"
 
 
 def remarks(saved: TrainConfig, given: TrainConfig) -> list[str]:
-    """What a resumed run says of options that differ from its record but do not stop it."""
+    """Lines about options that differ from the record and do not prevent the run from being resumed."""
     lines = []
     if (saved.precision, given.precision) == ("fp32", "bf16"):
-        lines.append("the run goes on in fp32, as SMART needed it when it began")
+        lines.append("the run goes on in fp32, which SMART needed at its start")
     changed = [name for name in ROUNDING if _computing(saved, name) != _computing(given, name)]
     if changed:
         shown = ", ".join(_change(name, getattr(saved, name), getattr(given, name)) for name in changed)
-        lines.append(f"{shown}: sums may round otherwise, so the weights differ in their last digits")
+        lines.append(f"{shown}: sums may round differently, so the weights differ in their last digits")
     return lines
 
 
 def check_length(config: TrainConfig, before: int, after: int, done: int) -> list[str]:
-    """What to say of a run of `before` steps, `done` of them taken, that is resumed for `after` steps in all.
+    """Lines about a run of `before` steps that is resumed after `done` of them, for `after` steps in all.
 
-    From the step at hand on, the learning rate and SMART's warm-up follow their schedule for the new number of steps.
-    So the weights are those of a run planned with that number from the start only where neither depends on it.
+    From the next step on, the learning rate and SMART's warm-up follow their schedule for the new number of steps. So
+    the weights equal those of a run that was planned with that number only where neither depends on it.
 
     Raises:
-        UserError: more steps were taken already, or how the tasks are drawn depends on the number of epochs.
+        UserError: more steps than that are done, or the sampling of tasks depends on the number of epochs.
     """
     if after < done:
         raise UserError(
@@ -148,7 +148,7 @@ def _within(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, or name the same place."""
+    """Whether two values are equal, or name the same file or directory."""
     if isinstance(one, str) and isinstance(other, str) and os.path.exists(other):
         return os.path.realpath(one) == os.path.realpath(other)
     return bool(one == other)

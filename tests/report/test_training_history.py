@@ -63,7 +63,7 @@ def test_options_that_differ_from_the_defaults_come_first():
         ("--batch-size", 7, 32),
         ("--smart.steps", 3, config.smart.steps - 2),
     }
-    assert (found[2].name, found[2].settled) == ("--lr", True)
-    assert not [each for each in found[3:] if each.changed or each.settled]
+    assert (found[2].name, found[2].resolved) == ("--lr", True)
+    assert not [each for each in found[3:] if each.changed or each.resolved]
     assert not {"--out", "--resume"} & {each.name for each in found}
-    assert not [each for each in options(TrainConfig()) if each.changed or each.settled]
+    assert not [each for each in options(TrainConfig()) if each.changed or each.resolved]

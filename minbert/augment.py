@@ -78,7 +78,7 @@ class Translator:
     """A sequence-to-sequence model of transformers and its tokenizer.
 
     Raises:
-        UserError: transformers or sentencepiece is not installed, or there is no such model.
+        UserError: transformers or sentencepiece is not installed, or the model does not exist.
     """
 
     def __init__(self, name: str, config: AugmentConfig, device: torch.device) -> None:
@@ -156,7 +156,7 @@ def augment(config: AugmentConfig, console: Console) -> None:
                     seconds = (printed - started) / (done - starts.start) * (len(rows) - done)
                     console.print(f"{done} of {len(rows)} translated, {seconds:.0f} s left")
     except KeyboardInterrupt:
-        console.print(f"{done} of {len(rows)} are in {out}; the same command goes on")
+        console.print(f"{done} of {len(rows)} are in {out}; the same command continues")
         raise
     console.print(f"{len(rows)} in {out}; train with --augmented.{task.name} {out}")
 

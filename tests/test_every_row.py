@@ -146,7 +146,7 @@ def test_evaluate_accounts_for_every_row_of_a_test_split(run, data, capsys):
     assert "(2 of 12 rows left out; no labels in this split, so no accuracy)" in printed.out
     assert f"warning: 2 rows of {data / 'ids-sst-test-student.csv'} left out:" in printed.err
     assert "line 7, id e5: empty text" in printed.err
-    assert "line 8, id e6: cannot tell its fields apart" in printed.err
+    assert "line 8, id e6: cannot split its fields" in printed.err
     assert (run / "skipped.jsonl").read_text() == before
 
 

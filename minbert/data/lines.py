@@ -106,13 +106,13 @@ def split_quoted(line: str, delimiter: str = "\t", more: Iterator[str] | None = 
                 if end < 0:
                     following = next(more, None) if more is not None and size < LONGEST_RECORD else None
                     if following is None:
-                        return fields, "cannot tell its fields apart (a quote is not closed); is a quote unbalanced?"
+                        return fields, "cannot split its fields (a quote is not closed); is a quote unbalanced?"
                     parts.append("\n")
                     line, position = following, 0
             fields.append("".join([*parts, line[position:end]]))
             end += 1
             if end < len(line) and not line.startswith(delimiter, end):
-                return fields[:-1], "cannot tell its fields apart (text after a closing quote); is a quote unbalanced?"
+                return fields[:-1], "cannot split its fields (text after a closing quote); is a quote unbalanced?"
         if end >= len(line):
             return fields, ""
         position = end + len(delimiter)

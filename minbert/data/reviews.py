@@ -39,15 +39,14 @@ def read_reviews(path: str | Path, per_star: int, seed: int) -> Examples:
     """
     generator = np.random.PCG64(derive_seed(seed, "reviews"))
     skipped: list[Skipped] = []
-    drawn: dict[int, list[tuple[int, int, str]]] = {
-        stars: [] for stars in STARS
-    }  # heaps: the largest number goes first
+    # Heaps: the largest random number is dropped first.
+    drawn: dict[int, list[tuple[int, int, str]]] = {stars: [] for stars in STARS}
     for line, review in _records(Path(path)):
         where, text = f"{path}, line {line}", review.get("text")
         if not isinstance(text, str):
             raise UserError(f"{where}: expected a review with stars and text; found {_names(review)}")
         if not is_unicode(text):
-            raise UserError(f"{where}: not Unicode text (half a surrogate pair); write the file anew")
+            raise UserError(f"{where}: not Unicode text (half a surrogate pair); write the file again")
         if not text.strip():
             skipped.append(Skipped(str(path), line, "empty text", str(line)))
             continue

@@ -88,7 +88,7 @@ def plan(
     epochs: int = 1,
     steps: int | None = None,
 ) -> Plan:
-    """Plan a run from its options alone, so that a step's batches never depend on what ran before.
+    """Plan a run from its options alone, so that a step's batches never depend on earlier steps.
 
     Args:
         sizes: examples of each task, in the tasks' order.

@@ -85,7 +85,7 @@ class DemoSource:
 
 
 class FolderSource:
-    """A directory with CS224N files, GLUE folders, or both (then a task's CS224N file is taken)."""
+    """A directory with CS224N files, GLUE folders, or both (a task's CS224N file comes first)."""
 
     def __init__(self, directory: Path) -> None:
         self.name = str(directory)

@@ -1,1 +1,1 @@
-"""Reading and writing files: whole or not at all, within limits, checked."""
+"""Files: atomic writes, reads within limits, validation, locks, the cache and the hub."""

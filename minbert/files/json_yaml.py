@@ -31,7 +31,7 @@ def read_bytes(path: Path, limit: int, remedy: str = REMEDY, *, regular: bool = 
     """A file's bytes.
 
     Args:
-        regular: whether to refuse what is no regular file, such as a pipe, which may never end or never begin.
+        regular: whether to refuse anything but a regular file: reading a pipe may never end.
 
     Raises:
         UserError: it is missing, cannot be read, or is longer than `limit` bytes.
@@ -99,7 +99,7 @@ def read_json(path: Path, limit: int = OBJECT_LIMIT, remedy: str = REMEDY) -> di
     """The JSON object in a file.
 
     Raises:
-        UserError: there is none; the line names the file and ends with `remedy`.
+        UserError: the file cannot be read; the message names it and ends with `remedy`.
     """
     text = read_text(path, limit, remedy)
     try:
@@ -207,7 +207,7 @@ def read_yaml(path: Path, remedy: str = REMEDY, *, regular: bool = True) -> dict
     """The mapping in a YAML file; an empty file holds an empty one.
 
     Raises:
-        UserError: there is none; the line names the file and ends with `remedy`.
+        UserError: the file cannot be read; the message names it and ends with `remedy`.
     """
     text = read_text(path, OPTIONS_LIMIT, remedy, regular=regular)
     try:
@@ -223,7 +223,7 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        ValueError: it has none, or is refused as the module says; the message is one line.
+        ValueError: it is not YAML, or is refused; the message is one line.
     """
     try:
         return yaml.load(text, _Loader)

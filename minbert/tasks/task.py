@@ -23,7 +23,7 @@ class Glue:
 
 @dataclass(frozen=True)
 class Task:
-    """A task. Its labels are in [0, `max_label`]: whole numbers, or real ones of a regression."""
+    """A task. Its labels are in [0, `max_label`]: integers, or real numbers of a regression."""
 
     name: str
     title: str

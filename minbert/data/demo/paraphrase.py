@@ -21,7 +21,7 @@ ASPECTS = (
     ("how expensive is the trip", "how much money is it", "what is the price"),
     ("is there a train", "can I take a train", "which train goes"),
 )
-COMMON = 0.75  # how often a concept goes by its common word
+COMMON = 0.75  # probability of a concept's common word
 NEAR = 0.5  # share of the pairs with different questions that differ in one point only
 
 

@@ -20,7 +20,7 @@ FORMS = (
     "there is {who} {does}",
     "look at {who} {does}",
 )
-COMMON = 0.9  # how often a concept goes by its common word
+COMMON = 0.9  # probability of a concept's common word
 AGREEMENTS = (0.0, 0.1, 0.5, 0.9, 1.0)  # a pair's chance of agreeing in a slot: most pairs are very similar or hardly
 
 

@@ -15,15 +15,18 @@ from peers import TASKS, Padded, labels, shape
 
 from minbert.data import Encoded
 from minbert.device import keep_freed_memory
+from minbert.distributed.local_parameters import LocalParameters
 from minbert.distributed.process_group import ProcessGroup
 from minbert.distributed.sharded_parameters import ShardedParameters
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import find_surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
+from minbert.training.batches import Batches
+from minbert.training.loop import training_step
 from minbert.training.objective import Objective
 from minbert.training.optimizer import AdamW
-from minbert.training.step import Stepper
+from minbert.training.trainer import Trainer
 
 METHODS = {"plain": ("sum", 0.0), "PCGrad": ("pcgrad", 0.0), "SMART": ("sum", 1.0), "SMART + PCGrad": ("pcgrad", 1.0)}
 
@@ -50,32 +53,25 @@ def ours(
     model = MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS).to(device).train()
     model.encoder.compute_dtype = dtype
     rows = len(TASKS) if surgeries[0].per_task else 1
-    groups, arena = model.parameter_groups(0.01), None
-    if group is not None and group.world_size > 1:
-        arena = ShardedParameters(list(model.heads.parameters()), list(model.trunk.parameters()), rows, group)
-        groups = arena.param_groups(groups)
-    gradients = TaskGradients(model.encoder, rows)
-    if arena is not None:
-        arena.register_hooks(gradients)
-    optimizer = AdamW(groups, lr=1e-5)
-    stepper = Stepper(
-        model,
-        Objective(model, SmartConfig(lambda_s=weight), BregmanConfig()),
-        optimizer,
-        gradients,
-        [[task] for task in TASKS],
-        surgeries,
-        {name: encoded(name, 100 * i, batch_size, sizes["vocab_size"]) for i, name in enumerate(DECILES)},
-        accumulate=1,
-        low_memory=False,
-        clip_norm=1.0,
-        seed=0,
-        device=torch.device(device),
-        group=group or ProcessGroup(),
-        arena=arena,
-    )
+    group = group or ProcessGroup(device=torch.device(device))
+    parameters: LocalParameters | ShardedParameters = LocalParameters(model.heads)
+    if group.world_size > 1:
+        parameters = ShardedParameters(list(model.heads.parameters()), list(model.trunk.parameters()), rows, group)
+    optimizer = AdamW(parameters.param_groups(model.parameter_groups(0.01)), lr=1e-5)
+    parameters.register_hooks(TaskGradients(model.encoder, rows))
+    smart = SmartConfig(lambda_s=weight)
+    data = {name: encoded(name, 100 * i, batch_size, sizes["vocab_size"]) for i, name in enumerate(DECILES)}
     batch = [(task, np.arange(batch_size)) for task in TASKS]
-    return lambda: stepper.take([batch], 0, 1.0).taken()
+    trainer = Trainer(
+        lambda step: [batch],
+        Batches(data, [[task] for task in TASKS], rows > 1, smart, seed=0, group=group),
+        Objective(model, smart, BregmanConfig()),
+        parameters,
+        optimizer,
+        surgeries,
+        clip_norm=1.0,
+    )
+    return lambda: training_step(trainer, 0, 1.0).result()
 
 
 def theirs(method: str, sizes: dict[str, int], batch_size: int) -> Callable[[], object]:

@@ -83,7 +83,7 @@ def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[M
     verify(path)
     encoder, tokenizer = Encoder.from_pretrained(path), Tokenizer.from_pretrained(path)
     tasks = config.chosen_tasks(config.tasks or [])
-    check_fits(encoder, tokenizer, tasks, config.max_length, path)
+    check_fits(encoder.config, tokenizer, tasks, config.max_length, path)
     encoder.compute_dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
     model = MultitaskModel(encoder, tasks, pooling=config.pooling, shared_layer=config.shared_layer)
     load_heads(model, path / "heads.safetensors")

@@ -67,13 +67,13 @@ def once(directory: Path, make: Callable[[Path], object]) -> Path:
 @contextmanager
 def quickly() -> Iterator[None]:
     """A context without what takes longer than a small run itself: its plots, and waiting for the disk."""
-    with patch("minbert.training.finish.plot_run"), patch("os.fsync", lambda descriptor: None):
+    with patch("minbert.training.training_run.plot_run"), patch("os.fsync", lambda descriptor: None):
         yield
 
 
 def drawing() -> AbstractContextManager[object]:
     """A context in which runs draw their plots."""
-    return patch("minbert.training.finish.plot_run", plot_run)
+    return patch("minbert.training.training_run.plot_run", plot_run)
 
 
 def state(run: Path, checkpoint: str = "last") -> dict[str, torch.Tensor]:

@@ -45,7 +45,7 @@ def work(options: list[str], log: str) -> None:
     os.dup2(output, 2)
     try:
         with patch(
-            "minbert.training.finish.plot_run"
+            "minbert.training.training_run.plot_run"
         ):  # most of the seconds of so small a run, in which nothing could be lost
             sys.exit(train.main(options))
     except UserError as error:

@@ -52,7 +52,7 @@ def _rank(rank: int, size: int, port: int, runs: list[list[str]], device: str, b
     os.environ.update({name: str(value) for name, value in where.items()})
     torch.set_num_threads(1)
     as_over = patch.object(ProcessGroup, "backend", backend) if backend else nullcontext()
-    no_report, no_waiting = patch("minbert.training.finish.write_report"), quickly()
+    no_report, no_waiting = patch("minbert.training.training_run.write_report"), quickly()
     with no_report, no_waiting, ProcessGroup.join(resolve_device(device), 60.0) as group, as_over:
         for options in runs:
             config = parse_layers("train", TrainConfig, options)

@@ -56,8 +56,8 @@ def losses(precision: str, **options: object) -> Losses:
     }
     with (
         tempfile.TemporaryDirectory() as directory,
-        patch("minbert.train.finish_epoch"),
-        patch("minbert.train.finish_run"),
+        patch("minbert.training.training_run.TrainingRun.finish_epoch"),
+        patch("minbert.training.training_run.TrainingRun.finish"),
     ):
         out = f"{directory}/run"
         train(TrainConfig(**{**fixed, **options, "out": out, "precision": precision}), Console(quiet=True))

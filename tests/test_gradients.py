@@ -13,6 +13,7 @@ from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.task_gradients import TaskGradients, detached, substituted
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.tasks import find_tasks
+from minbert.training.batches import make_batch
 from minbert.training.objective import Objective
 
 TASKS = find_tasks(["sst", "qqp", "sts"])
@@ -192,7 +193,7 @@ def test_one_backward_gives_every_task_its_gradient_of_all_that_is_shared(shared
 
     def losses(context):
         objective = Objective(model, SmartConfig(lambda_s=0.0), BregmanConfig(), l2=l2)
-        return objective(objective.batch(packed, labels, seed=0), context)
+        return objective(make_batch(packed, labels, SmartConfig(lambda_s=0.0), seed=0), context)
 
     with kernels.use_backend("reference"):
         rows = []
@@ -215,7 +216,7 @@ def test_a_norm_pulls_every_parameter_towards_0_by_as_much():
     model = model_of(torch.float64, tasks=PAIRS, shared_layer="linear")
     packed, labels = pair_batch()
     objective = Objective(model, SmartConfig(lambda_s=0.0), BregmanConfig(), l2={"sts": 0.25})
-    losses = objective(objective.batch(packed, labels, seed=0), contextlib.nullcontext)
+    losses = objective(make_batch(packed, labels, SmartConfig(lambda_s=0.0), seed=0), contextlib.nullcontext)
     params = model.parameters_of("sts")
     gradients = torch.autograd.grad(losses.total - sum(losses.task.values()), params)
     flat, theta = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (gradients, params))

@@ -68,7 +68,7 @@ def test_train_works_off_the_main_thread(quick, tmp_path):
 
 
 def test_a_system_that_counts_no_memory_has_a_summary_and_a_report(quick, tmp_path):
-    with patch("minbert.training.finish.peak_memory_bytes", return_value=None):
+    with patch("minbert.training.training_run.peak_memory_bytes", return_value=None):
         assert train.main([*quick, "--steps=2"]) == 0
     assert Run(tmp_path / "run").summary()["peak_memory_bytes"] is None
     assert "peak memory" not in (tmp_path / "run" / "report.html").read_text()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from minbert import train
 from minbert.errors import UserError
 from minbert.runs.run_directory import Run
-from minbert.training.step import Stepper
+from minbert.training import loop
 
 PLAIN = ["--surgery=sum", "--smart.lambda-s=0"]
 NO_DROPOUT = ["--dropout=0", "--head-dropout=0"]
@@ -146,14 +146,14 @@ def test_everything_at_once_repeats_itself_and_resumes_to_the_bit(
     weights_of, quick, tmp_path, options, monkeypatch, precision
 ):
     options = [precision, *options]
-    straight, take, calls = weights_of(*options), Stepper.take, itertools.count()
+    straight, take, calls = weights_of(*options), loop.training_step, itertools.count()
 
-    def interrupted(self, batches, step, done):
+    def interrupted(*arguments):
         if next(calls) == 6:
             raise KeyboardInterrupt
-        return take(self, batches, step, done)
+        return take(*arguments)
 
-    monkeypatch.setattr(Stepper, "take", interrupted)
+    monkeypatch.setattr(loop, "training_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.main([*quick, *options])
     assert train.main([*quick, *options, "--resume"]) == 0

@@ -83,7 +83,7 @@ def test_every_row_is_a_recipe_with_the_papers_figures(number, name):
 @pytest.mark.parametrize("number", papers())
 def test_a_papers_table_runs_end_to_end(number, sweep, in_process, tmp_path):
     files = [f"--{name}={path}" for name, path in write_further_data(tmp_path).items()]
-    with patch("minbert.training.finish.write_report"):  # tests/report writes them
+    with patch("minbert.training.training_run.write_report"):  # tests/report writes them
         assert sweep(number, *files, "--steps=2") == 0
     found = json.loads((tmp_path / "out" / "table.json").read_text())
     assert list(found) == list(paper(number).rows)
@@ -117,7 +117,7 @@ def real(tmp_path):
 def test_a_row_of_each_paper_trains_a_real_encoder_on_real_data(row, real, tmp_path):
     files = write_further_data(tmp_path)
     needs = [f"--{FILES[need]}={files[need]}" for need in paper(row[:3]).rows[row[4:]].needs]
-    with patch("minbert.training.finish.write_report"):
+    with patch("minbert.training.training_run.write_report"):
         assert train.main([f"--recipe={row}", *real, *needs, "--steps=1", f"--out={tmp_path / 'run'}"]) == 0
     dev = Run(tmp_path / "run").summary()["dev"]
     assert all(math.isfinite(score) for score in (*flat_scores(dev).values(), dev["overall"]))

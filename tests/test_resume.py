@@ -203,8 +203,9 @@ def test_an_epoch_scored_in_its_middle_keeps_its_better_scores(quick, tmp_path):
     options = [*quick, "--epoch-length=3", "--smart.lambda-s=0"]
     totals = iter([0.5, 0.7, 0.6, 0.4])  # of steps 3, 4, 6 and 7
     with (
-        patch("minbert.train.overall", lambda scores: scores["sst"]["accuracy"]),
-        patch("minbert.train.evaluate", lambda *rest: ({"sst": {"accuracy": next(totals)}}, {})),
+        patch("minbert.training.training_run.overall", lambda scores: scores["sst"]["accuracy"]),
+        patch("minbert.training.training_run.evaluate", lambda *rest: ({"sst": {"accuracy": next(totals)}}, {})),
+        patch("minbert.training.training_run.TrainingRun.finish"),
     ):
         assert train.main([*options, "--steps=4"]) == 0
         assert train.main([*options, "--steps=7", "--resume"]) == 0
@@ -241,7 +242,7 @@ def test_precision_is_not_decided_again(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "minbert.training.setup.resolve_precision", lambda name, *rest: "fp32" if name == "auto" else name
     )
-    monkeypatch.setattr("minbert.training.setup.fit_for_smart", decide)
+    monkeypatch.setattr("minbert.training.loop.fit_for_smart", decide)
     assert train.main([*auto, "--steps=2"]) == 0
     assert len(decisions) == 1
     monkeypatch.setattr(
@@ -262,9 +263,9 @@ def test_what_fails_before_the_first_checkpoint_can_be_begun_again(quick, tmp_pa
         raise RuntimeError("a fault")
 
     names = {
-        "prepare": "minbert.train.prepare",
-        "restore": "minbert.train.restore",
-        "stepper": "minbert.training.step.Stepper.take",
+        "prepare": "minbert.training.loop.build_model",
+        "restore": "minbert.training.training_run.TrainingRun.restore",
+        "stepper": "minbert.training.loop.training_step",
         "save": "minbert.runs.checkpoint.write_directory",
     }
     with patch(names[fails_in], fail), pytest.raises(RuntimeError, match="a fault"):
@@ -298,7 +299,10 @@ def test_a_directory_of_other_things_is_refused_and_left_as_it_is(quick, tmp_pat
 
 def test_a_summary_does_not_outlive_the_run_that_it_sums_up(quick, tmp_path):
     assert train.main([*quick, "--steps=2"]) == 0
-    with patch("minbert.train.finish_run", side_effect=RuntimeError("a fault")), pytest.raises(RuntimeError):
+    with (
+        patch("minbert.training.training_run.TrainingRun.finish", side_effect=RuntimeError("a fault")),
+        pytest.raises(RuntimeError),
+    ):
         train.main([*quick, "--steps=3", "--resume"])
     assert Run(tmp_path / "run").summary() == {}
     assert train.main([*quick, "--steps=3", "--resume"]) == 0

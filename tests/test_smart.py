@@ -1,6 +1,5 @@
 """SMART's regulariser: where the perturbation lies, what it raises, and what gets a gradient."""
 
-import contextlib
 import dataclasses
 import math
 
@@ -12,9 +11,11 @@ from minbert.errors import UserError
 from minbert.methods.divergences import symmetrised_binary_kl, symmetrised_kl
 from minbert.methods.losses import mean_squared_error
 from minbert.methods.smart import BregmanConfig, SmartConfig, divergences, embedding_scale, perturb, rounds_away
+from minbert.methods.task_gradients import substituted
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.tasks import find_tasks
-from minbert.training.objective import Batch, Objective
+from minbert.training.batches import Batch, make_batch
+from minbert.training.objective import Objective
 
 TASKS = find_tasks(["sst", "qqp", "sts"])
 COUNTS = {"sst": 3, "qqp": 1, "sts": 2}
@@ -50,7 +51,14 @@ def search(model, batch, config):
     """The clean embeddings and outputs, and the perturbed embeddings."""
     embedded = model.embed(batch.packed, SEED)
     outputs = model.from_embedded(embedded, batch.packed, batch.counts, seed=SEED)
-    found = perturb(model, embedded, batch.packed, outputs, config, dropout_seed=SEED, noise_seed=NOISE)
+
+    def forward(perturbed):
+        with substituted(model, torch.Tensor.detach):
+            return model.from_embedded(perturbed, batch.packed, batch.counts, seed=SEED)
+
+    scale = embedding_scale(model) if config.relative else None
+    options = {"noise_seed": NOISE, "scale": scale}
+    found = perturb(forward, embedded, outputs, model.tasks, batch.packed.cu_seqlens, config, **options)
     return embedded.detach(), outputs, found
 
 
@@ -105,9 +113,9 @@ def test_the_embeddings_scale_is_that_of_their_elements(model, batch):
     assert embedding_scale(model) == pytest.approx(model.embed(batch.packed).square().mean().sqrt().item(), rel=0.2)
 
 
-def losses(model, batch, smart=OFF, bregman=NO_TEACHER, teacher=None, seed=0, **options):
+def losses(model, batch, smart=OFF, bregman=NO_TEACHER, teacher=None, seed=0):
     objective = Objective(model, smart, bregman, teacher)
-    return objective(objective.batch(batch.packed, batch.labels, seed=seed, **options), contextlib.nullcontext)
+    return objective(make_batch(batch.packed, batch.labels, smart, seed=seed))
 
 
 def gradients(model, found):
@@ -135,7 +143,7 @@ def test_gradients_flow_through_both_passes_and_the_embeddings(model, batch, mon
     embedded, _, found = search(model, batch, ACTING)
     offset = found - embedded
     monkeypatch.setattr(
-        "minbert.training.objective.perturb", lambda model, embedded, *a, **k: embedded.detach() + offset
+        "minbert.training.objective.perturb", lambda forward, embedded, *a, **k: embedded.detach() + offset
     )
     params = [model.encoder.embeddings.norm.weight, model.encoder.layers[1].qkv.bias, model.heads["sst"].bias]
     exact = torch.autograd.grad(losses(model, batch, ACTING).total, params)

@@ -47,7 +47,7 @@ def losses_and_scores(run: Path) -> list[object]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    "name", ["open_tasks", "training_examples", "encode", "MultitaskModel", "kernels_line", "TaskGradients"]
+    "name", ["open_tasks", "training_examples", "encode", "MultitaskModel", "find_surgery", "TaskGradients"]
 )
 def test_before_the_first_step_nothing_is_left(quick, tmp_path, capsys, name, number):
     with signalling(f"minbert.training.setup.{name}", number):
@@ -61,16 +61,16 @@ def test_before_the_first_step_nothing_is_left(quick, tmp_path, capsys, name, nu
 @pytest.mark.parametrize(
     ("name", "calls", "step"),
     [
-        ("minbert.train.learning_rate_factor", 3, 3),  # in a step
-        ("minbert.train.evaluate", 1, 6),  # while the first epoch is scored
-        ("minbert.train.save", 1, 4),  # while a checkpoint is written
-        ("minbert.train.learning_rate_factor", 8, 8),  # in the last step
-        ("minbert.train.evaluate", 2, 8),  # while the last epoch is scored
-        ("minbert.training.finish.load_model", 1, 8),
-        ("minbert.training.finish.evaluate", 1, 8),
+        ("minbert.training.loop.learning_rate_factor", 3, 3),  # in a step
+        ("minbert.training.training_run.evaluate", 1, 6),  # while the first epoch is scored
+        ("minbert.runs.checkpoint.save", 1, 4),  # while a checkpoint is written
+        ("minbert.training.loop.learning_rate_factor", 8, 8),  # in the last step
+        ("minbert.training.training_run.evaluate", 2, 8),  # while the last epoch is scored
+        ("minbert.training.training_run.load_model", 1, 8),
+        ("minbert.training.training_run.evaluate", 3, 8),
         ("minbert.runs.predictions.format_predictions", 1, 8),
-        ("minbert.training.finish.plot_run", 1, 8),
-        ("minbert.training.finish.write_report", 1, 8),
+        ("minbert.training.training_run.plot_run", 1, 8),
+        ("minbert.training.training_run.write_report", 1, 8),
     ],
 )
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(finished, quick, tmp_path, capsys, name, calls, step):
@@ -78,7 +78,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(finished, quick, tmp_path
         assert train.main([*quick, "--steps=8"]) == 128 + signal.SIGTERM
     shown = capsys.readouterr()
     last = tmp_path / "run" / "last"
-    if name == "minbert.train.save":
+    if name == "minbert.runs.checkpoint.save":
         step = 5  # the signal came with the checkpoint of step 4 written, and the next step saw it
     said = f"stopped; {last} holds step {step}: the same command with --resume goes on"
     assert shown.out.splitlines()[-1] == said
@@ -142,11 +142,12 @@ def test_a_command_that_is_stopped_while_it_reads_data(course_data, tmp_path):
     script = tmp_path / "reading.py"
     script.write_text(
         "import sys, time\n"
-        "from minbert import cli, train, workbench\n"
+        "from minbert import cli, train\n"
+        "from minbert.training import setup\n"
         "def endless(*arguments):\n"
         "    print('reading', flush=True)\n"
         "    while True: time.sleep(0.01)\n"
-        "workbench.open_tasks = endless\n"
+        "setup.open_tasks = endless\n"
         "cli.run(train.main)\n"
     )
     words = [sys.executable, str(script), *quick_options(course_data, tmp_path / "run")]

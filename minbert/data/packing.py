@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,17 +31,6 @@ class Packed:
     # Of T tasks, task t has sequences sequence_bounds[t] to [t + 1], and tokens token_bounds[t] to [t + 1].
     sequence_bounds: tuple[int, ...] | None = None
     token_bounds: tuple[int, ...] | None = None
-    share: Any = None  # what this is of a stream that several ranks have together
-
-    @property
-    def all_sequences(self) -> int:
-        """S, and those that other ranks have of the stream."""
-        return sum(self.share.sequences) if self.share else len(self.cu_seqlens) - 1
-
-    @property
-    def all_bounds(self) -> tuple[int, ...] | None:
-        """`sequence_bounds` of the stream that all ranks have together."""
-        return self.share.bounds if self.share else self.sequence_bounds
 
     @property
     def lengths(self) -> Tensor:

@@ -125,6 +125,10 @@ class ProcessGroup:
                 dist.all_reduce(tensor)
         return tensor
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, on all ranks."""
+        return self.all_reduce_sum(tensor if self.is_main else torch.zeros_like(tensor))
+
     def reduce_scatter(self, output: Tensor, input: Tensor) -> PendingCollective:
         """Start to write this rank's shard of the sum of all ranks' `input` [world_size * n] to `output` [n]."""
         return self._start(collectives.reduce_scatter, output, input, full=input)

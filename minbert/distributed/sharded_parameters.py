@@ -83,19 +83,30 @@ class ShardedParameters:
         own: parameters with one gradient, in `.grad`: those of the heads.
         shared: parameters with one gradient per task, in the leaves of the `TaskGradients` of `register_hooks`.
         tasks: number of gradients of a shared parameter.
+        copies: by parameter, its half-precision copy, which every all-gather of parameters refreshes.
 
     Attributes:
+        gradients: those of `register_hooks`.
         ema: by parameter, its exponential moving average, all-gathered too; empty without `keep_ema`.
     """
 
-    def __init__(self, own: Sequence[Tensor], shared: Sequence[Tensor], tasks: int, group: ProcessGroup) -> None:
-        self.group = group
+    def __init__(
+        self,
+        own: Sequence[Tensor],
+        shared: Sequence[Tensor],
+        tasks: int,
+        group: ProcessGroup,
+        copies: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.group, self.copies = group, copies or {}
+        self.optimizer_copies: Mapping[Tensor, Tensor] = {}  # the optimizer writes none
+        self.gradients: TaskGradients
         self.buckets = [Bucket(params, 1, group) for params in _bucketed(own)]
         self.buckets += [Bucket(params, tasks, group) for params in _bucketed(list(reversed(shared)))]
         self.ema: dict[Tensor, Tensor] = {}
         self._all_gathered = [bucket.flat for bucket in self.buckets]
         self._shared = set(shared)
-        self._gradients: list[_BucketGradient] = []
+        self._bucket_gradients: list[_BucketGradient] = []
         self._reducing = False
 
     def param_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -117,6 +128,7 @@ class ShardedParameters:
         Args:
             gradients: those of the shared parameters; other parameters have theirs in `.grad`.
         """
+        self.gradients = gradients
         numbers: dict[Tensor, int] = {param: i for i, param in enumerate(gradients.params)}
         for bucket in self.buckets:
             for task in range(bucket.tasks):
@@ -127,14 +139,14 @@ class ShardedParameters:
                 gradient = _BucketGradient(bucket, leaves)
                 for leaf in leaves:
                     leaf.register_post_accumulate_grad_hook(partial(self._accumulated, gradient))
-                self._gradients.append(gradient)
+                self._bucket_gradients.append(gradient)
 
     def reduce_next_backward(self) -> None:
         """Reduce-scatter gradients during the next backward; those before it only accumulate them."""
         self._reducing = True
-        for gradient in self._gradients:
+        for gradient in self._bucket_gradients:
             gradient.missing = len(gradient.leaves)
-        self._incomplete, self._in_flight = deque(self._gradients), deque[PendingCollective]()
+        self._incomplete, self._in_flight = deque(self._bucket_gradients), deque[PendingCollective]()
 
     def wait_for_gradients(self) -> tuple[dict[Tensor, list[Tensor | None]], list[Tensor]]:
         """Wait until this rank has its shards of the sum of all ranks' gradients.
@@ -152,7 +164,7 @@ class ShardedParameters:
         self._reducing = False
         shared: dict[Tensor, list[Tensor | None]] = {}
         own = []
-        for gradient in self._gradients:
+        for gradient in self._bucket_gradients:
             for shard in gradient.bucket.shards:
                 grad = gradient.shard[shard.indices] if shard.param in gradient.reached else None
                 if shard.param in self._shared:
@@ -192,6 +204,8 @@ class ShardedParameters:
         """Give all ranks each rank's shards of the parameters, and of their EMA if the optimizer keeps it."""
         for pending in [self.group.all_gather(flat) for flat in self._all_gathered]:
             pending.wait()
+        for param, copy in self.copies.items():
+            copy.copy_(param.detach())
 
     def keep_ema(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the EMA of all parameters on all ranks, in `ema`; this rank's optimizer updates its shards of it."""

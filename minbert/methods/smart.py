@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minbert import kernels
-from minbert.data.packing import Packed
 from minbert.errors import require
 from minbert.methods.divergences import DIVERGENCES
-from minbert.methods.task_gradients import detached, substituted
 from minbert.model import MultitaskModel
 from minbert.tasks import TASKS, Task
 
-NOISE_STREAM_ID = 0  # of the seed that the first perturbation follows
+NOISE_STREAM_ID = 0  # of the initial noise, whose seed is used for nothing else
 
 
 @dataclass(frozen=True)
@@ -112,46 +110,45 @@ def rounds_away(model: MultitaskModel, config: SmartConfig, dtype: torch.dtype) 
 
 
 def perturb(
-    model: MultitaskModel,
+    forward: Callable[[Tensor], Mapping[str, Tensor]],
     embedded: Tensor,
-    packed: Packed,
     outputs: Mapping[str, Tensor],
+    tasks: Mapping[str, Task],
+    cu_seqlens: Tensor,
     config: SmartConfig,
     *,
-    dropout_seed: Tensor | None,
     noise_seed: Tensor,
-    read: Callable[[nn.Parameter], Tensor] = detached,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The worst perturbation of the embeddings that T_x steps of projected gradient ascent find (algorithm 1).
 
-    Only the embeddings' gradient is computed: the parameters take no part in the backward.
+    Only the gradient of the embeddings is computed: `forward` reads parameters that need none.
 
     Args:
+        forward: computes the model's outputs by task from perturbed embeddings.
         embedded: the embedding block's output [N, D].
-        outputs: the model's outputs for it, by task.
-        dropout_seed: what dropout follows in the perturbed passes.
-        noise_seed: what the noise follows that the search starts from.
-        read: what the passes read in place of each parameter.
+        outputs: the model's outputs by task for it.
+        tasks: by name; a task's loss decides which divergence its outputs have.
+        cu_seqlens: cumulative sequence lengths, int32 [S + 1].
+        noise_seed: the seed of the noise that the search starts from.
+        scale: the embeddings' root mean square (`embedding_scale`), if `config.relative`.
 
     Returns:
         the perturbed embeddings [N, D].
     """
     x = embedded.detach()
     clean = {name: output.detach() for name, output in outputs.items()}
-    counts = {name: len(output) for name, output in outputs.items()}
-    scale = embedding_scale(model) if config.relative else None
     perturbed = kernels.smart_init(x, sigma=config.sigma, seed=noise_seed, stream_id=NOISE_STREAM_ID, scale=scale)
     for _ in range(config.steps):
         perturbed.requires_grad_()
-        with torch.enable_grad(), substituted(model, read):
-            moved = model.from_embedded(perturbed, packed, counts, seed=dropout_seed)
-            apart = torch.stack(list(divergences(model.tasks, moved, clean).values())).sum()
-            (slope,) = torch.autograd.grad(apart, perturbed)
+        with torch.enable_grad():
+            divergence = torch.stack(list(divergences(tasks, forward(perturbed), clean).values())).sum()
+            (gradient,) = torch.autograd.grad(divergence, perturbed)
         perturbed = kernels.smart_ascend(
             perturbed.detach(),
             x,
-            slope,
-            packed.cu_seqlens,
+            gradient,
+            cu_seqlens,
             eta=config.eta,
             epsilon=config.epsilon,
             norm=config.norm,
@@ -165,10 +162,10 @@ def perturb(
 def divergences(
     tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """l_s of the paper, by task: how far apart two outputs are, averaged over the task's examples."""
+    """The divergence l_s of the paper between two outputs of each task, averaged over the task's examples."""
     return {name: DIVERGENCES[tasks[name].loss](output, others[name]) for name, output in outputs.items()}
 
 
-def at(embedded: Tensor, perturbed: Tensor) -> Tensor:
+def straight_through(embedded: Tensor, perturbed: Tensor) -> Tensor:
     """The value of `perturbed`, with the gradient of `embedded`: the perturbation itself counts as constant."""
     return perturbed + (embedded - embedded.detach())

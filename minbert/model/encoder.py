@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,6 @@ from minbert.model.config import EncoderConfig
 from minbert.model.pooling import pool
 from minbert.model.weights import check_shapes, has_pooler, load_weights, save_weights
 
-Bounds = tuple[int, ...] | None  # of each task's rows, `Packed.token_bounds`
-
 STREAM_IDS_PER_LAYER = 3  # places of dropout: attention probabilities, attention output, feed-forward output
 
 
@@ -25,20 +25,12 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 class Projection(nn.Module):
-    """x @ weight.T + bias, with the parameters cast to the precision of x at use."""
+    """The parameters of x @ weight.T + bias, which `kernels.linear` casts to the precision of x."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs))
-
-    def forward(self, x: Tensor, bounds: Bounds = None) -> Tensor:
-        """The rows of x that belong to each task lie between `bounds`; None where the parameters are not split."""
-        return kernels.linear(x, self.weight, self.bias, bounds=bounds)
-
-    def without_bias(self, x: Tensor, bounds: Bounds = None) -> Tensor:
-        """x @ weight.T, for an op that adds the bias itself."""
-        return kernels.linear(x, self.weight, bounds=bounds)
 
 
 class Embeddings(nn.Module):
@@ -90,8 +82,17 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, packed: Packed, seed: Tensor | None) -> Tensor:
         bounds = packed.token_bounds
+        linear = partial(kernels.linear, bounds=bounds)
+        add_norm = partial(
+            kernels.dropout_add_layer_norm,
+            eps=self.attention_norm.eps,
+            dropout_p=self.hidden_dropout_p if self.training else 0.0,
+            seed=seed,
+            bounds=bounds,
+        )
+        qkv = linear(hidden, self.qkv.weight, self.qkv.bias).unflatten(1, (3, self.heads, -1))
         context = kernels.attention(
-            self.qkv(hidden, bounds).unflatten(1, (3, self.heads, -1)),
+            qkv,
             packed.cu_seqlens,
             packed.max_seqlen,
             dropout_p=self.attention_dropout_p if self.training else 0.0,
@@ -99,27 +100,13 @@ class Layer(nn.Module):
             stream_id=self.first_stream_id,
             plan=packed.attention_plan,
         )
-        mixed = self.attention_output(context.flatten(1), bounds)
-        attended = self._add_norm(mixed, hidden, self.attention_norm, seed, 1, bounds)
-        inner = kernels.bias_gelu(
-            self.intermediate.without_bias(attended, bounds), self.intermediate.bias, bounds=bounds
-        )
-        return self._add_norm(self.output(inner, bounds), attended, self.output_norm, seed, 2, bounds)
-
-    def _add_norm(
-        self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, seed: Tensor | None, stream_id: int, bounds: Bounds
-    ) -> Tensor:
-        return kernels.dropout_add_layer_norm(
-            x,
-            residual,
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
-            dropout_p=self.hidden_dropout_p if self.training else 0.0,
-            seed=seed,
-            stream_id=self.first_stream_id + stream_id,
-            bounds=bounds,
-        )
+        mixed = linear(context.flatten(1), self.attention_output.weight, self.attention_output.bias)
+        norm, stream_id = self.attention_norm, self.first_stream_id + 1
+        attended = add_norm(mixed, hidden, norm.weight, norm.bias, stream_id=stream_id)
+        inner = kernels.bias_gelu(linear(attended, self.intermediate.weight), self.intermediate.bias, bounds=bounds)
+        mixed = linear(inner, self.output.weight, self.output.bias)
+        norm, stream_id = self.output_norm, self.first_stream_id + 2
+        return add_norm(mixed, attended, norm.weight, norm.bias, stream_id=stream_id)
 
 
 class Encoder(nn.Module):
@@ -187,7 +174,7 @@ class Encoder(nn.Module):
         encoder.to_empty(device="cpu")
         if wanted and not saved_pooler:
             encoder.reset_parameters()
-        load_weights(encoder, directory, pooler=wanted and saved_pooler)
+        load_weights(encoder.huggingface_tensors(pooler=wanted and saved_pooler), directory)
         return encoder.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -195,7 +182,37 @@ class Encoder(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.config.to_json(directory / "config.json")
-        save_weights(self, directory)
+        save_weights(self.huggingface_tensors(pooler=self.pooler is not None), directory)
+
+    def huggingface_tensors(self, *, pooler: bool) -> dict[str, Tensor]:
+        """The parameters, or parts of them, by the names of a Hugging Face checkpoint, with or without the pooler."""
+        table = self.embeddings
+        modules: dict[str, Any] = {
+            "embeddings.LayerNorm": table.norm,
+            **({"pooler.dense": self.pooler} if pooler else {}),
+        }
+        tensors: dict[str, Tensor] = {
+            "embeddings.word_embeddings.weight": table.word,
+            "embeddings.position_embeddings.weight": table.position,
+            "embeddings.token_type_embeddings.weight": table.token_type,
+        }
+        layer: Any
+        for i, layer in enumerate(self.layers):
+            prefix = f"encoder.layer.{i}"
+            for kind in ("weight", "bias"):
+                parts = getattr(layer.qkv, kind).chunk(3)
+                names = (f"{prefix}.attention.self.{name}.{kind}" for name in ("query", "key", "value"))
+                tensors |= zip(names, parts, strict=True)
+            modules |= {
+                f"{prefix}.attention.output.dense": layer.attention_output,
+                f"{prefix}.attention.output.LayerNorm": layer.attention_norm,
+                f"{prefix}.intermediate.dense": layer.intermediate,
+                f"{prefix}.output.dense": layer.output,
+                f"{prefix}.output.LayerNorm": layer.output_norm,
+            }
+        for name, module in modules.items():
+            tensors |= {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
+        return tensors
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -253,7 +270,8 @@ class Encoder(nn.Module):
         if self.pooler is None:
             raise ValueError("this encoder has no pooler; pool with 'cls', or load it with pooler=True")
         first = pool(hidden, packed, "cls")
-        return torch.tanh(self.pooler(first, packed.sequence_bounds))
+        pooled = kernels.linear(first, self.pooler.weight, self.pooler.bias, bounds=packed.sequence_bounds)
+        return torch.tanh(pooled)
 
     @property
     def _word(self) -> Tensor:

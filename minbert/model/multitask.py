@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -114,36 +114,51 @@ class MultitaskModel(nn.Module):
     ) -> dict[str, Tensor]:
         """`forward` from the embedding block's output [N, D] on."""
         seed = self._seed(seed)
-        hidden = self.encoder.encode(embedded, packed, seed)
-        return self.predict(hidden, packed, counts, seed=seed)
+        pooled = self.pool(self.encoder.encode(embedded, packed, seed), packed, counts)
+        return self.apply_heads(pooled, counts, padding=packed.padding, bounds=packed.sequence_bounds, seed=seed)
 
-    def predict(
-        self, hidden: Tensor, packed: Packed, counts: Mapping[str, int], *, seed: Tensor | None = None
+    def pool(self, hidden: Tensor, packed: Packed, tasks: Iterable[str]) -> dict[str, Tensor]:
+        """Pool hidden states [N, D] to one vector per sequence, [S, D], by every pooling that the tasks use."""
+        return {how: self.encoder.pool(hidden, packed, how) for how in dict.fromkeys(map(self._pooling_of, tasks))}
+
+    def apply_heads(
+        self,
+        pooled: Mapping[str, Tensor],
+        counts: Mapping[str, int],
+        *,
+        padding: int = 0,
+        bounds: Sequence[int] | None = None,
+        seed: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Pool hidden states [N, D] and apply the heads: what `forward` does after the encoder."""
-        sizes, seed = self._sizes(packed, counts), self._seed(seed)
-        ways = [self.pooling if isinstance(self.pooling, str) else self.pooling.get(name, "cls") for name in counts]
-        seed = seed if seed is None or seed.ndim == 0 else seed[0]  # every rank has all rows here
-        pooled = {how: self._pooled(hidden, packed, how).split(sizes)[::2] for how in dict.fromkeys(ways)}
-        views = self.views(packed, counts) if self.shared is not None else {}
+        """Each task's outputs from the pooled vectors of its sequences.
+
+        Args:
+            pooled: what `pool` returns, for all sequences of the batch.
+            counts, seed: as for `forward`.
+            padding, bounds: the stream's `Packed.padding` and `Packed.sequence_bounds`.
+        """
+        seed = self._seed(seed)
+        seed = seed if seed is None or seed.ndim == 0 else seed[0]  # heads see the whole batch: their rows start at 0
+        sizes = self._sizes(counts, padding)
+        self._check_sizes(sizes, counts, padding, len(next(iter(pooled.values()))))
+        views = self.views(counts, bounds, padding) if self.shared is not None else {}
+        vectors = {how: of_all.split(sizes)[::2] for how, of_all in pooled.items()}
         outputs = {}
-        for i, (name, how) in enumerate(zip(counts, ways, strict=True)):
-            rows, stream_ids = pooled[how][i], self._stream_ids[name]
+        for i, name in enumerate(counts):
+            rows, stream_ids = vectors[self._pooling_of(name)][i], self._stream_ids[name]
             if self.shared is not None:
                 rows = self.shared(rows, views[name], seed=seed, stream_id=stream_ids[-1])
             outputs[name] = self.heads[name](rows, seed=seed, stream_ids=stream_ids)
         return outputs
 
-    def _pooled(self, hidden: Tensor, packed: Packed, how: str) -> Tensor:
-        """One vector per sequence of the stream, those of other ranks among them."""
-        pooled = self.encoder.pool(hidden, packed, how)
-        return packed.share.all_gather(pooled) if packed.share else pooled
+    def views(self, counts: Mapping[str, int], bounds: Sequence[int] | None, padding: int = 0) -> dict[str, int]:
+        """Which view of a shared parameter each task reads, where there is one view for each group of tasks."""
+        starts = list(accumulate(self._sizes(counts, padding), initial=0))[:-1:2]
+        firsts = (bounds or (0, 0))[:-1]
+        return {name: bisect_right(firsts, start) - 1 for name, start in zip(counts, starts, strict=True)}
 
-    def views(self, packed: Packed, counts: Mapping[str, int]) -> dict[str, int]:
-        """Which view of a shared parameter each task reads, where there is one for each group of tasks."""
-        starts = list(accumulate(self._sizes(packed, counts), initial=0))[:-1:2]
-        bounds = (packed.all_bounds or (0, 0))[:-1]
-        return {name: bisect_right(bounds, start) - 1 for name, start in zip(counts, starts, strict=True)}
+    def _pooling_of(self, task: str) -> str:
+        return self.pooling if isinstance(self.pooling, str) else self.pooling.get(task, "cls")
 
     def parameters_of(self, task: str, view: int = 0) -> list[Tensor]:
         """What a task trains: the trunk's parameters, of which it reads the view of this number, and its head's."""
@@ -151,24 +166,24 @@ class MultitaskModel(nn.Module):
         params = [view_of(param, view) for owner in owners for param in owner._parameters.values() if param is not None]
         return [param for param in params if param.requires_grad]
 
-    def _sizes(self, packed: Packed, counts: Mapping[str, int]) -> list[int]:
-        """Numbers of sequences in the stream: each task's, and those of padding after them."""
+    def _sizes(self, counts: Mapping[str, int], padding: int) -> list[int]:
+        """Numbers of sequences in the stream: each task's, and the padding sequences after them."""
         if unknown := [name for name in counts if name not in self.heads]:
             known = list(self.heads)
             raise ValueError(
                 f"no head for task {unknown[0]!r}{did_you_mean(unknown[0], known)}; heads: {', '.join(known)}"
             )
-        sequences = packed.all_sequences
-        widths = {name: sequences_of(self.tasks[name]) for name in counts}
-        sizes = [size for name, count in counts.items() for size in (count * widths[name], packed.padding)]
+        return [size for name, n in counts.items() for size in (n * sequences_of(self.tasks[name]), padding)]
+
+    def _check_sizes(self, sizes: Sequence[int], counts: Mapping[str, int], padding: int, sequences: int) -> None:
         if sum(sizes) != sequences:
-            padding = f", with {packed.padding} of padding for each task" if packed.padding else ""
+            added = f", with {padding} of padding for each task" if padding else ""
+            widths = {name: sequences_of(self.tasks[name]) for name in counts}
             several = [f"; an example of {name} has {width}" for name, width in widths.items() if width > 1]
             raise ValueError(
-                f"counts {dict(counts)} must add up to the {sequences} sequences of the packed stream{padding}"
+                f"counts {dict(counts)} must add up to the {sequences} sequences of the packed stream{added}"
                 f"{''.join(several)}"
             )
-        return sizes
 
     def freeze_encoder(self) -> None:
         """Train what was added to the encoder: it then runs in evaluation mode and keeps no activations."""

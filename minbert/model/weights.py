@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,10 +15,7 @@ from minbert.errors import UserError
 from minbert.files.atomic import write_tensors
 from minbert.files.json_yaml import read_json, short
 from minbert.files.validation import checked
-
-if TYPE_CHECKING:
-    from minbert.model.config import EncoderConfig
-    from minbert.model.encoder import Encoder
+from minbert.model.config import EncoderConfig
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -28,16 +25,15 @@ BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 POOLER = "pooler.dense.weight"
 
 
-def load_weights(encoder: Encoder, directory: Path, *, pooler: bool) -> None:
-    """Fill the encoder from the checkpoint in `directory`; half precision is widened to the encoder's.
+def load_weights(wanted: Mapping[str, Tensor], directory: Path) -> None:
+    """Fill tensors from the checkpoint in `directory`; half precision is widened to theirs.
 
     Args:
-        pooler: whether to read the pooler too.
+        wanted: by Hugging Face's names, what to fill.
 
     Raises:
         UserError: a missing, misshapen or unexpected tensor, a damaged file, or a checkpoint in another format.
     """
-    wanted = dict(_places(encoder, pooler))
     files = _find_tensors(directory)
     if missing := sorted(wanted.keys() - files.keys()):
         raise UserError(
@@ -56,10 +52,10 @@ def load_weights(encoder: Encoder, directory: Path, *, pooler: bool) -> None:
         )
     for path in sorted({files[name][0] for name in wanted}):
         with open_safetensors(path) as tensors, torch.no_grad():
-            for name, place in wanted.items():
+            for name, tensor in wanted.items():
                 source, stored_name = files[name]
                 if source == path:
-                    place.copy_(fitting(tensors.get_tensor(stored_name), place.shape, f"{path}: {stored_name}"))
+                    tensor.copy_(fitting(tensors.get_tensor(stored_name), tensor.shape, f"{path}: {stored_name}"))
 
 
 def check_shapes(config: EncoderConfig, directory: Path) -> None:
@@ -97,10 +93,9 @@ def check_shapes(config: EncoderConfig, directory: Path) -> None:
         raise UserError(f"{directory}: no tensor {missing[0]!r}; expected a BERT checkpoint")
 
 
-def save_weights(encoder: Encoder, directory: Path) -> None:
-    """Write model.safetensors."""
-    places = dict(_places(encoder, encoder.pooler is not None))
-    write_tensors(directory / WEIGHTS_FILE, places, metadata={"format": "pt"})
+def save_weights(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Write tensors, by Hugging Face's names, to model.safetensors."""
+    write_tensors(directory / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
 
 
 def has_pooler(directory: Path) -> bool:
@@ -142,35 +137,6 @@ def fitting(tensor: Tensor, shape: torch.Size, where: str) -> Tensor:
     if not tensor.isfinite().all():
         raise UserError(f"{where} holds NaN or an infinity; copy or download it again, or use another checkpoint")
     return tensor
-
-
-def _places(encoder: Encoder, pooler: bool) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of a Hugging Face checkpoint: its name and the (part of a) parameter it belongs in."""
-    embeddings = encoder.embeddings
-    yield "embeddings.word_embeddings.weight", embeddings.word
-    yield "embeddings.position_embeddings.weight", embeddings.position
-    yield "embeddings.token_type_embeddings.weight", embeddings.token_type
-    yield from _affine("embeddings.LayerNorm", embeddings.norm)
-    layer: Any
-    for i, layer in enumerate(encoder.layers):
-        prefix = f"encoder.layer.{i}"
-        for name, weight, bias in zip(
-            ("query", "key", "value"), layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3), strict=True
-        ):
-            yield f"{prefix}.attention.self.{name}.weight", weight
-            yield f"{prefix}.attention.self.{name}.bias", bias
-        yield from _affine(f"{prefix}.attention.output.dense", layer.attention_output)
-        yield from _affine(f"{prefix}.attention.output.LayerNorm", layer.attention_norm)
-        yield from _affine(f"{prefix}.intermediate.dense", layer.intermediate)
-        yield from _affine(f"{prefix}.output.dense", layer.output)
-        yield from _affine(f"{prefix}.output.LayerNorm", layer.output_norm)
-    if pooler:
-        yield from _affine("pooler.dense", encoder.pooler)
-
-
-def _affine(name: str, module: Any) -> Iterator[tuple[str, Tensor]]:
-    yield f"{name}.weight", module.weight
-    yield f"{name}.bias", module.bias
 
 
 def _find_tensors(directory: Path) -> dict[str, tuple[Path, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from minbert.files.atomic import write_directory, write_json, write_tensors, wri
 from minbert.files.json_yaml import read_json, short
 from minbert.files.validation import FORMAT, build, without_format
 from minbert.methods.surgery import Surgery
-from minbert.model import HEADS, Encoder, MultitaskModel, pair_encoding, save_heads
+from minbert.model import HEADS, EncoderConfig, MultitaskModel, pair_encoding, save_heads
 from minbert.model.weights import fitting, open_safetensors
 from minbert.runs.scores import Scores, check_scores
 from minbert.tasks import Task
@@ -45,6 +45,20 @@ class Progress:
 
     def mean_losses(self) -> dict[str, float]:
         return {name: total / self.loss_counts[name] for name, total in self.loss_sums.items()}
+
+    def count(self, losses: Mapping[str, float], smart_share: float, cosines: Mapping[str, float]) -> None:
+        """Add a step's losses by task, SMART's share of them, and cosines by pair of tasks to the epoch's sums."""
+        for name, value in losses.items():
+            self.loss_sums[name] = self.loss_sums.get(name, 0.0) + value
+            self.loss_counts[name] = self.loss_counts.get(name, 0) + 1
+        self.smart_shares += smart_share
+        for pair, cosine in cosines.items():
+            conflicts, steps = self.conflicts.get(pair, (0, 0))
+            self.conflicts[pair] = [conflicts + (cosine < 0), steps + 1]
+
+    def start_epoch(self) -> None:
+        """Clear the epoch's sums."""
+        self.loss_sums, self.loss_counts, self.smart_shares, self.conflicts = {}, {}, 0.0, {}
 
 
 def save(
@@ -85,14 +99,13 @@ def save(
 
 
 def check_fits(
-    encoder: Encoder, tokenizer: Tokenizer, tasks: Sequence[Task], max_length: int | None, where: object
+    config: EncoderConfig, tokenizer: Tokenizer, tasks: Sequence[Task], max_length: int | None, where: object
 ) -> None:
     """Refuse an encoder that cannot read what its tokenizer and the tasks' heads will give it.
 
     Raises:
         UserError: too few token embeddings, positions or token types.
     """
-    config = encoder.config
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{where}: its tokenizer has {tokenizer.vocab_size} tokens but its encoder only {config.vocab_size};"

@@ -24,7 +24,7 @@ class Prediction:
     """What a run predicts for one example."""
 
     id: str
-    predicted: float
+    predicted: int | float
     tokens: int  # that the model read
     label: float | None = None
     probabilities: list[float] | None = None  # of each class; None for a task without classes

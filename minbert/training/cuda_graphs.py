@@ -1,7 +1,7 @@
 """Forward and backward of a batch as CUDA graphs, one for each shape of batch: a replay costs the host one launch.
 
-A graph has every shape and address built in. So batches come in buckets of token counts (`pack_batches`), and each
-graph reads its batch from one buffer of its own, into which the next batch is copied before a replay.
+Every shape and address is built into a graph. So batches come in buckets of token counts (`pack_batches`), and each
+graph reads its batch from a buffer of its own, into which the next batch is copied before a replay.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minbert.training.host_device_copy import Layout, gathered, moved
-from minbert.training.objective import Batch, Losses
+from minbert.training.batches import Batch
+from minbert.training.host_device_copy import Layout, copy_to_buffer
+from minbert.training.objective import Losses
 
 MOST_GRAPHS = 64  # each keeps a few megabytes on the device
 
@@ -22,8 +23,8 @@ Compute = Callable[[Batch], Losses]
 
 
 @dataclass(frozen=True)
-class Captured:
-    """A graph, the buffer it reads, and what it leaves behind: losses, and the leaves' gradients."""
+class Graph:
+    """A captured graph, the buffer it reads, and what a replay overwrites: losses, and the leaves' gradients."""
 
     graph: Any
     layout: Layout
@@ -32,54 +33,68 @@ class Captured:
     grads: list[Tensor | None]
 
 
-class Replay:
-    """Runs `compute` on batches of the CPU's tensors.
+class CudaGraphs:
+    """Runs `compute` on batches of CPU tensors, from graphs where it can.
 
-    A shape of batch that was not seen before runs as it is, which also compiles what it needs. The second batch of that
-    shape is captured, and all later ones are replays. Losses and gradients are overwritten by the next call.
+    A batch of a new shape runs without a graph, which also compiles its kernels. The second batch of a shape is
+    captured, and all later ones are replays. The next call overwrites losses and gradients.
 
     Args:
-        compute: the losses of a batch on the device, and their gradients in the `.grad` of `leaves`, None before.
-        leaves: what `compute` differentiates with respect to.
+        compute: computes the losses of a batch on the device, and their gradients in the `.grad` of `leaves`, which are
+            None before.
+        leaves: the tensors that `compute` differentiates with respect to.
+        capture: captures `compute` on a batch.
+        most: graphs to keep.
     """
 
-    def __init__(self, compute: Compute, leaves: Sequence[Tensor], device: torch.device) -> None:
-        self.compute, self.leaves, self.device = compute, list(leaves), device
+    def __init__(
+        self,
+        compute: Compute,
+        leaves: Sequence[Tensor],
+        device: torch.device,
+        capture: Callable[[Compute, Batch, Sequence[Tensor], torch.device], Graph] | None = None,
+        most: int = MOST_GRAPHS,
+    ) -> None:
+        self.compute, self.leaves, self.device, self.most = compute, list(leaves), device, most
+        self._capture = Capture() if capture is None else capture
         self._seen: set[Any] = set()
-        self._graphs: dict[Any, Captured] = {}
-        self._pool: Any = None
+        self._graphs: dict[Any, Graph] = {}
 
     def __call__(self, batch: Batch) -> Losses:
         key = _shape(batch)
         if key not in self._graphs:
-            if key not in self._seen or len(self._graphs) >= MOST_GRAPHS:
+            if key not in self._seen or len(self._graphs) >= self.most:
                 self._seen.add(key)
-                return self.compute(batch.with_tensors(moved(batch.tensors, self.device)))
-            self._graphs[key] = self._capture(batch)
+                return self.compute(batch.to(self.device))
+            self._graphs[key] = self._capture(self.compute, batch, self.leaves, self.device)
         found = self._graphs[key]
         pinned = self.device.type == "cuda"
-        found.buffer.copy_(gathered(batch.tensors, found.layout, pinned=pinned), non_blocking=True)
+        found.buffer.copy_(copy_to_buffer(batch.tensors, found.layout, pinned=pinned), non_blocking=True)
         found.graph.replay()
         for leaf, grad in zip(self.leaves, found.grads, strict=True):
             leaf.grad = grad
         return found.losses
 
-    def _capture(self, batch: Batch) -> Captured:
-        """All graphs share their memory: none needs anything of the others', since each call uses up what it leaves."""
+
+class Capture:
+    """Captures graphs that share their memory: each call uses up the results of the one before."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, compute: Compute, batch: Batch, leaves: Sequence[Tensor], device: torch.device) -> Graph:
         layout = Layout(batch.tensors)
-        buffer = torch.zeros(layout.size, dtype=torch.uint8, device=self.device)
+        buffer = torch.zeros(layout.size, dtype=torch.uint8, device=device)
         batch = batch.with_tensors(layout.views(buffer))
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            losses = self.compute(batch)
-        losses, grads = (
-            losses.map(borrowed),
-            [None if leaf.grad is None else borrowed(leaf.grad) for leaf in self.leaves],
-        )
-        for leaf in self.leaves:
+            losses = compute(batch)
+        losses = losses.map(unowned_view)
+        grads = [None if leaf.grad is None else unowned_view(leaf.grad) for leaf in leaves]
+        for leaf in leaves:
             leaf.grad = None
-        return Captured(graph, layout, buffer, losses, grads)
+        return Graph(graph, layout, buffer, losses, grads)
 
 
 def _shape(batch: Batch) -> Any:
@@ -101,8 +116,8 @@ class _Memory:
         }
 
 
-def borrowed(tensor: Tensor) -> Tensor:
-    """A tensor in the same memory that does not keep it: a graph's own, which the graph alone writes."""
+def unowned_view(tensor: Tensor) -> Tensor:
+    """A tensor in the same memory that does not keep it alive: the graph owns it, and its replays write it."""
     storage = tensor.untyped_storage()
     if not storage.nbytes():
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)

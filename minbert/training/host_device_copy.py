@@ -1,4 +1,4 @@
-"""Numbers between the host and a device without waiting: many tensors in one copy there, many scalars in one back."""
+"""Copies between host and device that wait for nothing: many tensors in one copy there, many scalars in one back."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ ALIGNMENT = 64  # bytes; more than any kernel asks of its inputs
 
 
 class Layout:
-    """Where each of several tensors lies in one buffer of bytes."""
+    """The offsets of several tensors in one buffer of `size` bytes."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.shapes = [(tensor.dtype, tensor.shape, tensor.numel() * tensor.element_size()) for tensor in tensors]
         padded = [-(-size // ALIGNMENT) * ALIGNMENT for _, _, size in self.shapes]
-        *self.starts, self.size = accumulate(padded, initial=0)
+        *self.offsets, self.size = accumulate(padded, initial=0)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The tensors in a buffer of `size` bytes, sharing its memory."""
-        places = zip(self.starts, self.shapes, strict=True)
-        return [buffer[start : start + size].view(dtype).view(shape) for start, (dtype, shape, size) in places]
+        parts = zip(self.offsets, self.shapes, strict=True)
+        return [buffer[start : start + size].view(dtype).view(shape) for start, (dtype, shape, size) in parts]
 
 
-def gathered(tensors: Sequence[Tensor], layout: Layout, *, pinned: bool) -> Tensor:
-    """Copies of CPU tensors in one buffer; from pinned memory a GPU copies while the host goes on.
+def copy_to_buffer(tensors: Sequence[Tensor], layout: Layout, *, pinned: bool) -> Tensor:
+    """Copy CPU tensors to one buffer; from pinned memory a GPU copies while the host goes on.
 
     torch keeps pinned memory that is freed until the copies from it are done.
     """
@@ -37,30 +37,35 @@ def gathered(tensors: Sequence[Tensor], layout: Layout, *, pinned: bool) -> Tens
     return buffer
 
 
-def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """CPU tensors on `device`, copied without waiting for the copy to end; the same ones where that is the CPU."""
+def copy_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """CPU tensors on `device`, without waiting for the copy to end; the same tensors where that is the CPU."""
     if device.type == "cpu":
         return list(tensors)
     layout = Layout(tensors)
-    return layout.views(gathered(tensors, layout, pinned=True).to(device, non_blocking=True))
+    return layout.views(copy_to_buffer(tensors, layout, pinned=True).to(device, non_blocking=True))
 
 
-class Readings:
+class Readback:
     """Numbers that a device computes, in one copy to the host that starts at once; `read` waits for it."""
 
     def __init__(
         self, numbers: Mapping[Hashable, Tensor], wait: Callable[[Any], None] = torch.cuda.Event.synchronize
     ) -> None:
-        """Of any float dtype and shape, on one device; `wait` is how to wait for a CUDA event."""
+        """Start the copy.
+
+        Args:
+            numbers: of any float dtype and shape, on one device.
+            wait: waits for a CUDA event.
+        """
         self._wait = wait
         self._sizes = {name: tensor.numel() for name, tensor in numbers.items()}
         flat = torch.cat([tensor.detach().double().reshape(-1) for tensor in numbers.values()])
         self._copied = None
         if flat.device.type == "cuda":
-            flat, there = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True), flat
-            flat.copy_(there, non_blocking=True)
+            flat, source = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True), flat
+            flat.copy_(source, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(there.device))
+            self._copied.record(torch.cuda.current_stream(source.device))
         self._flat = flat
 
     def read(self) -> dict[Hashable, list[float]]:

@@ -1,49 +1,27 @@
-"""What a training step minimises: task losses, SMART's regularisers, and the divergences from the Bregman teacher."""
+"""The objective of a training step: task losses, SMART's regularisers and the divergences from the EMA teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from minbert.data.packing import Packed
 from minbert.methods.losses import LOSSES
-from minbert.methods.smart import BregmanConfig, SmartConfig, at, divergences, perturb
-from minbert.methods.task_gradients import detached, substituted
+from minbert.methods.smart import (
+    BregmanConfig,
+    SmartConfig,
+    divergences,
+    embedding_scale,
+    perturb,
+    straight_through,
+)
+from minbert.methods.task_gradients import substituted
 from minbert.model import MultitaskModel, statistics_kept
-from minbert.seeds import derive_seed
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences of one or several tasks, task after task in one stream, and what else differs from step to step."""
-
-    packed: Packed
-    labels: Mapping[str, Tensor]  # by task, in the stream's order
-    # Of dropout, of dropout in perturbed passes with masks of their own, of the noise; each with the number of the
-    # stream's first row here. int64 [3, 2].
-    seeds: Tensor
-    smart_weights: Tensor  # float32 [tasks]: lambda_s of each
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Each task's number of examples."""
-        return {name: len(labels) for name, labels in self.labels.items()}
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All of them, in an order that `with_tensors` knows."""
-        return [*self.packed.tensors, *self.labels.values(), self.seeds, self.smart_weights]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
-        """The same batch in other memory, on another device for one."""
-        *rest, seeds, smart_weights = tensors
-        cut = len(rest) - len(self.labels)
-        labels = dict(zip(self.labels, rest[cut:], strict=True))
-        return Batch(self.packed.with_tensors(rest[:cut]), labels, seeds, smart_weights)
+from minbert.training.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -72,7 +50,7 @@ class Objective:
     Args:
         model: what is trained.
         smart, bregman: what is added to the task losses.
-        teacher: the average of each parameter's earlier values; needed when `bregman` is on.
+        teacher: by parameter, its exponential moving average; needed when `bregman` is on.
         copies: of some parameters, in a half precision, for passes that differentiate nothing with respect to them.
         weights: what each task's loss is multiplied by (its regularisers are not); 1 where left out.
         l2: by task, the weight of its parameters' L2 norm in its loss; none for those left out.
@@ -91,78 +69,77 @@ class Objective:
         self.model, self.smart, self.bregman, self.teacher = model, smart, bregman, teacher
         self.copies, self.weights, self.l2 = copies or {}, weights or {}, l2 or {}
 
-    def batch(self, packed: Packed, labels: Mapping[str, Tensor], *, seed: int, done: float = 1.0) -> Batch:
-        """A batch of the CPU's tensors.
-
-        Args:
-            seed: what dropout and noise follow.
-            done: share of all steps that are done.
-        """
-        first = packed.share.first_token if packed.share else 0
-        seeds = [(derive_seed(seed, name), first) for name in ("dropout", "smart dropout", "smart noise")]
-        weights = [self.smart.weight(name, done) for name in labels]
-        return Batch(packed, labels, torch.tensor(seeds), torch.tensor(weights, dtype=torch.float32))
-
     def __call__(
         self,
         batch: Batch,
-        tracked: Callable[[], AbstractContextManager[None]],
+        tracked: Callable[[], AbstractContextManager[None]] = nullcontext,
         *,
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> Losses:
-        """Losses of one batch; the clean pass serves the task losses and the regularisers alike.
+        """The losses of a batch. The clean pass serves the task losses and the regularisers alike.
 
-        It is also the only one whose batches enter running statistics: perturbed inputs are none that evaluation meets,
-        and a teacher's activations are not the model's.
+        Running statistics take the clean pass alone: evaluation meets no perturbed inputs, and a teacher's activations
+        are not the model's.
 
         Args:
-            tracked: gives a context in which a forward's parameters are those to differentiate with respect to.
+            tracked: gives a context in which a forward reads the parameters that the losses are differentiated by.
             on_phase: called at the end of each phase, "forward" and "smart", with its name.
         """
-        model, counts = self.model, batch.counts
+        model, packed, tasks = self.model, batch.packed, {name: self.model.tasks[name] for name in batch.counts}
         dropout_seed, other_seed, noise_seed = batch.seeds
+        forward = partial(self._outputs, batch)
         with tracked():
-            embedded = model.embed(batch.packed, dropout_seed)
-            outputs = model.from_embedded(embedded, batch.packed, counts, seed=dropout_seed)
+            embedded = model.embed(packed, dropout_seed)
+            outputs = forward(embedded, dropout_seed)
             norms = self._norms(batch)
-        tasks = {name: model.tasks[name] for name in outputs}
         task = {name: LOSSES[of.loss](outputs[name], batch.labels[name], of.max_label) for name, of in tasks.items()}
         terms = [*(self.weights.get(name, 1.0) * loss for name, loss in task.items()), *norms]
         smart, smart_terms, bregman, size = {}, [batch.smart_weights.new_zeros(())], {}, None
         on_phase("forward")
         if self.smart.on:
-            adversary = dropout_seed if self.smart.masks == "shared" else other_seed
-            with statistics_kept(model):
+            seed = dropout_seed if self.smart.masks == "shared" else other_seed
+            scale = embedding_scale(model) if self.smart.relative else None
+            search = {"noise_seed": noise_seed, "scale": scale}
+            with statistics_kept(model), substituted(model, lambda param: self.copies.get(param, param).detach()):
                 perturbed = perturb(
-                    model,
-                    embedded,
-                    batch.packed,
-                    outputs,
-                    self.smart,
-                    dropout_seed=adversary,
-                    noise_seed=noise_seed,
-                    read=lambda param: detached(self.copies.get(param, param)),
+                    partial(forward, seed=seed), embedded, outputs, tasks, packed.cu_seqlens, self.smart, **search
                 )
-                with tracked():
-                    moved = model.from_embedded(at(embedded, perturbed), batch.packed, counts, seed=adversary)
+            with statistics_kept(model), tracked():
+                perturbed_outputs = forward(straight_through(embedded, perturbed), seed)
+            smart = divergences(tasks, perturbed_outputs, outputs)
+            smart_terms = [weight * smart[name] for name, weight in zip(tasks, batch.smart_weights, strict=True)]
             sizes = (perturbed - embedded.detach()).abs().amax(1).float()
-            size = sizes.sum() / (batch.packed.share.tokens if batch.packed.share else len(sizes))
-            smart = divergences(tasks, moved, outputs)
-            smart_terms = [weight * smart[name] for name, weight in zip(counts, batch.smart_weights, strict=True)]
+            size = sizes.sum() / (batch.shard.tokens if batch.shard else len(sizes))
             on_phase("smart")
         if self.bregman.mu:
-            bregman = divergences(tasks, outputs, self._by_teacher(batch, dropout_seed))
+            bregman = divergences(tasks, outputs, self._teacher_outputs(batch, dropout_seed))
             terms += [self.bregman.mu * value for value in bregman.values()]
             on_phase("bregman")
         added = torch.stack(smart_terms).sum()
         return Losses(task, smart, bregman, torch.stack(terms).sum() + added, added.detach(), size)
+
+    def _outputs(self, batch: Batch, embedded: Tensor, seed: Tensor) -> dict[str, Tensor]:
+        """Each task's outputs. Every rank encodes its shard, all-gathers the pooled vectors and applies all heads."""
+        packed, model = batch.packed, self.model
+        pooled = model.pool(model.encoder.encode(embedded, packed, seed), packed, batch.counts)
+        if batch.shard is not None:
+            pooled = {how: batch.shard.all_gather(vectors) for how, vectors in pooled.items()}
+        return model.apply_heads(pooled, batch.counts, padding=packed.padding, bounds=batch.sequence_bounds, seed=seed)
+
+    @torch.no_grad()
+    def _teacher_outputs(self, batch: Batch, seed: Tensor) -> dict[str, Tensor]:
+        teacher = self.teacher or {}
+        with substituted(self.model, lambda param: teacher.get(param, param)), statistics_kept(self.model):
+            return self._outputs(batch, self.model.embed(batch.packed, seed), seed)
 
     def _norms(self, batch: Batch) -> list[Tensor]:
         """lambda |theta|_2 of the tasks that have one (003, section 3: the norm itself, not its square).
 
         Theta are the parameters that a task trains, biases among them: the encoder's, a shared layer's, its head's.
         """
-        views = self.model.views(batch.packed, batch.counts) if any(self.l2.values()) else {}
+        views = {}
+        if any(self.l2.values()):
+            views = self.model.views(batch.counts, batch.sequence_bounds, batch.packed.padding)
         norms = []
         for name, view in views.items():
             if weight := self.l2.get(name, 0.0):
@@ -170,12 +147,6 @@ class Objective:
                 sizes = [torch.linalg.vector_norm(param, dtype=_at_least_float32(param)) for param in params]
                 norms.append(weight * torch.linalg.vector_norm(torch.stack(sizes)))
         return norms
-
-    @torch.no_grad()
-    def _by_teacher(self, batch: Batch, seed: Tensor) -> dict[str, Tensor]:
-        teacher = self.teacher or {}
-        with substituted(self.model, lambda param: teacher.get(param, param)), statistics_kept(self.model):
-            return self.model(batch.packed, batch.counts, seed=seed)
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Everything a run works with, made ready from its options: data, model, optimizer, and where it stands."""
+"""The setup of a training run: `build_data`, `build_model`, `build_optimizer`; `build_trainer` puts them together."""
 
 from __future__ import annotations
 
@@ -9,100 +9,83 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-import minbert
 from minbert import kernels
 from minbert.config import TrainConfig, task_groups
-from minbert.console import data_table
 from minbert.data import (
     Encoded,
     Examples,
+    Plan,
+    Skipped,
     SkippedRow,
     Source,
+    TaskSampler,
     WithReviews,
     encode,
     joined,
     open_source,
+    plan,
     read_augmented,
     refuse_skipped,
-    skipped_lines,
     skipped_rows,
     swapped,
 )
 from minbert.data.tokenizer import Tokenizer
-from minbert.device import describe, resolve_precision
+from minbert.device import resolve_precision
+from minbert.distributed.local_parameters import LocalParameters
 from minbert.distributed.process_group import ProcessGroup
-from minbert.distributed.sharded_parameters import OptimizerState, ShardedParameters
+from minbert.distributed.sharded_parameters import ShardedParameters
 from minbert.errors import UserError
-from minbert.methods.smart import embedding_scale, rounds_away
-from minbert.methods.surgery import find_surgery
+from minbert.files.hub import WEIGHTS, checkpoint_directory
+from minbert.methods.smart import rounds_away
+from minbert.methods.surgery import Surgery, find_surgery
 from minbert.methods.task_gradients import TaskGradients
-from minbert.model import Encoder, EncoderConfig, MultitaskModel, load_heads, pair_encoding
+from minbert.model import Encoder, EncoderConfig, MultitaskModel, pair_encoding
+from minbert.model.weights import check_shapes
 from minbert.options_by_task import of_task
-from minbert.runs import checkpoint
-from minbert.runs.checkpoint import Progress
-from minbert.runs.run_directory import Run
+from minbert.runs.checkpoint import check_fits
 from minbert.seeds import derive_seed
-from minbert.tasks import TASKS, Task
+from minbert.tasks import Task
+from minbert.training.batches import Batches, StepSampler
 from minbert.training.objective import Objective
 from minbert.training.optimizer import AdamW
-from minbert.training.step import Stepper
+from minbert.training.trainer import Trainer, cuda_graphs
 
 DEFAULT_TASKS = ("sst", "qqp", "sts")
 
+Checkpoint = str | Path | None  # a directory or a name on the hub; None: from scratch
+
+
+# Data -------------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Workbench:
-    """All that a run works with."""
+class TrainingData:
+    """The tasks of a run and their encoded examples, by split and task."""
 
-    config: TrainConfig  # every choice that was left open is made
-    tasks: list[Task]
     source: Source
+    tasks: list[Task]
     tokenizer: Tokenizer
-    model: MultitaskModel
-    optimizer: AdamW
-    stepper: Stepper
-    arena: ShardedParameters | None  # where there are several ranks
-    group: ProcessGroup
-    train: dict[str, Encoded]
-    dev: dict[str, Encoded]
-    test: dict[str, Encoded]
-    skipped: list[SkippedRow]  # rows of the splits that were left out
-    device: torch.device
     max_length: int
+    splits: dict[str, dict[str, Encoded]]  # train, dev and test
+    skipped: dict[str, dict[str, list[Skipped]]]  # rows of the splits that were left out
 
-    def save(self, path: Path, progress: Progress) -> None:
-        """Write a checkpoint, once for all ranks, which have to call this together."""
-        state: OptimizerState = (
-            self.optimizer.state if self.arena is None else self.arena.gather_full_state(self.optimizer.state)
-        )
-        if self.group.is_main:
-            checkpoint.save(path, self.model, self.tokenizer, state, progress, self.stepper.surgeries)
+    @property
+    def train(self) -> dict[str, Encoded]:
+        return self.splits["train"]
 
-    def load(self, path: Path) -> None:
-        """Take over a checkpoint's heads, and the state of its optimizer and its surgery."""
-        load_heads(self.model, path / "heads.safetensors")
-        state = checkpoint.load_state(path, self.model)
-        self.optimizer.load(state if self.arena is None else self.arena.shard_state(state))
-        for surgery in self.stepper.surgeries:
-            if surgery.weighting is not None:
-                surgery.weighting.load(path, self.device)
+    @property
+    def skipped_rows(self) -> list[SkippedRow]:
+        """The skipped rows of all splits, for RUN/skipped.jsonl."""
+        by_task = [(split, name, rows) for split, of in self.skipped.items() for name, rows in of.items()]
+        return [row for split, name, rows in by_task for row in skipped_rows(split, name, rows)]
 
 
-def prepare(config: TrainConfig, run: Run, console: Console, group: ProcessGroup) -> Workbench:
-    """Read the data, build or load the model, and settle what `config` left open. Nothing is written.
-
-    The weights are drawn from torch's default generator, which stays as it is then.
+def build_data(config: TrainConfig, checkpoint: Checkpoint = None) -> TrainingData:
+    """Read the examples of all splits and encode them with the checkpoint's tokenizer, or one trained on their texts.
 
     Raises:
-        UserError: bad data, a bad model directory, or options that do not fit them.
+        UserError: bad data, options that do not fit it, or a checkpoint whose tokenizer or encoder does not.
     """
-    device = group.device
-    surgeries = find_surgery(config.surgery, config.surgery_reduction)
-    precision = resolve_precision(config.precision, device)
-    console.print(f"minbert {minbert.__version__} on {describe(device, precision)}")
-    if group.world_size > 1:
-        console.print(f"{group.world_size} processes over {group.backend}")
-
     source, tasks = open_tasks(config)
     dev = {task.name: source.load(task, "dev") for task in tasks if task.evaluated}
     splits = {
@@ -110,145 +93,26 @@ def prepare(config: TrainConfig, run: Run, console: Console, group: ProcessGroup
         "dev": dev,
         "test": {task.name: source.load(task, "test") for task in tasks if "test" in source.splits(task)},
     }
+    skipped = {split: {name: of.skipped for name, of in by_task.items()} for split, by_task in splits.items()}
     if config.strict:
-        refuse_skipped([row for of in splits.values() for examples in of.values() for row in examples.skipped])
-
-    pooler = any(of_task(config.pooling, task.name, "cls") == "pooler" for task in tasks)
-    torch.default_generator.manual_seed(derive_seed(config.seed, "weights"))
-    goes_on = config.resume and run.last.exists()
-    start = run.last if goes_on else config.model
-    if start is not None:
-        tokenizer = Tokenizer.from_pretrained(start)
-        encoder = Encoder.from_pretrained(start, pooler=True if pooler else None, dropout=config.dropout)
-    else:
+        refuse_skipped([row for by_task in skipped.values() for rows in by_task.values() for row in rows])
+    if checkpoint is None:
         texts = [text for e in splits["train"].values() for text in (*e.texts, *(e.pairs or ()))]
         tokenizer = Tokenizer.train(texts, config.scratch.vocab_size)
-        # BERT's 0.02 suits a width of 768: a narrow encoder learns sooner when its products start at unit scale.
-        spread = config.scratch.hidden_size**-0.5
-        shape = {**asdict(config.scratch), "vocab_size": tokenizer.vocab_size, "initializer_range": spread}
-        encoder_config = EncoderConfig(**shape).with_dropout(config.dropout or 0.0)
-        encoder = Encoder(encoder_config, pooler=pooler)
-    checkpoint.check_fits(encoder, tokenizer, tasks, config.max_length, start)
-    max_length = config.max_length or encoder.config.max_position_embeddings
-    encoder.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-
-    torch.default_generator.manual_seed(derive_seed(config.seed, "heads"))
-    model = MultitaskModel(
-        encoder,
-        tasks,
-        pooling=config.pooling,
-        head_dropout=config.head_dropout,
-        shared_layer=config.shared_layer,
-    ).to(device)
-    if config.mode == "pretrain":
-        model.freeze_encoder()
-        for task in tasks:
-            if not model.parameters_of(task.name):
-                raise UserError(
-                    f"--mode pretrain leaves nothing to train for {task.name}: its head {task.head} has no parameters;"
-                    f" give another --heads.{task.name}, or --mode finetune"
-                )
-    if not goes_on:  # else it was decided by the weights that the run began with
-        precision = fit_for_smart(model, config, precision, console)
-    matmul = choose_matmul(config, encoder.config, precision, group)
-    console.print(kernels_line(device))
-    lr = config.lr or default_learning_rate(config, encoder.config.hidden_size)
-    config = config.replace(
-        tasks=[task.name for task in tasks],
-        max_length=max_length,
-        precision=precision,
-        matmul=matmul,
-        lr=lr,
-        out=str(run.path),
-    )
+    else:
+        tokenizer = Tokenizer.from_pretrained(checkpoint)
+    encoder_config = find_encoder_config(config, tokenizer, checkpoint)
+    check_fits(encoder_config, tokenizer, tasks, config.max_length, checkpoint)
+    max_length = config.max_length or encoder_config.max_position_embeddings
+    encodings = {task.name: pair_encoding(task) for task in tasks}
     encoded = {
         split: {
-            name: encode(examples, tokenizer, max_length, pair_encoding=pair_encoding(model.tasks[name]))
+            name: encode(examples, tokenizer, max_length, pair_encoding=encodings[name])
             for name, examples in by_task.items()
         }
         for split, by_task in splits.items()
     }
-    console.print(f"data: {source.name}; model: {config.model or 'a small encoder from scratch'}")
-    console.print(method_line(config, model))
-    console.print(
-        data_table(
-            [
-                (
-                    task,
-                    {split: len(encoded[split].get(task.name, ())) for split in splits},
-                    sum(len(of[task.name].skipped) for of in splits.values() if task.name in of),
-                    sum(of[task.name].truncated for of in encoded.values() if task.name in of),
-                )
-                for task in tasks
-            ]
-        )
-    )
-    skipped = []
-    for split, by_task in splits.items():
-        for name, examples in by_task.items():
-            skipped += skipped_rows(split, name, examples.skipped)
-            lines = [f"warning: {name}, {split}: {note}" for note in encoded[split][name].notes()]
-            for line in (*skipped_lines(examples.skipped, str(run.skipped)), *lines):
-                console.print(line)
-    groups = task_groups(tasks, config.surgery_groups)
-    rows = len(groups) if any(surgery.per_task for surgery in surgeries) else 1
-    one_stream = config.accumulate == 1 and not config.low_memory
-    # Gradients of copies are in half precision: fit for what one backward gives, not to sum up several.
-    copies = model.encoder.copies() if one_stream or (config.accumulate == 1 and rows > 1) else {}
-    beta = config.bregman.beta if config.bregman.mu else None
-    l2 = {task.name: of_task(config.l2, task.name, 0.0) for task in tasks}
-    params = model.parameter_groups(config.weight_decay)
-    for param_group in params:
-        param_group["lr"] = config.head_lr if config.head_lr and param_group["name"].startswith("heads.") else lr
-    arena = None
-    if group.world_size > 1:
-        trunk = [param for param in model.trunk.parameters() if param.requires_grad]
-        arena = ShardedParameters(list(model.heads.parameters()), trunk, rows, group)
-        arena.all_gather()  # all ranks start alike
-        params = arena.param_groups(params)
-        sent = len(surgeries) * arena.bytes_per_update(ema=beta is not None)
-        console.print(f"each process sends {sent / 1e6:.1f} MB a step")
-    optimizer = AdamW(params, lr=lr, eps=config.adam_eps, average_beta=beta, copies=None if arena else copies)
-    if arena is not None and beta is not None:
-        arena.keep_ema(optimizer)
-    gradients = TaskGradients(model.trunk, rows, copies)
-    if arena is not None:
-        arena.register_hooks(gradients)
-    averages = optimizer.averages if arena is None else arena.ema
-    stepper = Stepper(
-        model,
-        Objective(model, config.smart, config.bregman, averages, copies, config.loss_weights, l2),
-        optimizer,
-        gradients,
-        groups,
-        surgeries,
-        encoded["train"],
-        config.accumulate,
-        config.low_memory,
-        config.clip_norm,
-        config.seed,
-        device,
-        bucket_to=max_length if device.type == "cuda" and config.cuda_graphs and one_stream and not arena else None,
-        group=group,
-        arena=arena,
-    )
-    return Workbench(
-        config,
-        tasks,
-        source,
-        tokenizer,
-        model,
-        optimizer,
-        stepper,
-        arena,
-        group,
-        encoded["train"],
-        encoded["dev"],
-        encoded["test"],
-        skipped,
-        device,
-        max_length,
-    )
+    return TrainingData(source, tasks, tokenizer, max_length, encoded, skipped)
 
 
 def open_tasks(config: TrainConfig) -> tuple[Source, list[Task]]:
@@ -282,10 +146,84 @@ def training_examples(task: Task, source: Source, config: TrainConfig, dev: Mapp
     return joined(examples, swapped(examples)) if task.name in (config.swap_pairs or ()) else examples
 
 
+def find_encoder_config(config: TrainConfig, tokenizer: Tokenizer, checkpoint: Checkpoint = None) -> EncoderConfig:
+    """The shape of the checkpoint's encoder, or of the one that --scratch describes.
+
+    Raises:
+        UserError: the checkpoint's configuration and weights do not fit each other.
+    """
+    if checkpoint is not None:
+        directory = checkpoint_directory(checkpoint, WEIGHTS)
+        encoder_config = EncoderConfig.from_json(directory / "config.json")
+        check_shapes(encoder_config, directory)
+        return encoder_config
+    # BERT's 0.02 suits a width of 768: a narrow encoder learns sooner when its products start at unit scale.
+    spread = config.scratch.hidden_size**-0.5
+    shape = {**asdict(config.scratch), "vocab_size": tokenizer.vocab_size, "initializer_range": spread}
+    return EncoderConfig(**shape).with_dropout(config.dropout or 0.0)
+
+
+def build_plan(config: TrainConfig, data: TrainingData) -> Plan:
+    """Which tasks take each step."""
+    sizes = {name: len(encoded) for name, encoded in data.train.items()}
+    end = config.sampling_alpha_end
+    return plan(
+        sizes,
+        {name: config.batch_size_of(name) * config.accumulate for name in sizes},
+        order=config.sampling,
+        length=config.epoch_length,
+        times=config.epoch_times,
+        weights=config.sampling_weights,
+        alphas=(config.sampling_alpha, config.sampling_alpha if end is None else end),
+        seed=config.seed,
+        epochs=config.epochs,
+        steps=config.steps,
+    )
+
+
+# Model ------------------------------------------------------------------------------------------------------------
+
+
+def build_model(
+    config: TrainConfig, data: TrainingData, checkpoint: Checkpoint = None, device: torch.device | str = "cpu"
+) -> MultitaskModel:
+    """The encoder of a checkpoint, or a small one from scratch, with a new head for each task.
+
+    New weights are drawn from torch's default generator, seeded here.
+
+    Raises:
+        UserError: a bad checkpoint, or --mode pretrain where a head has nothing to train.
+    """
+    pooler = any(of_task(config.pooling, task.name, "cls") == "pooler" for task in data.tasks)
+    torch.default_generator.manual_seed(derive_seed(config.seed, "weights"))
+    if checkpoint is None:
+        encoder = Encoder(find_encoder_config(config, data.tokenizer), pooler=pooler)
+    else:
+        encoder = Encoder.from_pretrained(checkpoint, pooler=True if pooler else None, dropout=config.dropout)
+    encoder.compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    torch.default_generator.manual_seed(derive_seed(config.seed, "heads"))
+    model = MultitaskModel(
+        encoder,
+        data.tasks,
+        pooling=config.pooling,
+        head_dropout=config.head_dropout,
+        shared_layer=config.shared_layer,
+    ).to(device)
+    if config.mode == "pretrain":
+        model.freeze_encoder()
+        for task in data.tasks:
+            if not model.parameters_of(task.name):
+                raise UserError(
+                    f"--mode pretrain leaves nothing to train for {task.name}: its head {task.head} has no parameters;"
+                    f" give another --heads.{task.name}, or --mode finetune"
+                )
+    return model
+
+
 def fit_for_smart(model: MultitaskModel, config: TrainConfig, precision: str, console: Console) -> str:
     """Give the encoder a precision that does not round SMART's perturbations away, and return its name.
 
-    Where none may be given, say so.
+    A warning says so where --smart.precision allows none.
     """
     encoder, smart = model.encoder, config.smart
     if not smart.on or not rounds_away(model, smart, encoder.compute_dtype):
@@ -299,15 +237,17 @@ def fit_for_smart(model: MultitaskModel, config: TrainConfig, precision: str, co
     return precision
 
 
-def choose_matmul(config: TrainConfig, encoder: EncoderConfig, precision: str, group: ProcessGroup) -> str:
-    """Choose the library of float32 products, on all ranks the one that the first finds the faster, and return it.
+def choose_matmul(config: TrainConfig, encoder: EncoderConfig, group: ProcessGroup) -> str:
+    """Choose the library of float32 products: on all ranks the one that is faster on the first. Returns its name.
 
     Raises:
-        UserError: torch was built without the one asked for.
+        UserError: torch was built without the library that --matmul names.
     """
     name: str = config.matmul
     if name == "auto":
-        measures = group.is_main and group.device.type == "cpu" and precision == "fp32" and config.backend == "auto"
+        measures = (
+            group.is_main and group.device.type == "cpu" and (config.precision, config.backend) == ("fp32", "auto")
+        )
         found = kernels.faster_matmul(encoder.hidden_size, encoder.intermediate_size) if measures else "blas"
         name = group.broadcast_object(found)
     try:
@@ -317,25 +257,7 @@ def choose_matmul(config: TrainConfig, encoder: EncoderConfig, precision: str, g
     return name
 
 
-def method_line(config: TrainConfig, model: MultitaskModel) -> str:
-    """What is added to the task losses, and how the tasks' gradients become one update."""
-    frozen = config.mode == "pretrain" and model.shared is None
-    parts = ["no surgery: the encoder is frozen" if frozen else f"surgery {config.surgery}"]
-    parts += [
-        f"{task.name} with head {task.head} and {task.loss.replace('_', ' ')}"
-        for task in model.tasks.values()
-        if task != TASKS[task.name]
-    ]
-    parts += [f"a shared layer ({config.shared_layer})"] if config.shared_layer else []
-    parts += [f"L2 norms with lambda {config.l2}"] if config.l2 else []
-    smart, scale = config.smart, embedding_scale(model)
-    if smart.on:
-        epsilon = smart.epsilon * scale if smart.relative else smart.epsilon
-        radius = f"epsilon {epsilon:.2g} where embeddings have a root mean square of {scale:.2g}"
-        parts.append(f"SMART with lambda_s {smart.lambda_s}, {radius}")
-    if config.bregman.mu:
-        parts.append(f"Bregman proximal point with mu {config.bregman.mu}")
-    return f"method: {'; '.join(parts)}"
+# Optimizer --------------------------------------------------------------------------------------------------------
 
 
 def default_learning_rate(config: TrainConfig, hidden_size: int) -> float:
@@ -347,37 +269,95 @@ def default_learning_rate(config: TrainConfig, hidden_size: int) -> float:
     return min(1e-3, 5e-5 * (768 / hidden_size) ** 2)
 
 
-def kernels_line(device: torch.device) -> str:
-    """Which ops run compiled, on CPUs with which instruction set, and which in plain PyTorch.
+def build_optimizer(
+    config: TrainConfig, model: MultitaskModel, rows: int, group: ProcessGroup
+) -> tuple[AdamW, LocalParameters | ShardedParameters]:
+    """AdamW for the model's parameters, of which several ranks each own a shard; and where their gradients are.
 
-    Without compiled code, a second line says how to get it.
+    Args:
+        config: with a learning rate.
+        rows: task gradients of the parameters that the tasks share.
     """
-    by_backend: dict[str, list[str]] = {}
-    for op, backend in kernels.backends(device).items():
-        by_backend.setdefault(backend, []).append(op)
-    isa = f" ({kernels.native.isa()})" if device.type == "cpu" and "native" in by_backend else ""
-    line = f"kernels{isa}: " + "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in sorted(by_backend.items()))
-    missing = kernels.native.missing_reason()
-    return f"{line}\n{missing}" if missing else line
+    assert config.lr is not None
+    param_groups = model.parameter_groups(config.weight_decay)
+    for param_group in param_groups:
+        of_heads = param_group["name"].startswith("heads.")
+        param_group["lr"] = config.head_lr if config.head_lr and of_heads else config.lr
+    one_stream = config.accumulate == 1 and not config.low_memory
+    # The gradients of half-precision copies are in half precision: a sum over several backwards needs more.
+    copies = model.encoder.copies() if one_stream or (config.accumulate == 1 and rows > 1) else {}
+    parameters: LocalParameters | ShardedParameters = LocalParameters(model.heads, copies)
+    if group.world_size > 1:
+        trunk = [param for param in model.trunk.parameters() if param.requires_grad]
+        parameters = ShardedParameters(list(model.heads.parameters()), trunk, rows, group, copies)
+        parameters.all_gather()  # every rank starts with the same parameters
+    optimizer = AdamW(
+        parameters.param_groups(param_groups),
+        lr=config.lr,
+        eps=config.adam_eps,
+        average_beta=config.bregman.beta if config.bregman.mu else None,
+        copies=parameters.optimizer_copies,
+    )
+    if config.bregman.mu:
+        parameters.keep_ema(optimizer)
+    parameters.register_hooks(TaskGradients(model.trunk, rows, copies))
+    return optimizer, parameters
 
 
-def restore(bench: Workbench, run: Run, console: Console) -> Progress:
-    """Where the run stands: at its last checkpoint if it is resumed and has one, else at the start.
+# All together -----------------------------------------------------------------------------------------------------
+
+
+def build_trainer(
+    config: TrainConfig,
+    data: TrainingData,
+    sampling: Plan,
+    model: MultitaskModel,
+    surgeries: list[Surgery],
+    group: ProcessGroup,
+) -> Trainer:
+    """Everything that a training step works with."""
+    groups = task_groups(data.tasks, config.surgery_groups)
+    per_task = any(surgery.per_task for surgery in surgeries)
+    rows = len(groups) if per_task else 1
+    optimizer, parameters = build_optimizer(config, model, rows, group)
+    l2 = {task.name: of_task(config.l2, task.name, 0.0) for task in data.tasks}
+    objective = Objective(
+        model, config.smart, config.bregman, parameters.ema, parameters.copies, config.loss_weights, l2
+    )
+    one_stream = config.accumulate == 1 and not config.low_memory
+    graphs = None
+    if group.device.type == "cuda" and config.cuda_graphs and one_stream and group.world_size == 1:
+        graphs = cuda_graphs(objective, parameters.gradients, 1, group.device)
+    samplers = {
+        name: TaskSampler(len(encoded), config.batch_size_of(name), config.seed, name)
+        for name, encoded in data.train.items()
+    }
+    return Trainer(
+        StepSampler(sampling, samplers, [task for tasks in groups for task in tasks], config.accumulate),
+        Batches(
+            data.train,
+            groups,
+            per_task and rows > 1,
+            config.smart,
+            config.seed,
+            config.low_memory,
+            data.max_length if graphs is not None else None,
+            group,
+        ),
+        objective,
+        parameters,
+        optimizer,
+        surgeries,
+        config.clip_norm,
+        graphs,
+    )
+
+
+def resolve_options(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, list[Surgery]]:
+    """The options with the precision of the device, and the updates of a step.
 
     Raises:
-        UserError: the checkpoint is of another model, or the training or dev data has changed since.
+        UserError: a surgery that cannot be loaded.
     """
-    data: dict[str, int | str] = {name: encoded.checksum for name, encoded in bench.train.items()}
-    data |= {f"{name} dev": encoded.checksum for name, encoded in bench.dev.items()}
-    if not (bench.config.resume and run.last.exists()):
-        return Progress(data=data)
-    progress = checkpoint.load_progress(run.last)
-    for split, part, suffix in (("training", bench.train, ""), ("dev", bench.dev, " dev")):
-        recorded = {name: progress.data.get(f"{name}{suffix}") for name in part}
-        changed = [name for name, checksum in recorded.items() if not part[name].is_recorded_as(checksum)]
-        if changed and (split == "training" or any(recorded.values())):  # up to 0.1.0, there were none of dev
-            raise UserError(f"the {split} data of {', '.join(changed)} changed since {run.path} began; start a new run")
-    progress.data = data
-    bench.load(run.last)
-    console.print(f"resuming {run.path} after step {progress.step}")
-    return progress
+    surgeries = find_surgery(config.surgery, config.surgery_reduction)
+    return config.replace(precision=resolve_precision(config.precision, device)), surgeries

@@ -1,33 +1,35 @@
-"""What a training step did, read from the device when it is asked for."""
+"""The results of a training step, read from the device when they are asked for."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minbert.methods.surgery import Conflicts
-from minbert.training.host_device_copy import Readings
+from minbert.training.host_device_copy import Readback
+from minbert.training.optimizer import AdamW
 
 
-class Clock:
-    """Seconds by phase, as the device spends them."""
+class PhaseTimer:
+    """Seconds by phase, on the device's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._marks = [("", self._now())]
 
-    def lap(self, phase: str) -> None:
-        """What has passed since the last lap was spent on `phase`."""
+    def end(self, phase: str) -> None:
+        """End a phase, which began when the last one ended."""
         self._marks.append((phase, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """The laps of each phase together; of a GPU that is done with them."""
+        """The seconds of each phase in all; on a GPU once it has reached the last mark."""
         total: dict[str, float] = {}
         for (_, start), (phase, end) in pairwise(self._marks):
             took = start.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - start
@@ -43,7 +45,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Taken:
+class StepResult:
     """What a step did. Losses are means over its batches, of its first update."""
 
     loss: dict[str, float]
@@ -59,7 +61,7 @@ class Taken:
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
 
     def record(self) -> dict[str, Any]:
-        """What metrics.jsonl says of it."""
+        """The step's part of its line in metrics.jsonl."""
         kept: dict[str, Any] = {"loss": self.loss, "grad_norm": self.grad_norm}
         if self.smart:
             kept |= {"smart": self.smart, "smart_share": self.smart_share, "perturbation": self.perturbation}
@@ -70,36 +72,61 @@ class Taken:
         return {**kept, "seconds": self.seconds}
 
 
+class PendingUpdate:
+    """An update that the device has been given, whose numbers are on their way to the host.
+
+    Args:
+        numbers: "gram" of the task gradients, "stats" of the weights (`kernels.surgery_weights`), "updated" (1, or 0
+            where a loss or gradient is not finite and nothing changes), and one number for each stream: (loss, smart or
+            bregman, task), "total", "smart", "perturbation".
+        optimizer, counted: the optimizer, and the step counts that it has added one to.
+        wait: waits for a CUDA event.
+    """
+
+    def __init__(
+        self,
+        numbers: Mapping[Hashable, Tensor],
+        optimizer: AdamW,
+        counted: Sequence[Tensor],
+        wait: Callable[[Any], None] = torch.cuda.Event.synchronize,
+    ) -> None:
+        self._readback, self._optimizer, self._counted = Readback(numbers, wait), optimizer, counted
+        self._numbers: dict[Hashable, list[float]] | None = None
+
+    def result(self) -> dict[Hashable, list[float]]:
+        """The numbers, each flat; waits for them. An update that changed nothing is uncounted by the optimizer."""
+        if self._numbers is None:
+            self._numbers = self._readback.read()
+            if not self._numbers["updated"][0]:
+                self._optimizer.uncount(self._counted)
+        return self._numbers
+
+
 @dataclass(frozen=True)
-class Pending:
+class PendingStep:
     """A step that the device has been given.
 
     Args:
-        updates: the readings of each of its updates: "gram" of the rows of gradients, "stats" of the weights
-            (`kernels.surgery_weights`), "updated", and one number for each stream: (loss, smart or bregman, task),
-            "total", "smart", "perturbation".
-        groups: names of the rows of gradients, where there are several.
-        settle: is called before what the step did is told.
+        updates: one, or as many as the surgery takes.
+        names: of the rows of task gradients, where there are several.
     """
 
-    updates: Sequence[Readings]
-    groups: Sequence[str]
+    updates: Sequence[PendingUpdate]
+    names: Sequence[str]
     examples: int
-    clock: Clock
-    settle: Callable[[], None]
+    timer: PhaseTimer
 
-    def taken(self) -> Taken:
+    def result(self) -> StepResult:
         """What the step did; waits for it."""
-        self.settle()
-        first, *_ = updates = [update.read() for update in self.updates]
+        first, *_ = updates = [update.result() for update in self.updates]
         by_task = {
             kind: {key[1]: _mean(values) for key, values in first.items() if isinstance(key, tuple) and key[0] == kind}
             for kind in ("loss", "smart", "bregman")
         }
         norm, *_, share = first["stats"]
-        gram = torch.tensor(first["gram"], dtype=torch.float64).view(len(self.groups) or 1, -1)
-        conflicts = Conflicts.of(gram, share) if self.groups else None
-        return Taken(
+        gram = torch.tensor(first["gram"], dtype=torch.float64).view(len(self.names) or 1, -1)
+        conflicts = Conflicts.of(gram, share) if self.names else None
+        return StepResult(
             **by_task,
             smart_share=sum(first["smart"]) / (sum(first["total"]) or math.nan),
             perturbation=_mean(first.get("perturbation", [0.0])),
@@ -108,14 +135,14 @@ class Pending:
             projected_share=conflicts.projected_share if conflicts else 0.0,
             updated=all(update["updated"][0] for update in updates),
             examples=self.examples,
-            seconds=self.clock.seconds(),
+            seconds=self.timer.seconds(),
         )
 
     def _by_pair(self, conflicts: Conflicts) -> dict[str, dict[str, float]]:
-        pairs = list(combinations(range(len(self.groups)), 2))
+        pairs = list(combinations(range(len(self.names)), 2))
         measures = {"cosine": conflicts.cosine, "magnitude_similarity": conflicts.magnitude_similarity}
         return {
-            measure: {f"{self.groups[i]}/{self.groups[j]}": values[i, j].item() for i, j in pairs}
+            measure: {f"{self.names[i]}/{self.names[j]}": values[i, j].item() for i, j in pairs}
             for measure, values in measures.items()
         }
 

@@ -17,8 +17,7 @@ from minbert.config import TrainConfig
 from minbert.device import resolve_device
 from minbert.distributed.process_group import ProcessGroup
 from minbert.runs.run_directory import Run
-from minbert.training.setup import prepare
-from minbert.training.step import Stepper
+from minbert.training import loop
 
 pytestmark = pytest.mark.gpu
 
@@ -66,33 +65,31 @@ def test_one_step_is_that_of_the_cpu(cuda, quick, tmp_path, options):
         # CUDA graphs pad the stream, and dropout follows the place in it
         arguments = [*quick, *options, "--precision=fp32", f"--device={device}", "--dropout=0.1", "--cuda-graphs=false"]
         config = cli.parse_layers("train", TrainConfig, arguments)
-        bench = prepare(
-            config, Run(tmp_path / device), Console(quiet=True), ProcessGroup(device=resolve_device(device))
-        )
-        bench.model.train()
-        start = torch.cat([param.detach().cpu().flatten() for param in bench.model.parameters()])
-        batch = [(task, np.arange(8)) for task in bench.tasks]
-        taken = bench.stepper.take([batch], 0, 0.0).taken()
-        end = torch.cat([param.detach().cpu().flatten() for param in bench.model.parameters()])
-        found[device] = taken, end - start
-    (by_cpu, moved), (by_gpu, moved_too) = found["cpu"], found["cuda"]
+        group = ProcessGroup(device=resolve_device(device))
+        trainer = loop.start(config, Run(tmp_path / device), Console(quiet=True), group).trainer
+        trainer.model.train()
+        start = torch.cat([param.detach().cpu().flatten() for param in trainer.model.parameters()])
+        result = loop.training_step(trainer, 0, 0.0).result()
+        end = torch.cat([param.detach().cpu().flatten() for param in trainer.model.parameters()])
+        found[device] = result, end - start
+    (by_cpu, cpu_change), (by_gpu, gpu_change) = found["cpu"], found["cuda"]
     assert by_gpu.loss == pytest.approx(by_cpu.loss, rel=1e-4)
     assert by_gpu.grad_norm == pytest.approx(by_cpu.grad_norm, rel=1e-3)
-    assert torch.nn.functional.cosine_similarity(moved, moved_too, dim=0) > 0.99
-    assert moved_too.norm().item() == pytest.approx(moved.norm().item(), rel=1e-2)
+    assert torch.nn.functional.cosine_similarity(cpu_change, gpu_change, dim=0) > 0.99
+    assert gpu_change.norm().item() == pytest.approx(cpu_change.norm().item(), rel=1e-2)
 
 
 def test_an_interrupted_run_resumes_to_the_bit(cuda, quick, tmp_path, monkeypatch):
     options = [*quick, "--device=cuda", "--precision=bf16", "--recipe=smart-pcgrad", "--dropout=0.1"]
     assert train.main([*options, f"--out={tmp_path / 'straight'}"]) == 0
-    take, calls = Stepper.take, itertools.count()
+    take, calls = loop.training_step, itertools.count()
 
-    def interrupted(self, batches, step, done):
+    def interrupted(*arguments):
         if next(calls) == 6:
             raise KeyboardInterrupt
-        return take(self, batches, step, done)
+        return take(*arguments)
 
-    monkeypatch.setattr(Stepper, "take", interrupted)
+    monkeypatch.setattr(loop, "training_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.main(options)
     assert train.main([*options, "--resume"]) == 0

@@ -17,7 +17,6 @@ from minbert import kernels
 from minbert.data.packing import Packed, pack
 from minbert.data.tokenizer import Tokenizer
 from minbert.model import Encoder, EncoderConfig
-from minbert.model.weights import _places
 
 
 def one_by_one(theirs: transformers.BertModel, packed: Packed) -> Tensor:
@@ -41,7 +40,7 @@ def gradients(encoder: Encoder, hidden: Tensor, direction: Tensor) -> dict[str, 
     with torch.no_grad():
         for parameter, source in zip(by_name.parameters(), encoder.parameters(), strict=True):
             parameter.copy_(source.grad)
-    return dict(_places(by_name, pooler=False))
+    return by_name.huggingface_tensors(pooler=False)
 
 
 def their_gradients(theirs: transformers.BertModel, packed: Packed, direction: Tensor) -> dict[str, Tensor]:

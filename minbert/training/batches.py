@@ -1,0 +1,206 @@
+"""The batches of a training step: its examples in packed streams, with labels, seeds and SMART's weights.
+
+All of it happens on the host; a batch is copied to the device as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minbert.data import Encoded, Plan, TaskSampler, pack_batches
+from minbert.data.packing import Packed
+from minbert.distributed.batch_shards import BatchShard, shard_examples
+from minbert.distributed.process_group import ProcessGroup
+from minbert.methods.smart import SmartConfig
+from minbert.seeds import derive_seed
+from minbert.tasks import Task
+from minbert.training.host_device_copy import copy_to_device
+
+Examples = Sequence[tuple[Task, np.ndarray]]  # tasks, and the indices of their examples
+
+
+@dataclass(frozen=True)
+class StepSampler:
+    """Samples the examples of a step, as a function of its number.
+
+    Args:
+        plan: the tasks that take each step.
+        samplers: the batches of each task.
+        tasks: in the order of the stream.
+        accumulate: batches of a task in one step.
+    """
+
+    plan: Plan
+    samplers: Mapping[str, TaskSampler]
+    tasks: Sequence[Task]
+    accumulate: int
+
+    def __call__(self, step: int) -> list[Examples]:
+        """The examples of each batch of step `step` (from 0): of the tasks that take it."""
+        turns = self.plan.at(step)
+        return [
+            [
+                (task, self.samplers[task.name].batch(turns[task.name] * self.accumulate + number))
+                for task in self.tasks
+                if task.name in turns
+            ]
+            for number in range(self.accumulate)
+        ]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one or several tasks, task after task in one stream, and what else differs from step to step."""
+
+    packed: Packed  # of several ranks, this one's shard of the stream
+    labels: Mapping[str, Tensor]  # by task, in the stream's order, all ranks' of them
+    # The seeds of dropout, of dropout in perturbed passes with masks of their own and of the noise, each with the
+    # stream's index of the first row here. int64 [3, 2].
+    seeds: Tensor
+    smart_weights: Tensor  # float32 [tasks]: lambda_s of each
+    shard: BatchShard | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Each task's number of examples."""
+        return {name: len(labels) for name, labels in self.labels.items()}
+
+    @property
+    def sequence_bounds(self) -> tuple[int, ...] | None:
+        """`Packed.sequence_bounds` of the stream of all ranks."""
+        return self.shard.bounds if self.shard else self.packed.sequence_bounds
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of `with_tensors`."""
+        return [*self.packed.tensors, *self.labels.values(), self.seeds, self.smart_weights]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
+        """The same batch in other memory, such as another device's."""
+        *rest, seeds, smart_weights = tensors
+        cut = len(rest) - len(self.labels)
+        labels = dict(zip(self.labels, rest[cut:], strict=True))
+        return Batch(self.packed.with_tensors(rest[:cut]), labels, seeds, smart_weights, self.shard)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`, copied without waiting for the copy to end."""
+        return self.with_tensors(copy_to_device(self.tensors, device))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Examples that go through the model together.
+
+    Args:
+        row: the only row of task gradients that they add to; None where they add to all.
+    """
+
+    row: int | None
+    examples: Examples
+    seed: int
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Makes batches of the examples that were sampled for a step.
+
+    Args:
+        data: by task, its training examples.
+        task_groups: the tasks that share a gradient, in the order of the gradients' rows.
+        per_task: whether each group has a row of gradients; else one row is of all tasks.
+        smart: decides the weights of SMART's regularisers.
+        seed: of the run; dropout and noise follow it.
+        low_memory: whether each group goes through the model alone, rather than all in one stream.
+        bucket_to: round the shapes of streams to buckets for CUDA graphs; no sequence may be longer than this.
+        group: the ranks, each of which computes a shard of every stream, of about as many tokens.
+    """
+
+    data: Mapping[str, Encoded]
+    task_groups: Sequence[Sequence[Task]]
+    per_task: bool
+    smart: SmartConfig
+    seed: int
+    low_memory: bool = False
+    bucket_to: int | None = None
+    group: ProcessGroup = field(default_factory=ProcessGroup)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the rows of task gradients; none where one row is of all tasks."""
+        return ["+".join(task.name for task in tasks) for tasks in self.task_groups] if self.per_task else []
+
+    def streams(self, sampled: Sequence[Examples], step: int, update: int) -> list[Stream]:
+        """The streams of an update: one for each of the accumulated batches; with low memory, one for each group."""
+        return [
+            Stream(row, examples, derive_seed(self.seed, "step", step, update, number, stream))
+            for number, batch in enumerate(sampled)
+            for stream, (row, examples) in enumerate(self._divide(batch))
+        ]
+
+    def _divide(self, batch: Examples) -> Iterator[tuple[int | None, Examples]]:
+        if not self.low_memory:
+            yield None, batch
+            return
+        for row, tasks in enumerate(self.task_groups):
+            if examples := [of_task for of_task in batch if of_task[0] in tasks]:
+                yield row if self.per_task else 0, examples
+
+    def pack(self, stream: Stream, progress: float = 1.0) -> Batch:
+        """Pack a stream, or this rank's shard of it, on the CPU.
+
+        Args:
+            progress: share of the run's steps that are done, from 0 to 1.
+
+        Raises:
+            UserError: there are fewer examples than ranks.
+        """
+        own, shard = stream.examples, None
+        if self.group.world_size > 1:
+            own, shard = self._shard(own)
+        packed = pack_batches([(self.data[task.name], indices) for task, indices in own], self.bucket_to)
+        if self.per_task and stream.row is None:
+            packed = packed.by_task(self._sequences(own, packed.padding))
+            if shard is not None:
+                shard = replace(shard, bounds=(0, *accumulate(self._sequences(stream.examples))))
+        labels = {name: torch.from_numpy(values) for name, values in self._labels(stream.examples)}
+        return make_batch(packed, labels, self.smart, seed=stream.seed, progress=progress, shard=shard)
+
+    def _labels(self, examples: Examples) -> Iterator[tuple[str, np.ndarray]]:
+        for task, indices in examples:
+            labels = self.data[task.name].labels
+            assert labels is not None  # training data has labels
+            yield task.name, labels[indices]
+
+    def _sequences(self, examples: Examples, padding: int = 0) -> list[int]:
+        """The number of sequences of each group of tasks in a stream."""
+        sizes = {task.name: len(indices) * self.data[task.name].width + padding for task, indices in examples}
+        return [sum(sizes.get(task.name, 0) for task in tasks) for tasks in self.task_groups]
+
+    def _shard(self, examples: Examples) -> tuple[Examples, BatchShard]:
+        data = [self.data[task.name] for task, _ in examples]
+        lengths = [of.lengths[indices] for of, (_, indices) in zip(data, examples, strict=True)]
+        slices, shard = shard_examples(lengths, [of.width for of in data], self.group)
+        own = [(task, indices[part]) for (task, indices), part in zip(examples, slices, strict=True)]
+        return [(task, indices) for task, indices in own if len(indices)], shard
+
+
+def make_batch(
+    packed: Packed,
+    labels: Mapping[str, Tensor],
+    smart: SmartConfig,
+    *,
+    seed: int,
+    progress: float = 1.0,
+    shard: BatchShard | None = None,
+) -> Batch:
+    """A batch of CPU tensors, whose dropout and noise follow `seed`."""
+    first_row = shard.first_token if shard else 0
+    seeds = [(derive_seed(seed, name), first_row) for name in ("dropout", "smart dropout", "smart noise")]
+    weights = [smart.weight(name, progress) for name in labels]
+    return Batch(packed, labels, torch.tensor(seeds), torch.tensor(weights, dtype=torch.float32), shard)

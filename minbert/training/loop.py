@@ -1,0 +1,225 @@
+"""The training loop: `train` sets up, `train_steps` repeats `training_step`, which takes a batch to its update."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections import deque
+from functools import partial
+
+import torch
+from rich.console import Console
+
+from minbert.config import TrainConfig
+from minbert.console import TrainingProgress
+from minbert.device import resolve_device, settings
+from minbert.distributed.process_group import ProcessGroup
+from minbert.runs.checkpoint import Progress
+from minbert.runs.resume import check_length
+from minbert.runs.run_directory import Run
+from minbert.seeds import derive_seed
+from minbert.training.schedule import learning_rate_factor
+from minbert.training.setup import (
+    build_data,
+    build_model,
+    build_plan,
+    build_trainer,
+    choose_matmul,
+    default_learning_rate,
+    fit_for_smart,
+    resolve_options,
+)
+from minbert.training.startup_report import data_lines, device_lines, kernels_line
+from minbert.training.step_result import PendingStep, PendingUpdate, PhaseTimer
+from minbert.training.stop_signal import Stopped, StopSignal
+from minbert.training.trainer import Trainer, gradient_products, step_numbers
+from minbert.training.training_run import TrainingRun
+
+
+def training_step(trainer: Trainer, step: int, progress: float) -> PendingStep:
+    """Update the model once, or as often as surgery says. Nothing waits for a GPU: the results are read later.
+
+    Args:
+        step: its number, from 0.
+        progress: share of the run's steps that are done.
+    """
+    batches, gradients, optimizer, group = trainer.batches, trainer.gradients, trainer.optimizer, trainer.group
+    timer, updates = PhaseTimer(group.device), list[PendingUpdate]()
+    finite = torch.ones((), dtype=torch.float64, device=group.device)
+    sampled = trainer.sample(step)
+    for number, surgery in enumerate(trainer.surgeries):  # one update; two for GSE
+        gradients.clear()
+        optimizer.zero_grad(set_to_none=True)
+        streams, losses = batches.streams(sampled, step, number), []
+        for stream in streams:  # one; several for accumulated batches, or task after task in low memory
+            batch = batches.pack(stream, progress)
+            timer.end("batch")
+            if stream is streams[-1]:
+                trainer.parameters.reduce_next_backward()
+            if trainer.graphs is not None:
+                losses.append(trainer.graphs(batch))
+            else:
+                tracked = partial(gradients.attached, stream.row)
+                losses.append(trainer.objective(batch.to(group.device), tracked, on_phase=timer.end))
+                (losses[-1].total / (len(sampled) * group.world_size)).backward()
+            timer.end("backward")
+
+        shared, own = trainer.parameters.wait_for_gradients()
+        products = gradient_products(len(gradients.rows), shared, own, losses, group)
+        generator = torch.Generator().manual_seed(derive_seed(batches.seed, "surgery", step, number))
+        weights, stats = surgery.weights(
+            products.gram, generator, products.own_square, trainer.clip_norm, group.broadcast
+        )
+        finite = finite * stats[2]
+        if trainer.last_update is not None:
+            trainer.last_update.result()  # the optimizer's step counts are right from here on
+        counted = optimizer.combined_step(shared, weights, stats[1:2], skip_unless=finite)
+        trainer.parameters.all_gather()
+
+        numbers = step_numbers(losses, products, stats, finite)
+        trainer.last_update = PendingUpdate(numbers, optimizer, counted, group.liveness.wait_for)
+        updates.append(trainer.last_update)
+        timer.end("update")
+    examples = sum(len(indices) for batch in sampled for _, indices in batch)
+    return PendingStep(updates, batches.names, examples, timer)
+
+
+def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
+    """Take the steps of a run, log and save them, score every epoch; return the content of summary.json."""
+    config, trainer, directory, progress = run.config, run.trainer, run.directory, run.progress
+    group, optimizer, plan = run.group, trainer.optimizer, run.plan
+    epochs = math.ceil(plan.steps / plan.epoch_steps)
+    peak_rates = [param_group["lr"] for param_group in optimizer.param_groups]
+    ahead = int(group.device.type == "cuda")  # steps that a GPU is given before the last one's results are read
+    pending: deque[tuple[int, float, int, PendingStep]] = deque()
+    display = TrainingProgress(run.console, plan.steps, progress.step)
+    trainer.model.train()
+
+    with display, run.naming_its_checkpoint(), stop.deferred():
+        epoch = math.ceil(progress.step / plan.epoch_steps)
+        if (progress.step == plan.steps or progress.step % plan.epoch_steps == 0) and not run.is_scored(epoch):
+            run.finish_epoch(epoch, stop)
+        for step in range(progress.step, plan.steps):
+            started = time.perf_counter()
+            position, length = step, plan.steps
+            if config.optimizers == "per-task":
+                ((name, position),) = plan.at(step).items()
+                length = plan.steps_of(name)
+                optimizer.select(name)
+            factor = learning_rate_factor(position, length, config.warmup, config.schedule)
+            for param_group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
+                param_group["lr"] = peak * factor
+
+            sent_before = group.bytes_sent
+            handed_over = training_step(trainer, step, step / plan.steps)
+            pending.append((step, factor, group.bytes_sent - sent_before, handed_over))
+
+            ends_epoch = (step + 1) % plan.epoch_steps == 0 or step + 1 == plan.steps
+            stops = group.all_reduce_max(stop.number)
+            saves = ends_epoch or (step + 1) % config.checkpoint_steps == 0 or stops
+            while len(pending) > (0 if saves else ahead):
+                done, its_factor, sent, waiting = pending.popleft()
+                result = waiting.result()
+                run.count(result, time.perf_counter() - started)
+                started = time.perf_counter()
+                epoch, rate = done // plan.epoch_steps + 1, progress.examples / progress.seconds
+                if progress.step % config.log_steps == 0:
+                    record = {"lr": its_factor * peak_rates[0], **result.record(), "examples_per_second": rate}
+                    record |= {"bytes_sent": sent} if group.world_size > 1 else {}
+                    directory.log({"step": progress.step, "epoch": epoch, **record})
+                loss = sum(progress.mean_losses().values())
+                display.update(progress.step, f"epoch {epoch}/{epochs}", rate, loss)
+
+            if ends_epoch and not stops:
+                run.finish_epoch(epoch, stop)
+            elif saves:
+                run.save(directory.last)
+            if stops:
+                raise Stopped(stops)
+    with run.naming_its_checkpoint():
+        if stops := group.all_reduce_max(stop.number):
+            raise Stopped(stops)
+        return run.finish()
+
+
+def train(config: TrainConfig, console: Console, group: ProcessGroup | None = None) -> dict[str, object]:
+    """Train as `config` says, and return the content of summary.json.
+
+    The process is left as it was: threads, kernels, torch's generator and signal handlers are those from before. Off
+    Python's main thread no signal handlers are set. `minbert.device.keep_freed_memory`, which the command calls,
+    makes steps on a CPU faster.
+
+    Args:
+        group: the processes that train together, each of which calls this; a single one when left out. Rank 0 writes
+            and prints.
+
+    Raises:
+        UserError: bad input, a disk that refuses to be written, or a loss that stays non-finite.
+        Stopped: SIGINT or SIGTERM came; the checkpoints of the run are whole. It is a KeyboardInterrupt.
+        RankLost: another process ended or was silent.
+    """
+    group = group or ProcessGroup(device=resolve_device(config.device))
+    path = group.broadcast_object(config.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    directory = Run(path, writes=group.is_main)
+    with StopSignal() as stop, directory.opened(config.resume):
+        try:
+            config = group.broadcast_object(directory.options(config, console))
+            with settings(config.threads, config.backend):
+                return train_steps(start(config, directory, console, group), stop)
+        except Stopped:
+            console.print(f"stopped; {directory.where_it_stands()}")
+            raise
+
+
+def start(config: TrainConfig, directory: Run, console: Console, group: ProcessGroup) -> TrainingRun:
+    """Set a run up in its directory, which is held, and restore its last checkpoint if it is resumed."""
+    if config.resume:
+        directory.check_seen()
+    resumes = config.resume and directory.last.exists()
+    checkpoint = directory.last if resumes else config.model
+    config, surgeries = resolve_options(config, group.device)
+    for line in device_lines(config, group):
+        console.print(line)
+    data = build_data(config, checkpoint)
+    model = build_model(config, data, checkpoint, group.device)
+    if not resumes:  # else it was decided by the weights that the run began with
+        config = config.replace(precision=fit_for_smart(model, config, config.precision, console))
+    config = config.replace(matmul=choose_matmul(config, model.encoder.config, group))
+    console.print(kernels_line(group.device))
+    config = config.replace(
+        tasks=[task.name for task in data.tasks],
+        max_length=data.max_length,
+        lr=config.lr or default_learning_rate(config, model.encoder.config.hidden_size),
+        out=str(directory.path),
+    )
+    for part in data_lines(config, data, model, str(directory.skipped)):
+        console.print(part)
+    plan = build_plan(config, data)
+    trainer = build_trainer(config, data, plan, model, surgeries, group)
+    if group.world_size > 1:
+        sent = len(surgeries) * trainer.parameters.bytes_per_update(ema=bool(config.bregman.mu))
+        console.print(f"each process sends {sent / 1e6:.1f} MB a step")
+    run = TrainingRun(config, data, plan, trainer, directory, console, Progress())
+    run.restore()
+    record_start(run)
+    return run
+
+
+def record_start(run: TrainingRun) -> None:
+    """Record the options with which a run begins or goes on, and drop what it will write again."""
+    config, directory, console, steps = run.config, run.directory, run.console, run.plan.steps
+    if (record := directory.record) is not None:
+        before = build_plan(config.replace(epochs=record.epochs, steps=record.steps), run.data).steps
+        for line in check_length(config, before, steps, run.progress.step):
+            console.print(line)
+    directory.write_options(config)
+    run.group.broadcast_object("begun")
+    directory.check_seen()
+    if damaged := directory.forget_after(run.progress.step):
+        console.print(f"warning: {len(damaged)} damaged lines of {directory.metrics} are dropped; {damaged[0]}")
+    directory.write_skipped(run.data.skipped_rows)
+    if run.progress.step < steps:
+        directory.forget_summary()
+    if config.tensorboard:
+        directory.open_board(run.progress.step)

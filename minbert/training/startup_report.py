@@ -1,0 +1,83 @@
+"""The lines that a run prints before its first step: device, kernels, data, method, and what is wrong with the data."""
+
+from __future__ import annotations
+
+import torch
+from rich.table import Table
+
+import minbert
+from minbert import kernels
+from minbert.config import TrainConfig
+from minbert.console import data_table
+from minbert.data import skipped_lines
+from minbert.device import describe
+from minbert.distributed.process_group import ProcessGroup
+from minbert.methods.smart import embedding_scale
+from minbert.model import MultitaskModel
+from minbert.tasks import TASKS
+from minbert.training.setup import TrainingData
+
+
+def device_lines(config: TrainConfig, group: ProcessGroup) -> list[str]:
+    """The version, the device and the precision; the number of processes."""
+    line = f"minbert {minbert.__version__} on {describe(group.device, config.precision)}"
+    return [line, *([f"{group.world_size} processes over {group.backend}"] if group.world_size > 1 else [])]
+
+
+def kernels_line(device: torch.device) -> str:
+    """Which ops run compiled, on CPUs with which instruction set, and which in plain PyTorch.
+
+    Without compiled code, a second line says how to get it.
+    """
+    by_backend: dict[str, list[str]] = {}
+    for op, backend in kernels.backends(device).items():
+        by_backend.setdefault(backend, []).append(op)
+    isa = f" ({kernels.native.isa()})" if device.type == "cpu" and "native" in by_backend else ""
+    line = f"kernels{isa}: " + "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in sorted(by_backend.items()))
+    missing = kernels.native.missing_reason()
+    return f"{line}\n{missing}" if missing else line
+
+
+def method_line(config: TrainConfig, model: MultitaskModel) -> str:
+    """What is added to the task losses, and how the tasks' gradients become one update."""
+    frozen = config.mode == "pretrain" and model.shared is None
+    parts = ["no surgery: the encoder is frozen" if frozen else f"surgery {config.surgery}"]
+    parts += [
+        f"{task.name} with head {task.head} and {task.loss.replace('_', ' ')}"
+        for task in model.tasks.values()
+        if task != TASKS[task.name]
+    ]
+    parts += [f"a shared layer ({config.shared_layer})"] if config.shared_layer else []
+    parts += [f"L2 norms with lambda {config.l2}"] if config.l2 else []
+    smart, scale = config.smart, embedding_scale(model)
+    if smart.on:
+        epsilon = smart.epsilon * scale if smart.relative else smart.epsilon
+        radius = f"epsilon {epsilon:.2g} where embeddings have a root mean square of {scale:.2g}"
+        parts.append(f"SMART with lambda_s {smart.lambda_s}, {radius}")
+    if config.bregman.mu:
+        parts.append(f"Bregman proximal point with mu {config.bregman.mu}")
+    return f"method: {'; '.join(parts)}"
+
+
+def data_lines(config: TrainConfig, data: TrainingData, model: MultitaskModel, skipped_file: str) -> list[str | Table]:
+    """The data, the method, a table of the examples of each task, and the rows that are skipped or not read in full.
+
+    Args:
+        skipped_file: the file that lists all skipped rows.
+    """
+    rows = []
+    for task in data.tasks:
+        truncated = [of[task.name].truncated for of in data.splits.values() if task.name in of]
+        sizes = {split: len(of.get(task.name, ())) for split, of in data.splits.items()}
+        skipped = sum(len(of.get(task.name, ())) for of in data.skipped.values())
+        rows.append((task, sizes, skipped, sum(truncated)))
+    lines: list[str | Table] = [
+        f"data: {data.source.name}; model: {config.model or 'a small encoder from scratch'}",
+        method_line(config, model),
+        data_table(rows),
+    ]
+    for split, by_task in data.splits.items():
+        for name, encoded in by_task.items():
+            lines += skipped_lines(data.skipped[split][name], skipped_file)
+            lines += [f"warning: {name}, {split}: {note}" for note in encoded.notes()]
+    return lines

@@ -1,0 +1,133 @@
+"""What a training step works with, and the numbers it computes from all gradients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minbert import kernels
+from minbert.distributed.local_parameters import LocalParameters
+from minbert.distributed.process_group import ProcessGroup
+from minbert.distributed.sharded_parameters import ShardedParameters
+from minbert.methods.surgery import Surgery
+from minbert.methods.task_gradients import TaskGradients
+from minbert.model import MultitaskModel
+from minbert.training.batches import Batch, Batches, Examples
+from minbert.training.cuda_graphs import CudaGraphs
+from minbert.training.objective import Losses, Objective
+from minbert.training.optimizer import AdamW
+from minbert.training.step_result import PendingUpdate
+
+
+@dataclass
+class Trainer:
+    """What a training step works with.
+
+    Args:
+        sample: gives the examples of a step (from 0): a batch for each accumulated backward.
+        batches: packs them into streams.
+        objective: the losses of a stream.
+        parameters: where the gradients of the parameters are, of one process or sharded among several.
+        optimizer: AdamW for these parameters.
+        surgeries: the updates of a step.
+        clip_norm: gradients are scaled down to this norm; 0 leaves them.
+        graphs: run forward and backward as CUDA graphs, where a step is one stream and one batch.
+    """
+
+    sample: Callable[[int], Sequence[Examples]]
+    batches: Batches
+    objective: Objective
+    parameters: LocalParameters | ShardedParameters
+    optimizer: AdamW
+    surgeries: Sequence[Surgery]
+    clip_norm: float
+    graphs: CudaGraphs | None = None
+    last_update: PendingUpdate | None = field(default=None, init=False)
+
+    @property
+    def model(self) -> MultitaskModel:
+        return self.objective.model
+
+    @property
+    def gradients(self) -> TaskGradients:
+        return self.parameters.gradients
+
+    @property
+    def group(self) -> ProcessGroup:
+        return self.batches.group
+
+
+def forward_backward(objective: Objective, gradients: TaskGradients, divisor: int, batch: Batch) -> Losses:
+    """The losses of a batch on the device and their gradients, for a step without low memory: what graphs capture."""
+    losses = objective(batch, gradients.attached)
+    (losses.total / divisor).backward()
+    return losses
+
+
+def cuda_graphs(objective: Objective, gradients: TaskGradients, divisor: int, device: torch.device) -> CudaGraphs:
+    """Graphs of `forward_backward`."""
+    leaves = [*gradients.leaves, *objective.model.heads.parameters()]
+    return CudaGraphs(partial(forward_backward, objective, gradients, divisor), leaves, device)
+
+
+class GradientProducts(NamedTuple):
+    """Inner products of the gradients of all ranks, on the device."""
+
+    gram: Tensor  # float64 [T, T]: of the task gradients of the shared parameters
+    own_square: Tensor  # float64 []: squared norm of all other gradients; not finite where a loss is not
+    perturbations: Tensor  # float64 [streams]: mean norm of SMART's perturbation; empty without SMART
+
+
+def gradient_products(
+    rows: int,
+    shared: Mapping[Tensor, Sequence[Tensor | None]],
+    own: Sequence[Tensor],
+    losses: Sequence[Losses],
+    group: ProcessGroup,
+) -> GradientProducts:
+    """Compute the Gram matrix of the task gradients and the other gradients' norm, summed over the ranks at once.
+
+    Args:
+        rows: T, the number of task gradients.
+        shared: by parameter that the tasks share, its T gradients; None where no loss reached it.
+        own: the gradients of all other parameters.
+        losses: of each stream.
+    """
+    by_task = [list(row) for row in zip(*shared.values(), strict=True)] or [[] for _ in range(rows)]
+    sizes = [stream.perturbation.view(1) for stream in losses if stream.perturbation is not None]
+    products = [_gram(by_task, group.device).flatten(), _gram([own], group.device).flatten()]
+    gram, own_square, perturbations = group.all_reduce_sum(torch.cat([*products, *sizes])).split(
+        [rows**2, 1, len(sizes)]
+    )
+    total = torch.stack([stream.total for stream in losses]).sum().double()
+    return GradientProducts(gram.view(rows, rows), own_square[0] + (total - total), perturbations)
+
+
+def _gram(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:
+    """`kernels.gram`; zeros on the device where there is no gradient, as of a frozen encoder."""
+    if any(grad is not None for row in rows for grad in row):
+        return kernels.gram(rows)
+    return torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
+
+
+def step_numbers(
+    losses: Sequence[Losses], products: GradientProducts, stats: Tensor, updated: Tensor
+) -> dict[Hashable, Tensor]:
+    """The numbers of an update that `PendingUpdate` reads back."""
+    numbers: dict[Hashable, list[Tensor]] = defaultdict(list)
+    for stream in losses:
+        for kind, by_task in (("loss", stream.task), ("smart", stream.smart), ("bregman", stream.bregman)):
+            for name, value in by_task.items():
+                numbers[kind, name].append(value)
+        numbers["smart"].append(stream.smart_term)
+        numbers["total"].append(stream.total)
+    if len(products.perturbations):
+        numbers["perturbation"] = list(products.perturbations)
+    numbers |= {"gram": [products.gram], "stats": [stats], "updated": [updated]}
+    return {name: torch.stack(values) for name, values in numbers.items()}

@@ -1,0 +1,237 @@
+"""A training run: what it works with, and what it does at its start, at the end of an epoch and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import minbert
+from minbert import kernels
+from minbert.config import TrainConfig
+from minbert.console import score_table
+from minbert.data import Plan
+from minbert.device import describe, peak_memory_bytes
+from minbert.distributed.liveness import RankLost
+from minbert.distributed.process_group import ProcessGroup
+from minbert.errors import UserError
+from minbert.files.atomic import writing
+from minbert.inference import evaluate, load_model
+from minbert.model import load_heads
+from minbert.report import plot_run, write_report
+from minbert.runs import checkpoint
+from minbert.runs.checkpoint import Progress, Scores
+from minbert.runs.run_directory import RESUME, Run
+from minbert.tasks.metrics import overall
+from minbert.training.setup import TrainingData
+from minbert.training.step_result import StepResult
+from minbert.training.stop_signal import Stopped, StopSignal
+from minbert.training.trainer import Trainer
+
+LEAST_SMART_SHARE = 1e-4  # of the loss: below it SMART does nothing
+
+
+@dataclass
+class TrainingRun:
+    """A run directory, and what is trained there."""
+
+    config: TrainConfig  # every option that was left open is decided
+    data: TrainingData
+    plan: Plan
+    trainer: Trainer
+    directory: Run
+    console: Console
+    progress: Progress
+
+    @property
+    def group(self) -> ProcessGroup:
+        return self.trainer.group
+
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, and before it the lines of metrics.jsonl up to it; all ranks call this together."""
+        self.directory.sync()
+        trainer = self.trainer
+        state = trainer.parameters.gather_full_state(trainer.optimizer.state)
+        if self.group.is_main:
+            checkpoint.save(path, trainer.model, self.data.tokenizer, state, self.progress, trainer.surgeries)
+
+    def restore(self) -> None:
+        """Load the last checkpoint of a resumed run, if there is one.
+
+        Raises:
+            UserError: the checkpoint is of another model, or the training or dev data has changed since.
+        """
+        train, dev = self.data.splits["train"], self.data.splits["dev"]
+        data: dict[str, int | str] = {name: encoded.checksum for name, encoded in train.items()}
+        data |= {f"{name} dev": encoded.checksum for name, encoded in dev.items()}
+        self.progress = Progress(data=data)
+        last = self.directory.last
+        if not (self.config.resume and last.exists()):
+            return
+        progress = checkpoint.load_progress(last)
+        for split, of_split, suffix in (("training", train, ""), ("dev", dev, " dev")):
+            recorded = {name: progress.data.get(f"{name}{suffix}") for name in of_split}
+            changed = [name for name, checksum in recorded.items() if not of_split[name].is_recorded_as(checksum)]
+            if changed and (split == "training" or any(recorded.values())):  # up to 0.1.0, there were none of dev
+                names = ", ".join(changed)
+                raise UserError(
+                    f"the {split} data of {names} changed since {self.directory.path} began; start a new run"
+                )
+        progress.data = data
+        self.progress, trainer = progress, self.trainer
+        load_heads(trainer.model, last / "heads.safetensors")
+        trainer.optimizer.load(trainer.parameters.shard_state(checkpoint.load_state(last, trainer.model)))
+        for surgery in trainer.surgeries:
+            if surgery.weighting is not None:
+                surgery.weighting.load(last, self.group.device)
+        self.console.print(f"resuming {self.directory.path} after step {progress.step}")
+
+    @contextmanager
+    def naming_its_checkpoint(self) -> Iterator[None]:
+        """Add to the message of a lost rank where the run stands and how it goes on."""
+        try:
+            yield
+        except RankLost as lost:
+            message = f"{lost} after step {self.progress.step}; {self.directory.where_it_stands()}"
+            raise RankLost(message, prints=lost.prints) from None
+
+    # Steps -------------------------------------------------------------------------------------------------------
+
+    def count(self, result: StepResult, seconds: float) -> None:
+        """Count a step in the run's progress.
+
+        Raises:
+            UserError: too many steps in a row had a loss or gradient that is not finite.
+        """
+        progress = self.progress
+        progress.examples += result.examples
+        progress.seconds += seconds
+        if result.updated:
+            progress.skipped_in_a_row = 0
+            progress.count(result.loss, result.smart_share, result.conflicts.get("cosine", {}))
+        else:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            if progress.skipped_in_a_row >= self.config.max_skipped:
+                losses = ", ".join(f"{name} {value:g}" for name, value in result.loss.items())
+                raise UserError(
+                    f"the loss or gradient was not finite {progress.skipped_in_a_row} steps in a row, up to step "
+                    f"{progress.step + 1} (loss {losses}, gradient norm {result.grad_norm:g}); try a smaller --lr, "
+                    f"a longer --warmup, a smaller --clip-norm or --precision fp32"
+                )
+        progress.step += 1
+
+    # The end of an epoch -----------------------------------------------------------------------------------------
+
+    def is_scored(self, epoch: int) -> bool:
+        """Whether `finish_epoch` is done for an epoch, which ended with the last step."""
+        return len(self.progress.dev) >= epoch and not self.progress.loss_counts
+
+    def finish_epoch(self, epoch: int, stop: StopSignal) -> None:
+        """Score the dev split, show it, and save best/ and then last/: a last/ never names a best/ that is not there.
+
+        A signal stops the scoring at once, and a resumed run does it again. A second scoring, of a run that ended in
+        the middle of the epoch, keeps the better scores.
+
+        Raises:
+            Stopped: a signal came while the split was scored.
+        """
+        data, progress, directory = self.data, self.progress, self.directory
+        dev = data.splits["dev"]
+        evaluated = [task for task in data.tasks if task.name in dev]
+        try:
+            with stop.deferred(self.group.world_size > 1):  # several processes stop together, after a step
+                scores, _ = evaluate(self.trainer.model, evaluated, dev, self.group.device, self.group)
+        except Stopped:
+            self.save(directory.last)
+            raise
+        total = overall(scores)
+        losses = progress.mean_losses()
+        rates = {pair: conflicts / steps for pair, (conflicts, steps) in progress.conflicts.items()}
+        record = {"dev": {**scores, "overall": total}, "train_loss": losses}
+        directory.log({"step": progress.step, "epoch": epoch, **record, **({"conflict_rate": rates} if rates else {})})
+        self._warn_of_idle_smart()
+        if len(progress.dev) < epoch:
+            progress.dev.append(scores)
+        elif total >= overall(progress.dev[epoch - 1]):
+            progress.dev[epoch - 1] = scores
+        progress.start_epoch()
+        shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        self.console.print(score_table(f"train loss: {shown}", [(f"dev, epoch {epoch}", scores, total)]))
+        if total > progress.best_overall:
+            progress.best_epoch, progress.best_overall = epoch, total
+            self.save(directory.best)
+        self.save(directory.last)
+
+    def _warn_of_idle_smart(self) -> None:
+        """Say once if SMART is on and its regulariser was next to nothing in this epoch."""
+        progress = self.progress
+        counts = progress.loss_counts.values()  # a step is counted for each task that took it
+        steps = max(counts, default=0) if self.config.sampling == "joint" else sum(counts)
+        share = progress.smart_shares / max(1, steps)
+        if self.config.smart.on and share < LEAST_SMART_SHARE and not progress.smart_warned:
+            progress.smart_warned = True
+            self.console.print(
+                f"warning: SMART's regulariser was {share:.1e} of the loss: it does nothing; give a larger"
+                " --smart.epsilon, --smart.eta or --smart.lambda-s"
+            )
+
+    # The end of the run ------------------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, object]:
+        """Write the best epoch's predictions, the plots, summary.json and the report; show the scores of all epochs.
+
+        Returns:
+            the content of summary.json; nothing on other ranks than the first.
+        """
+        config, data, directory, progress, group = self.config, self.data, self.directory, self.progress, self.group
+        group.broadcast_object("saved")
+        model, _ = load_model(directory.best, config, group.device)
+        scores: dict[str, Scores] = {}
+        for split in ("dev", "test"):
+            encoded = data.splits[split]
+            present = [task for task in data.tasks if task.name in encoded]
+            scores[split], outputs = evaluate(model, present, encoded, group.device, group)
+            for task in present if group.is_main else ():
+                directory.write_predictions(task, split, encoded[task.name], outputs[task.name])
+        if not group.is_main:
+            return {}
+        with writing(directory.path / "plots", RESUME):
+            plot_run(directory)
+        tested = {"test": {**scores["test"], "overall": overall(scores["test"])}} if scores["test"] else {}
+        rate = progress.examples / progress.seconds
+        summary: dict[str, object] = {
+            "dev": {**progress.dev[progress.best_epoch - 1], "overall": progress.best_overall},
+            **tested,
+            "best_epoch": progress.best_epoch,
+            "steps": progress.step,
+            "steps_per_epoch": self.plan.epoch_steps,
+            "skipped_steps": progress.skipped,
+            "examples": progress.examples,
+            "seconds": progress.seconds,
+            "examples_per_second": rate,
+            "peak_memory_bytes": peak_memory_bytes(group.device),
+            "parameters": sum(param.numel() for param in model.parameters()),
+            "device": describe(group.device, config.precision),
+            "precision": config.precision,
+            "backends": kernels.backends(group.device),
+            "versions": {"minbert": minbert.__version__, "torch": torch.__version__},
+        }
+        directory.write_summary(summary)
+        report = write_report(directory, config.data)
+        rows = [
+            (f"dev, epoch {epoch}{' (best)' if epoch == progress.best_epoch else ''}", of_epoch, overall(of_epoch))
+            for epoch, of_epoch in enumerate(progress.dev, 1)
+        ]
+        self.console.print(score_table("all epochs", rows))
+        if progress.skipped:
+            self.console.print(f"{progress.skipped} steps were skipped: their loss or gradient was not finite")
+        self.console.print(f"report: {report}")
+        self.console.print(f"{rate:.0f} examples/s; run directory: {directory.path}")
+        return summary

@@ -29,7 +29,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged, or a later minbert wrote it.
     """
-    remedy = "--resume of the run writes it anew"
+    remedy = "--resume of the run writes it again"
     summary = without_format(read_json(path, remedy=remedy), str(path))
     try:
         for name, kind in SUMMARY.items():

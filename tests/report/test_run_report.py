@@ -128,7 +128,7 @@ def test_bad_input_is_one_line(copy, tmp_path):
     with pytest.raises(UserError, match=r"sst-dev\.jsonl is damaged \(line 1: .*minbert\.evaluate"):
         report.main([str(copy.path)])
     (copy.path / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"cannot read .*summary\.json \(.*--resume of the run writes it anew"):
+    with pytest.raises(UserError, match=r"cannot read .*summary\.json \(.*--resume of the run writes it again"):
         report.main([str(copy.path)])
 
 

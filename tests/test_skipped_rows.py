@@ -1,51 +1,23 @@
-"""Every row of every input has its output, or is named with file, line, id and reason: on the terminal, in the run, in
-its report. A format is read by the same code in every command.
+"""Every row of an input has its output, or the terminal, the run and its report name it with file, line, id and reason.
+
+All commands read a format with the same code.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from groups import quick_options
+from skipped_rows import NOUNS, course_file, listed, write_data
 
 from minbert import augment, evaluate, predict, train
 from minbert.errors import UserError
 from minbert.report import write_report
 from minbert.runs.run_directory import Run
-
-NOUNS = ["film", "meal", "book", "song", "hotel", "garden", "train", "game"]
-QUOTED = '"We won, he said.'  # a quote that GLUE's files have and the course's cannot
-
-
-def course_file(path: Path, header: str, rows: list[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in (header, *rows)))
-
-
-def write_data(directory: Path) -> Path:
-    """sst in the course's format and sts and qqp in GLUE's, with bad rows in every split."""
-    good = {split: [f"{split}{i}\tthe {noun} was fine ." for i, noun in enumerate(NOUNS)] for split in ("tr", "de")}
-    bad = ["e1\t \t2", 'e2\t"a quote\t3', "e3\tgood\tpositive", "e4\tgood\t9"]
-    for split, name in (("tr", "train"), ("de", "dev")):
-        rows = [f"{row}\t{i % 5}" for i, row in enumerate(good[split])]
-        course_file(directory / f"ids-sst-{name}.csv", "id\tsentence\tsentiment", [*rows[:3], *bad, *rows[3:]])
-    test = [f"te{i}\tthe {noun} was fine ." for i, noun in enumerate(NOUNS)] + ["x1\tone", "x2\ttwo"]
-    course_file(directory / "ids-sst-test-student.csv", "id\tsentence", [*test[:5], "e5\t ", 'e6\t"a quote', *test[5:]])
-    for folder, columns, label in (
-        ("STS-B", "index\tgenre\tsentence1\tsentence2", "score"),
-        ("QQP", "id\tqid\tquestion1\tquestion2", "is_duplicate"),
-    ):
-        (directory / folder).mkdir()
-        rows = [f"{i}\tx\t{QUOTED if i == 3 else f'a {noun} here'}\tthey won ." for i, noun in enumerate(NOUNS)]
-        for split in ("train", "dev"):
-            lines = [f"{row}\t{i % 2}" for i, row in enumerate(rows)]
-            course_file(directory / folder / f"{split}.tsv", f"{columns}\t{label}", [*lines, "8\tx\tone\t\t1"])
-        course_file(directory / folder / "test.tsv", columns, [*rows, "8\tx\tone"])
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +38,6 @@ def trained(data, tmp_path_factory) -> tuple[Path, str]:
 @pytest.fixture(scope="module")
 def run(trained) -> Path:
     return trained[0]
-
-
-def listed(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def pairs(text: str) -> list[tuple[str, str]]:
@@ -297,61 +265,3 @@ def test_augment_names_what_it_leaves_out(data, tmp_path, capsys, monkeypatch):
     printed = "".join(capsys.readouterr())
     assert f"4 rows of {data / 'ids-sst-train.csv'} left out" in printed
     assert all(f"id {identity}" in printed for identity in SST_BAD)
-
-
-@pytest.mark.parametrize(
-    ("name", "old", "new", "said"),
-    [
-        ("ids-sst-train.csv", "fine .\t1", "fine .\t2", "the training data of sst changed"),
-        ("ids-sst-train.csv", "tr1\t", "tr9\t", "the training data of sst changed"),
-        ("ids-sst-dev.csv", "fine .\t1", "fine .\t2", "the dev data of sst changed"),
-        ("STS-B/train.tsv", "they won .\t1", "they won .\t2", "the training data of sts changed"),
-    ],
-)
-def test_a_changed_label_or_id_is_seen_when_a_run_is_resumed(tmp_path, name, old, new, said):
-    data = write_data(tmp_path)
-    options = [*quick_options(data, tmp_path / "run"), "--batch-size=4", "--steps=1"]
-    assert train.main(options) == 0
-    before = (tmp_path / "run" / "skipped.jsonl").read_text()
-    text = (data / name).read_text()
-    assert old in text
-    (data / name).write_text(text.replace(old, new))
-    with pytest.raises(UserError, match=said):
-        train.main([*options, "--steps=2", "--resume"])
-    (data / name).write_text(text)
-    assert train.main([*options, "--steps=2", "--resume"]) == 0
-    assert (tmp_path / "run" / "skipped.jsonl").read_text() == before
-
-
-def test_a_bad_test_file_is_refused_before_the_training(tmp_path):
-    data = write_data(tmp_path)
-    (data / "QQP" / "test.tsv").write_bytes("id\tquestion1\tquestion2\n1\té\té\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"QQP/test\.tsv, line 2: not UTF-8"):
-        train.main([*quick_options(data, tmp_path / "run"), "--batch-size=4"])
-    assert not (tmp_path / "run").exists()
-
-
-FIXTURE = Path(__file__).parent / "fixtures" / "run-0.1.0"
-
-
-@pytest.mark.parametrize(("word", "said"), [("", None), ("film", "the training data of sst changed")])
-def test_a_checkpoint_of_0_1_0_compares_the_tokens_that_it_recorded(tmp_path, monkeypatch, word, said):
-    shutil.copytree(FIXTURE, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    options = ["--config=run/config.yaml", "--out=run", "--resume"]
-    if said:
-        path = Path("data/ids-sst-train.csv")
-        lines = path.read_text().splitlines()
-        fields = lines[1].split("\t")
-        lines[1] = "\t".join([*fields[:-2], word, fields[-1]])
-        path.write_text("\n".join(lines))
-        with pytest.raises(UserError, match=said):
-            train.main(options)
-        return
-    assert train.main(options) == 0
-    recorded = json.loads(Path("run/last/progress.json").read_text())["data"]
-    assert recorded.keys() == {"sst", "sts", "sst dev", "sts dev"}
-    path = Path("data/ids-sst-dev.csv")
-    path.write_text(path.read_text().replace("\t1\n", "\t2\n"))
-    with pytest.raises(UserError, match="the dev data of sst changed"):
-        train.main([*options, "--epochs=3"])

@@ -3,84 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, reference
-from .dispatch import compiled
-from .native import library
-from .surgery import native_arguments, stream_of
+from . import checks, dispatch, native_calls, reference
 
 # The dtype of parameters and moments for gradients of each dtype that native code reads.
 _STATE = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
+_CHANGED = ("params", "exp_avgs", "exp_avg_sqs", "ema", "copies")
 
 
-_CHANGED = ("params", "exp_avgs", "exp_avg_sqs", "averages", "copies")
-
-
-def _native_update(
-    params: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    averages: Sequence[Tensor],
-    copies: Sequence[Tensor],
-    skip_unless: Tensor | None,
-    scalars: Sequence[float],
-) -> tuple[list[list[int]], Sequence[float], int, bool]:
-    """csrc/kernels.h's AdamWState, AdamWStep and Gate."""
-    tensors = (params, exp_avgs, exp_avg_sqs, averages, copies)
-    addresses = [[tensor.data_ptr() for tensor in part] for part in tensors]
-    if skip_unless is None:
-        return addresses, scalars, 0, False
-    return addresses, scalars, skip_unless.data_ptr(), skip_unless.dtype == torch.bool
-
-
-@torch.library.custom_op("minbert::combine_adamw_", mutates_args=_CHANGED, device_types="cpu")
+@torch.library.custom_op("minbert::combine_adamw_", mutates_args=_CHANGED, device_types=("cpu", "cuda"))
 def _combine_adamw_(
     grads: Sequence[Tensor | None],
     weights: Tensor,
     params: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    averages: Sequence[Tensor],
+    ema: Sequence[Tensor],
     copies: Sequence[Tensor],
     skip_unless: Tensor | None,
     scalars: Sequence[float],
 ) -> None:
-    arguments = native_arguments(grads, weights.shape[0])
-    update = _native_update(params, exp_avgs, exp_avg_sqs, averages, copies, skip_unless, scalars)
-    library().combine_adamw(arguments, weights.data_ptr(), update, torch.get_num_threads())
-
-
-@_combine_adamw_.register_kernel("cuda")
-def _(grads: Sequence[Tensor | None], weights: Tensor, *rest) -> None:
-    arguments, update = native_arguments(grads, weights.shape[0]), _native_update(*rest)
-    with stream_of(weights.device) as stream:
-        library().cuda_combine_adamw(arguments, weights.data_ptr(), update, stream)
+    state = [[tensor.data_ptr() for tensor in part] for part in (params, exp_avgs, exp_avg_sqs, ema, copies)]
+    gate = native_calls.address(skip_unless), skip_unless is not None and skip_unless.dtype == torch.bool
+    update = (state, scalars, *gate)  # csrc/kernels.h's AdamWState, AdamWStep and Gate
+    arguments = native_calls.task_gradients(grads, weights.shape[0])
+    native_calls.run("combine_adamw", weights.device, arguments, weights.data_ptr(), update)
 
 
 @_combine_adamw_.register_fake
-def _(grads: Sequence[Tensor | None], weights: Tensor, *rest) -> None:
+def _(*_: Any) -> None:
     return None
 
 
+def _reasons(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[str]:
+    """Why native code does not run `adamw_` for such parameters and gradients."""
+    names = checks.names
+    pairs = dict.fromkeys((param.dtype, grad.dtype) for param, grad in zip(params, grads, strict=True))
+    found = dispatch.reasons("adamw_", "native", params[0].device)
+    return found + [
+        f"takes no {names([grad])} gradients of {names([param])} parameters"
+        for param, grad in pairs
+        if _STATE.get(grad) != param
+    ]
+
+
 def _scalars(
-    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, momentum: float
+    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, ema_decay: float
 ) -> list[float]:
     """csrc/kernels.h's AdamWStep: bias corrections are folded into eps and the step size, as in `reference.adamw_`."""
     beta1, beta2 = betas
     correction = (1 - beta2**step) ** 0.5
-    return [1 - lr * weight_decay, beta1, beta2, eps * correction, lr * correction / (1 - beta1**step), momentum]
+    return [1 - lr * weight_decay, beta1, beta2, eps * correction, lr * correction / (1 - beta1**step), ema_decay]
 
 
-def _check_lists(op: str, step: int, momentum: float, **lists: Sequence[object] | None) -> None:
+def _check_lists(op: str, step: int, ema_decay: float, **lists: Sequence[object] | None) -> None:
     lengths = {name: len(tensors) for name, tensors in lists.items() if tensors is not None}
     if len(set(lengths.values())) > 1:
         got = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise ValueError(f"{op}: the lists must be as long as each other, got {got}")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"{op}: momentum must be between 0 and 1, got {momentum}")
+    if not 0 <= ema_decay <= 1:
+        raise ValueError(f"{op}: ema_decay must be between 0 and 1, got {ema_decay}")
     if step < 1:
         raise ValueError(f"{op}: step is counted from 1, got {step}")
 
@@ -115,8 +101,8 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    averages: Sequence[Tensor] | None = None,
-    momentum: float = 0.0,
+    ema: Sequence[Tensor] | None = None,
+    ema_decay: float = 0.0,
     copies: Sequence[Tensor | None] | None = None,
     skip_unless: Tensor | None = None,
 ) -> None:
@@ -128,9 +114,9 @@ def adamw_(
             float64 for float64; a call with any other pair runs the reference.
         step: counted from 1, for the bias corrections.
         lr, betas, eps, weight_decay: as in the paper; the decay is multiplied by lr.
-        averages: of each parameter over the steps, in its dtype: updated in place, in the same pass over memory, to
-            momentum average + (1 - momentum) param (Jiang et al. 2019, section 3.2). None keeps none.
-        momentum: from 0, which copies the parameters, to 1, which leaves the averages.
+        ema: the exponential moving average of each parameter, in its dtype: updated in place, in the same pass over
+            memory, to ema_decay ema + (1 - ema_decay) param (Jiang et al. 2019, section 3.2). None keeps none.
+        ema_decay: from 0, which copies the parameters, to 1, which leaves the averages as they are.
         copies: for each parameter a bfloat16 tensor, written in the same pass with the parameter rounded to nearest
             even; None for one that needs none.
         skip_unless: a scalar, float64 or bool, on the parameters' device. Where it is 0, nothing changes, and no host
@@ -140,9 +126,9 @@ def adamw_(
         ValueError, TypeError: an argument is not as described; nothing has been changed.
     """
     op, lists = "adamw_", {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if averages is not None:
-        lists["averages"] = averages
-    _check_lists(op, step, momentum, grads=grads, **lists, copies=copies)
+    if ema is not None:
+        lists["ema"] = ema
+    _check_lists(op, step, ema_decay, grads=grads, **lists, copies=copies)
     for i, param in enumerate(params):
         checks.tensor(op, f"params[{i}]", param, param.shape, (torch.float32, torch.float64))
         for name, tensors in lists.items():
@@ -155,28 +141,15 @@ def adamw_(
         return
     device = params[0].device
     _check_gate(op, skip_unless, device)
-    fits = all(_STATE.get(grad.dtype) == param.dtype for param, grad in zip(params, grads, strict=True))
-    if fits and compiled(op, device):
-        scalars = _scalars(step, lr, betas, eps, weight_decay, momentum)
+    if not _reasons(params, grads):
+        scalars = _scalars(step, lr, betas, eps, weight_decay, ema_decay)
         weights = torch.ones(1, dtype=torch.float64, device=device)
-        state = params, exp_avgs, exp_avg_sqs, averages or [], _filled(copies or [], device)
+        state = params, exp_avgs, exp_avg_sqs, ema or [], _filled(copies or [], device)
         _combine_adamw_(grads, weights, *state, skip_unless, scalars)
     else:
-        reference.adamw_(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            step=step,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            averages=averages,
-            momentum=momentum,
-            copies=copies,
-            skip_unless=skip_unless,
-        )
+        rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        more = {"ema": ema, "ema_decay": ema_decay, "copies": copies, "skip_unless": skip_unless}
+        reference.adamw_(params, grads, exp_avgs, exp_avg_sqs, step=step, **rates, **more)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -192,8 +165,8 @@ def combine_adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    averages: Sequence[Tensor] | None = None,
-    momentum: float = 0.0,
+    ema: Sequence[Tensor] | None = None,
+    ema_decay: float = 0.0,
     copies: Sequence[Tensor | None] | None = None,
     skip_unless: Tensor | None = None,
 ) -> None:
@@ -206,8 +179,8 @@ def combine_adamw_(
             for others, shaped and laid out like the gradients there. A parameter without any gradient stays as it is.
         grads: for each of T tasks one list of tensors, as for `gram`.
         weights: float64 [T].
-        step, lr, betas, eps, weight_decay, averages, momentum, copies, skip_unless: as for `adamw_`. Where no task has
-            a gradient, average and copy stay as they are too.
+        step, lr, betas, eps, weight_decay, ema, ema_decay, copies, skip_unless: as for `adamw_`. Where no task has
+            a gradient, moving average and copy stay as they are too.
 
     Raises:
         ValueError, TypeError: an argument is not as described; nothing has been changed.
@@ -215,9 +188,9 @@ def combine_adamw_(
     op = "combine_adamw_"
     columns = checks.task_gradients(op, grads)
     lists = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if averages is not None:
-        lists["averages"] = averages
-    _check_lists(op, step, momentum, grads=columns, **lists, copies=copies)
+    if ema is not None:
+        lists["ema"] = ema
+    _check_lists(op, step, ema_decay, grads=columns, **lists, copies=copies)
     checks.tensor(op, "weights", weights, [len(grads)], [torch.float64])
     present = [k for k, column in enumerate(columns) if column is not None]
     for k in present:
@@ -232,29 +205,16 @@ def combine_adamw_(
     if weights.device not in (device, torch.device("cpu")):
         raise ValueError(f"{op}: weights must be on {device} like the gradients, got {weights.device}")
     _check_gate(op, skip_unless, device)
-    if compiled(op, device):
-        state = params, exp_avgs, exp_avg_sqs, averages, _filled(copies or [], device)
+    if dispatch.is_compiled(op, device):
+        state = params, exp_avgs, exp_avg_sqs, ema, _filled(copies or [], device)
         _combine_adamw_(
             [row[k] for row in grads for k in present],
             weights.to(device),
             *([tensors[k] for k in present] if tensors else [] for tensors in state),
             skip_unless,
-            _scalars(step, lr, betas, eps, weight_decay, momentum),
+            _scalars(step, lr, betas, eps, weight_decay, ema_decay),
         )
     else:
-        reference.combine_adamw_(
-            params,
-            grads,
-            weights,
-            exp_avgs,
-            exp_avg_sqs,
-            step=step,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            averages=averages,
-            momentum=momentum,
-            copies=copies,
-            skip_unless=skip_unless,
-        )
+        rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        more = {"ema": ema, "ema_decay": ema_decay, "copies": copies, "skip_unless": skip_unless}
+        reference.combine_adamw_(params, grads, weights, exp_avgs, exp_avg_sqs, step=step, **rates, **more)  # type: ignore[arg-type]

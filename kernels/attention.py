@@ -7,69 +7,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, reference
-from .attention_plan import AttentionPlan
+from . import checks, native_calls, reference
+from .attention_plan import AttentionPlan, AttentionProblem
 from .custom_ops import first_order_only
-from .dispatch import compiled
+from .dispatch import is_compiled
 from .dropout import attention_dropout_mask
 from .native import library
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/kernels.h's DType
-_LARGEST_HEAD_DIM = 128
 
-
-def _is_compiled(qkv: Tensor) -> bool:
-    known = qkv.dtype in _DTYPES or (qkv.dtype == torch.float16 and qkv.device.type == "cuda")
-    fits = qkv.shape[3] % 8 == 0 and qkv.shape[3] <= _LARGEST_HEAD_DIM
-    return known and fits and compiled("attention", qkv.device) is not None
-
-
-def _problem(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    stream_id: int,
-    scale: float,
-) -> Any:
+def _native(problem: AttentionProblem) -> Any:
+    qkv, drop = problem.qkv, native_calls.dropout(problem.dropout_p, problem.seed, problem.stream_id)
+    seed, threshold, stream_id, keep_scale, _ = drop
     return library().AttentionProblem(
-        _DTYPES[qkv.dtype],
-        cu_seqlens.data_ptr(),
-        cu_seqlens.shape[0] - 1,
+        native_calls.DTYPE_CODES[qkv.dtype],
+        problem.cu_seqlens.data_ptr(),
+        problem.cu_seqlens.shape[0] - 1,
         qkv.shape[0],
-        max_seqlen,
+        problem.max_seqlen,
         qkv.shape[2],
         qkv.shape[3],
-        scale,
-        0 if seed is None else seed.data_ptr(),
-        reference.drop_threshold(dropout_p),
+        problem.scale,
+        seed,
+        threshold,
         stream_id,
-        1 / (1 - dropout_p),
+        keep_scale,
     )
 
 
-def _scratch(problem: Any, backward: bool, threads: int) -> Tensor:
-    return torch.empty(problem.scratch(backward, threads), dtype=torch.uint8)
+def _scratch(native: Any, backward: bool, threads: int) -> Tensor:
+    return torch.empty(native.scratch(backward, threads), dtype=torch.uint8)
 
 
-@torch.library.custom_op("minbert::attention", mutates_args=(), device_types="cpu")
-def _attention(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    stream_id: int,
-    scale: float,
-    tile_bounds: Tensor | None = None,
-    starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _check_lengths(problem: AttentionProblem) -> None:
+    checks.cu_seqlens_values("attention", problem.cu_seqlens, problem.qkv.shape[0], problem.max_seqlen)
+
+
+_PROBLEM = (  # AttentionProblem
+    "Tensor qkv, Tensor cu_seqlens, int max_seqlen, float dropout_p, Tensor? seed, int stream_id, float scale, "
+    "Tensor? tile_bounds, Tensor? starts"
+)
+
+
+@torch.library.custom_op(
+    "minbert::attention", mutates_args=(), device_types="cpu", schema=f"({_PROBLEM}) -> (Tensor, Tensor)"
+)
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The result, and on GPUs a number for each token and head that the backward reads."""
+    problem = AttentionProblem(*arguments)
+    qkv, native, threads = problem.qkv, _native(problem), torch.get_num_threads()
     out = qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
-    problem, threads = _problem(qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale), torch.get_num_threads()
-    scratch = _scratch(problem, False, threads)
-    if not library().attention(problem, qkv.data_ptr(), qkv.stride(), out.data_ptr(), scratch.data_ptr(), threads):
-        checks.cu_seqlens_values("attention", cu_seqlens, qkv.shape[0], max_seqlen)
+    scratch = _scratch(native, False, threads)
+    if not library().attention(native, qkv.data_ptr(), qkv.stride(), out.data_ptr(), scratch.data_ptr(), threads):
+        _check_lengths(problem)
     return out, qkv.new_empty(0, dtype=torch.float32)
 
 
@@ -77,48 +66,31 @@ def _attention(
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     from .triton import attention as kernels
 
-    return kernels.attention(*arguments)
+    return kernels.attention(AttentionProblem(*arguments))
 
 
 @_attention.register_fake
-def _(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    stream_id: int,
-    scale: float,
-    tile_bounds: Tensor | None = None,
-    starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     tokens, _, heads, head_dim = qkv.shape
     statistics = (heads, tokens) if qkv.device.type == "cuda" else (0,)
     return qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(statistics, dtype=torch.float32)
 
 
-@torch.library.custom_op("minbert::attention_backward", mutates_args=(), device_types="cpu")
-def _attention_backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    stream_id: int,
-    scale: float,
-    tile_bounds: Tensor | None = None,
-    starts: Tensor | None = None,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
-) -> Tensor:
+@torch.library.custom_op(
+    "minbert::attention_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor grad_out, {_PROBLEM}, Tensor? out, Tensor? lse) -> Tensor",
+)
+def _attention_backward(grad_out: Tensor, *arguments: Any) -> Tensor:
+    problem = AttentionProblem(*arguments[:-2])
+    qkv, native, threads = problem.qkv, _native(problem), torch.get_num_threads()
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     if grad_out.stride(2) != 1:
         grad_out = grad_out.contiguous()
-    problem, threads = _problem(qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale), torch.get_num_threads()
-    scratch = _scratch(problem, True, threads)
+    scratch = _scratch(native, True, threads)
     if not library().attention_backward(
-        problem,
+        native,
         grad_out.data_ptr(),
         grad_out.stride(),
         qkv.data_ptr(),
@@ -127,7 +99,7 @@ def _attention_backward(
         scratch.data_ptr(),
         threads,
     ):
-        checks.cu_seqlens_values("attention", cu_seqlens, qkv.shape[0], max_seqlen)
+        _check_lengths(problem)
     return grad_qkv
 
 
@@ -135,28 +107,17 @@ def _attention_backward(
 def _(grad_out: Tensor, *arguments: Any) -> Tensor:
     from .triton import attention as kernels
 
-    return kernels.attention_backward(grad_out if grad_out.stride(2) == 1 else grad_out.contiguous(), *arguments)
+    grad_out = grad_out if grad_out.stride(2) == 1 else grad_out.contiguous()
+    *problem, out, lse = arguments
+    return kernels.attention_backward(grad_out, AttentionProblem(*problem), out, lse)
 
 
 @_attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    stream_id: int,
-    scale: float,
-    tile_bounds: Tensor | None = None,
-    starts: Tensor | None = None,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
-) -> Tensor:
+def _(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.stream_id, ctx.scale, *plan = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -164,7 +125,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(qkv, cu_seqlens, seed, *plan, *kept)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 9
     qkv, cu_seqlens, seed, *kept = ctx.saved_tensors
@@ -172,7 +133,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None
     return _attention_backward(grad_out, *problem, *kept), *(None,) * 8
 
 
-_attention.register_autograd(_backward, setup_context=_keep_for_backward)
+_attention.register_autograd(_gradients, setup_context=_save)
 first_order_only(_attention_backward, "attention")
 
 
@@ -223,7 +184,7 @@ def attention(
         checks.tensor("attention", "plan.tile_bounds", plan[0], ["tiles", 2], [torch.int32], like=qkv)
         checks.tensor("attention", "plan.starts", plan[1], [qkv.shape[0]], [torch.int32], like=qkv)
     scale = qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    if _is_compiled(qkv):
+    if is_compiled("attention", qkv.device, qkv.dtype, head_dim=qkv.shape[3]):
         return _attention(qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale, *(plan or (None, None)))[0]
     checks.cu_seqlens("attention", cu_seqlens, qkv.shape[0], max_seqlen)
     keep = None if seed is None else attention_dropout_mask(cu_seqlens, qkv.shape[2], dropout_p, seed, stream_id)

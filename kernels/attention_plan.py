@@ -1,4 +1,4 @@
-"""How attention on a GPU divides a packed stream: short sequences share tiles."""
+"""What attention computes, and how a GPU divides it: short sequences share tiles."""
 
 from __future__ import annotations
 
@@ -14,6 +14,20 @@ class AttentionPlan(NamedTuple):
 
     tile_bounds: Tensor  # int32 [tiles, 2]: the first row of each tile and the row after its last
     starts: Tensor  # int32 [N]: the first row of each token's sequence
+
+
+class AttentionProblem(NamedTuple):
+    """The arguments of the attention ops; what they are, `attention` says."""
+
+    qkv: Tensor  # [N, 3, H, d]
+    cu_seqlens: Tensor  # int32 [S + 1]
+    max_seqlen: int
+    dropout_p: float
+    seed: Tensor | None  # int64 [2], None where dropout_p is 0
+    stream_id: int
+    scale: float
+    tile_bounds: Tensor | None = None  # as in AttentionPlan
+    starts: Tensor | None = None
 
 
 def tile_rows(max_seqlen: int) -> int | None:

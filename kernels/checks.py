@@ -13,7 +13,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GRADIENTS = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def _names(dtypes: Sequence[torch.dtype]) -> str:
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    """The dtypes as a message lists them."""
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
@@ -44,7 +45,7 @@ def tensor(
         hint = " (no dimension may be 0)" if 0 in value.shape else ""
         raise ValueError(f"{op}: {name} must have shape [{wanted_shape}], got {list(value.shape)}{hint}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{op}: {name} must be {_names(dtypes)}, got {_names([value.dtype])}")
+        raise TypeError(f"{op}: {name} must be {names(dtypes)}, got {names([value.dtype])}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device} like the other tensors, got {value.device}")
     if contiguous and not value.is_contiguous():
@@ -57,7 +58,7 @@ def tensor(
 def float_dtype(op: str, dtype: torch.dtype) -> torch.dtype:
     """Check and return the dtype that a result is to have."""
     if dtype not in FLOATS:
-        raise TypeError(f"{op}: dtype must be {_names(FLOATS)}, got {_names([dtype])}")
+        raise TypeError(f"{op}: dtype must be {names(FLOATS)}, got {names([dtype])}")
     return dtype
 
 
@@ -189,7 +190,7 @@ def task_gradients(op: str, grads: Sequence[Sequence[Tensor | None]]) -> list[Te
                 columns[index] = grad
                 device = device or grad.device
                 if grad.dtype not in GRADIENTS:
-                    raise TypeError(f"{op}: {name} must be {_names(GRADIENTS)}, got {_names([grad.dtype])}")
+                    raise TypeError(f"{op}: {name} must be {names(GRADIENTS)}, got {names([grad.dtype])}")
                 if grad.device != device:
                     raise ValueError(f"{op}: {name} must be on {device} like the other tensors, got {grad.device}")
                 if not (grad.is_contiguous() or is_dense(grad)):
@@ -217,7 +218,7 @@ def matches(value: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 def same(op: str, name: str, value: Tensor, other: Tensor, what: str) -> None:
     """Check that a tensor has the dtype, device, shape and layout of another, called `what`."""
     if value.dtype != other.dtype:
-        raise TypeError(f"{op}: {name} must be {_names([other.dtype])} like {what}, got {_names([value.dtype])}")
+        raise TypeError(f"{op}: {name} must be {names([other.dtype])} like {what}, got {names([value.dtype])}")
     alike(op, name, value, other, what)
 
 

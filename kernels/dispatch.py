@@ -1,34 +1,51 @@
-"""Which backend runs an op: compiled code or the PyTorch reference."""
+"""Which backend runs an op, compiled code or the PyTorch reference, and the reasons."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
-from . import native, triton
-from .matmul_library import matmul
+from . import matmul_library, native, triton
+from .checks import FLOATS, GRADIENTS, names
 
 CHOICES = ("auto", "reference")
+WIDEST_ROW = 4096  # elements of a row that kernels/triton/row_tiles.py keeps in registers
+WIDEST_HEAD = 128  # elements of an attention head
 
-# What compiled code an op has for a type of device: "native" is C++ or CUDA C++ (csrc/), "triton" is kernels/triton/.
-_COMPILED: dict[str, dict[str, str]] = {
-    "adamw_": {"cpu": "native", "cuda": "native"},
-    "attention": {"cpu": "native", "cuda": "triton"},
-    "attention_dropout_mask": {"cpu": "native"},  # only tests ask for it: attention makes its mask inside
-    "bias_gelu": {"cpu": "native", "cuda": "triton"},
-    "combine": {"cpu": "native", "cuda": "native"},
-    "combine_adamw_": {"cpu": "native", "cuda": "native"},
-    "dropout": {"cpu": "native", "cuda": "triton"},
-    "dropout_add_layer_norm": {"cpu": "native", "cuda": "triton"},
-    "dropout_mask": {"cpu": "native", "cuda": "native"},
-    "embedding": {"cpu": "native", "cuda": "triton"},
-    "gram": {"cpu": "native", "cuda": "native"},
-    "smart_ascend": {"cpu": "native", "cuda": "native"},
-    "smart_init": {"cpu": "native", "cuda": "native"},
-    "surgery_weights": {"cpu": "native", "cuda": "native"},
+_HALF_AND_SINGLE = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+_GRADIENTS = {"cpu": GRADIENTS, "cuda": GRADIENTS}
+_ANY = {"cpu": FLOATS, "cuda": FLOATS}
+
+
+class _Compiled(NamedTuple):
+    """The compiled code of an op, and the inputs that it takes."""
+
+    cpu: str | None  # "native": C++ (csrc/cpu)
+    cuda: str | None  # "native": CUDA C++ (csrc/cuda), or "triton": kernels/triton
+    dtypes: Mapping[str, tuple[torch.dtype, ...]]  # by type of device
+    rows_in_registers: bool = False  # on GPUs
+
+
+_COMPILED = {
+    "adamw_": _Compiled("native", "native", _GRADIENTS),
+    "attention": _Compiled("native", "triton", _HALF_AND_SINGLE),
+    "attention_dropout_mask": _Compiled("native", None, _ANY),  # only tests call it: attention makes its mask inside
+    "bias_gelu": _Compiled("native", "triton", _HALF_AND_SINGLE),
+    "combine": _Compiled("native", "native", _GRADIENTS),
+    "combine_adamw_": _Compiled("native", "native", _GRADIENTS),
+    "dropout": _Compiled("native", "triton", _HALF_AND_SINGLE, rows_in_registers=True),
+    "dropout_add_layer_norm": _Compiled("native", "triton", _HALF_AND_SINGLE, rows_in_registers=True),
+    "dropout_mask": _Compiled("native", "native", _ANY),
+    "embedding": _Compiled("native", "triton", _HALF_AND_SINGLE, rows_in_registers=True),
+    "gram": _Compiled("native", "native", _GRADIENTS),
+    "smart_ascend": _Compiled("native", "native", _HALF_AND_SINGLE),
+    "smart_init": _Compiled("native", "native", _HALF_AND_SINGLE),
+    "surgery_weights": _Compiled("native", "native", _ANY),
 }
+OPS = (*_COMPILED, "linear")
 
 _choice = "auto"
 
@@ -61,23 +78,94 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-def compiled(op: str, device: torch.device) -> str | None:
-    """What runs `op` for tensors on `device`: "native" or "triton", or None where only the reference does."""
-    kind = _COMPILED[op].get(device.type)
-    if _choice == "reference" or kind is None:
-        return None
-    if kind == "triton":
-        return kind if triton.available() else None
-    found = native.cuda_available() if device.type == "cuda" else native.available()
-    return kind if found else None
+def reasons(
+    op: str,
+    backend: str,
+    device: torch.device,
+    *dtypes: torch.dtype,
+    columns: int | None = None,
+    head_dim: int | None = None,
+) -> list[str]:
+    """Why a compiled backend does not run an op for such inputs, one line each; empty if it does.
+
+    Args:
+        backend: "native", "triton" or "oneDNN".
+        dtypes: of the inputs and of the result; none gives no reason that depends on them.
+        columns: the elements of a row, for row-wise ops.
+        head_dim: the elements of a head, for attention.
+
+    Raises:
+        ValueError: MINBERT_ISA names an instruction set that cannot run, and the reference is not chosen.
+    """
+    found = ['set_backend("reference") is in effect'] if _choice == "reference" else []
+    if op == "linear":
+        return found + list(matmul_library.reasons_against_onednn(device, *dtypes))
+    code = _COMPILED[op]
+    if backend != getattr(code, device.type, None):
+        types = [type_ for type_ in ("cpu", "cuda") if getattr(code, type_) == backend]
+        return [*found, f"runs on {' and '.join(types)} devices only, not on {device.type}"]
+    if backend == "triton" and not triton.available():
+        found.append("triton is not installed; torch's CUDA builds bring it along")
+    if backend == "native":
+        if _choice == "auto":
+            native.available()  # raises the error
+        if missing := native.refusal() or native.missing_reason():
+            found.append(missing)
+        elif device.type == "cuda" and not native.cuda_available():
+            found.append("the native extension was built without CUDA; build it with MINBERT_CUDA=1 where nvcc is")
+    known = code.dtypes[device.type]
+    found += [f"takes {names(known)}, not {names([dtype])}" for dtype in dtypes if dtype not in known]
+    if code.rows_in_registers and device.type == "cuda" and columns is not None and columns > WIDEST_ROW:
+        found.append(f"takes rows of up to {WIDEST_ROW} elements, not {columns}")
+    if op == "attention" and head_dim is not None and (head_dim % 8 != 0 or head_dim > WIDEST_HEAD):
+        found.append(f"takes heads of 8, 16, 24, ... or {WIDEST_HEAD} elements, not {head_dim}")
+    return found
 
 
-def backends(device: torch.device | str) -> dict[str, str]:
+def is_compiled(
+    op: str, device: torch.device, *dtypes: torch.dtype, columns: int | None = None, head_dim: int | None = None
+) -> bool:
+    """Whether compiled code runs an op for such inputs: `reasons` gives none against the code for the device."""
+    backend = getattr(_COMPILED[op], device.type, None)
+    return backend is not None and not reasons(op, backend, device, *dtypes, columns=columns, head_dim=head_dim)
+
+
+class BackendChoice(NamedTuple):
+    """What runs an op, and why other compiled code does not."""
+
+    runs: str  # "native", "triton", "oneDNN" or "reference"
+    not_available: dict[str, list[str]]  # by name of a compiled backend of the op that does not run, all reasons
+
+
+def backends(
+    device: torch.device | str,
+    *,
+    explain: bool = False,
+    dtype: torch.dtype | None = None,
+    columns: int | None = None,
+    head_dim: int | None = None,
+) -> dict[str, Any]:
     """What would run for tensors on `device`: "native", "triton", "reference", or "oneDNN" (float32 layers on CPUs).
 
     The encoder's ops are compiled for float32 and bfloat16, on GPUs for float16 too; other dtypes run the reference.
+
+    Args:
+        explain: return a `BackendChoice` for each op, with the reasons against the compiled code that does not run.
+        dtype: of activations and gradients.
+        columns: elements of a row of the activations.
+        head_dim: elements of an attention head. What depends on a dtype or a size that is left out is not judged.
+
+    Returns:
+        by op the name of what runs, or with `explain` a `BackendChoice`.
     """
     device = torch.device(device)
-    found = {op: compiled(op, device) or "reference" for op in _COMPILED}
-    onednn = device.type == "cpu" and _choice == "auto" and matmul() == "onednn"
-    return {**found, "linear": "oneDNN" if onednn else "reference"}
+    dtypes = [] if dtype is None else [dtype]
+    found = {}
+    for op in OPS:
+        against = {
+            backend: reasons(op, backend, device, *dtypes, columns=columns, head_dim=head_dim)
+            for backend in (dict.fromkeys(filter(None, _COMPILED[op][:2])) if op in _COMPILED else ("oneDNN",))
+        }
+        runs = next((backend for backend, why in against.items() if not why), "reference")
+        found[op] = BackendChoice(runs, {backend: why for backend, why in against.items() if why})
+    return found if explain else {op: each.runs for op, each in found.items()}

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import checks, native_arguments, reference
-from .dispatch import compiled
-from .native import library
+from . import checks, native_calls, reference
+from .dispatch import is_compiled
 
 
-@torch.library.custom_op("minbert::dropout_mask", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("minbert::dropout_mask", mutates_args=(), device_types=("cpu", "cuda"))
 def _dropout_mask(rows: int, columns: int, threshold: int, seed: Tensor, stream_id: int) -> Tensor:
-    keep = torch.empty(rows, columns, dtype=torch.bool)
-    library().dropout_mask(
-        keep.data_ptr(), rows, columns, seed.data_ptr(), threshold, stream_id, torch.get_num_threads()
-    )
-    return keep
-
-
-@_dropout_mask.register_kernel("cuda")
-def _(rows: int, columns: int, threshold: int, seed: Tensor, stream_id: int) -> Tensor:
-    with torch.cuda.device(seed.device):
-        keep = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
-        stream = torch.cuda.current_stream().cuda_stream
-        library().cuda_dropout_mask(keep.data_ptr(), rows, columns, seed.data_ptr(), threshold, stream_id, stream)
+    keep = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
+    addresses = keep.data_ptr(), rows, columns, seed.data_ptr()
+    native_calls.run("dropout_mask", seed.device, *addresses, threshold, stream_id)
     return keep
 
 
@@ -35,18 +26,10 @@ def _(rows: int, columns: int, threshold: int, seed: Tensor, stream_id: int) -> 
 
 @torch.library.custom_op("minbert::attention_dropout_mask", mutates_args=(), device_types="cpu")
 def _attention_dropout_mask(cu_seqlens: Tensor, heads: int, threshold: int, seed: Tensor, stream_id: int) -> Tensor:
-    sequences = cu_seqlens.shape[0] - 1
     keep = torch.empty(heads * int(cu_seqlens.diff().long().square().sum()), dtype=torch.bool)
-    library().attention_dropout_mask(
-        keep.data_ptr(),
-        cu_seqlens.data_ptr(),
-        sequences,
-        heads,
-        seed.data_ptr(),
-        threshold,
-        stream_id,
-        torch.get_num_threads(),
-    )
+    sequences = cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1
+    stream = seed.data_ptr(), threshold, stream_id
+    native_calls.run("attention_dropout_mask", seed.device, keep.data_ptr(), *sequences, heads, *stream)
     return keep
 
 
@@ -58,38 +41,36 @@ def _(cu_seqlens: Tensor, heads: int, threshold: int, seed: Tensor, stream_id: i
 
 @torch.library.custom_op("minbert::dropout", mutates_args=(), device_types="cpu")
 def _dropout(x: Tensor, p: float, seed: Tensor, stream_id: int) -> Tensor:
-    y, scratch = torch.empty_like(x), native_arguments.scratch(*x.shape)
-    drop = native_arguments.dropout(p, seed, stream_id)
-    library().dropout_forward(
-        native_arguments.activation(x), x.data_ptr(), y.data_ptr(), drop, scratch.data_ptr(), torch.get_num_threads()
-    )
+    y, scratch = torch.empty_like(x), native_calls.row_scratch(*x.shape)
+    shape, drop = native_calls.activation(x), native_calls.dropout(p, seed, stream_id)
+    native_calls.run("dropout_forward", x.device, shape, x.data_ptr(), y.data_ptr(), drop, scratch.data_ptr())
     return y
 
 
 @_dropout.register_kernel("cuda")
-def _(x: Tensor, p: float, seed: Tensor, stream_id: int) -> Tensor:
-    from .triton.dropout import dropout
+def _(x: Tensor, *others: Any) -> Tensor:
+    from .triton import dropout
 
     with torch.cuda.device(x.device):
-        return dropout(x, p, seed, stream_id)
+        return dropout.dropout(x, *others)
 
 
 @_dropout.register_fake
-def _(x: Tensor, p: float, seed: Tensor, stream_id: int) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _save_dropout(ctx, inputs: tuple[Tensor, float, Tensor, int], output: Tensor) -> None:
+def _save(ctx, inputs: tuple[Tensor, float, Tensor, int], output: Tensor) -> None:
     _, ctx.p, seed, ctx.stream_id = inputs
     ctx.save_for_backward(seed)
 
 
-def _dropout_gradients(ctx, d_y: Tensor) -> tuple[Tensor, None, None, None]:
+def _gradients(ctx, d_y: Tensor) -> tuple[Tensor, None, None, None]:
     (seed,) = ctx.saved_tensors
     return _dropout(d_y.contiguous(), ctx.p, seed, ctx.stream_id), None, None, None  # it is linear: its own gradient
 
 
-_dropout.register_autograd(_dropout_gradients, setup_context=_save_dropout)
+_dropout.register_autograd(_gradients, setup_context=_save)
 
 
 def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, stream_id: int) -> Tensor:
@@ -109,7 +90,7 @@ def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, stream_id: int
     seed = checks.stream("dropout_mask", seed, stream_id, seed.device)
     if rows < 1 or columns < 1:
         raise ValueError(f"dropout_mask: rows and columns must be at least 1, got {rows} and {columns}")
-    if compiled("dropout_mask", seed.device):
+    if is_compiled("dropout_mask", seed.device):
         return _dropout_mask(rows, columns, reference.drop_threshold(p), seed, stream_id)
     return reference.dropout_mask(rows, columns, p, seed, stream_id)
 
@@ -130,7 +111,7 @@ def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tenso
     checks.cu_seqlens("attention_dropout_mask", cu_seqlens)
     if heads < 1:
         raise ValueError(f"attention_dropout_mask: heads must be at least 1, got {heads}")
-    if compiled("attention_dropout_mask", seed.device):
+    if is_compiled("attention_dropout_mask", seed.device):
         return _attention_dropout_mask(cu_seqlens, heads, reference.drop_threshold(p), seed, stream_id)
     return reference.attention_dropout_mask(cu_seqlens, heads, p, seed, stream_id)
 
@@ -152,6 +133,6 @@ def dropout(x: Tensor, *, p: float, seed: Tensor | None, stream_id: int) -> Tens
     """
     checks.tensor("dropout", "x", x, ["N", "D"], checks.FLOATS, contiguous=False)
     seed = checks.dropout("dropout", p, seed, stream_id, x.device)
-    if seed is not None and compiled("dropout", x.device) and native_arguments.takes(x.device, x.shape[1], x.dtype):
+    if seed is not None and is_compiled("dropout", x.device, x.dtype, columns=x.shape[1]):
         return _dropout(x.contiguous(), p, seed, stream_id)
     return reference.dropout(x, mask_like(x, p, seed, stream_id), p)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, native_arguments, reference, task_views
+from . import checks, native_calls, reference, task_views
 from .custom_ops import first_order_only
-from .dispatch import compiled
+from .dispatch import is_compiled
 from .dropout import dropout_mask
 from .native import library
 
@@ -17,7 +18,7 @@ from .native import library
 def _embeddings(ids: Sequence[Tensor], tables: Sequence[Tensor], rows: slice) -> tuple[list[int], list[int], int]:
     """Addresses and dtype of the three tables and of the ids of their rows, for some of the tokens."""
     addresses = [tensor[rows].data_ptr() for tensor in ids], [tensor.data_ptr() for tensor in tables]
-    return *addresses, native_arguments.dtype_code(tables[0])
+    return *addresses, native_calls.DTYPE_CODES[tables[0].dtype]
 
 
 @torch.library.custom_op("minbert::embedding", mutates_args=(), device_types="cpu")
@@ -36,61 +37,36 @@ def _embedding(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty(ids[0].shape[0], weights[0].shape[0], dtype=dtype)
-    moments = torch.empty(y.shape[0], 2, dtype=torch.float32)  # mean and 1 / standard deviation
-    scratch = native_arguments.scratch(*y.shape)
+    mean_rstd = torch.empty(y.shape[0], 2, dtype=torch.float32)
+    scratch = native_calls.row_scratch(*y.shape)
     library().embedding_forward(
-        native_arguments.activation(y),
+        native_calls.activation(y),
         _embeddings(ids, (words[0], token_types[0], positions[0]), slice(None)),
         weights[0].data_ptr(),
         biases[0].data_ptr(),
         eps,
-        native_arguments.dropout(p, seed, stream_id),
+        native_calls.dropout(p, seed, stream_id),
         y.data_ptr(),
-        moments.data_ptr(),
+        mean_rstd.data_ptr(),
         scratch.data_ptr(),
         torch.get_num_threads(),
     )
-    return y, moments
+    return y, mean_rstd
 
 
 @_embedding.register_kernel("cuda")
-def _(
-    ids: Sequence[Tensor],
-    words: Sequence[Tensor],
-    token_types: Sequence[Tensor],
-    positions: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    bounds: Sequence[int],
-    eps: float,
-    p: float,
-    seed: Tensor | None,
-    stream_id: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _(ids: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
     from .triton import embedding
 
-    tables = (words[0], token_types[0], positions[0])
-    with torch.cuda.device(weights[0].device):
-        return embedding.forward(ids, tables, weights[0], biases[0], eps, p, seed, stream_id, dtype)
+    *params, _, eps, p, seed, stream_id, dtype = arguments
+    *tables, weight, bias = (views[0] for views in params)
+    with torch.cuda.device(weight.device):
+        return embedding.forward(ids, tables, weight, bias, eps, p, seed, stream_id, dtype)
 
 
 @_embedding.register_fake
-def _(
-    ids: Sequence[Tensor],
-    words: Sequence[Tensor],
-    token_types: Sequence[Tensor],
-    positions: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    bounds: Sequence[int],
-    eps: float,
-    p: float,
-    seed: Tensor | None,
-    stream_id: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    tokens, weight = ids[0].shape[0], weights[0]
+def _(ids: Sequence[Tensor], words: Sequence[Tensor], *others: Any) -> tuple[Tensor, Tensor]:
+    tokens, weight, dtype = ids[0].shape[0], others[2][0], others[-1]
     return weight.new_empty(tokens, weight.shape[0], dtype=dtype), weight.new_empty(tokens, 2)
 
 
@@ -100,7 +76,7 @@ def _embedding_backward(
     ids: Sequence[Tensor],
     tables: Sequence[Tensor],
     weight: Tensor,
-    moments: Tensor,
+    mean_rstd: Tensor,
     bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
@@ -116,15 +92,15 @@ def _embedding_backward(
     of_tables = [of_table.chunk(len(bounds) - 1) for of_table in _split(d_tables, tables, bounds)]
     tokens, columns = task_views.longest(bounds), d_y.shape[1]
     d_total = torch.empty(min(tokens, library().EMBEDDING_ROWS), columns, dtype=torch.float32)
-    scratch = native_arguments.scratch(tokens, columns)
+    scratch = native_calls.row_scratch(tokens, columns)
     for t, rows in task_views.segments(bounds):
         library().embedding_backward(
-            native_arguments.activation(d_y[rows]),
+            native_calls.activation(d_y[rows]),
             _embeddings(ids, tables, rows),
             d_y[rows].data_ptr(),
             weight.data_ptr(),
-            moments[rows].data_ptr(),
-            native_arguments.dropout(p, seed, stream_id, rows.start),
+            mean_rstd[rows].data_ptr(),
+            native_calls.dropout(p, seed, stream_id, rows.start),
             d_total.data_ptr(),
             [of_table[t].data_ptr() for of_table in of_tables],
             d_params[t, 0].data_ptr(),
@@ -145,21 +121,11 @@ def _split(d_tables: Tensor, tables: Sequence[Tensor], bounds: Sequence[int]) ->
 
 
 @_embedding_backward.register_kernel("cuda")
-def _(
-    d_y: Tensor,
-    ids: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    weight: Tensor,
-    moments: Tensor,
-    bounds: Sequence[int],
-    p: float,
-    seed: Tensor | None,
-    stream_id: int,
-) -> tuple[Tensor, Tensor]:
+def _(d_y: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     from .triton import embedding
 
-    with torch.cuda.device(weight.device):
-        return embedding.backward(d_y, ids, tables, weight, moments, bounds, p, seed, stream_id)
+    with torch.cuda.device(d_y.device):
+        return embedding.backward(d_y, *others)
 
 
 @_embedding_backward.register_fake
@@ -168,11 +134,9 @@ def _(
     ids: Sequence[Tensor],
     tables: Sequence[Tensor],
     weight: Tensor,
-    moments: Tensor,
+    _: Tensor,
     bounds: Sequence[int],
-    p: float,
-    seed: Tensor | None,
-    stream_id: int,
+    *__: Any,
 ) -> tuple[Tensor, Tensor]:
     columns = weight.shape[0]
     return weight.new_empty(_rows(tables, bounds), columns), weight.new_empty(len(bounds) - 1, 2, columns)
@@ -181,16 +145,16 @@ def _(
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ids, *params, ctx.bounds, _, ctx.p, seed, ctx.stream_id, _ = inputs
     words, token_types, positions, weights, _ = params
-    moments = output[1]
-    ctx.mark_non_differentiable(moments)
-    ctx.save_for_backward(*ids, words[0], token_types[0], positions[0], weights[0], moments, seed)
+    mean_rstd = output[1]
+    ctx.mark_non_differentiable(mean_rstd)
+    ctx.save_for_backward(*ids, words[0], token_types[0], positions[0], weights[0], mean_rstd, seed)
 
 
 def _gradients(ctx, d_y: Tensor, *_: Tensor) -> tuple:
     saved, count = ctx.saved_tensors, len(ctx.bounds) - 1
-    ids, tables, (weight, moments, seed) = list(saved[:3]), list(saved[3:6]), saved[6:]
+    ids, tables, (weight, mean_rstd, seed) = list(saved[:3]), list(saved[3:6]), saved[6:]
     d_tables, d_params = _embedding_backward(
-        d_y.contiguous(), ids, tables, weight, moments, ctx.bounds, ctx.p, seed, ctx.stream_id
+        d_y.contiguous(), ids, tables, weight, mean_rstd, ctx.bounds, ctx.p, seed, ctx.stream_id
     )
     split = _split(d_tables.to(tables[0].dtype), tables, ctx.bounds)
     of_tables = [list(of_table.chunk(count)) for of_table in split]
@@ -258,7 +222,7 @@ def embedding(
     seed = checks.dropout(op, dropout_p, seed, stream_id, word.device)
     dtype = checks.float_dtype(op, dtype or word.dtype)
     all_ids = [token_ids, token_type_ids, position_ids]
-    if compiled(op, word.device) and native_arguments.takes(word.device, columns, word.dtype, dtype):
+    if is_compiled(op, word.device, word.dtype, dtype, columns=columns):
         wide = [[view.float() for view in views] for views in params[3:]]
         return _embedding(all_ids, *params[:3], *wide, bounds, eps, dropout_p, seed, stream_id, dtype)[0]
     keep = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, native_arguments, reference, task_views
+from . import checks, native_calls, reference, task_views
 from .custom_ops import first_order_only
-from .dispatch import compiled
+from .dispatch import is_compiled
 from .native import library
 
 
@@ -17,13 +18,13 @@ from .native import library
 def _bias_gelu(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
     y, bias = torch.empty_like(x), biases[0]
     library().gelu_forward(
-        native_arguments.activation(x), x.data_ptr(), bias.data_ptr(), y.data_ptr(), torch.get_num_threads()
+        native_calls.activation(x), x.data_ptr(), bias.data_ptr(), y.data_ptr(), torch.get_num_threads()
     )
     return y
 
 
 @_bias_gelu.register_kernel("cuda")
-def _(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
+def _(x: Tensor, biases: Sequence[Tensor], _: Sequence[int]) -> Tensor:
     from .triton import gelu
 
     with torch.cuda.device(x.device):
@@ -31,7 +32,7 @@ def _(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
 
 
 @_bias_gelu.register_fake
-def _(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -39,10 +40,10 @@ def _(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
 def _bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the T biases, [T, D]."""
     d_x, d_biases = torch.empty_like(x), bias.new_zeros(len(bounds) - 1, len(bias))
-    scratch = native_arguments.scratch(task_views.longest(bounds), x.shape[1])
+    scratch = native_calls.row_scratch(task_views.longest(bounds), x.shape[1])
     for t, rows in task_views.segments(bounds):
         library().gelu_backward(
-            native_arguments.activation(x[rows]),
+            native_calls.activation(x[rows]),
             d_y[rows].data_ptr(),
             x[rows].data_ptr(),
             bias.data_ptr(),
@@ -55,15 +56,15 @@ def _bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[i
 
 
 @_bias_gelu_backward.register_kernel("cuda")
-def _(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _(d_y: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     from .triton import gelu
 
-    with torch.cuda.device(x.device):
-        return gelu.backward(d_y, x, bias, bounds)
+    with torch.cuda.device(d_y.device):
+        return gelu.backward(d_y, *others)
 
 
 @_bias_gelu_backward.register_fake
-def _(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _(_: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), bias.new_empty(len(bounds) - 1, bias.shape[0])
 
 
@@ -98,6 +99,6 @@ def bias_gelu(x: Tensor, bias: task_views.Parameter, *, bounds: Sequence[int] | 
     checks.tensor("bias_gelu", "x", x, ["N", "D"], checks.FLOATS)
     (biases,), bounds = task_views.views("bias_gelu", x.shape[0], bounds, bias=bias)
     checks.tensor("bias_gelu", "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
-    if compiled("bias_gelu", x.device) and native_arguments.takes(x.device, 1, x.dtype):
+    if is_compiled("bias_gelu", x.device, x.dtype):
         return _bias_gelu(x, [bias.float() for bias in biases], bounds)
     return task_views.by_segment(bounds, lambda t, rows: reference.bias_gelu(x[rows], biases[t]))

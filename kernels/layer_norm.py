@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, native_arguments, reference, task_views
+from . import checks, native_calls, reference, task_views
 from .custom_ops import first_order_only
-from .dispatch import compiled
+from .dispatch import is_compiled
 from .dropout import mask_like
 from .native import library
 
@@ -26,54 +27,36 @@ def _layer_norm(
     seed: Tensor | None,
     stream_id: int,
 ) -> tuple[Tensor, Tensor]:
-    y, scratch = torch.empty_like(x), native_arguments.scratch(*x.shape)
-    moments = torch.empty(x.shape[0], 2, dtype=torch.float32)  # mean and 1 / standard deviation
+    y, scratch = torch.empty_like(x), native_calls.row_scratch(*x.shape)
+    mean_rstd = torch.empty(x.shape[0], 2, dtype=torch.float32)
     library().layer_norm_forward(
-        native_arguments.activation(x),
+        native_calls.activation(x),
         x.data_ptr(),
         residual.data_ptr(),
         weights[0].data_ptr(),
         biases[0].data_ptr(),
         eps,
-        native_arguments.dropout(p, seed, stream_id),
+        native_calls.dropout(p, seed, stream_id),
         y.data_ptr(),
-        moments.data_ptr(),
+        mean_rstd.data_ptr(),
         scratch.data_ptr(),
         torch.get_num_threads(),
     )
-    return y, moments
+    return y, mean_rstd
 
 
 @_layer_norm.register_kernel("cuda")
 def _(
-    x: Tensor,
-    residual: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    bounds: Sequence[int],
-    eps: float,
-    p: float,
-    seed: Tensor | None,
-    stream_id: int,
+    x: Tensor, residual: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], _: Sequence[int], *others: Any
 ) -> tuple[Tensor, Tensor]:
     from .triton import layer_norm
 
     with torch.cuda.device(x.device):
-        return layer_norm.forward(x, residual, weights[0], biases[0], eps, p, seed, stream_id)
+        return layer_norm.forward(x, residual, weights[0], biases[0], *others)
 
 
 @_layer_norm.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    bounds: Sequence[int],
-    eps: float,
-    p: float,
-    seed: Tensor | None,
-    stream_id: int,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, residual: Tensor, weights: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), weights[0].new_empty(x.shape[0], 2)
 
 
@@ -83,7 +66,7 @@ def _layer_norm_backward(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
-    moments: Tensor,
+    mean_rstd: Tensor,
     bounds: Sequence[int],
     p: float,
     seed: Tensor | None,
@@ -96,16 +79,16 @@ def _layer_norm_backward(
     d_x = torch.empty_like(x) if reference.drop_threshold(p) else x.new_empty(0)
     d_residual = torch.empty_like(x)
     d_params = weight.new_zeros(len(bounds) - 1, 2, len(weight))
-    scratch = native_arguments.scratch(task_views.longest(bounds), x.shape[1])
+    scratch = native_calls.row_scratch(task_views.longest(bounds), x.shape[1])
     for t, rows in task_views.segments(bounds):
         library().layer_norm_backward(
-            native_arguments.activation(x[rows]),
+            native_calls.activation(x[rows]),
             d_y[rows].data_ptr(),
             x[rows].data_ptr(),
             residual[rows].data_ptr(),
             weight.data_ptr(),
-            moments[rows].data_ptr(),
-            native_arguments.dropout(p, seed, stream_id, rows.start),
+            mean_rstd[rows].data_ptr(),
+            native_calls.dropout(p, seed, stream_id, rows.start),
             d_x[rows].data_ptr(),
             d_residual[rows].data_ptr(),
             d_params[t, 0].data_ptr(),
@@ -117,21 +100,11 @@ def _layer_norm_backward(
 
 
 @_layer_norm_backward.register_kernel("cuda")
-def _(
-    d_y: Tensor,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    moments: Tensor,
-    bounds: Sequence[int],
-    p: float,
-    seed: Tensor | None,
-    stream_id: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(d_y: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     from .triton import layer_norm
 
-    with torch.cuda.device(x.device):
-        return layer_norm.backward(d_y, x, residual, weight, moments, bounds, p, seed, stream_id)
+    with torch.cuda.device(d_y.device):
+        return layer_norm.backward(d_y, *others)
 
 
 @_layer_norm_backward.register_fake
@@ -140,11 +113,10 @@ def _(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
-    moments: Tensor,
+    mean_rstd: Tensor,
     bounds: Sequence[int],
     p: float,
-    seed: Tensor | None,
-    stream_id: int,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_x = torch.empty_like(x) if reference.drop_threshold(p) else x.new_empty(0)
     return d_x, torch.empty_like(x), weight.new_empty(len(bounds) - 1, 2, weight.shape[0])
@@ -152,15 +124,15 @@ def _(
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, residual, weights, _, ctx.bounds, _, ctx.p, seed, ctx.stream_id = inputs
-    moments = output[1]
-    ctx.mark_non_differentiable(moments)
-    ctx.save_for_backward(x, residual, weights[0], moments, seed)
+    mean_rstd = output[1]
+    ctx.mark_non_differentiable(mean_rstd)
+    ctx.save_for_backward(x, residual, weights[0], mean_rstd, seed)
 
 
 def _gradients(ctx, d_y: Tensor, *_: Tensor) -> tuple:
-    x, residual, weight, moments, seed = ctx.saved_tensors
+    x, residual, weight, mean_rstd, seed = ctx.saved_tensors
     d_x, d_residual, d_params = _layer_norm_backward(
-        d_y.contiguous(), x, residual, weight, moments, ctx.bounds, ctx.p, seed, ctx.stream_id
+        d_y.contiguous(), x, residual, weight, mean_rstd, ctx.bounds, ctx.p, seed, ctx.stream_id
     )
     d_weights, d_biases = (list(of_param.unbind()) for of_param in d_params.unbind(1))
     return d_x if d_x.numel() else d_residual, d_residual, d_weights, d_biases, None, None, None, None, None
@@ -204,7 +176,7 @@ def dropout_add_layer_norm(
     checks.tensor(op, "weight", weights[0], x.shape[1:], checks.FLOATS, like=x)
     checks.tensor(op, "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
     seed = checks.dropout(op, dropout_p, seed, stream_id, x.device)
-    if compiled(op, x.device) and native_arguments.takes(x.device, x.shape[1], x.dtype):
+    if is_compiled(op, x.device, x.dtype, columns=x.shape[1]):
         wide = [[view.float() for view in views] for views in (weights, biases)]
         return _layer_norm(x, residual, *wide, bounds, eps, dropout_p, seed, stream_id)[0]
     keep = mask_like(x, dropout_p, seed, stream_id)

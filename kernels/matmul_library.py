@@ -93,11 +93,23 @@ def faster_matmul(hidden: int = 384, inner: int = 1536) -> str:
     return "onednn" if statistics.median(ratios) > MARGIN else "blas"
 
 
+def reasons_against_onednn(device: torch.device, *dtypes: torch.dtype) -> Iterator[str]:
+    """Why `product` does not run oneDNN for such inputs, one line each."""
+    if _chosen != "onednn":
+        yield f'set_matmul("{_chosen}") is in effect'
+    if device.type != "cpu":
+        yield f"runs on cpu devices only, not on {device.type}"
+    if not torch.backends.mkldnn.is_available():
+        yield "torch was built without oneDNN"
+    for dtype in dtypes:
+        if dtype != torch.float32:
+            yield f"takes float32, not {str(dtype).removeprefix('torch.')}"
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias by the library that is chosen."""
-    if _chosen == "onednn" and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel():
-        return by_onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
+    onednn = x.numel() > 0 and next(reasons_against_onednn(x.device, x.dtype), None) is None
+    return by_onednn(x, weight, bias) if onednn else F.linear(x, weight, bias)
 
 
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -199,17 +200,17 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    averages: Sequence[Tensor] | None = None,
-    momentum: float = 0.0,
+    ema: Sequence[Tensor] | None = None,
+    ema_decay: float = 0.0,
     copies: Sequence[Tensor | None] | None = None,
     skip_unless: Tensor | None = None,
 ) -> None:
     """One AdamW step in place (Loshchilov and Hutter 2019, algorithm 2), `step` counted from 1.
 
     The bias corrections are folded into two scalars (Kingma and Ba 2015, section 2, last paragraph); eps is
-    scaled with them, so that the result is that of the written-out form. Averages of the parameters, where they are
-    kept, become momentum average + (1 - momentum) param; copies are the parameters rounded to bfloat16. Nothing changes
-    where `skip_unless` is 0.
+    scaled with them, so that the result is that of the written-out form. The moving averages of the parameters, where
+    they are kept, become ema_decay ema + (1 - ema_decay) param; copies are the parameters rounded to bfloat16. Nothing
+    changes where `skip_unless` is 0.
     """
     if skip_unless is not None and not skip_unless:
         return
@@ -222,8 +223,8 @@ def adamw_(
         exp_avg.lerp_(grad, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         param.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(eps * correction), value=-step_size)
-    for param, average in zip(params, averages or (), strict=averages is not None):
-        average.lerp_(param, 1 - momentum)
+    for param, average in zip(params, ema or (), strict=ema is not None):
+        average.lerp_(param, 1 - ema_decay)
     for param, copy in zip(params, copies or (), strict=copies is not None):
         if copy is not None:
             copy.copy_(param)
@@ -297,15 +298,9 @@ def combine_adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    averages: Sequence[Tensor] | None = None,
-    momentum: float = 0.0,
+    ema: Sequence[Tensor] | None = None,
     copies: Sequence[Tensor | None] | None = None,
-    skip_unless: Tensor | None = None,
+    **options: Any,
 ) -> None:
     """`adamw_` with the gradients that `combine` gives, not rounded to a half precision in between.
 
@@ -313,22 +308,10 @@ def combine_adamw_(
     """
     wide = [[None if grad is None else _wide(grad) for grad in row] for row in grads]
     summed = {k: grad for k, grad in enumerate(combine(wide, weights)) if grad is not None}
-    params, exp_avgs, exp_avg_sqs = ([tensors[k] for k in summed] for tensors in (params, exp_avgs, exp_avg_sqs))
-    adamw_(
-        params,
-        list(summed.values()),
-        exp_avgs,
-        exp_avg_sqs,
-        step=step,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        averages=None if averages is None else [averages[k] for k in summed],
-        momentum=momentum,
-        copies=None if copies is None else [copies[k] for k in summed],
-        skip_unless=skip_unless,
-    )
+    state = ([tensors[k] for k in summed] for tensors in (exp_avgs, exp_avg_sqs))
+    more = (None if tensors is None else [tensors[k] for k in summed] for tensors in (ema, copies))
+    options |= dict(zip(("ema", "copies"), more, strict=True))
+    adamw_([params[k] for k in summed], list(summed.values()), *state, **options)
 
 
 # SMART -----------------------------------------------------------------------------------------------------------
@@ -395,11 +378,11 @@ def smart_ascend(
 
     L2 norms are summed in float64, so that no square overflows or vanishes.
     """
-    start, centre, slope = _wide(perturbed), _wide(x), _wide(grad)
+    start, centre, gradient = _wide(perturbed), _wide(x), _wide(grad)
     step, radius = _in_units(eta, scale, start), _in_units(epsilon, scale, start)
-    steepness = _group_norms(slope, cu_seqlens, norm, per)
-    moves = (steepness > 0) & steepness.isfinite() & (step != 0)
-    moved = torch.where(moves, start + slope / steepness * step, start)
+    gradient_norm = _group_norms(gradient, cu_seqlens, norm, per)
+    moves = (gradient_norm > 0) & gradient_norm.isfinite() & (step != 0)
+    moved = torch.where(moves, start + gradient / gradient_norm * step, start)
     if projection == "ball" and norm == "inf":
         low, high = centre - radius, centre + radius
         result = torch.where(moved < low, low, moved)

@@ -2,77 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import checks, reference
-from .dispatch import compiled
-from .native import library
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 3}  # csrc/kernels.h's DType
+from . import checks, native_calls, reference
+from .dispatch import is_compiled
 
 
-def _takes(op: str, x: Tensor) -> bool:
-    """Whether native code runs an op for x."""
-    takes = x.dtype in _DTYPES and (x.dtype != torch.float16 or x.device.type == "cuda")
-    return takes and compiled(op, x.device) is not None
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _start(x: Tensor, sigma: float, seed: Tensor, stream_id: int, scale: Tensor | None) -> tuple[Tensor, tuple]:
-    """Memory for the result, and csrc/kernels.h's NormalStart."""
-    out = torch.empty_like(x)
-    rows, columns = x.shape
-    addresses = x.data_ptr(), out.data_ptr()
-    return out, (*addresses, _DTYPES[x.dtype], rows, columns, sigma, _address(scale), seed.data_ptr(), stream_id)
-
-
-@torch.library.custom_op("minbert::smart_init", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("minbert::smart_init", mutates_args=(), device_types=("cpu", "cuda"))
 def _smart_init(x: Tensor, sigma: float, seed: Tensor, stream_id: int, scale: Tensor | None = None) -> Tensor:
-    out, start = _start(x, sigma, seed, stream_id, scale)
-    library().smart_init(start, torch.get_num_threads())
-    return out
-
-
-@_smart_init.register_kernel("cuda")
-def _(x: Tensor, sigma: float, seed: Tensor, stream_id: int, scale: Tensor | None = None) -> Tensor:
-    with torch.cuda.device(x.device):
-        out, start = _start(x, sigma, seed, stream_id, scale)
-        library().cuda_smart_init(start, torch.cuda.current_stream().cuda_stream)
+    out = torch.empty_like(x)
+    rows, columns, dtype = native_calls.activation(x)
+    addresses, stream = (x.data_ptr(), out.data_ptr()), (seed.data_ptr(), stream_id)
+    start = (
+        *addresses,
+        dtype,
+        rows,
+        columns,
+        sigma,
+        native_calls.address(scale),
+        *stream,
+    )  # csrc/kernels.h's NormalStart
+    native_calls.run("smart_init", x.device, start)
     return out
 
 
 @_smart_init.register_fake
-def _(x: Tensor, *_) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _ascent(
-    perturbed: Tensor,
-    x: Tensor,
-    grad: Tensor,
-    cu_seqlens: Tensor,
-    eta: float,
-    epsilon: float,
-    infinity_norm: bool,
-    per_sequence: bool,
-    onto_ball: bool,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, tuple]:
-    """Memory for the result, and csrc/kernels.h's Ascent."""
-    out = torch.empty_like(perturbed)
-    tokens, columns = perturbed.shape
-    groups = cu_seqlens.shape[0] - 1 if per_sequence else tokens
-    addresses = perturbed.data_ptr(), x.data_ptr(), grad.data_ptr(), out.data_ptr()
-    sizes = cu_seqlens.data_ptr() if per_sequence else 0, groups, tokens, columns
-    lengths = eta, epsilon, _address(scale)
-    return out, (*addresses, _DTYPES[perturbed.dtype], *sizes, *lengths, infinity_norm, onto_ball)
-
-
-@torch.library.custom_op("minbert::smart_ascend", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("minbert::smart_ascend", mutates_args=(), device_types=("cpu", "cuda"))
 def _smart_ascend(
     perturbed: Tensor,
     x: Tensor,
@@ -85,21 +47,18 @@ def _smart_ascend(
     onto_ball: bool,
     scale: Tensor | None = None,
 ) -> Tensor:
-    out, ascent = _ascent(perturbed, x, grad, cu_seqlens, eta, epsilon, infinity_norm, per_sequence, onto_ball, scale)
-    library().smart_ascend(ascent, torch.get_num_threads())
-    return out
-
-
-@_smart_ascend.register_kernel("cuda")
-def _(perturbed: Tensor, *others) -> Tensor:
-    with torch.cuda.device(perturbed.device):
-        out, ascent = _ascent(perturbed, *others)
-        library().cuda_smart_ascend(ascent, torch.cuda.current_stream().cuda_stream)
+    out = torch.empty_like(perturbed)
+    tokens, columns, dtype = native_calls.activation(perturbed)
+    groups = (cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1) if per_sequence else (0, tokens)
+    addresses = (tensor.data_ptr() for tensor in (perturbed, x, grad, out))
+    lengths = eta, epsilon, native_calls.address(scale)
+    ascent = (*addresses, dtype, *groups, tokens, columns, *lengths, infinity_norm, onto_ball)  # csrc/kernels.h's Ascent
+    native_calls.run("smart_ascend", perturbed.device, ascent)
     return out
 
 
 @_smart_ascend.register_fake
-def _(perturbed: Tensor, *_) -> Tensor:
+def _(perturbed: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(perturbed)
 
 
@@ -128,7 +87,7 @@ def smart_init(x: Tensor, *, sigma: float, seed: Tensor, stream_id: int, scale: 
     _check_scale("smart_init", scale, x)
     if sigma == 0:
         return x.clone()
-    if _takes("smart_init", x):
+    if is_compiled("smart_init", x.device, x.dtype):
         return _smart_init(x, sigma, seed, stream_id, scale)
     return reference.smart_init(x, sigma, seed, stream_id, scale)
 
@@ -181,7 +140,7 @@ def smart_ascend(
     checks.choice(op, "per", per, ("token", "sequence"))
     checks.choice(op, "projection", projection, ("ball", "unit"))
     _check_scale(op, scale, perturbed)
-    if _takes(op, perturbed):
+    if is_compiled(op, perturbed.device, perturbed.dtype):
         choices = norm == "inf", per == "sequence", projection == "ball"
         return _smart_ascend(perturbed, x, grad, cu_seqlens, eta, epsilon, *choices, scale)
     return reference.smart_ascend(perturbed, x, grad, cu_seqlens, eta, epsilon, norm, per, projection, scale)

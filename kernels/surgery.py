@@ -2,127 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, reference
-from .dispatch import compiled
+from . import checks, native_calls, reference
+from .dispatch import is_compiled
 from .native import library
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # csrc/kernels.h's DType
 
-
-def _present(grads: Sequence[Tensor | None]) -> Tensor:
-    return next(grad for grad in grads if grad is not None)
-
-
-def native_arguments(grads: Sequence[Tensor | None], tasks: int) -> tuple[list[int], list[int], list[int], int]:
-    """Addresses [T * K] (0 for a missing tensor), sizes [K], dtype codes [K], T; no column is missing in every task."""
-    count = len(grads) // tasks
-    columns = [first if first is not None else _present(grads[k::count]) for k, first in enumerate(grads[:count])]
-    addresses = [0 if g is None else g.data_ptr() for g in grads]
-    return addresses, [g.numel() for g in columns], [_DTYPES[g.dtype] for g in columns], tasks
-
-
-@contextmanager
-def stream_of(device: torch.device) -> Iterator[int]:
-    """The current stream of a CUDA device, which is the current device meanwhile."""
-    with torch.cuda.device(device):
-        yield torch.cuda.current_stream().cuda_stream
-
-
-def _scratch_for_gram(sizes: Sequence[int], tasks: int, parts: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """csrc/kernels.h's partials, and where the Gram matrix goes."""
-    chunks = sum(-(-size // library().CHUNK) for size in sizes)
-    partials = torch.empty(chunks, parts, tasks, tasks, dtype=torch.float64, device=device)
-    return partials, torch.empty(tasks, tasks, dtype=torch.float64, device=device)
-
-
-@torch.library.custom_op("minbert::gram", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("minbert::gram", mutates_args=(), device_types=("cpu", "cuda"))
 def _gram(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
-    arguments = native_arguments(grads, tasks)
-    partials, gram = _scratch_for_gram(arguments[1], tasks, 1, torch.device("cpu"))
-    library().gram(arguments, partials.data_ptr(), gram.data_ptr(), torch.get_num_threads())
-    return gram
-
-
-@_gram.register_kernel("cuda")
-def _(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
-    arguments = native_arguments(grads, tasks)
-    device = _present(grads).device
-    partials, gram = _scratch_for_gram(arguments[1], tasks, library().CHUNK_PARTS, device)
-    with stream_of(device) as stream:
-        library().cuda_gram(arguments, partials.data_ptr(), gram.data_ptr(), stream)
+    arguments, device = native_calls.task_gradients(grads, tasks), native_calls.any_of(grads).device
+    parts = library().CHUNK_PARTS if device.type == "cuda" else 1
+    chunks = sum(-(-size // library().CHUNK) for size in arguments[1])
+    partials = torch.empty(chunks, parts, tasks, tasks, dtype=torch.float64, device=device)
+    gram = torch.empty(tasks, tasks, dtype=torch.float64, device=device)
+    native_calls.run("gram", device, arguments, partials.data_ptr(), gram.data_ptr())
     return gram
 
 
 @_gram.register_fake
 def _(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
-    device = _present(grads).device
-    return torch.empty(tasks, tasks, dtype=torch.float64, device=device)
+    return torch.empty(tasks, tasks, dtype=torch.float64, device=native_calls.any_of(grads).device)
 
 
-@torch.library.custom_op("minbert::combine_", mutates_args=("out",), device_types="cpu")
+@torch.library.custom_op("minbert::combine_", mutates_args=("out",), device_types=("cpu", "cuda"))
 def _combine_(grads: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]) -> None:
-    outputs = [tensor.data_ptr() for tensor in out]
-    arguments = native_arguments(grads, weights.shape[0])
-    library().combine(arguments, weights.data_ptr(), outputs, torch.get_num_threads())
-
-
-@_combine_.register_kernel("cuda")
-def _(grads: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]) -> None:
-    outputs = [tensor.data_ptr() for tensor in out]
-    arguments = native_arguments(grads, weights.shape[0])
-    with stream_of(weights.device) as stream:
-        library().cuda_combine(arguments, weights.data_ptr(), outputs, stream)
+    arguments = native_calls.task_gradients(grads, weights.shape[0])
+    native_calls.run("combine", weights.device, arguments, weights.data_ptr(), [tensor.data_ptr() for tensor in out])
 
 
 @_combine_.register_fake
-def _(grads: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]) -> None:
+def _(*_: Any) -> None:
     return None
 
 
-def _surgery_arguments(
-    gram: Tensor,
-    orders: Tensor | None,
-    weights: Tensor | None,
-    own_square: Tensor | None,
-    max_norm: float,
-    mean: bool,
-) -> tuple[tuple[int | float, ...], tuple[Tensor, Tensor, Tensor]]:
-    """csrc/kernels.h's SurgeryProblem and SurgeryResult, and the tensors of the latter: weights, stats, scratch."""
-    tasks = gram.shape[0]
-    result = gram.new_empty(tasks), gram.new_empty(4), gram.new_empty(tasks + 3, tasks)
-    given = (0 if tensor is None else tensor.data_ptr() for tensor in (gram, orders, weights, own_square))
-    return (tasks, *given, max_norm, mean, *(tensor.data_ptr() for tensor in result)), result
-
-
-@torch.library.custom_op("minbert::surgery_weights", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("minbert::surgery_weights", mutates_args=(), device_types=("cpu", "cuda"))
 def _surgery_weights(
     gram: Tensor, orders: Tensor | None, weights: Tensor | None, own_square: Tensor | None, max_norm: float, mean: bool
 ) -> tuple[Tensor, Tensor]:
-    arguments, result = _surgery_arguments(gram, orders, weights, own_square, max_norm, mean)
-    library().surgery_weights(arguments)
-    return result[:2]
-
-
-@_surgery_weights.register_kernel("cuda")
-def _(
-    gram: Tensor, orders: Tensor | None, weights: Tensor | None, own_square: Tensor | None, max_norm: float, mean: bool
-) -> tuple[Tensor, Tensor]:
-    with stream_of(gram.device) as stream:
-        arguments, result = _surgery_arguments(gram, orders, weights, own_square, max_norm, mean)
-        library().cuda_surgery_weights(arguments, stream)
-    return result[:2]
+    tasks = gram.shape[0]
+    result, stats, scratch = gram.new_empty(tasks), gram.new_empty(4), gram.new_empty(tasks + 3, tasks)
+    given = (native_calls.address(tensor) for tensor in (gram, orders, weights, own_square))
+    written = (tensor.data_ptr() for tensor in (result, stats, scratch))
+    arguments = (tasks, *given, max_norm, mean, *written)  # csrc/kernels.h's SurgeryProblem and SurgeryResult
+    if gram.device.type == "cpu":
+        library().surgery_weights(arguments)  # on one thread
+    else:
+        native_calls.run("surgery_weights", gram.device, arguments)
+    return result, stats
 
 
 @_surgery_weights.register_fake
-def _(
-    gram: Tensor, orders: Tensor | None, weights: Tensor | None, own_square: Tensor | None, max_norm: float, mean: bool
-) -> tuple[Tensor, Tensor]:
+def _(gram: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return gram.new_empty(gram.shape[0]), gram.new_empty(4)
 
 
@@ -145,7 +80,7 @@ def gram(grads: Sequence[Sequence[Tensor | None]]) -> Tensor:
     if not present:
         return torch.zeros(len(grads), len(grads), dtype=torch.float64)
     device = columns[present[0]].device  # type: ignore[union-attr]
-    if compiled("gram", device):
+    if is_compiled("gram", device):
         return _gram([row[k] for row in grads for k in present], len(grads))
     return reference.gram(grads)
 
@@ -187,7 +122,7 @@ def combine(
         checks.same("combine", f"out[{k}]", target, column, "the gradients there")
         results[k] = target
 
-    if compiled("combine", device):
+    if is_compiled("combine", device):
         columns_of = [row[k] for row in grads for k, _ in present]
         _combine_(columns_of, weights.to(device), [results[k] for k, _ in present])
     else:
@@ -239,7 +174,7 @@ def surgery_weights(
 
     Args:
         gram: float64 [T, T], as from `gram`. If one of its numbers is not finite, PCGrad projects nothing.
-        orders: int64 [T, T]: row i is a permutation of the tasks (its place for i itself does not matter).
+        orders: int64 [T, T]: row i is a permutation of the tasks (where i itself stands in it does not matter).
         weights: float64 [T].
         reduction: "sum" or "mean" of the (projected) gradients. It does not change given `weights`, but says what
             plain weights they are compared with: 1, or 1 / T.
@@ -273,6 +208,6 @@ def surgery_weights(
     if own_square is not None:
         checks.tensor(op, "own_square", own_square, [], [torch.float64], like=gram)
     mean = reduction == "mean"
-    if compiled(op, gram.device):
+    if is_compiled(op, gram.device):
         return _surgery_weights(gram, orders, weights, own_square, max_norm, mean)
     return reference.surgery_weights(gram, orders, weights, own_square, max_norm, mean)

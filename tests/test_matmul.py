@@ -87,21 +87,26 @@ def test_a_run_measures_once_and_its_evaluation_and_continuation_keep_to_it(quic
     ],
 )
 def test_what_multiplies_no_float32_or_is_chosen_is_not_measured(options, precision, device, measured):
-    group = SimpleNamespace(leads=True, device=torch.device(device), agreed=lambda word: word)
+    group = SimpleNamespace(is_main=True, device=torch.device(device), broadcast_object=lambda name: name)
     assert choose_matmul(TrainConfig(**options), EncoderConfig(), precision, group) == "blas"
     assert not measured
 
 
 @needs_onednn
-@pytest.mark.parametrize("leads", [True, False])
-def test_all_ranks_take_what_the_first_one_finds(leads, measured):
-    heard = []
-    group = SimpleNamespace(leads=leads, device=torch.device("cpu"), agreed=lambda word: heard.append(word) or "onednn")
+@pytest.mark.parametrize("is_main", [True, False])
+def test_all_ranks_take_what_the_first_one_finds(is_main, measured):
+    found = []
+
+    def broadcast_object(name):
+        found.append(name)
+        return "onednn"
+
+    group = SimpleNamespace(is_main=is_main, device=torch.device("cpu"), broadcast_object=broadcast_object)
     encoder = EncoderConfig(hidden_size=384, num_attention_heads=12, intermediate_size=1536)
     assert choose_matmul(TrainConfig(), encoder, "fp32", group) == "onednn"
     assert kernels.matmul() == "onednn"
-    assert measured == ([(384, 1536)] if leads else [])
-    assert heard == ["onednn" if leads else "blas"]
+    assert measured == ([(384, 1536)] if is_main else [])
+    assert found == ["onednn" if is_main else "blas"]
 
 
 def test_a_library_that_torch_lacks_is_refused_for_training_and_named_for_predicting(

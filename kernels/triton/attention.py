@@ -1,4 +1,4 @@
-"""Attention's launches: which kernel takes a batch, in which shape, and all of them for compiling ahead."""
+"""Attention's launches: which kernel takes a batch, and in which shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .. import reference
-from ..attention_plan import tile_rows
+from ..attention_plan import AttentionProblem, tile_rows
 from .attention_kernels import backward_keys, backward_queries, backward_whole, forward_blocks, forward_whole
 
 
@@ -95,20 +95,25 @@ def shapes_for(head_dim: int, dtype: torch.dtype, max_seqlen: int, capability: t
     return _HOPPER if capability[0] == 9 and max_seqlen <= 512 else _HALF
 
 
-def _arguments(
-    qkv: Tensor, cu_seqlens: Tensor, dropout_p: float, seed: Tensor | None, stream_id: int, scale: float
-) -> dict[str, Any]:
-    """What all kernels take; numbers of 32 bits as int32, so that they share one compilation."""
+def _arguments(problem: AttentionProblem, *, planned: bool) -> dict[str, Any]:
+    """The arguments of all kernels; numbers of 32 bits as int32, so that they share one compilation.
+
+    Args:
+        planned: whether the kernels take the plan's tiles, if there is a plan; else they take sequences.
+    """
+    qkv = problem.qkv
     tokens, _, heads, head_dim = qkv.shape
-    threshold = reference.drop_threshold(dropout_p)
+    threshold = reference.drop_threshold(problem.dropout_p)
     return {
         "qkv": qkv,
-        "cu_seqlens": cu_seqlens,
-        "seed": seed,
+        "cu_seqlens": problem.cu_seqlens,
+        "tiles": problem.tile_bounds if planned else None,
+        "starts": problem.starts if planned else None,
+        "seed": problem.seed,
         "threshold": threshold - (threshold >> 31 << 32),
-        "stream_id": stream_id - (stream_id >> 31 << 32),
-        "keep_scale": 1 / (1 - dropout_p),
-        "scale": scale,
+        "stream_id": problem.stream_id - (problem.stream_id >> 31 << 32),
+        "keep_scale": 1 / (1 - problem.dropout_p),
+        "scale": problem.scale,
         "tokens": tokens,
         "heads": heads,
         "token_stride": qkv.stride(0),
@@ -116,7 +121,7 @@ def _arguments(
         "head_stride": qkv.stride(2),
         "D": head_dim,
         "PAD": padded(head_dim),
-        "DROPOUT": seed is not None,
+        "DROPOUT": problem.seed is not None,
     }
 
 
@@ -130,7 +135,9 @@ class Launch(NamedTuple):
         """Heads of a program: as many as share random words, if 32 bits hold what dropout keeps in all the blocks."""
         return next((heads for heads in (4, 2) if heads * self.blocks <= 32), 1) if dropout else 1
 
-    def __call__(self, tiles: int, arguments: dict[str, Any]) -> None:
+    def __call__(self, arguments: dict[str, Any]) -> None:
+        table = arguments["tiles"]
+        tiles = arguments["cu_seqlens"].shape[0] - 1 if table is None else table.shape[0]
         together = self.together(arguments["DROPOUT"])
         blocks = {"blocks": self.programs, "QUERIES": self.shape.queries, "KEYS": self.shape.keys, "HEADS": together}
         given = arguments | blocks
@@ -167,56 +174,34 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)  # else it is interpreted
 
 
-def attention(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    stream_id: int,
-    scale: float,
-    tiles: Tensor | None = None,
-    starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The result [N, H, d], and lse [H, N], which holds something where the backward goes over blocks."""
+def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """The result [N, H, d], and lse [H, N], which is written where the backward goes over blocks."""
+    qkv, max_seqlen = problem.qkv, problem.max_seqlen
     tokens, _, heads, head_dim = qkv.shape
     out, lse = qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(heads, tokens, dtype=torch.float32)
-    if tile_rows(max_seqlen) is None:
-        tiles = starts = None
-    arguments = _arguments(qkv, cu_seqlens, dropout_p, seed, stream_id, scale)
-    arguments |= {"tiles": tiles, "starts": starts, "out": out, "lse": lse}
     shapes = shapes_for(head_dim, qkv.dtype, max_seqlen, compute_capability(qkv.device))
+    arguments = _arguments(problem, planned=tile_rows(max_seqlen) is not None) | {"out": out, "lse": lse}
     with torch.cuda.device_of(qkv):
-        forward_launch(shapes, max_seqlen)(cu_seqlens.shape[0] - 1 if tiles is None else tiles.shape[0], arguments)
+        forward_launch(shapes, max_seqlen)(arguments)
     return out, lse
 
 
-def attention_backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    stream_id: int,
-    scale: float,
-    tiles: Tensor | None,
-    starts: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-) -> Tensor:
+def attention_backward(grad_out: Tensor, problem: AttentionProblem, out: Tensor, lse: Tensor) -> Tensor:
     """The gradient of qkv, contiguous. The elements of grad_out's heads lie next to each other."""
-    launches = backward_launches(
-        shapes_for(qkv.shape[3], qkv.dtype, max_seqlen, compute_capability(qkv.device)), max_seqlen
-    )
-    if len(launches) > 1:
-        tiles = starts = None
+    qkv, max_seqlen = problem.qkv, problem.max_seqlen
+    shapes = shapes_for(qkv.shape[3], qkv.dtype, max_seqlen, compute_capability(qkv.device))
+    launches = backward_launches(shapes, max_seqlen)
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    arguments = _arguments(qkv, cu_seqlens, dropout_p, seed, stream_id, scale)
-    arguments |= {"tiles": tiles, "starts": starts, "out": out, "lse": lse, "delta": torch.empty_like(lse)}
-    arguments |= {"grad_out": grad_out, "grad_token_stride": grad_out.stride(0), "grad_head_stride": grad_out.stride(1)}
-    arguments |= {"grad_qkv": grad_qkv}
+    arguments = _arguments(problem, planned=len(launches) == 1) | {
+        "out": out,
+        "lse": lse,
+        "delta": torch.empty_like(lse),
+        "grad_out": grad_out,
+        "grad_token_stride": grad_out.stride(0),
+        "grad_head_stride": grad_out.stride(1),
+        "grad_qkv": grad_qkv,
+    }
     with torch.cuda.device_of(qkv):
         for launch in launches:
-            launch(cu_seqlens.shape[0] - 1 if tiles is None else tiles.shape[0], arguments)
+            launch(arguments)
     return grad_qkv

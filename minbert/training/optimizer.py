@@ -161,4 +161,4 @@ class AdamW(torch.optim.Optimizer):
         return [self.state[param][entry] for param in params]
 
     def _average(self, params: Sequence[Tensor]) -> dict[str, Any]:
-        return {"averages": self._states(params, "average"), "momentum": self.average_beta}
+        return {"ema": self._states(params, "average"), "ema_decay": self.average_beta}

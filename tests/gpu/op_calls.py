@@ -91,9 +91,9 @@ def calls(device: torch.device | str, copies: int = 1) -> dict[str, Call]:
         tables = [views(size, HIDDEN) for size in (VOCABULARY, 2, 64)]
         ids = [integers(size, rows) for size in (VOCABULARY, 2, 64)]
         found[f"embedding, {name}"] = both_ways(embed, [*tables, *params], *ids)
-        x, perturbed, slope = activation(HIDDEN), activation(HIDDEN), activation(HIDDEN)
+        x, perturbed, gradient = activation(HIDDEN), activation(HIDDEN), activation(HIDDEN)
         found[f"smart_init, {name}"] = functools.partial(_start, x, seed)
-        ascend = functools.partial(kernels.smart_ascend, perturbed, x, slope, stream(lengths), eta=0.1, epsilon=0.2)
+        ascend = functools.partial(kernels.smart_ascend, perturbed, x, gradient, stream(lengths), eta=0.1, epsilon=0.2)
         for norm, per in itertools.product(("inf", "2"), ("token", "sequence")):
             found[f"smart_ascend {norm} per {per}, {name}"] = functools.partial(_ascend, ascend, norm, per)
 

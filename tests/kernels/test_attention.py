@@ -268,9 +268,9 @@ def test_compiled_code_refuses_wrong_lengths(needs_native: None) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_opcheck(op: str, p: float, needs_native: None) -> None:
     qkv = randn(9, 3, 2, 8).requires_grad_()
-    arguments = (qkv, stream([4, 5]), 5, p, SEED if p else None, 1, 0.3)
+    arguments = (qkv, stream([4, 5]), 5, p, SEED if p else None, 1, 0.3, None, None)
     if op == "attention_backward":
-        arguments = (randn(9, 2, 8, seed=1), qkv.detach(), *arguments[1:])
+        arguments = (randn(9, 2, 8, seed=1), qkv.detach(), *arguments[1:], None, None)
     torch.library.opcheck(getattr(torch.ops.minbert, op).default, arguments)
 
 

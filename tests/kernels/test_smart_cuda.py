@@ -40,7 +40,7 @@ from test_smart_ops import (  # noqa: F401  tests are collected here once more, 
 )
 from torch import Tensor
 
-from minbert.kernels import native, reference, smart, smart_ascend, smart_init, use_backend
+from minbert.kernels import native, native_calls, reference, smart, smart_ascend, smart_init, use_backend
 
 CSRC = Path(__file__).parents[2] / "csrc"
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,8 +105,8 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
 @pytest.fixture
 def isa(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the imported tests call: the CUDA kernels, run on the host."""
-    monkeypatch.setattr(smart, "library", lambda: on_host)
-    monkeypatch.setattr(smart, "_takes", lambda op, x: x.dtype in HALVES)
+    monkeypatch.setattr(native_calls, "library", lambda: on_host)
+    monkeypatch.setattr(smart, "is_compiled", lambda op, device, dtype: dtype in HALVES)
     return "cuda"
 
 

@@ -161,10 +161,10 @@ def test_the_fused_update_errs_no_more_than_twice_the_reference(tasks: int, dtyp
         None if k == 3 else torch.full_like(p, float("nan"), dtype=torch.bfloat16) for k, p in enumerate(state[0])
     ]
     mine, other, exact = copy.deepcopy(state), copy.deepcopy(state), wide(state)
-    more = {**OPTIONS, "momentum": 0.75}
-    combine_adamw_(mine[0], grads, weights, *mine[1:3], **more, averages=mine[3], copies=copies)
-    reference.combine_adamw_(other[0], grads, weights, *other[1:3], **more, averages=other[3])
-    reference.combine_adamw_(exact[0], wide(grads), weights, *exact[1:3], **more, averages=exact[3])
+    more = {**OPTIONS, "ema_decay": 0.75}
+    combine_adamw_(mine[0], grads, weights, *mine[1:3], **more, ema=mine[3], copies=copies)
+    reference.combine_adamw_(other[0], grads, weights, *other[1:3], **more, ema=other[3])
+    reference.combine_adamw_(exact[0], wide(grads), weights, *exact[1:3], **more, ema=exact[3])
     for ours, theirs, truths in zip(mine, other, exact, strict=True):
         assert error(ours, truths) <= 2 * error(theirs, truths) + float64_slack(dtype, truths)
     assert all(made is None or same_bits(made, param.bfloat16()) for made, param in zip(copies, mine[0], strict=True))

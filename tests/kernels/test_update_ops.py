@@ -288,22 +288,22 @@ def test_gram_weights_clip_update_equals_torch_on_the_summed_gradient(isa: str, 
 
 
 @quick
-@given(problem=problems(), momentum=st.sampled_from([0.0, 0.3, 0.75, 0.99, 1.0]))
-def test_averages_follow_the_parameters_in_the_same_pass(isa: str, problem, momentum: float) -> None:
+@given(problem=problems(), ema_decay=st.sampled_from([0.0, 0.3, 0.75, 0.99, 1.0]))
+def test_averages_follow_the_parameters_in_the_same_pass(isa: str, problem, ema_decay: float) -> None:
     state, grads, weights = problem
-    averages = [tensor.clone().mul_(-2).add_(1) for tensor in state[0]]
-    mine, without, kept = copy.deepcopy(state), copy.deepcopy(state), copy.deepcopy(averages)
+    ema = [tensor.clone().mul_(-2).add_(1) for tensor in state[0]]
+    mine, without, kept = copy.deepcopy(state), copy.deepcopy(state), copy.deepcopy(ema)
     options = {"step": 3, **OPTIONS}
     combine_adamw_(without[0], grads, weights, *without[1:], **options)
-    combine_adamw_(mine[0], grads, weights, *mine[1:], **options, averages=kept, momentum=momentum)
+    combine_adamw_(mine[0], grads, weights, *mine[1:], **options, ema=kept, ema_decay=ema_decay)
     assert all(same_bits(*pair) for pair in zip(flat(mine), flat(without), strict=True))
-    for k, (average, before, param) in enumerate(zip(kept, averages, mine[0], strict=True)):
-        if all(row[k] is None for row in grads) or momentum == 1:
+    for k, (average, before, param) in enumerate(zip(kept, ema, mine[0], strict=True)):
+        if all(row[k] is None for row in grads) or ema_decay == 1:
             assert same_bits(average, before)
-        elif momentum == 0:
+        elif ema_decay == 0:
             assert same_bits(average, param)
         else:
-            expected = momentum * before.double() + (1 - momentum) * param.double()
+            expected = ema_decay * before.double() + (1 - ema_decay) * param.double()
             scale = torch.maximum(before.abs(), param.abs()).double()
             assert ((average.double() - expected).abs() <= 2 * torch.finfo(average.dtype).eps * scale).all()
 
@@ -314,21 +314,21 @@ def test_the_reference_keeps_the_same_averages(needs_native: None) -> None:
     for backend in ("auto", "reference"):
         state, average = state_for([(300,)], [torch.float32]), [params[0].clone()]
         with use_backend(backend):
-            adamw_([params[0].clone()], grad, *state[1:], step=1, **OPTIONS, averages=average, momentum=0.9)
+            adamw_([params[0].clone()], grad, *state[1:], step=1, **OPTIONS, ema=average, ema_decay=0.9)
         results.append(average[0])
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
 @quick
-@given(problem=problems(), momentum=st.sampled_from([0.0, 0.75]))
-def test_copies_are_the_rounded_parameters(isa: str, problem, momentum: float) -> None:
+@given(problem=problems(), ema_decay=st.sampled_from([0.0, 0.75]))
+def test_copies_are_the_rounded_parameters(isa: str, problem, ema_decay: float) -> None:
     state, grads, weights = problem
     without, mine = copy.deepcopy(state), copy.deepcopy(state)
     blank = [torch.full_like(tensor, float("nan"), dtype=torch.bfloat16) for tensor in state[0]]
     copies = [None if k % 3 == 2 else tensor.clone() for k, tensor in enumerate(blank)]
-    averages = [tensor.clone() for tensor in state[0]]
+    ema = [tensor.clone() for tensor in state[0]]
     combine_adamw_(without[0], grads, weights, *without[1:], step=3, **OPTIONS)
-    more = {"averages": averages, "momentum": momentum, "copies": copies}
+    more = {"ema": ema, "ema_decay": ema_decay, "copies": copies}
     combine_adamw_(mine[0], grads, weights, *mine[1:], step=3, **OPTIONS, **more)
     assert all(same_bits(*pair) for pair in zip(flat(mine), flat(without), strict=True))
     for k, made in enumerate(copies):
@@ -352,9 +352,9 @@ def test_an_update_is_skipped_where_its_flag_is_zero(isa: str, backend: str, fla
     skip_unless = torch.tensor(flag, dtype=torch.bool if isinstance(flag, bool) else torch.float64)
     state = state_for([(CHUNK + 9,), (7,)], [torch.float32, torch.float32])
     grads = [randn(CHUNK + 9, seed=8), randn(7, seed=9)]
-    averages = [tensor.clone() for tensor in state[0]]
+    ema = [tensor.clone() for tensor in state[0]]
     copies = [torch.zeros_like(tensor, dtype=torch.bfloat16) for tensor in state[0]]
-    every = [*state, averages, copies]
+    every = [*state, ema, copies]
     before = copy.deepcopy(every)
     with use_backend(backend):
         combine_adamw_(
@@ -364,15 +364,15 @@ def test_an_update_is_skipped_where_its_flag_is_zero(isa: str, backend: str, fla
             *state[1:],
             step=1,
             **OPTIONS,
-            averages=averages,
+            ema=ema,
             copies=copies,
             skip_unless=skip_unless,
         )
     assert [same_bits(a, b) for a, b in zip(flat(every), flat(before), strict=True)] == [not flag] * 10
 
 
-@pytest.mark.parametrize("momentum", [-0.1, 1.5, float("nan")])
-def test_momentum_is_a_share(momentum: float) -> None:
+@pytest.mark.parametrize("ema_decay", [-0.1, 1.5, float("nan")])
+def test_ema_decay_is_a_share(ema_decay: float) -> None:
     state = state_for([(3,)], [torch.float32])
-    with pytest.raises(ValueError, match="adamw_: momentum must be between 0 and 1"):
-        adamw_(state[0], [randn(3)], *state[1:], step=1, **OPTIONS, averages=[randn(3)], momentum=momentum)
+    with pytest.raises(ValueError, match="adamw_: ema_decay must be between 0 and 1"):
+        adamw_(state[0], [randn(3)], *state[1:], step=1, **OPTIONS, ema=[randn(3)], ema_decay=ema_decay)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minbert import kernels
-from minbert.kernels import native_arguments, reference, use_backend
+from minbert.kernels import dispatch, reference, use_backend
 from minbert.kernels.triton import dropout, embedding, gelu, layer_norm, row_tiles, segment_sums
 
 SEED, STREAM_ID, EPS = (-(2**41) + 5, 2**32 - 10), 9, 1e-12  # with the first row's number
@@ -248,13 +248,8 @@ def test_integers_never_make_triton_compile_anew():
     assert all(value % 2 == 1 and value > 1 for value in segment_sums.arguments(range(100)))
 
 
-def test_wide_rows_and_other_precisions_are_the_references():
-    gpu = torch.device("cuda")
-    assert native_arguments.LARGEST_ON_GPU == row_tiles.LARGEST
-    assert native_arguments.takes(gpu, row_tiles.LARGEST, torch.bfloat16, torch.float16, torch.float32)
-    assert not native_arguments.takes(gpu, row_tiles.LARGEST + 1, torch.float32)
-    assert not native_arguments.takes(gpu, 8, torch.float64)
-    assert not native_arguments.takes(torch.device("cpu"), 8, torch.float16)
+def test_the_dispatcher_knows_the_widest_row():
+    assert dispatch.WIDEST_ROW == row_tiles.LARGEST
 
 
 # The public ops on a GPU -----------------------------------------------------------------------------------------

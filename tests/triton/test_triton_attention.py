@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minbert import kernels
 from minbert.kernels import reference, use_backend
+from minbert.kernels.attention_plan import AttentionProblem
 from minbert.kernels.triton import attention
 
 SEED, STREAM_ID = (-(2**40) + 77, 2**32 - 30), 2**32 - 6  # with the first row's number
@@ -75,8 +76,9 @@ def run(device: torch.device) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
             STREAM_ID,
             qkv.shape[3] ** -0.5 if scale is None else scale,
         )
-        out, lse = attention.attention(*problem, *table)
-        grad_qkv = attention.attention_backward(grad_out.to(device), *problem, *table, out, lse)
+        problem = AttentionProblem(*problem, *table)
+        out, lse = attention.attention(problem)
+        grad_qkv = attention.attention_backward(grad_out.to(device), problem, out, lse)
         return out.cpu(), grad_qkv.cpu()
 
     torch.use_deterministic_algorithms(True)  # torch.empty gives NaN

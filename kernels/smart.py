@@ -52,7 +52,16 @@ def _smart_ascend(
     groups = (cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1) if per_sequence else (0, tokens)
     addresses = (tensor.data_ptr() for tensor in (perturbed, x, grad, out))
     lengths = eta, epsilon, native_calls.address(scale)
-    ascent = (*addresses, dtype, *groups, tokens, columns, *lengths, infinity_norm, onto_ball)  # csrc/kernels.h's Ascent
+    ascent = (
+        *addresses,
+        dtype,
+        *groups,
+        tokens,
+        columns,
+        *lengths,
+        infinity_norm,
+        onto_ball,
+    )  # csrc/kernels.h's Ascent
     native_calls.run("smart_ascend", perturbed.device, ascent)
     return out
 

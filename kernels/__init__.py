@@ -1,7 +1,7 @@
 """The compiled ops of minbert, usable on their own: `from minbert.kernels import gram, combine, attention`.
 
 Every op is stated in plain PyTorch in `minbert.kernels.reference`, and runs natively where native code exists for the
-tensors' device (`backends` tells). Each public function validates its arguments, chooses the backend and calls it.
+tensors' device (see `backends`). Each public function validates its arguments, chooses the backend and calls it.
 """
 
 import sys
@@ -11,7 +11,7 @@ if __name__ == "minbert.kernels":
     from .adamw import adamw_, combine_adamw_
     from .attention import attention
     from .attention_plan import AttentionPlan, attention_plan
-    from .dispatch import backends, set_backend, use_backend
+    from .dispatch import BackendChoice, backends, set_backend, use_backend
     from .dropout import attention_dropout_mask, dropout, dropout_mask
     from .embedding import embedding
     from .gelu import bias_gelu
@@ -28,6 +28,7 @@ elif "transformers" not in sys.modules:  # it imports `kernels` to see whether t
 
 __all__ = [
     "AttentionPlan",
+    "BackendChoice",
     "adamw_",
     "attention",
     "attention_dropout_mask",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks, native_calls, reference
 from .attention_plan import AttentionPlan, AttentionProblem
-from .custom_ops import first_order_only
+from .autograd import first_order_only
 from .dispatch import is_compiled
 from .dropout import attention_dropout_mask
 from .native import library

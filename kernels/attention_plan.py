@@ -17,7 +17,7 @@ class AttentionPlan(NamedTuple):
 
 
 class AttentionProblem(NamedTuple):
-    """The arguments of the attention ops; what they are, `attention` says."""
+    """The arguments of the attention ops, described in `attention`."""
 
     qkv: Tensor  # [N, 3, H, d]
     cu_seqlens: Tensor  # int32 [S + 1]

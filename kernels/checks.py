@@ -151,7 +151,7 @@ def permutations(op: str, name: str, value: Tensor) -> None:
 
 
 def is_dense(value: Tensor) -> bool:
-    """Whether the elements fill one block of memory without gaps or overlaps, in whatever order."""
+    """Whether the elements fill one block of memory without gaps or overlaps, in any order."""
     if value.layout != torch.strided:
         return False
     expected = 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, native_calls, reference, task_views
-from .custom_ops import first_order_only
+from .autograd import first_order_only
 from .dispatch import is_compiled
 from .dropout import dropout_mask
 from .native import library

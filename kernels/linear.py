@@ -1,16 +1,17 @@
-"""Linear layers; in float32 on CPUs by the library that `matmul` has chosen."""
+"""Linear layers; in float32 on CPUs by the library that `set_matmul` chooses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, task_views
-from .custom_ops import first_order_only
+from .autograd import first_order_only
 from .dispatch import choice
 from .matmul_library import product
 
@@ -21,7 +22,7 @@ def _linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], boun
 
 
 @_linear.register_fake
-def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
+def _(x: Tensor, weights: Sequence[Tensor], *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], weights[0].shape[0])
 
 
@@ -35,7 +36,7 @@ def _linear_backward(
     for_weights: bool,
     bias: torch.dtype | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The gradients of x, of each view of the weight, of each of the bias in its dtype; empty where not asked for."""
+    """The gradients of x, of each view of the weight and of each of the bias in its dtype; empty if not needed."""
     d_x = product(grad, weight.to(grad.dtype).t()) if for_x else grad.new_empty(0)
     parts = [slice(start, end) for start, end in pairwise(bounds)]
     d_weights = [F.linear(grad[rows].t(), x[rows].t()).to(weight.dtype) for rows in parts] if for_weights else []

@@ -1,8 +1,8 @@
 """Which of torch's two libraries multiplies float32 matrices on CPUs in `linear`.
 
 torch multiplies them by its BLAS (MKL in the x86 wheels) and has oneDNN beside it, which is the faster on some
-processors. The two round differently, so nothing is chosen behind the caller's back: it is BLAS until `set_matmul` says
-otherwise, and a training run records what it chose. With oneDNN, the products that give outputs and gradients of inputs
+processors. The two round differently, so the choice is never implicit: it is BLAS until `set_matmul` changes it, and a
+training run records its choice. With oneDNN, the products that give outputs and gradients of inputs
 are oneDNN's. Those that give gradients of weights stay BLAS's, which reads their transposed operands where they lie;
 oneDNN copies them first and was 0.8 to 1.0 times as fast (Zen 4 with AVX-512).
 """

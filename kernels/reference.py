@@ -269,7 +269,7 @@ def surgery_weights(
     def square(v: list[float]) -> float:  # v' G v
         return _dot([1.0] * tasks, [a * _dot(row, v) for a, row in zip(v, products, strict=True)])
 
-    def at_least_0(x: float) -> float:  # what cancels counts as 0; -Inf stays, and is no number once its root is taken
+    def at_least_0(x: float) -> float:  # what cancels counts as 0; -Inf stays: its root is NaN
         return 0.0 if -math.inf < x < 0 else x
 
     def root(x: float) -> float:
@@ -370,11 +370,11 @@ def smart_ascend(
     eta and epsilon are in units of `scale`, a scalar tensor, where there is one. A group is a token or a sequence.
     Within each group:
 
-    1. moved = perturbed + eta grad / |grad|, and just perturbed where eta is 0 or |grad| is 0 or not finite.
-    2. "ball": the nearest point to `moved` with |point - x| <= epsilon. In the infinity norm every element is clamped
+    1. point = perturbed + eta grad / |grad|, or perturbed where eta is 0 or |grad| is 0 or not finite.
+    2. "ball": the nearest result to `point` with |result - x| <= epsilon. In the infinity norm every element is clamped
        to [x - epsilon, x + epsilon]; in the L2 norm the offset from x is rescaled if it is longer than epsilon. What
        lies in the ball stays as it is, to the bit.
-       "unit": the offset of `moved` from x is rescaled to the norm epsilon; it stays where its norm is 0 or not finite.
+       "unit": the offset of `point` from x is rescaled to the norm epsilon; it stays where its norm is 0 or not finite.
 
     L2 norms are summed in float64, so that no square overflows or vanishes.
     """
@@ -382,15 +382,15 @@ def smart_ascend(
     step, radius = _in_units(eta, scale, start), _in_units(epsilon, scale, start)
     gradient_norm = _group_norms(gradient, cu_seqlens, norm, per)
     moves = (gradient_norm > 0) & gradient_norm.isfinite() & (step != 0)
-    moved = torch.where(moves, start + gradient / gradient_norm * step, start)
+    point = torch.where(moves, start + gradient / gradient_norm * step, start)
     if projection == "ball" and norm == "inf":
         low, high = centre - radius, centre + radius
-        result = torch.where(moved < low, low, moved)
+        result = torch.where(point < low, low, point)
         result = torch.where(result > high, high, result)
     else:
-        distance = _group_norms(moved - centre, cu_seqlens, norm, per)
+        distance = _group_norms(point - centre, cu_seqlens, norm, per)
         rescales = distance > radius if projection == "ball" else (distance > 0) & distance.isfinite()
-        result = torch.where(rescales, centre + (moved - centre) / distance * radius, moved)
+        result = torch.where(rescales, centre + (point - centre) / distance * radius, point)
     return result.to(perturbed.dtype)
 
 

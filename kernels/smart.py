@@ -16,15 +16,8 @@ def _smart_init(x: Tensor, sigma: float, seed: Tensor, stream_id: int, scale: Te
     out = torch.empty_like(x)
     rows, columns, dtype = native_calls.activation(x)
     addresses, stream = (x.data_ptr(), out.data_ptr()), (seed.data_ptr(), stream_id)
-    start = (
-        *addresses,
-        dtype,
-        rows,
-        columns,
-        sigma,
-        native_calls.address(scale),
-        *stream,
-    )  # csrc/kernels.h's NormalStart
+    # csrc/kernels.h's NormalStart
+    start = (*addresses, dtype, rows, columns, sigma, native_calls.address(scale), *stream)
     native_calls.run("smart_init", x.device, start)
     return out
 
@@ -52,16 +45,8 @@ def _smart_ascend(
     groups = (cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1) if per_sequence else (0, tokens)
     addresses = (tensor.data_ptr() for tensor in (perturbed, x, grad, out))
     lengths = eta, epsilon, native_calls.address(scale)
-    ascent = (
-        *addresses,
-        dtype,
-        *groups,
-        tokens,
-        columns,
-        *lengths,
-        infinity_norm,
-        onto_ball,
-    )  # csrc/kernels.h's Ascent
+    # csrc/kernels.h's Ascent
+    ascent = (*addresses, dtype, *groups, tokens, columns, *lengths, infinity_norm, onto_ball)
     native_calls.run("smart_ascend", perturbed.device, ascent)
     return out
 
@@ -125,9 +110,10 @@ def smart_ascend(
         eta: the step's length: the gradient is scaled to norm 1. A gradient that is 0 or not finite takes no step.
         epsilon: the radius of the ball around x.
         norm: "inf" or "2", of the gradient and of the offset from x alike.
-        per: "token" or "sequence": whose elements a norm is taken over.
-        projection: "ball" moves what left the ball back to its nearest point, and leaves the rest untouched to the bit;
-            "unit" rescales every offset to the norm epsilon, as the released implementations do (an offset of 0 stays).
+        per: "token" or "sequence": the elements over which each norm is computed.
+        projection: "ball" maps points outside the ball to the nearest point of it, and leaves the rest as they are, to
+            the bit; "unit" rescales every offset to the norm epsilon, as the released implementations do (an offset of
+            0 stays).
         scale: as for `smart_init`: eta and epsilon are in units of it.
 
     Returns:

@@ -62,7 +62,7 @@ def _(gram: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def gram(grads: Sequence[Sequence[Tensor | None]]) -> Tensor:
-    """The Gram matrix of the task gradients, in one pass over memory whatever T.
+    """The Gram matrix of the task gradients, in one pass over memory for any T.
 
     Args:
         grads: for each of T tasks one list of tensors (float32, bfloat16 or float64). None stands for zeros. The
@@ -70,7 +70,7 @@ def gram(grads: Sequence[Sequence[Tensor | None]]) -> Tensor:
 
     Returns:
         float64 [T, T]: entry (i, j) is the sum over all elements of g_i g_j, accumulated in float64. The same bits for
-        any number of threads, and whenever it is computed again. NaN and Inf spread to the entries of their own task.
+        any number of threads and in every repetition. NaN and Inf spread to the entries of their own task.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -98,7 +98,7 @@ def combine(
 
     Returns:
         one tensor per position, accumulated in float32 (float64 for float64) and rounded once; None where no task has
-        a tensor, whatever `out` holds there.
+        a tensor, even if `out` has one.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -166,7 +166,7 @@ def surgery_weights(
     own_square: Tensor | None = None,
     max_norm: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """From the Gram matrix to the weights of an update, clipped, and what a log says of it: one launch, and no waiting.
+    """The weights of an update, clipped, and statistics for the log, from the Gram matrix: one launch, and no waiting.
 
     The weights are PCGrad's (Yu et al. 2020, algorithm 1) where `orders` are given: each task's gradient walks the
     others in its order, and loses its component along each original gradient that it conflicts with. Where `weights`
@@ -176,8 +176,8 @@ def surgery_weights(
         gram: float64 [T, T], as from `gram`. If one of its numbers is not finite, PCGrad projects nothing.
         orders: int64 [T, T]: row i is a permutation of the tasks (where i itself stands in it does not matter).
         weights: float64 [T].
-        reduction: "sum" or "mean" of the (projected) gradients. It does not change given `weights`, but says what
-            plain weights they are compared with: 1, or 1 / T.
+        reduction: "sum" or "mean" of the (projected) gradients. It does not change given `weights`, only the
+            plain weights that they are compared with: 1, or 1 / T.
         own_square: float64 scalar, the squared L2 norm of the gradients that belong to one task alone: they count for
             clipping. None stands for 0. One that is not finite marks the whole update so.
         max_norm: of all gradients after surgery; 0 does not clip.

@@ -2,7 +2,7 @@
 
 The larger of two times. Memory: the work's bytes at the bandwidth of a large copy, as if nothing lay in a cache. Pipes:
 the busiest pipe of a multiprocessor's quarter at 1.83 GHz, with programs dealt out evenly, every branch forwards not
-taken, and every loop run as often as the launch says. Neither knows of launching (about 2 us outside a graph), of
+taken, and every loop run as often as the launch says. Neither includes launching (about 2 us outside a graph), of
 latency that too few warps leave exposed, or of bank conflicts: a measurement below the estimate means that these rules
 are wrong, and one far above it that a kernel waits.
 """

@@ -1,4 +1,4 @@
-"""The phases of bench/gpu.sh: each is a few commands with a time limit, and a JSON file that says how they went."""
+"""The phases of bench/gpu.sh: each is a few commands with a time limit, and a JSON record of their results."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def phases() -> list[Phase]:
             420,
             # once without a tool: Triton compiles then, and the tools find its kernels in the cache
             [calls, *([*SANITIZER, "--tool", tool, *calls] for tool in TOOLS)],
-            # each tensor is an allocation of its own, so that the tools see where it ends
+            # each tensor is a separate allocation, so that the tools see where it ends
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
     ]
@@ -88,7 +88,7 @@ def say(text: str, started: float) -> None:
 
 
 def run(phase: Phase, started: float) -> bool:
-    """Run a phase, write its record, and tell whether all went well."""
+    """Run a phase, write its record, and return whether every command succeeded."""
     begun, results = time.monotonic(), []
     say(f"{phase.name} (at most {phase.limit} s)", started)
     for command in phase.commands:
@@ -132,16 +132,16 @@ def execute(command: Sequence[str], limit: float, environment: dict[str, str]) -
     for line in process.stdout or ():
         print(line, end="", flush=True)
         lines.append(line.rstrip())
-    status = process.wait()
+    code = process.wait()
     seconds = time.monotonic() - begun
     for timer in timers:
         timer.cancel()
     late = seconds >= limit
-    told = f"cut off after {limit:.0f} s" if late else f"exit status {status}"
+    status = f"cut off after {limit:.0f} s" if late else f"exit status {code}"
     return {
         "command": shown,
-        "ok": status == 0 and not late,
-        "status": told,
+        "ok": code == 0 and not late,
+        "status": status,
         "seconds": round(seconds, 1),
         "output": as_json(lines) or lines[-KEPT:],
     }

@@ -1,6 +1,6 @@
 """How fast an op can be: the bytes it has to move and the products it has to compute, against what a device can.
 
-Every input is read once and every output written once, whatever the caches hold.
+Every input is read once and every output written once; caches are not considered.
 python bench/gpu/roofline.py prints floors of BERT-base's launches.
 """
 
@@ -53,7 +53,7 @@ def attention(lengths: Sequence[int], heads: int, head_dim: int, *, backward: bo
 def layer_norm(
     rows: int, columns: int, *, backward: bool, dropout: bool = True, tasks: int = 1, itemsize: int = 2
 ) -> Work:
-    """Dropout, residual and LayerNorm; with dropout, x and the residual have gradients of their own."""
+    """Dropout, residual and LayerNorm; with dropout, x and the residual have different gradients."""
     mean_rstd = rows * 2 * FLOAT32
     params = 2 * columns * FLOAT32
     if not backward:
@@ -151,7 +151,7 @@ def step(
     """By component, the launches of a training step on sequences of these lengths; heads and losses not counted.
 
     Args:
-        rows: gradients kept apart: 1 of a plain step, one for each task under gradient surgery.
+        rows: separate gradients: 1 in a plain step, one for each task under gradient surgery.
         smart: whether SMART takes one ascent step: a perturbed forward, its backward down to the embeddings, and a
             forward at the point found, whose backward joins that of the clean pass.
     """
@@ -185,7 +185,7 @@ def step(
 
 
 def launches() -> dict[str, Work]:
-    """By name, launches of BERT-base in bf16 that have goals of their own."""
+    """By name, launches of BERT-base in bf16 that have a goal each."""
     base, found = Encoder(), {}
     rows, real = 8192, 2700  # tokens of a large batch, and of three tasks' batches of 32 real sequences
     head_dim = base.hidden // base.heads

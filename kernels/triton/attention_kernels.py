@@ -47,7 +47,7 @@ def _there(inside, D: tl.constexpr, PAD: tl.constexpr):
 
 @triton.jit
 def _base(highest):
-    """What scores are taken relative to: their highest, and 0 for rows that have none."""
+    """The offset that scores are relative to: the highest score, or 0 for rows without scores."""
     return tl.where(highest == float("-inf"), 0.0, highest)
 
 
@@ -96,7 +96,7 @@ def _begins(starts, first, rows, size):
 
 @triton.jit
 def _within(begins, rows, low, high):
-    """The same, with -2 for rows outside [low, high)."""
+    """`begins`, with -2 for rows outside [low, high)."""
     return tl.where((rows >= low) & (rows < high), begins, -2)
 
 

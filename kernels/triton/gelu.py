@@ -2,7 +2,7 @@
 
 Per element in bfloat16 the forward reads or writes 4 bytes and the backward 6: 8192 x 3072 are 101 and 151 MB, at least
 30 and 45 us at 3.35 TB/s. Instructions are as scarce: with the library's error function the forward issues 38 per
-element, 31 us of an H100. So half precisions have polynomials of their own.
+element, 31 us of an H100. So half precisions use polynomials.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROWS = 8  # of a tile of 256 columns: 16 elements a lane
 PROGRAMS = 640  # of a backward: what an H100 takes at once, five on each of its 132 multiprocessors
 
 # Half precisions. With a = |z|, the tails Phi(-a) and Phi(-a) - a phi(a) are p(a)^16 and (0.7518 - a) p(a)^8 with the
-# polynomials p of csrc/cpu/gelu.cpp, which says how near they are; they reach 0 at 8.5.
+# polynomials p of csrc/cpu/gelu.cpp, which states their errors; they reach 0 at 8.5.
 
 
 @triton.jit

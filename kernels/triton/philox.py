@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def seeded(seed, rows):
-    """What the caller's int64 [2] says: the seed, and the numbers of an op's rows in the stream, modulo 2**32."""
+    """The seed, and the numbers of an op's rows in the stream, modulo 2**32, from an int64 [2]: seed and first row."""
     return tl.load(seed), rows.to(tl.uint32) + tl.load(seed + 1).to(tl.uint32)
 
 

@@ -1,7 +1,7 @@
 """Sums over the rows of each task, for parameters that several tasks share: all tasks in one launch, in a fixed order.
 
 A kernel's programs each take a chunk of rows of one task and leave a row of partial sums; `sum_chunks` adds those of
-each task. The chunks do not depend on the GPU, nor do, therefore, the results.
+each task. Chunks and results do not depend on the GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHUNKS, BLOCK, WARPS = 128, 32, 4  # of a tile of partial sums: 8 loads of 16 by
 def arguments(bounds: Sequence[int]) -> tuple[int, ...]:
     """The bounds of the tasks' rows as kernels take them: as odd numbers from 3.
 
-    Triton compiles a kernel anew for an integer that is 1 or divisible by 16, and cannot be told not to in a tuple.
+    Triton compiles a kernel anew for an integer that is 1 or divisible by 16; in a tuple this cannot be disabled.
     """
     return tuple(2 * bound + 3 for bound in bounds)
 

@@ -1,7 +1,6 @@
-"""Shards of a batch: each rank computes consecutive examples of a packed token stream, about as many tokens as another.
+"""Shards of a batch: each rank encodes consecutive examples, about as many tokens as another.
 
-The encoder runs on a rank's own sequences. Their pooled vectors are all-gathered, and every rank computes all heads and
-losses, so losses that compare the examples of a batch are those of one process.
+Their pooled vectors are all-gathered, and every rank computes all heads and losses, as one process would.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Asynchronous reduce-scatter and all-gather of flat tensors.
-
-Over NCCL they are torch's. Over gloo they are sends and receives between all pairs of ranks, in place, which is faster
-than gloo's own.
-"""
+"""Asynchronous reduce-scatter and all-gather: torch's over NCCL; over gloo sends and receives, which are faster."""
 
 from __future__ import annotations
 
@@ -44,16 +40,12 @@ def all_gather(output: Tensor, input: Tensor, backend: str, tag: int) -> Wait:
     """Start to concatenate all ranks' `input` [n] in `output` [world_size * n], of which it is this rank's shard."""
     if backend == "nccl":
         return _all_gather(output, input, async_op=True).wait  # type: ignore[no-any-return]
-    world_size = dist.get_world_size()
-    arrivals = _exchange([input] * world_size, output.chunk(world_size), tag)
+    arrivals = _exchange([input] * dist.get_world_size(), output.chunk(dist.get_world_size()), tag)
     return lambda: deque(arrivals, maxlen=0)
 
 
 def _exchange(send: Sequence[Tensor], receive: Sequence[Tensor], tag: int) -> Iterator[int]:
-    """Start to send `send[r]` to each rank r and to receive `receive[r]` from it; yield the ranks whose tensor arrived.
-
-    The iterator ends when this rank's tensors are sent, too.
-    """
+    """Start to send `send[r]` to each other rank r and to receive `receive[r]`; yield the ranks of tensors received."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     receives: dict[int, Any] = {}
     sends: list[Any] = []

@@ -1,9 +1,9 @@
 """Detection of lost ranks, over torchrun's key-value store, which outlives all of them.
 
-torch.distributed notices a lost rank over gloo, where connections break and collectives time out, but does not say
-which: `monitored_barrier` uses the same connections, and tells only rank 0. So the ranks that see a failure report to
-the store, and those missing there are lost. Over NCCL no connection breaks; torch's watchdog aborts the process once a
-collective times out, without naming a rank or unwinding Python. So a rank that waits for its GPU checks heartbeats.
+Over gloo, torch.distributed detects a lost rank: connections break and collectives time out. It does not name the rank:
+`monitored_barrier` uses the same connections, and reports only to rank 0. So the ranks report to the store after a
+failure, and those that do not are lost. Over NCCL, torch's watchdog aborts the process once a collective has timed out,
+without naming a rank or unwinding Python. So a rank that waits for its GPU checks heartbeats.
 """
 
 from __future__ import annotations
@@ -61,14 +61,13 @@ class Liveness:
         """Wait for a CUDA event, which may never be reached once a rank is lost. Needs all ranks' `heartbeat`.
 
         Raises:
-            RankLost: a rank's heartbeat stopped. Each rank checks the next one's, and the store tells the others.
+            RankLost: a rank's heartbeat stopped. Each rank checks the next one's, and the others read it in the store.
         """
         if self.world_size == 1:
             event.synchronize()
             return
         neighbour = (self.rank + 1) % self.world_size
-        heartbeat, checked = b"", time.monotonic()
-        changed = checked
+        heartbeat, checked, changed = b"", time.monotonic(), time.monotonic()
         while not event.query():
             time.sleep(1e-4)
             if time.monotonic() < checked + HEARTBEAT_INTERVAL:
@@ -107,16 +106,14 @@ class Liveness:
 
     def _missing(self) -> list[int] | None:
         """Report to the store, and return the ranks that do not; None if the process with the store has ended too."""
-        try:
+        with suppress(RuntimeError):
             self.store.set(f"alive/{self.rank}", "1")
-            deadline = time.monotonic() + REPORT_TIMEOUT
-            missing = [rank for rank in range(self.world_size) if rank != self.rank]
+            deadline, missing = time.monotonic() + REPORT_TIMEOUT, [*range(self.world_size)]
             while missing and time.monotonic() < deadline:
                 time.sleep(0.05)
                 missing = [rank for rank in missing if not self.store.check([f"alive/{rank}"])]
-        except RuntimeError:
-            return None
-        return missing
+            return missing
+        return None
 
     def _rank_lost(self, lost: Sequence[int] | None, reason: str = "") -> RankLost:
         """The error for these ranks; None: also torchrun's store was lost, so every rank prints it."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,7 @@ from minbert.errors import UserError
 class ProcessGroup:
     """`world_size` processes, of which this is number `rank`.
 
-    Every method is collective: all ranks call it, in the same order, and a rank that ends or does not respond within
-    the timeout raises a RankLost on all others.
+    All ranks call its methods, in the same order. If one ends or does not respond, they raise a RankLost on the others.
 
     Attributes:
         device: where the tensors of collectives are.
@@ -93,8 +92,7 @@ class ProcessGroup:
             dist.init_process_group(
                 self.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout
             )
-            on_cpu = self.device.type == "cpu"
-            self._host = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
+            self._host = dist.group.WORLD if self.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         except (RuntimeError, ValueError) as error:
             message = f"the {os.environ['WORLD_SIZE']} processes cannot join: {first_sentence(error)}"
             raise UserError(message) from None
@@ -119,10 +117,8 @@ class ProcessGroup:
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by the sum of all ranks' tensors."""
-        if self.world_size > 1:
-            self._count(2 * tensor.nbytes)
-            with self.liveness.detect_lost_ranks():
-                dist.all_reduce(tensor)
+        self._count(2 * tensor.nbytes)
+        self._call(dist.all_reduce, tensor)
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
@@ -155,36 +151,33 @@ class ProcessGroup:
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value."""
         values = [value]
-        if self.world_size > 1:
-            with self.liveness.detect_lost_ranks():
-                dist.broadcast_object_list(values, src=0, group=self._host)
+        self._call(dist.broadcast_object_list, values, src=0, group=self._host)
         return values[0]
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
         values = [value] * self.world_size
-        if self.world_size > 1:
-            with self.liveness.detect_lost_ranks():
-                dist.all_gather_object(values, value, group=self._host)
+        self._call(dist.all_gather_object, values, value, group=self._host)
         return values
 
     def all_reduce_max(self, number: int) -> int:
         """The largest of all ranks' numbers."""
+        largest = torch.tensor(number)
+        self._call(dist.all_reduce, largest, dist.ReduceOp.MAX, group=self._host)
+        return int(largest)
+
+    def _call(self, collective: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         if self.world_size > 1:
-            largest = torch.tensor(number)
             with self.liveness.detect_lost_ranks():
-                dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._host)
-            number = int(largest)
-        return number
+                collective(*args, **kwargs)
 
 
-@dataclass(frozen=True)
-class PendingCollective:
+class PendingCollective(NamedTuple):
     """A collective that has been started."""
 
     liveness: Liveness
     finish: collectives.Wait
-    tensor: Tensor  # its memory, until it has ended
+    tensor: Tensor  # keeps its memory until then
 
     def wait(self) -> None:
         with self.liveness.detect_lost_ranks():

@@ -1,15 +1,14 @@
 """ZeRO stage 2 (Rajbhandari et al. 2020) for parameters with one gradient per task.
 
-Every rank has all parameters, in buckets: flat tensors in the order in which a backward completes their gradients. Of
-each bucket it owns one of world_size equal shards. It gets the sum of all ranks' gradients of its shard (one
+Every rank has all parameters, in buckets: flat tensors in the order in which a backward completes their gradients. It
+owns one of world_size equal shards of each bucket. It gets the sum of all ranks' gradients of its shard (one
 reduce-scatter per task, as soon as the bucket's gradient is complete), updates the parameters there and alone keeps
-their optimizer state. Then an all-gather gives all ranks the updated parameters. The optimizer sees flat tensors: the
-parts of parameters that lie in this rank's shards.
+their optimizer state. Then an all-gather gives all ranks the updated parameters.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,9 +30,9 @@ class ParameterShard(NamedTuple):
     """The part of a parameter that lies in this rank's shard of a bucket."""
 
     param: Tensor
-    offset: int  # of the part's first element in the flattened parameter
     values: Tensor  # flat; what the optimizer updates
     indices: slice  # in the bucket's shard
+    elements: slice  # in the flattened parameter
 
 
 class Bucket:
@@ -54,7 +53,8 @@ class Bucket:
             param.data = view
             low, high = max(0, start - first), min(size, start + param.numel() - first)
             if low < high:
-                self.shards.append(ParameterShard(param, first + low - start, own[low:high].detach(), slice(low, high)))
+                elements = slice(first + low - start, first + high - start)
+                self.shards.append(ParameterShard(param, own[low:high].detach(), slice(low, high), elements))
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parts of a tensor like `flat` that belong to each parameter, in its shape."""
@@ -65,18 +65,18 @@ class Bucket:
 class ShardedParameters:
     """The trainable parameters of a model, their gradients and optimizer state, sharded over the ranks.
 
-    Like FSDP with `reshard_after_forward=False`, or DDP with a ZeroRedundancyOptimizer, but for several gradients per
-    parameter. All ranks call the methods in the same order:
+    FSDP with `reshard_after_forward=False` does the same for one gradient per parameter. All ranks call the methods in
+    the same order:
 
         sharded = ShardedParameters(heads, trunk, tasks, group)
-        sharded.all_gather()                                  # broadcast the initial weights
+        sharded.all_gather()  # all ranks start from the same weights
         optimizer = AdamW(sharded.param_groups(groups))
         sharded.register_hooks(gradients)
-        for each update:
-            sharded.reduce_next_backward()                    # DDP: the backward outside of `no_sync()`
+        while training:
+            sharded.reduce_next_backward()  # as DDP does for a backward outside of `no_sync()`
             loss.backward()
-            gradients_of_shared, other_gradients = sharded.wait_for_gradients()
-            (update the optimizer's parameters)
+            shared, own = sharded.wait_for_gradients()
+            ...  # compute weights from `shared`, step the optimizer
             sharded.all_gather()
 
     Args:
@@ -103,6 +103,7 @@ class ShardedParameters:
         self.gradients: TaskGradients
         self.buckets = [Bucket(params, 1, group) for params in _bucketed(own)]
         self.buckets += [Bucket(params, tasks, group) for params in _bucketed(list(reversed(shared)))]
+        self.shards = [shard for bucket in self.buckets for shard in bucket.shards]
         self.ema: dict[Tensor, Tensor] = {}
         self._all_gathered = [bucket.flat for bucket in self.buckets]
         self._shared = set(shared)
@@ -111,13 +112,11 @@ class ShardedParameters:
 
     def param_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """An optimizer's parameter groups, with this rank's shards as parameters; a group may become empty."""
-        shards: dict[Tensor, list[Tensor]] = {}
-        for bucket in self.buckets:
-            for shard in bucket.shards:
-                shards.setdefault(shard.param, []).append(shard.values)
+        shards: dict[Tensor, list[Tensor]] = defaultdict(list)
+        for shard in self.shards:
+            shards[shard.param].append(shard.values)
         return [
-            {**group, "params": [values for param in group["params"] for values in shards.get(param, ())]}
-            for group in groups
+            {**group, "params": [values for param in group["params"] for values in shards[param]]} for group in groups
         ]
 
     # Gradients ---------------------------------------------------------------------------------------------------
@@ -132,10 +131,8 @@ class ShardedParameters:
         numbers: dict[Tensor, int] = {param: i for i, param in enumerate(gradients.params)}
         for bucket in self.buckets:
             for task in range(bucket.tasks):
-                leaves = [
-                    gradients.leaves[task * len(numbers) + numbers[param]] if param in numbers else param
-                    for param in bucket.params
-                ]
+                of_task = gradients.leaves[task * len(numbers) :]
+                leaves = [of_task[numbers[param]] if param in numbers else param for param in bucket.params]
                 gradient = _BucketGradient(bucket, leaves)
                 for leaf in leaves:
                     leaf.register_post_accumulate_grad_hook(partial(self._accumulated, gradient))
@@ -258,13 +255,12 @@ class ShardedParameters:
     def shard_state(self, full: OptimizerState) -> dict[Tensor, dict[str, Tensor]]:
         """This rank's shards of the full optimizer state, by `ParameterShard.values`."""
 
-        def shard_of(value: Tensor, shard: ParameterShard) -> Tensor:
-            return value.reshape(-1)[shard.offset : shard.offset + len(shard.values)] if value.ndim else value
-
         return {
-            shard.values: {name: shard_of(value, shard) for name, value in full.get(shard.param, {}).items()}
-            for bucket in self.buckets
-            for shard in bucket.shards
+            shard.values: {
+                name: value.reshape(-1)[shard.elements] if value.ndim else value
+                for name, value in full.get(shard.param, {}).items()
+            }
+            for shard in self.shards
         }
 
 

@@ -12,19 +12,13 @@ from torch.autograd.graph import Node
 
 from minbert.kernels import checks
 
-Gradients = list[list[Tensor | None]]  # by loss and parameter; None where a loss does not reach the parameter
-
 # Prefixes of the names of graph nodes that are written in Python and hide no parameter: those of hooks, torch.compile,
 # DistributedDataParallel, and custom ops.
 _TRANSPARENT = ("BackwardHookFunction", "CompiledFunction", "_DDPSink", "GeneratedBackwardFor_")
 
 
 def check_losses(losses: Iterable[Tensor]) -> list[Tensor]:
-    """The losses as a list.
-
-    Raises:
-        ValueError, TypeError: they are not one or more real scalar tensors that require gradients.
-    """
+    """The losses as a list, if they are real scalar tensors that require gradients."""
     if not isinstance(losses, Iterable) or (isinstance(losses, Tensor) and losses.ndim == 0):
         got = type(losses).__name__
         raise TypeError(f"PCGrad.pc_backward: losses must be a list of scalar tensors, got one {got}; write [loss]")
@@ -48,11 +42,6 @@ def check_losses(losses: Iterable[Tensor]) -> list[Tensor]:
 
 
 def check_parameters(parameters: list[Tensor]) -> None:
-    """Check that surgery can be applied to the parameters.
-
-    Raises:
-        ValueError: there is none, they are on several devices, or a `.grad` is not dense.
-    """
     if not parameters:
         raise ValueError("PCGrad.pc_backward: the optimizer needs a parameter that requires gradients, got none")
     devices = list(dict.fromkeys(str(parameter.device) for parameter in parameters))
@@ -100,11 +89,7 @@ def python_functions(losses: list[Tensor]) -> list[str]:
 
 @contextmanager
 def preserved_grad(parameters: list[Tensor]) -> Iterator[None]:
-    """Restore every `.grad` afterwards.
-
-    Raises:
-        ValueError: a gradient was accumulated in a `.grad` within the context.
-    """
+    """Restore every `.grad` afterwards, and raise a ValueError if a gradient was accumulated in one."""
     before = [parameter.grad for parameter in parameters]
     written: list[int] = []
     try:
@@ -123,13 +108,9 @@ def preserved_grad(parameters: list[Tensor]) -> Iterator[None]:
         )
 
 
-def loss_gradients(losses: list[Tensor], parameters: list[Tensor]) -> Gradients:
-    """The gradients of each loss, by one backward per loss; the last one frees the graph.
-
-    Raises:
-        ValueError, TypeError: a gradient is sparse, or of a dtype that the kernels do not take.
-    """
-    rows: Gradients = []
+def loss_gradients(losses: list[Tensor], parameters: list[Tensor]) -> list[list[Tensor | None]]:
+    """Each loss's gradients, None of parameters it does not reach, by a backward per loss; the last frees the graph."""
+    rows = []
     for task, loss in enumerate(losses):
         row = torch.autograd.grad(loss, parameters, retain_graph=task < len(losses) - 1, allow_unused=True)
         pairs = zip(row, parameters, strict=True)

@@ -28,18 +28,6 @@ from minbert.methods.user_weighting import Weighting
 _PLAIN: dict[str, Weighting] = {"sum": sum_weights, "mean": mean_weights}
 
 
-def _inner_attribute(name: str) -> Any:
-    return property(attrgetter(f"optimizer.{name}"))
-
-
-def _inner_method(name: str) -> Any:
-    @wraps(getattr(torch.optim.Optimizer, name))
-    def method(self: PCGrad, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.optimizer, name)(*args, **kwargs)
-
-    return method
-
-
 class PCGrad(torch.optim.Optimizer):
     """An optimizer with gradient surgery (Yu et al. 2020, algorithm 1).
 
@@ -177,22 +165,6 @@ class PCGrad(torch.optim.Optimizer):
             self._warned = True
             warnings.warn(f"PCGrad: {'; '.join(problems)}", stacklevel=3)
 
-    # The inner optimizer's interface ------------------------------------------------------------------------------
-
-    param_groups = _inner_attribute("param_groups")
-    state = _inner_attribute("state")
-    defaults = _inner_attribute("defaults")
-    zero_grad = _inner_method("zero_grad")
-    add_param_group = _inner_method("add_param_group")
-    state_dict = _inner_method("state_dict")
-    load_state_dict = _inner_method("load_state_dict")
-    register_step_pre_hook = _inner_method("register_step_pre_hook")
-    register_step_post_hook = _inner_method("register_step_post_hook")
-    register_state_dict_pre_hook = _inner_method("register_state_dict_pre_hook")
-    register_state_dict_post_hook = _inner_method("register_state_dict_post_hook")
-    register_load_state_dict_pre_hook = _inner_method("register_load_state_dict_pre_hook")
-    register_load_state_dict_post_hook = _inner_method("register_load_state_dict_post_hook")
-
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         """The inner optimizer's `step`. A closure calls `zero_grad` and `pc_backward`, and returns a loss."""
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
@@ -203,13 +175,11 @@ class PCGrad(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
-    # Surgery --------------------------------------------------------------------------------------------------------
-
     def _parameters(self) -> Iterable[Tensor]:
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
     def _known(self, shared: Iterable[Tensor]) -> set[Tensor]:
-        """`shared` as a set (tensors hash by identity), all of it the optimizer's."""
+        """`shared` as a set, all of it parameters of the optimizer."""
         if isinstance(shared, Tensor):
             raise TypeError("PCGrad: shared must be a list of parameters, got one tensor; write [parameter]")
         chosen, known = list(shared), set(self._parameters())
@@ -229,3 +199,19 @@ class PCGrad(torch.optim.Optimizer):
             got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"PCGrad: weighting must return one weight for each of {len(products)} losses, got {got}")
         return weights.detach().to(products)
+
+
+def _inner_method(name: str) -> Any:
+    @wraps(getattr(torch.optim.Optimizer, name))
+    def method(self: PCGrad, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.optimizer, name)(*args, **kwargs)
+
+    return method
+
+
+# Parameter groups, state and hooks are the inner optimizer's.
+for _name in ("param_groups", "state", "defaults"):
+    setattr(PCGrad, _name, property(attrgetter(f"optimizer.{_name}")))
+for _name in vars(torch.optim.Optimizer):
+    if _name.startswith("register_") or _name in ("zero_grad", "add_param_group", "state_dict", "load_state_dict"):
+        setattr(PCGrad, _name, _inner_method(_name))

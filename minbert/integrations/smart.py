@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,17 +92,10 @@ class SMARTLoss(nn.Module):
             raise TypeError(f"SMARTLoss: generator must be a torch.Generator or None, got {type(generator).__name__}")
         checks.choice("SMARTLoss", "projection", projection, ("ball", "unit"))
         checks.choice("SMARTLoss", "per", per, ("token", "sequence"))
-        self.eval_fn = eval_fn
-        self.loss_fn = loss_fn
+        self.eval_fn, self.loss_fn = eval_fn, loss_fn
         self.loss_last_fn = loss_fn if loss_last_fn is None else loss_last_fn
-        self.norm = _norm_of(norm_fn)
-        self.num_steps = num_steps
-        self.step_size = step_size
-        self.epsilon = epsilon
-        self.noise_var = noise_var
-        self.projection = projection
-        self.per = per
-        self.generator = generator
+        self.num_steps, self.step_size, self.epsilon, self.noise_var = num_steps, step_size, epsilon, noise_var
+        self.norm, self.projection, self.per, self.generator = _norm_of(norm_fn), projection, per, generator
 
     def forward(
         self, embed: Tensor, state: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -158,20 +152,11 @@ class SMARTLoss(nn.Module):
             eta, epsilon = self.step_size, self.epsilon
         else:
             perturbed, eta, epsilon = perturbed + self.step_size * gradient, 0.0, 1.0
-        return smart_ascend(
-            perturbed,
-            x,
-            gradient,
-            bounds,
-            eta=eta,
-            epsilon=epsilon,
-            norm=self.norm,
-            per=self.per,
-            projection=self.projection,
-        )
+        geometry: dict[str, Any] = {"norm": self.norm, "per": self.per, "projection": self.projection}
+        return smart_ascend(perturbed, x, gradient, bounds, eta=eta, epsilon=epsilon, **geometry)
 
     def _bounds(self, real: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """The sequences' bounds among the real tokens, int32; those of one sequence where nothing depends on them."""
+        """The sequences' bounds among the real tokens, int32; with per="token", those of one sequence."""
         if cu_seqlens is not None:
             if real.ndim != 1:
                 raise ValueError("SMARTLoss: cu_seqlens is for packed embeddings [N, D]; give padded ones a mask")
@@ -230,6 +215,4 @@ def _real_tokens(embed: Tensor, mask: Tensor | None) -> Tensor:
 
 def _padded(packed: Tensor, real: Tensor) -> Tensor:
     """Packed vectors [N, D] as [..., D], zeros at padding."""
-    padded = packed.new_zeros(*real.shape, packed.shape[-1])
-    padded[real] = packed
-    return padded
+    return packed.new_zeros(*real.shape, packed.shape[-1]).index_put_((real,), packed)

@@ -187,23 +187,17 @@ def packed_attention(
             raise _unsupported(f"has no {name}")
     if kwargs.get("output_attentions"):
         raise _unsupported("computes no attention probabilities to return, got output_attentions=True", use="eager")
-    if attention_mask is None:
-        attention_mask = RealTokens.without_padding(batch, length, query.device)
-    if not isinstance(attention_mask, RealTokens):
+    tokens = RealTokens.without_padding(batch, length, query.device) if attention_mask is None else attention_mask
+    if not isinstance(tokens, RealTokens):
         got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise _unsupported(f"needs a padding mask [batch, length], got {got}")
 
-    qkv_N3HD = torch.stack([attention_mask.gather(x.transpose(1, 2)) for x in (query, key, value)], dim=1)
+    qkv_N3HD = torch.stack([tokens.gather(x.transpose(1, 2)) for x in (query, key, value)], dim=1)
     seed = torch.randint(2**63 - 1, (), device=query.device) if dropout > 0 else None
     out_NHD = attention(
-        qkv_N3HD,
-        attention_mask.cu_seqlens,
-        attention_mask.max_seqlen,
-        dropout_p=dropout,
-        seed=seed,
-        softmax_scale=scaling,
+        qkv_N3HD, tokens.cu_seqlens, tokens.max_seqlen, dropout_p=dropout, seed=seed, softmax_scale=scaling
     )
-    return attention_mask.scatter(out_NHD), None
+    return tokens.scatter(out_NHD), None
 
 
 def _unsupported(what: str, use: str = "sdpa") -> ValueError:

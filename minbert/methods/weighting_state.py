@@ -26,6 +26,7 @@ _SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {"list": list, "tuple": tupl
 _MAPPINGS: dict[str, Callable[[], Any]] = {"dict": dict, "OrderedDict": OrderedDict}
 _CONSTANTS: tuple[type, ...] = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _CONSTANTS += (types.ModuleType, functools.partial, logging.Logger, PurePath, re.Pattern)
+_DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _MODULE_INTERNALS = vars(nn.Module()).keys() - {"_buffers", "_parameters", "_modules", "training"}
 
 
@@ -155,7 +156,7 @@ class _Decoder:
         if kind == "device":
             return torch.device(content)
         if kind == "dtype":
-            return _dtype(content)
+            return _DTYPES[content]
         if kind == "generator":
             return (current or torch.Generator()).set_state(self.tensors[content])
         if kind == "enum":
@@ -191,10 +192,3 @@ def _has_state_dict(value: Any) -> bool:
     """Whether the class defines its state by `state_dict` and `load_state_dict`."""
     methods = [getattr(type(value), name, None) for name in ("state_dict", "load_state_dict")]
     return None not in methods and methods[0] is not nn.Module.state_dict
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."))
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{name} is no torch.dtype")
-    return dtype

@@ -13,12 +13,22 @@ from groups import quick_options
 from minbert import cli, evaluate, predict, train
 
 
-def outcome(command, arguments: list[str], monkeypatch, capsys) -> tuple[int, str]:
-    """Exit code and stderr of a command."""
+def stderr_of_refused(command, arguments: list[str], monkeypatch, capsys) -> str:
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     with pytest.raises(SystemExit) as stop:
         cli.run(command.main)
-    return int(stop.value.code or 0), capsys.readouterr().err
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def check_training_is_refused(out: Path, options: list[str], parts: list[str], monkeypatch, capsys) -> None:
+    """The error is one line with these parts, and there is no run directory."""
+    error = stderr_of_refused(train, [f"--out={out}", *options], monkeypatch, capsys)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for part in parts:
+        assert part in error
+    assert not out.exists()
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +64,8 @@ def damaged(course_data: Path, tmp_path: Path, name: str, text: str | None) -> P
 )
 def test_bad_data_files(course_data, tmp_path, monkeypatch, capsys, name, text, parts):
     data = damaged(course_data, tmp_path, name, text)
-    options = [f"--data={data}", f"--out={tmp_path / 'run'}", "--tasks=sst,qqp,sts", "--precision=fp32"]
-    code, error = outcome(train, options, monkeypatch, capsys)
-    assert code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    for part in parts:
-        assert part in error
-    assert not (tmp_path / "run").exists()
+    options = [f"--data={data}", "--tasks=sst,qqp,sts", "--precision=fp32"]
+    check_training_is_refused(tmp_path / "run", options, parts, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
@@ -85,16 +89,10 @@ def test_bad_options(course_data, tmp_path, monkeypatch, capsys, options, parts)
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     options = [option.format(tmp=tmp_path / "empty", file=tmp_path / "file" / "run") for option in options]
-    defaults = [f"--data={course_data}", f"--out={tmp_path / 'run'}", "--precision=fp32", "--steps=1"]
+    defaults = [f"--data={course_data}", "--precision=fp32", "--steps=1"]
     given = {option.split("=")[0] for option in options}
     options += [option for option in defaults if option.split("=")[0] not in given]
-    code, error = outcome(train, options, monkeypatch, capsys)
-    assert code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    for part in parts:
-        assert part in error
-    assert not (tmp_path / "run").exists()
+    check_training_is_refused(tmp_path / "run", options, parts, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +115,8 @@ def test_bad_options(course_data, tmp_path, monkeypatch, capsys, options, parts)
 def test_bad_requests_of_a_finished_run(run, tmp_path, monkeypatch, capsys, command, arguments, parts):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "lines.txt").write_text("one sentence\n")
-    places = {"tmp": tmp_path, "run": run, "empty": tmp_path / "empty.txt", "lines": tmp_path / "lines.txt"}
-    code, error = outcome(command, [argument.format(**places) for argument in arguments], monkeypatch, capsys)
-    assert code == 2
+    paths = {"tmp": tmp_path, "run": run, "empty": tmp_path / "empty.txt", "lines": tmp_path / "lines.txt"}
+    error = stderr_of_refused(command, [argument.format(**paths) for argument in arguments], monkeypatch, capsys)
     assert error.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in error
     for part in parts:

@@ -16,6 +16,15 @@ def parse(*words: str) -> TrainConfig:
     return parse_layers("train", TrainConfig, words)
 
 
+def refusal(*words: str) -> str:
+    """The one line with which options are refused."""
+    with pytest.raises(UserError) as caught:
+        parse(*words)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
 def test_no_options_give_the_defaults_of_the_record():
     assert parse() == TrainConfig()
 
@@ -140,10 +149,7 @@ def test_help_documents_every_option(capsys):
     ],
 )
 def test_a_mistake_is_named_in_one_line(words, parts):
-    with pytest.raises(UserError) as caught:
-        parse(*words)
-    message = str(caught.value)
-    assert "\n" not in message
+    message = refusal(*words)
     for part in parts:
         assert part in message
 
@@ -162,10 +168,7 @@ def test_a_mistake_is_named_in_one_line(words, parts):
 def test_a_mistake_in_a_file_is_named_in_one_line(tmp_path, text, parts):
     file = tmp_path / "mine.yaml"
     file.write_text(text + "\n")
-    with pytest.raises(UserError) as caught:
-        parse("--config", str(file))
-    message = str(caught.value)
-    assert "\n" not in message
+    message = refusal("--config", str(file))
     for part in parts:
         assert part in message
 
@@ -211,12 +214,9 @@ def test_a_missing_config_file_is_named():
 def test_any_value_of_any_type_in_a_file_is_one_line(tmp_path, text, parts):
     file = tmp_path / "mine.yaml"
     file.write_text(text + "\n")
-    with pytest.raises(UserError) as caught:
-        parse("--config", str(file))
-    message = str(caught.value)
+    message = refusal("--config", str(file))
     assert message.startswith("--config ")
     assert str(file) in message
-    assert "\n" not in message
     assert len(message) < 500
     for part in parts:
         assert part in message
@@ -239,10 +239,7 @@ def test_any_value_of_any_type_in_a_file_is_one_line(tmp_path, text, parts):
     ],
 )
 def test_any_value_of_any_type_on_the_command_line_is_one_line(word, parts):
-    with pytest.raises(UserError) as caught:
-        parse(word)
-    message = str(caught.value)
-    assert "\n" not in message
+    message = refusal(word)
     for part in parts:
         assert part in message
 

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
         task.name: encode(examples[task.name], tokenizer, limit, pair_encoding=pair_encoding(task)) for task in present
     }
     for task in present:
-        for line in encoded[task.name].notes(limit):
+        for line in encoded[task.name].warnings(limit):
             warnings.print(f"warning: {task.title}, {options.split}: {line}")
     scores, outputs = evaluate(model, present, encoded, device)
     files = {(task.name, examples[task.name].file) for task in present}

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)
     limit = config.max_length or model.encoder.config.max_position_embeddings
     encoded = encode(examples, tokenizer, limit, pair_encoding=pair_encoding(task))
-    for line in encoded.notes(limit):
+    for line in encoded.warnings(limit):
         console.print(f"warning: {line}")
     predicted = predictions(task, head_outputs(model, task, encoded, device))
     text = "".join(format_predictions(task, encoded.ids, predicted))

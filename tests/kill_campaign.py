@@ -21,8 +21,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from compare_runs import state
 from course import write_course_data
-from groups import quick_options, state
+from groups import quick_options
 
 from minbert import train
 from minbert.errors import UserError

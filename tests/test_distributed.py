@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compare_runs import assert_close, assert_close_in_bf16, state
 from course import write_further_data
-from groups import SMALL, assert_close, assert_close_in_bf16, once, state
+from groups import SMALL, once
 from several_runs import train_all
 
 from minbert import train

@@ -16,15 +16,11 @@ from minbert.tasks import TASKS
 PLAIN = ["--surgery=sum", "--smart.lambda-s=0"]
 
 
-def summary(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
-
-
 def test_swapping_doubles_the_pairs_and_the_batch_and_leaves_the_epoch(quick, tmp_path, capsys):
     assert train.main([*quick, *PLAIN, "--swap-pairs=sts"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "STS-B" in line)
     assert line.split()[2:4] == ["96", "24"]
-    run = summary(tmp_path / "run")
+    run = Run(tmp_path / "run").summary()
     assert (run["steps"], run["examples"]) == (12, 12 * (8 + 8 + 16))
 
 
@@ -71,7 +67,7 @@ def test_reviews_are_trained_on_and_never_evaluated(quick, tmp_path, reviews, op
     assert train.main(options) == 0
     records = Run(tmp_path / "run").records()
     assert any("yelp" in record.get("loss", {}) for record in records)
-    assert list(summary(tmp_path / "run")["dev"]) == ["sst", "qqp", "sts", "overall"]
+    assert list(Run(tmp_path / "run").summary()["dev"]) == ["sst", "qqp", "sts", "overall"]
     assert not list((tmp_path / "run" / "predictions").glob("yelp*"))
     assert evaluate.main([str(tmp_path / "run")]) == 0
     assert train.main([*options, "--resume"]) == 0

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_resume import assert_equal_runs
+from compare_runs import assert_equal_runs
 
 from minbert import kernels, train
 from minbert.cli import parse_layers

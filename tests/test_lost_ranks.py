@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from groups import assert_close, command, once
+from compare_runs import assert_close
+from groups import command, once
 
 from minbert import train
 from minbert.runs.run_directory import Run

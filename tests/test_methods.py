@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from groups import assert_close_in_bf16, drawing
+from compare_runs import assert_close_in_bf16, assert_equal, interrupted, weights
+from groups import drawing
 from safetensors.torch import load_file
 
 from minbert import train
 from minbert.errors import UserError
 from minbert.runs.run_directory import Run
-from minbert.training import loop
 
 PLAIN = ["--surgery=sum", "--smart.lambda-s=0"]
 NO_DROPOUT = ["--dropout=0", "--head-dropout=0"]
@@ -34,14 +33,9 @@ def weights_of(quick, tmp_path):
     def run(*options: str) -> dict[str, torch.Tensor]:
         out = tmp_path / f"run{next(runs)}"
         assert train.main([*quick, f"--out={out}", *options]) == 0
-        return {**load_file(out / "last" / "model.safetensors"), **load_file(out / "last" / "heads.safetensors")}
+        return weights(out)
 
     return run
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def assert_near(one, other, start):
@@ -142,23 +136,13 @@ def test_gse_updates_twice_in_a_step(quick, tmp_path):
         [*PAIRS_APART, "--low-memory", "--surgery-groups=qqp+sts,sst", "--heads.sts=layers-cosine"],
     ],
 )
-def test_everything_at_once_repeats_itself_and_resumes_to_the_bit(
-    weights_of, quick, tmp_path, options, monkeypatch, precision
-):
+def test_everything_at_once_repeats_itself_and_resumes_to_the_bit(weights_of, quick, tmp_path, options, precision):
     options = [precision, *options]
-    straight, take, calls = weights_of(*options), loop.training_step, itertools.count()
-
-    def interrupted(*arguments):
-        if next(calls) == 6:
-            raise KeyboardInterrupt
-        return take(*arguments)
-
-    monkeypatch.setattr(loop, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    straight = weights_of(*options)
+    with interrupted("minbert.training.loop.training_step", 6):
         train.main([*quick, *options])
     assert train.main([*quick, *options, "--resume"]) == 0
-    last = tmp_path / "run" / "last"
-    assert_equal(straight, {**load_file(last / "model.safetensors"), **load_file(last / "heads.safetensors")})
+    assert_equal(straight, weights(tmp_path / "run"))
 
 
 def records(run: Path) -> list[dict]:

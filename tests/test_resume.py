@@ -9,8 +9,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch
-from groups import quick_options, state
+from compare_runs import assert_equal_runs
+from groups import quick_options
 
 from minbert import train
 from minbert.config import TrainConfig
@@ -40,13 +40,6 @@ FIXED = [
     "scratch.num_hidden_layers", "scratch.num_attention_heads", "scratch.intermediate_size",
 ]
 # fmt: on
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    first, second = state(one), state(other)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 def test_every_option_is_classified():

@@ -9,12 +9,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from groups import bf16_bound
+from compare_runs import bf16_bound
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from minbert import kernels
 from minbert.data import Encoded, pack_batches
-from minbert.data.packing import TOKEN_BUCKET, dummies, length_bucket, pack
+from minbert.data.packing import TOKEN_BUCKET, length_bucket, pack, padding_lengths
 from minbert.distributed.local_parameters import LocalParameters
 from minbert.kernels import checks
 from minbert.methods.smart import BregmanConfig, SmartConfig
@@ -172,7 +172,7 @@ def test_results_can_be_asked_for_after_the_next_step_was_handed_over(monkeypatc
 def test_padding_makes_round_numbers_of_few_short_sequences(max_seqlen):
     counts = set()
     for tokens in range(1, 3 * TOKEN_BUCKET):
-        extra = dummies(tokens, max_seqlen)
+        extra = padding_lengths(tokens, max_seqlen)
         assert (tokens + extra.sum()) % TOKEN_BUCKET == 0
         assert 1 <= extra.min() <= extra.max() <= max_seqlen
         assert extra.sum() < TOKEN_BUCKET + len(extra)

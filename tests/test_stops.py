@@ -11,8 +11,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from compare_runs import assert_equal_runs
 from groups import quick_options
-from test_resume import assert_equal_runs
 
 from minbert import train
 from minbert.runs.run_directory import Run

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from groups import bf16_bound, drawing, quick_options
+from compare_runs import assert_equal, bf16_bound, weights
+from groups import drawing, quick_options
 from safetensors.torch import load_file
 
 from minbert import kernels, train
@@ -28,18 +29,6 @@ from minbert.runs import checkpoint
 from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS
 from minbert.training.objective import Objective
-
-
-def weights(run: Path, checkpoint: str = "last") -> dict[str, torch.Tensor]:
-    directory = run / checkpoint
-    return {**load_file(directory / "model.safetensors"), **load_file(directory / "heads.safetensors")}
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 def start(options: list[str], **environment: str) -> subprocess.Popen[str]:
@@ -141,7 +130,7 @@ def test_beside_them_lie_labels_lengths_and_probabilities(finished, course_data)
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, quick, tmp_path):
     assert train.main(quick) == 0
-    assert_same_weights(finished, tmp_path / "run")
+    assert_equal(weights(finished), weights(tmp_path / "run"))
     losses = lambda run: [r["loss"] for r in Run(run).records() if "loss" in r]  # noqa: E731
     assert losses(finished) == losses(tmp_path / "run")
     assert train.main([*quick, f"--out={tmp_path / 'other'}", "--seed=1"]) == 0
@@ -155,7 +144,7 @@ def test_killed_and_resumed_equals_never_killed(finished, quick, tmp_path, kille
     process.kill()
     process.wait()
     assert train.main([*quick, "--resume"]) == 0
-    assert_same_weights(finished, tmp_path / "run")
+    assert_equal(weights(finished), weights(tmp_path / "run"))
     steps = [record["step"] for record in Run(tmp_path / "run").records() if "loss" in record]
     assert steps == list(range(1, 13))
     resumed, straight = (json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", finished))
@@ -179,13 +168,13 @@ def test_a_signal_saves_and_resume_goes_on_from_that_step(finished, quick, tmp_p
     saved = json.loads((tmp_path / "run" / "last" / "progress.json").read_text())
     assert saved["step"] >= 2
     assert train.main([*quick, "--resume"]) == 0
-    assert_same_weights(finished, tmp_path / "run")
+    assert_equal(weights(finished), weights(tmp_path / "run"))
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, quick, tmp_path):
     assert train.main(quick) == 0
     assert train.main([*quick, "--resume"]) == 0
-    assert_same_weights(finished, tmp_path / "run")
+    assert_equal(weights(finished), weights(tmp_path / "run"))
 
 
 def test_a_second_run_into_the_directory_is_refused(quick, finished):

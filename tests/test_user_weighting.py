@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from compare_runs import assert_equal, interrupted, tensors
 from torch import Tensor, nn
 
 from minbert import evaluate, predict, train
@@ -282,26 +282,16 @@ def test_a_state_that_does_not_fit_is_one_line(broken: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", [f"{HERE}:Remembers(decay=0.6)", "torchjd.aggregation:GradVacWeighting(beta=0.3)"])
-def test_a_run_resumes_to_the_bit(name: str, quick, tmp_path, monkeypatch) -> None:
+def test_a_run_resumes_to_the_bit(name: str, quick, tmp_path) -> None:
     if name.startswith("torchjd"):
         pytest.importorskip("torchjd.aggregation", reason="needs torchjd, of the extra [bench]")
     options = [*quick, f"--surgery={name}", "--smart.lambda-s=0", "--precision=fp32", "--epochs=1"]
     assert train.main([*options, f"--out={tmp_path / 'straight'}"]) == 0
-    weights_of, calls = UserWeighting.__call__, itertools.count()
-
-    def interrupted(self, gram, generator):
-        if next(calls) == 5:
-            raise KeyboardInterrupt
-        return weights_of(self, gram, generator)
-
-    monkeypatch.setattr(UserWeighting, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted("minbert.methods.user_weighting.UserWeighting.__call__", 5):
         train.main(options)
     assert train.main([*options, "--resume"]) == 0
-    for file in ("model.safetensors", "heads.safetensors", STATE):
-        one, other = (load_file(tmp_path / run / "last" / file) for run in ("straight", "run"))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
+    files = ("model", "heads", STATE.removesuffix(".safetensors"))
+    assert_equal(*(tensors(tmp_path / run, "last", *files) for run in ("straight", "run")))
 
 
 # A file names code, and is not believed ---------------------------------------------------------------------------

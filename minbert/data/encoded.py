@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from minbert.data.examples import Examples
 from minbert.data.lines import shorten
-from minbert.data.packing import Packed, dummies, length_bucket, pack_flat
+from minbert.data.packing import Packed, length_bucket, pack_flat, padding_lengths
 from minbert.data.skipped import SHOWN
 from minbert.files.cache import cache_directory
 from minbert.tasks import PAIR_ENCODINGS
@@ -67,21 +67,21 @@ class Encoded:
         empty = (np.diff(self.offsets) - second <= 2) | (second == 1)
         return np.flatnonzero(empty.reshape(-1, self.width).any(1))
 
-    def notes(self, max_length: int | None = None) -> list[str]:
+    def warnings(self, max_length: int | None = None) -> list[str]:
         """Warnings about texts without tokens and, if `max_length` is given, about truncated ones."""
-        notes = []
+        warnings = []
         if self.truncated and max_length is not None:
             unit = "example" if self.width == 1 else "sequence"
-            notes.append(f"{_counted(self.truncated, unit)} cut to {max_length} tokens")
+            warnings.append(f"{_counted(self.truncated, unit)} cut to {max_length} tokens")
         empty = self.without_tokens
         if len(empty):
             ids = ", ".join(shorten(self.ids[index]) for index in empty[:SHOWN])
             more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
-            notes.append(
+            warnings.append(
                 f"{_counted(len(empty), 'example')} with a text without tokens, such as one of control characters:"
                 f" id {ids}{more}"
             )
-        return notes
+        return warnings
 
     @property
     def checksum(self) -> str:
@@ -114,7 +114,7 @@ def pack_batches(parts: Sequence[tuple[Encoded, np.ndarray]], bucket_to: int | N
     padding = 0
     if bucket_to is not None:
         longest = length_bucket(longest, bucket_to)
-        added = [dummies(int(lengths.sum()), longest) for _, _, lengths in batches]
+        added = [padding_lengths(int(lengths.sum()), longest) for _, _, lengths in batches]
         padding = len(added[0])
         batches = [_pad(*arrays, extra) for arrays, extra in zip(batches, added, strict=True)]
     token_ids, token_type_ids, lengths = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))

@@ -27,7 +27,7 @@ class Packed:
     cu_seqlens: Tensor  # int32 [S + 1]: cumulative sequence lengths, from 0 to N
     max_seqlen: int  # the longest sequence's length in tokens
     attention_plan: AttentionPlan | None = None  # for `kernels.attention`
-    padding: int = 0  # sequences that each task has after its own, for round numbers of tokens (`dummies`)
+    padding: int = 0  # sequences that each task has after its own, for round numbers of tokens (`padding_lengths`)
     # Of T tasks, task t has sequences sequence_bounds[t] to [t + 1], and tokens token_bounds[t] to [t + 1].
     sequence_bounds: tuple[int, ...] | None = None
     token_bounds: tuple[int, ...] | None = None
@@ -125,7 +125,7 @@ def length_bucket(longest: int, limit: int) -> int:
     return min(limit, max(SHORTEST_BUCKET, 1 << (longest - 1).bit_length()))
 
 
-def dummies(tokens: int, max_seqlen: int) -> np.ndarray:
+def padding_lengths(tokens: int, max_seqlen: int) -> np.ndarray:
     """Lengths of the sequences that bring `tokens` to a multiple of `TOKEN_BUCKET`.
 
     Their number depends on max_seqlen alone, none is empty, and none is longer than it.

@@ -79,5 +79,5 @@ def data_lines(config: TrainConfig, data: TrainingData, model: MultitaskModel, s
     for split, by_task in data.splits.items():
         for name, encoded in by_task.items():
             lines += skipped_lines(data.skipped[split][name], skipped_file)
-            lines += [f"warning: {name}, {split}: {note}" for note in encoded.notes()]
+            lines += [f"warning: {name}, {split}: {note}" for note in encoded.warnings()]
     return lines

@@ -14,9 +14,9 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from compare_runs import assert_equal_runs
 from faults import NAMES, FailingDisk, Gone, RecordingDisk, build
 from safetensors.torch import load_file
-from test_resume import assert_equal_runs
 
 from minbert import train
 from minbert.config import TrainConfig

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from compare_runs import assert_equal, interrupted, weights
 from rich.console import Console
-from safetensors.torch import load_file
 
 from minbert import cli, train
 from minbert.config import TrainConfig
@@ -22,14 +18,6 @@ from minbert.training import loop
 pytestmark = pytest.mark.gpu
 
 
-def summary(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return {**load_file(run / "last" / "model.safetensors"), **load_file(run / "last" / "heads.safetensors")}
-
-
 @pytest.mark.slow
 def test_the_demo_corpus_is_learned_as_on_the_cpu(cuda, tmp_path):
     scores, options = {}, ["--precision=fp32", "--epochs=2", "--log-steps=1"]
@@ -38,7 +26,7 @@ def test_the_demo_corpus_is_learned_as_on_the_cpu(cuda, tmp_path):
         assert train.main([f"--out={out}", f"--device={device}", *options]) == 0
         losses = [sum(record["loss"].values()) for record in Run(out).records() if "loss" in record]
         assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
-        scores[device] = summary(out)["dev"]["overall"]
+        scores[device] = Run(out).summary()["dev"]["overall"]
     assert scores["cuda"] == pytest.approx(scores["cpu"], abs=0.05)
 
 
@@ -49,7 +37,7 @@ def test_losses_fall_and_memory_is_reported(cuda, tmp_path, precision):
     assert train.main(options) == 0
     losses = [sum(record["loss"].values()) for record in Run(out).records() if "loss" in record]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
-    found = summary(out)
+    found = Run(out).summary()
     assert found["precision"] == precision
     assert found["device"].startswith(torch.cuda.get_device_name())
     assert 2**20 < found["peak_memory_bytes"] < 2**30
@@ -79,19 +67,10 @@ def test_one_step_is_that_of_the_cpu(cuda, quick, tmp_path, options):
     assert gpu_change.norm().item() == pytest.approx(cpu_change.norm().item(), rel=1e-2)
 
 
-def test_an_interrupted_run_resumes_to_the_bit(cuda, quick, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_bit(cuda, quick, tmp_path):
     options = [*quick, "--device=cuda", "--precision=bf16", "--recipe=smart-pcgrad", "--dropout=0.1"]
     assert train.main([*options, f"--out={tmp_path / 'straight'}"]) == 0
-    take, calls = loop.training_step, itertools.count()
-
-    def interrupted(*arguments):
-        if next(calls) == 6:
-            raise KeyboardInterrupt
-        return take(*arguments)
-
-    monkeypatch.setattr(loop, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted("minbert.training.loop.training_step", 6):
         train.main(options)
     assert train.main([*options, "--resume"]) == 0
-    one, other = weights(tmp_path / "straight"), weights(tmp_path / "run")
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert_equal(weights(tmp_path / "straight"), weights(tmp_path / "run"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -34,6 +35,10 @@ from minbert.training.trainer import Trainer, forward_backward
 TASKS = find_tasks(["sst", "qqp", "sts"])
 SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CPU = torch.device("cpu")
+STEP_OPS = {
+    *("embedding", "linear", "attention", "dropout_add_layer_norm", "bias_gelu", "dropout"),
+    *("smart_init", "smart_ascend", "gram", "surgery_weights", "combine_adamw_"),
+}
 
 
 def examples(n: int, seed: int) -> Encoded:
@@ -163,6 +168,29 @@ def test_results_can_be_asked_for_after_the_next_step_was_handed_over(monkeypatc
     monkeypatch.undo()
     for i in range(3):
         assert training_step(alike, i, 0.0).result().loss == pending[i].result().loss
+
+
+def test_between_the_step_and_an_op_lie_at_most_six_frames(monkeypatch):
+    """Of minbert's own functions, the op's among them; torch's calls of modules are not counted."""
+    found = set()
+
+    def noting(name, op):
+        def call(*arguments, **options):
+            frame, frames = sys._getframe(1), [name]
+            while frame is not None and frame.f_code is not training_step.__code__:
+                frames += [frame.f_code.co_name] if frame.f_globals["__name__"].startswith("minbert.") else []
+                frame = frame.f_back
+            if frame is not None:
+                found.add(tuple(reversed(frames)))
+            return op(*arguments, **options)
+
+        return call
+
+    for name in STEP_OPS:
+        monkeypatch.setattr(kernels, name, noting(name, getattr(kernels, name)))
+    training_step(trainer("gse", mu=0.5), 0, 0.0).result()
+    assert {frames[-1] for frames in found} == STEP_OPS
+    assert max(map(len, found)) == 6
 
 
 # Buckets ----------------------------------------------------------------------------------------------------------

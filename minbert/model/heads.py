@@ -17,7 +17,7 @@ LOGIT_SCALE = 20.0  # of a cosine in a sigmoid or softmax (004, experiment 2bi)
 OF_A_SCORE = ("cross_entropy", "binary_cross_entropy", "mean_squared_error")
 OF_ANY_PAIR = (*OF_A_SCORE, "multiple_negatives_ranking")
 
-Dropout = Callable[[Tensor, int], Tensor]  # of an activation [..., D], at the place of that number in a head
+Dropout = Callable[[Tensor], Tensor]  # of an activation [..., D]
 
 
 class Head(nn.Module):
@@ -38,30 +38,31 @@ class Head(nn.Module):
         self.task, self.dropout_p = task, dropout_p
         self.width: int = PAIR_ENCODINGS[self.pair_encoding] if task.is_pair else 1
 
-    def forward(self, pooled: Tensor, *, seed: Tensor | None, stream_ids: Sequence[int]) -> Tensor:
-        """Outputs for n examples.
+    def split(self, pooled: Tensor) -> Sequence[Tensor]:
+        """The vectors of each of an example's `width` sequences, from pooled [n * width, D].
 
-        Args:
-            pooled: [n * width, D], the sequences of an example one after the other.
-            seed: as for `kernels.dropout_mask`, whose rows are examples here; dropout acts in training mode only.
-            stream_ids: the dropout streams, numbers of this head's own.
-
-        Returns:
-            [n, outputs], or [n] when there is one output. In training for multiple negatives ranking [n, n]: how well
-            the first sentence of each example goes with the second of each.
+        Each is [n, D]. In training for multiple negatives ranking they are [n, 1, D] and [1, n, D]: every first
+        sentence meets every second one.
         """
         sequences = pooled.reshape(len(pooled) // self.width, self.width, pooled.shape[1]).unbind(1)
         if self.training and self.task.loss == "multiple_negatives_ranking":
             u, v = sequences
-            sequences = (u[:, None], v[None])
-        return self.score(*sequences, drop=partial(self._dropout, seed=seed, stream_ids=stream_ids))
+            return u[:, None], v[None]
+        return sequences
 
-    def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
-        """Outputs [..., outputs], or [...] when there is one, from `width` vectors [..., D] that broadcast."""
+    def dropouts(self, seed: Tensor | None, stream_ids: Sequence[int]) -> list[Dropout]:
+        """The head's dropouts of an activation [..., D], each with random numbers of its own.
+
+        Args:
+            seed: as for `kernels.dropout_mask`, whose rows are examples here; dropout acts in training mode only.
+            stream_ids: one for each dropout of the head.
+        """
+        p = self.dropout_p if self.training else 0.0
+        return [partial(dropout, p=p, seed=seed, stream_id=stream_id) for stream_id in stream_ids]
+
+    def forward(self, *sequences: Tensor, drop: Sequence[Dropout]) -> Tensor:
+        """Outputs [..., outputs], or [...] when there is one, from the `width` vectors of `split`, which broadcast."""
         raise NotImplementedError
-
-    def _dropout(self, x: Tensor, place: int, *, seed: Tensor | None, stream_ids: Sequence[int]) -> Tensor:
-        return dropout(x, self.dropout_p if self.training else 0.0, seed, stream_ids[place])
 
 
 # One linear layer on features of the sequences ---------------------------------------------------------------------
@@ -84,9 +85,9 @@ class LinearHead(Head):
         """What the layer reads, [..., features]."""
         return joined(*sequences)
 
-    def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
+    def forward(self, *sequences: Tensor, drop: Sequence[Dropout]) -> Tensor:
         x = self.features(*(sequence.to(self.weight.dtype) for sequence in sequences))
-        return squeezed(F.linear(drop(x, 0), self.weight, self.bias))
+        return squeezed(F.linear(drop[0](x), self.weight, self.bias))
 
 
 class ConcatenatedHead(LinearHead):
@@ -151,7 +152,7 @@ class CosineHead(Head):
         "multiple_negatives_ranking",
     )
 
-    def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
+    def forward(self, *sequences: Tensor, drop: Sequence[Dropout]) -> Tensor:
         scales = {"mean_squared_error": self.task.max_label, "multiple_negatives_ranking": LOGIT_SCALE}
         return scales.get(self.task.loss, 1.0) * self.cosine(*sequences)
 
@@ -179,7 +180,7 @@ class ScaledCosineHead(ProjectedCosineHead):
 
     losses = ("binary_cross_entropy", "mean_squared_error", "multiple_negatives_ranking")
 
-    def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
+    def forward(self, *sequences: Tensor, drop: Sequence[Dropout]) -> Tensor:
         logits = LOGIT_SCALE * self.cosine(*sequences)
         return self.task.max_label * logits.sigmoid() if self.task.loss == "mean_squared_error" else logits
 
@@ -204,10 +205,10 @@ class LayersHead(Head):
         self.norms = nn.ModuleList([BatchNorm(hidden_size), BatchNorm(hidden_size)])
         self.outer = new_linear(hidden_size, task.num_outputs)
 
-    def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
+    def forward(self, *sequences: Tensor, drop: Sequence[Dropout]) -> Tensor:
         x = joined(*sequences)
-        for place, (linear, norm) in enumerate(zip(self.inner, self.norms, strict=True)):
-            x = drop(F.gelu(norm(linear(x))), place)
+        for number, (linear, norm) in enumerate(zip(self.inner, self.norms, strict=True)):
+            x = drop[number](F.gelu(norm(linear(x))))
         return squeezed(self.outer(x))
 
 
@@ -235,9 +236,9 @@ class MixedHead(Head):
         """The network's share of the output."""
         return 0.5
 
-    def score(self, *sequences: Tensor, drop: Dropout) -> Tensor:
+    def forward(self, *sequences: Tensor, drop: Sequence[Dropout]) -> Tensor:
         *_, u, v = sequences
-        network = self.network.score(*sequences[: self.network.width], drop=drop)
+        network = self.network(*sequences[: self.network.width], drop=drop)
         return self.share * network + (1 - self.share) * self.task.max_label * F.cosine_similarity(u, v, dim=-1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -110,45 +110,38 @@ class MultitaskModel(nn.Module):
         return self.encoder.embed(packed, seed)
 
     def from_embedded(
-        self, embedded: Tensor, packed: Packed, counts: Mapping[str, int], *, seed: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """`forward` from the embedding block's output [N, D] on."""
-        seed = self._seed(seed)
-        pooled = self.pool(self.encoder.encode(embedded, packed, seed), packed, counts)
-        return self.apply_heads(pooled, counts, padding=packed.padding, bounds=packed.sequence_bounds, seed=seed)
-
-    def pool(self, hidden: Tensor, packed: Packed, tasks: Iterable[str]) -> dict[str, Tensor]:
-        """Pool hidden states [N, D] to one vector per sequence, [S, D], by every pooling that the tasks use."""
-        return {how: self.encoder.pool(hidden, packed, how) for how in dict.fromkeys(map(self._pooling_of, tasks))}
-
-    def apply_heads(
         self,
-        pooled: Mapping[str, Tensor],
+        embedded: Tensor,
+        packed: Packed,
         counts: Mapping[str, int],
         *,
-        padding: int = 0,
-        bounds: Sequence[int] | None = None,
         seed: Tensor | None = None,
+        all_gather: Callable[[Tensor], Tensor] | None = None,
+        bounds: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """Each task's outputs from the pooled vectors of its sequences.
+        """`forward` from the embedding block's output [N, D] on.
 
         Args:
-            pooled: what `pool` returns, for all sequences of the batch.
-            counts, seed: as for `forward`.
-            padding, bounds: the stream's `Packed.padding` and `Packed.sequence_bounds`.
+            all_gather: turns the pooled vectors [S, D] of `packed`, a shard of a batch, into those of the whole batch,
+                to which the heads are applied; `counts` are of the whole batch then.
+            bounds: `Packed.sequence_bounds` of the whole batch, if it is larger than `packed`.
         """
         seed = self._seed(seed)
-        seed = seed if seed is None or seed.ndim == 0 else seed[0]  # heads see the whole batch: their rows start at 0
-        sizes = self._sizes(counts, padding)
-        self._check_sizes(sizes, counts, padding, len(next(iter(pooled.values()))))
-        views = self.views(counts, bounds, padding) if self.shared is not None else {}
+        hidden = self.encoder.encode(embedded, packed, seed)
+        pooled = {how: self.encoder.pool(hidden, packed, how) for how in dict.fromkeys(map(self._pooling_of, counts))}
+        if all_gather is not None:
+            pooled = {how: all_gather(vectors) for how, vectors in pooled.items()}
+        sizes = self._sizes(counts, packed.padding)
+        self._check_sizes(sizes, counts, packed.padding, len(next(iter(pooled.values()))))
         vectors = {how: of_all.split(sizes)[::2] for how, of_all in pooled.items()}
+        views = self.views(counts, bounds or packed.sequence_bounds, packed.padding) if self.shared is not None else {}
+        seed = seed if seed is None or seed.ndim == 0 else seed[0]  # the heads' rows are those of the whole batch
         outputs = {}
         for i, name in enumerate(counts):
-            rows, stream_ids = vectors[self._pooling_of(name)][i], self._stream_ids[name]
+            rows, stream_ids, head = vectors[self._pooling_of(name)][i], self._stream_ids[name], self.heads[name]
             if self.shared is not None:
                 rows = self.shared(rows, views[name], seed=seed, stream_id=stream_ids[-1])
-            outputs[name] = self.heads[name](rows, seed=seed, stream_ids=stream_ids)
+            outputs[name] = head(*head.split(rows), drop=head.dropouts(seed, stream_ids))
         return outputs
 
     def views(self, counts: Mapping[str, int], bounds: Sequence[int] | None, padding: int = 0) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +76,11 @@ class Batch:
     def sequence_bounds(self) -> tuple[int, ...] | None:
         """`Packed.sequence_bounds` of the stream of all ranks."""
         return self.shard.bounds if self.shard else self.packed.sequence_bounds
+
+    @property
+    def of_all_ranks(self) -> dict[str, Any]:
+        """The arguments of `MultitaskModel.from_embedded` for a shard: how all ranks' pooled vectors are gathered."""
+        return {"all_gather": self.shard.all_gather, "bounds": self.shard.bounds} if self.shard else {}
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from minbert.data.packing import Packed
 from minbert.methods.losses import LOSSES
 from minbert.methods.smart import (
     BregmanConfig,
@@ -22,6 +23,8 @@ from minbert.methods.smart import (
 from minbert.methods.task_gradients import substituted
 from minbert.model import MultitaskModel, statistics_kept
 from minbert.training.batches import Batch
+
+Forward = Callable[..., dict[str, Tensor]]  # from the embedding block's output and a seed to outputs by task
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,10 @@ class Objective:
         """
         model, packed, tasks = self.model, batch.packed, {name: self.model.tasks[name] for name in batch.counts}
         dropout_seed, other_seed, noise_seed = batch.seeds
-        forward = partial(self._outputs, batch)
+        forward: Forward = partial(model.from_embedded, packed=packed, counts=batch.counts, **batch.of_all_ranks)
         with tracked():
             embedded = model.embed(packed, dropout_seed)
-            outputs = forward(embedded, dropout_seed)
+            outputs = forward(embedded, seed=dropout_seed)
             norms = self._norms(batch)
         task = {name: LOSSES[of.loss](outputs[name], batch.labels[name], of.max_label) for name, of in tasks.items()}
         terms = [*(self.weights.get(name, 1.0) * loss for name, loss in task.items()), *norms]
@@ -105,32 +108,24 @@ class Objective:
                     partial(forward, seed=seed), embedded, outputs, tasks, packed.cu_seqlens, self.smart, **search
                 )
             with statistics_kept(model), tracked():
-                perturbed_outputs = forward(straight_through(embedded, perturbed), seed)
+                perturbed_outputs = forward(straight_through(embedded, perturbed), seed=seed)
             smart = divergences(tasks, perturbed_outputs, outputs)
             smart_terms = [weight * smart[name] for name, weight in zip(tasks, batch.smart_weights, strict=True)]
             sizes = (perturbed - embedded.detach()).abs().amax(1).float()
             size = sizes.sum() / (batch.shard.tokens if batch.shard else len(sizes))
             on_phase("smart")
         if self.bregman.mu:
-            bregman = divergences(tasks, outputs, self._teacher_outputs(batch, dropout_seed))
+            bregman = divergences(tasks, outputs, self._teacher_outputs(forward, packed, dropout_seed))
             terms += [self.bregman.mu * value for value in bregman.values()]
             on_phase("bregman")
         added = torch.stack(smart_terms).sum()
         return Losses(task, smart, bregman, torch.stack(terms).sum() + added, added.detach(), size)
 
-    def _outputs(self, batch: Batch, embedded: Tensor, seed: Tensor) -> dict[str, Tensor]:
-        """Each task's outputs. Every rank encodes its shard, all-gathers the pooled vectors and applies all heads."""
-        packed, model = batch.packed, self.model
-        pooled = model.pool(model.encoder.encode(embedded, packed, seed), packed, batch.counts)
-        if batch.shard is not None:
-            pooled = {how: batch.shard.all_gather(vectors) for how, vectors in pooled.items()}
-        return model.apply_heads(pooled, batch.counts, padding=packed.padding, bounds=batch.sequence_bounds, seed=seed)
-
     @torch.no_grad()
-    def _teacher_outputs(self, batch: Batch, seed: Tensor) -> dict[str, Tensor]:
+    def _teacher_outputs(self, forward: Forward, packed: Packed, seed: Tensor) -> dict[str, Tensor]:
         teacher = self.teacher or {}
         with substituted(self.model, lambda param: teacher.get(param, param)), statistics_kept(self.model):
-            return self._outputs(batch, self.model.embed(batch.packed, seed), seed)
+            return forward(self.model.embed(packed, seed), seed=seed)
 
     def _norms(self, batch: Batch) -> list[Tensor]:
         """lambda |theta|_2 of the tasks that have one (003, section 3: the norm itself, not its square).

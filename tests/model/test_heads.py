@@ -35,7 +35,7 @@ def head_of(head: str, task: str = "sts", loss: str | None = None, dropout_p: fl
 
 
 def outputs(head: Head, pooled: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    return head(pooled, seed=torch.tensor(seed), stream_ids=STREAM_IDS)
+    return head(*head.split(pooled), drop=head.dropouts(torch.tensor(seed), STREAM_IDS))
 
 
 def vectors(head: Head, n: int = N) -> torch.Tensor:
@@ -188,7 +188,8 @@ def test_an_example_has_as_many_sequences_as_its_head_reads(tiny_config: Encoder
     found = model(packed, {"sst": 1, "qqp": 1, "sts": 2})
     assert {name: len(rows) for name, rows in found.items()} == {"sst": 1, "qqp": 1, "sts": 2}
     pooled = model.encoder.pool(model.encoder(packed), packed)
-    torch.testing.assert_close(found["qqp"], model.heads["qqp"](pooled[1:3], seed=None, stream_ids=STREAM_IDS))
+    head = model.heads["qqp"]
+    torch.testing.assert_close(found["qqp"], head(*head.split(pooled[1:3]), drop=head.dropouts(None, STREAM_IDS)))
     with pytest.raises(ValueError, match=r"add up to the 5 sequences of the packed stream; an example of qqp has 2"):
         model(packed, {"qqp": 5})
 

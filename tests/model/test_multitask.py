@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,13 +90,11 @@ def test_head_dropout_follows_the_seed_and_differs_between_tasks(tiny_config: En
     with torch.no_grad():
         for head in model.heads.values():
             head.weight.fill_(1.0)
-    pooled = {"cls": torch.ones(5, 32)}
-    one, again, other = (
-        model.apply_heads(pooled, {"qqp": 0, "sts": 5}, seed=torch.tensor(seed))["sts"] for seed in (1, [1, 0], 2)
-    )
+    outputs = partial(model.from_embedded, torch.zeros(len(packed.token_ids), 32), packed, all_gather=torch.ones_like)
+    one, again, other = (outputs({"qqp": 0, "sts": 5}, seed=torch.tensor(seed))["sts"] for seed in (1, [1, 0], 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
-    assert not torch.equal(one, model.apply_heads(pooled, {"qqp": 5, "sts": 0}, seed=torch.tensor(1))["qqp"])
+    assert not torch.equal(one, outputs({"qqp": 5, "sts": 0}, seed=torch.tensor(1))["qqp"])
     torch.testing.assert_close(one, (one / 2).round() * 2)  # a kept element counts 1 / (1 - 0.5)
 
 

@@ -18,7 +18,8 @@ from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.files.atomic import readable, verify
 from minbert.model import Encoder, MultitaskModel, load_heads
-from minbert.runs.checkpoint import Scores, check_fits
+from minbert.runs.checkpoint import check_fits
+from minbert.runs.scores import Scores
 from minbert.tasks import Task
 from minbert.tasks.metrics import METRICS, predictions
 

@@ -17,9 +17,9 @@ from minbert.errors import UserError
 from minbert.files.atomic import readable, recover, verify, write_atomically, write_json, writing
 from minbert.files.lock import LOCK, locked
 from minbert.files.validation import FORMAT
-from minbert.runs.checkpoint import load_progress
 from minbert.runs.metrics_log import RESUME, MetricsLog, Record
 from minbert.runs.predictions import Prediction, read_predictions, write_predictions
+from minbert.runs.progress import load_progress
 from minbert.runs.resume import remarks, resumed
 from minbert.runs.scores import read_summary
 from minbert.tasks import Task

@@ -15,7 +15,7 @@ from minbert.config import TrainConfig
 from minbert.console import TrainingProgress
 from minbert.device import resolve_device, settings
 from minbert.distributed.process_group import ProcessGroup
-from minbert.runs.checkpoint import Progress
+from minbert.runs.progress import Progress
 from minbert.runs.resume import check_length
 from minbert.runs.run_directory import Run
 from minbert.seeds import derive_seed
@@ -128,7 +128,7 @@ def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
                     record = {"lr": its_factor * peak_rates[0], **result.record(), "examples_per_second": rate}
                     record |= {"bytes_sent": sent} if group.world_size > 1 else {}
                     directory.log({"step": progress.step, "epoch": epoch, **record})
-                loss = sum(progress.mean_losses().values())
+                loss = sum(progress.epoch_sums.mean_losses().values())
                 display.update(progress.step, f"epoch {epoch}/{epochs}", rate, loss)
 
             if ends_epoch and not stops:

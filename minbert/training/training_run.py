@@ -24,8 +24,9 @@ from minbert.inference import evaluate, load_model
 from minbert.model import load_heads
 from minbert.report import plot_run, write_report
 from minbert.runs import checkpoint
-from minbert.runs.checkpoint import Progress, Scores
+from minbert.runs.progress import EpochSums, Progress, load_progress
 from minbert.runs.run_directory import RESUME, Run
+from minbert.runs.scores import Scores
 from minbert.tasks.metrics import overall
 from minbert.training.setup import TrainingData
 from minbert.training.step_result import StepResult
@@ -74,7 +75,7 @@ class TrainingRun:
         last = self.directory.last
         if not (self.config.resume and last.exists()):
             return
-        progress = checkpoint.load_progress(last)
+        progress = load_progress(last)
         for split, of_split, suffix in (("training", train, ""), ("dev", dev, " dev")):
             recorded = {name: progress.data.get(f"{name}{suffix}") for name in of_split}
             changed = [name for name, checksum in recorded.items() if not of_split[name].is_recorded_as(checksum)]
@@ -114,7 +115,7 @@ class TrainingRun:
         progress.seconds += seconds
         if result.updated:
             progress.skipped_in_a_row = 0
-            progress.count(result.loss, result.smart_share, result.conflicts.get("cosine", {}))
+            progress.epoch_sums.add(result.loss, result.smart_share, result.conflicts.get("cosine", {}))
         else:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
@@ -131,7 +132,7 @@ class TrainingRun:
 
     def is_scored(self, epoch: int) -> bool:
         """Whether `finish_epoch` is done for an epoch, which ended with the last step."""
-        return len(self.progress.dev) >= epoch and not self.progress.loss_counts
+        return len(self.progress.scores.dev) >= epoch and not self.progress.epoch_sums.loss_counts
 
     def finish_epoch(self, epoch: int, stop: StopSignal) -> None:
         """Score the dev split, show it, and save best/ and then last/: a last/ never names a best/ that is not there.
@@ -152,29 +153,23 @@ class TrainingRun:
             self.save(directory.last)
             raise
         total = overall(scores)
-        losses = progress.mean_losses()
-        rates = {pair: conflicts / steps for pair, (conflicts, steps) in progress.conflicts.items()}
+        losses, rates = progress.epoch_sums.mean_losses(), progress.epoch_sums.conflict_rates()
         record = {"dev": {**scores, "overall": total}, "train_loss": losses}
         directory.log({"step": progress.step, "epoch": epoch, **record, **({"conflict_rate": rates} if rates else {})})
         self._warn_of_idle_smart()
-        if len(progress.dev) < epoch:
-            progress.dev.append(scores)
-        elif total >= overall(progress.dev[epoch - 1]):
-            progress.dev[epoch - 1] = scores
-        progress.start_epoch()
+        progress.epoch_sums = EpochSums()
         shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         self.console.print(score_table(f"train loss: {shown}", [(f"dev, epoch {epoch}", scores, total)]))
-        if total > progress.best_overall:
-            progress.best_epoch, progress.best_overall = epoch, total
+        if progress.scores.add(epoch, scores):
             self.save(directory.best)
         self.save(directory.last)
 
     def _warn_of_idle_smart(self) -> None:
         """Say once if SMART is on and its regulariser was next to nothing in this epoch."""
         progress = self.progress
-        counts = progress.loss_counts.values()  # a step is counted for each task that took it
+        counts = progress.epoch_sums.loss_counts.values()  # a step is counted for each task that took it
         steps = max(counts, default=0) if self.config.sampling == "joint" else sum(counts)
-        share = progress.smart_shares / max(1, steps)
+        share = progress.epoch_sums.smart_shares / max(1, steps)
         if self.config.smart.on and share < LEAST_SMART_SHARE and not progress.smart_warned:
             progress.smart_warned = True
             self.console.print(
@@ -207,9 +202,9 @@ class TrainingRun:
         tested = {"test": {**scores["test"], "overall": overall(scores["test"])}} if scores["test"] else {}
         rate = progress.examples / progress.seconds
         summary: dict[str, object] = {
-            "dev": {**progress.dev[progress.best_epoch - 1], "overall": progress.best_overall},
+            "dev": {**progress.scores.dev[progress.scores.best_epoch - 1], "overall": progress.scores.best_overall},
             **tested,
-            "best_epoch": progress.best_epoch,
+            "best_epoch": progress.scores.best_epoch,
             "steps": progress.step,
             "steps_per_epoch": self.plan.epoch_steps,
             "skipped_steps": progress.skipped,
@@ -226,8 +221,12 @@ class TrainingRun:
         directory.write_summary(summary)
         report = write_report(directory, config.data)
         rows = [
-            (f"dev, epoch {epoch}{' (best)' if epoch == progress.best_epoch else ''}", of_epoch, overall(of_epoch))
-            for epoch, of_epoch in enumerate(progress.dev, 1)
+            (
+                f"dev, epoch {epoch}{' (best)' if epoch == progress.scores.best_epoch else ''}",
+                of_epoch,
+                overall(of_epoch),
+            )
+            for epoch, of_epoch in enumerate(progress.scores.dev, 1)
         ]
         self.console.print(score_table("all epochs", rows))
         if progress.skipped:

@@ -20,6 +20,7 @@ from minbert.files.atomic import MANIFEST, sha256, verify
 from minbert.files.hub import checkpoint_directory
 from minbert.report import __main__ as report
 from minbert.runs.run_directory import Run
+from minbert.training import separate_process
 
 PAYLOAD = "from pathlib import Path\nPath('payload-ran').touch()\ndef X(gram): return gram.new_ones(len(gram))\n"
 HTML = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -78,7 +79,7 @@ def test_reproducing_into_a_foreign_directory_imports_nothing(run, monkeypatch):
     foreign = Path("out/baseline/seed-0")
     shutil.copytree(run, foreign)
     options(foreign, surgery="downloaded.payload:X")
-    monkeypatch.setattr(reproduce, "subprocess", None)  # were it to train, it would fail
+    monkeypatch.setattr(separate_process, "subprocess", None)  # were it to train, it would fail
     with contextlib.suppress(UserError, AttributeError):
         reproduce.main(["004", "--rows=baseline", "--out=out"])
     assert not Path("payload-ran").exists()

@@ -100,22 +100,25 @@ def reasons(
     found = ['set_backend("reference") is in effect'] if _choice == "reference" else []
     if op == "linear":
         return found + list(matmul_library.reasons_against_onednn(device, *dtypes))
-    code = _COMPILED[op]
-    if backend != getattr(code, device.type, None):
-        types = [type_ for type_ in ("cpu", "cuda") if getattr(code, type_) == backend]
-        return [*found, f"runs on {' and '.join(types)} devices only, not on {device.type}"]
-    if backend == "triton" and not triton.available():
-        found.append("triton is not installed; torch's CUDA builds bring it along")
-    if backend == "native":
-        if _choice == "auto":
+    code, kind = _COMPILED[op], device.type
+    if backend != getattr(code, kind, None):
+        kinds = [each for each in ("cpu", "cuda") if getattr(code, each) == backend]
+        return [*found, f"runs on {' and '.join(kinds)} devices only, not on {kind}"]
+    if backend == "triton":
+        if not triton.available():
+            found.append("triton is not installed; torch's CUDA builds bring it along")
+    else:
+        if not found:
             native.available()  # raises the error
         if missing := native.refusal() or native.missing_reason():
             found.append(missing)
-        elif device.type == "cuda" and not native.cuda_available():
+        elif kind == "cuda" and not native.cuda_available():
             found.append("the native extension was built without CUDA; build it with MINBERT_CUDA=1 where nvcc is")
-    known = code.dtypes[device.type]
-    found += [f"takes {names(known)}, not {names([dtype])}" for dtype in dtypes if dtype not in known]
-    if code.rows_in_registers and device.type == "cuda" and columns is not None and columns > WIDEST_ROW:
+    known = code.dtypes[kind]
+    for dtype in dtypes:
+        if dtype not in known:
+            found.append(f"takes {names(known)}, not {names([dtype])}")
+    if kind == "cuda" and code.rows_in_registers and columns is not None and columns > WIDEST_ROW:
         found.append(f"takes rows of up to {WIDEST_ROW} elements, not {columns}")
     if op == "attention" and head_dim is not None and (head_dim % 8 != 0 or head_dim > WIDEST_HEAD):
         found.append(f"takes heads of 8, 16, 24, ... or {WIDEST_HEAD} elements, not {head_dim}")

@@ -14,7 +14,7 @@ import torch
 from minbert import cli
 from minbert.device import resolve_precision
 from minbert.kernels import gram, native, use_backend
-from minbert.training.setup import kernels_line
+from minbert.training.startup_report import kernels_line
 
 CPU = torch.device("cpu")
 EVERYTHING = {"avx2": True, "avx512": True, "avx512_bf16": True, "amx_bf16": True}
@@ -23,7 +23,7 @@ import json, torch
 from minbert import kernels
 from minbert.device import resolve_precision
 from minbert.kernels import native
-from minbert.training.setup import kernels_line
+from minbert.training.startup_report import kernels_line
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

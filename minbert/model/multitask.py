@@ -138,7 +138,8 @@ class MultitaskModel(nn.Module):
         seed = seed if seed is None or seed.ndim == 0 else seed[0]  # the heads' rows are those of the whole batch
         outputs = {}
         for i, name in enumerate(counts):
-            rows, stream_ids, head = vectors[self._pooling_of(name)][i], self._stream_ids[name], self.heads[name]
+            rows, stream_ids = vectors[self._pooling_of(name)][i], self._stream_ids[name]
+            head: Any = self.heads[name]
             if self.shared is not None:
                 rows = self.shared(rows, views[name], seed=seed, stream_id=stream_ids[-1])
             outputs[name] = head(*head.split(rows), drop=head.dropouts(seed, stream_ids))

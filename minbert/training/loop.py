@@ -47,6 +47,7 @@ def training_step(trainer: Trainer, step: int, progress: float) -> PendingStep:
     batches, gradients, optimizer, group = trainer.batches, trainer.gradients, trainer.optimizer, trainer.group
     timer, updates = PhaseTimer(group.device), list[PendingUpdate]()
     finite = torch.ones((), dtype=torch.float64, device=group.device)
+
     sampled = trainer.sample(step)
     for number, surgery in enumerate(trainer.surgeries):  # one update; two for GSE
         gradients.clear()
@@ -57,27 +58,26 @@ def training_step(trainer: Trainer, step: int, progress: float) -> PendingStep:
             timer.end("batch")
             if stream is streams[-1]:
                 trainer.parameters.reduce_next_backward()
-            if trainer.graphs is not None:
-                losses.append(trainer.graphs(batch))
-            else:
-                tracked = partial(gradients.attached, stream.row)
+            if trainer.graphs is None:
+                tracked = partial(gradients.attached, stream.row)  # the forward reads per-task views of parameters
                 losses.append(trainer.objective(batch.to(group.device), tracked, on_phase=timer.end))
                 (losses[-1].total / (len(sampled) * group.world_size)).backward()
+            else:
+                losses.append(trainer.graphs(batch))  # the same forward and backward as a CUDA graph
             timer.end("backward")
 
-        shared, own = trainer.parameters.wait_for_gradients()
-        products = gradient_products(len(gradients.rows), shared, own, losses, group)
+        shared, own = trainer.parameters.wait_for_gradients()  # one gradient per task of shared parameters
+        products = gradient_products(len(gradients.rows), shared, own, losses, group)  # the Gram matrix
         generator = torch.Generator().manual_seed(derive_seed(batches.seed, "surgery", step, number))
-        weights, stats = surgery.weights(
-            products.gram, generator, products.own_square, trainer.clip_norm, group.broadcast
-        )
+        norms = products.own_square, trainer.clip_norm
+        weights, stats = surgery.weights(products.gram, generator, *norms, group.broadcast)
         finite = finite * stats[2]
         if trainer.last_update is not None:
-            trainer.last_update.result()  # the optimizer's step counts are right from here on
-        counted = optimizer.combined_step(shared, weights, stats[1:2], skip_unless=finite)
+            trainer.last_update.result()  # corrects the optimizer's step counts if that update changed nothing
+        counted = optimizer.combined_step(shared, weights, stats[1:2], skip_unless=finite)  # combine, clip and AdamW
         trainer.parameters.all_gather()
 
-        numbers = step_numbers(losses, products, stats, finite)
+        numbers = step_numbers(losses, products, stats, finite)  # metrics, on their way to the host
         trainer.last_update = PendingUpdate(numbers, optimizer, counted, group.liveness.wait_for)
         updates.append(trainer.last_update)
         timer.end("update")

@@ -1,5 +1,5 @@
-// Dropout masks.
-#include "cpu/keep_bytes.h"
+// The dropout masks of activations and of attention probabilities.
+#include "cpu/dropout_mask.h"
 
 namespace minbert::MINBERT_ISA {
 namespace {

@@ -11,9 +11,9 @@ void add_noise(const Element* x, Element* out, int64_t first_row, int64_t rows, 
                const Keys& keys, uint32_t stream_id, bool streamed) {
   Polar noise[kRowsAtOnce];
   philox_rows(even_lanes_first(), first_row, columns, 1, stream_id, keys,
-              [&](int64_t last, int64_t column, const Words* word) {
-                noise[last] = polar(word);
-                if (last + 1 < kRowsAtOnce) return;
+              [&](int64_t i, int64_t column, const Words* word) {
+                noise[i] = polar(word);
+                if (i + 1 < kRowsAtOnce) return;
                 Floats z[2][kRowsAtOnce];
                 normals(noise, z[0], z[1]);
                 for (int64_t row = 0; row < rows; ++row) {
@@ -21,7 +21,7 @@ void add_noise(const Element* x, Element* out, int64_t first_row, int64_t rows, 
                   if (left >= 2 * kFloats) {
                     Floats result[2];
                     load_several(x + at, result);
-                    for (int i = 0; i < 2; ++i) result[i] += sigma * z[i][row];
+                    for (int half = 0; half < 2; ++half) result[half] += sigma * z[half][row];
                     store_several(out + at, result, streamed);
                   } else {
                     const int64_t first = smaller(kFloats, left), second = left - first;

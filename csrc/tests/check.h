@@ -39,6 +39,14 @@ inline double number(uint64_t i) {  // in [-1, 1), different for every i
   return words.word[0] / 2147483648.0 - 1;
 }
 
+// Whether dropout keeps the element of word `word` of counter (first, row, third, stream_id).
+[[maybe_unused]] inline bool keeps(const Dropout& dropout, int64_t first, int64_t row, int64_t third, int64_t word) {
+  const Words4 words = philox({{static_cast<uint32_t>(first), static_cast<uint32_t>(dropout.first_row + row),
+                                static_cast<uint32_t>(third), dropout.stream_id}},
+                              dropout.seed);
+  return words.word[word] >= dropout.threshold;
+}
+
 inline int64_t width(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // One task's gradient for one tensor, `shift` elements past an aligned address.
@@ -109,6 +117,24 @@ struct Problem {
 
   TaskGradients view() const {
     return {tasks, static_cast<int64_t>(sizes.size()), data.data(), dtypes.data(), sizes.data(), first_chunk.data()};
+  }
+};
+
+// K tensors of the dtypes of a problem's state, filled with numbers that differ between parts.
+struct Tensors {
+  std::vector<Buffer> buffers;
+  std::vector<void*> addresses;
+
+  Tensors(const Problem& problem, int64_t shift, int part, bool copies = false) {
+    for (size_t k = 0; k < problem.sizes.size(); ++k) {
+      const DType of_state = problem.dtypes[k] == DType::float64 ? DType::float64 : DType::float32;
+      buffers.emplace_back(problem.sizes[k], copies ? DType::bfloat16 : of_state, shift);
+      for (int64_t i = 0; i < problem.sizes[k]; ++i) {
+        const double value = number(i * 64 + 40 + part);
+        buffers.back().set(i, part == 2 ? value * value : value);
+      }
+    }
+    for (auto& buffer : buffers) addresses.push_back(buffer.data());
   }
 };
 

@@ -45,10 +45,7 @@ void attend(Case& c, Numbers& out, Numbers& grad) {
           double score = 0;
           for (int64_t i = 0; i < p.head_dim; ++i) score += at(0, query, head, i) * at(1, first + key, head, i);
           sum += probability[key] = std::exp(p.scale * score);
-          const Words4 words = philox({{static_cast<uint32_t>(key), p.dropout.first_row + static_cast<uint32_t>(query),
-                                        static_cast<uint32_t>(head / 4), p.dropout.stream_id}},
-                                      p.dropout.seed);
-          scale[key] = words.word[head % 4] >= p.dropout.threshold ? p.keep_scale : 0;
+          scale[key] = keeps(p.dropout, key, query, head / 4, head % 4) ? p.keep_scale : 0;
         }
         for (int64_t key = 0; key < length; ++key) {
           probability[key] /= sum;

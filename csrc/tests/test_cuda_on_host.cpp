@@ -213,24 +213,6 @@ void test_weights_of_many_workers(int64_t tasks, bool mean) {
   CHECK(along[0] > -1e-15 && along[1] > -1e-15, "the sum of two conflicts with %g, %g", along[0], along[1]);
 }
 
-// K tensors of the dtypes of a problem's state, filled with numbers that differ between parts.
-struct Tensors {
-  std::vector<Buffer> buffers;
-  std::vector<void*> addresses;
-
-  Tensors(const Problem& problem, int64_t shift, int part, bool copies = false) {
-    for (size_t k = 0; k < problem.sizes.size(); ++k) {
-      const DType of_state = problem.dtypes[k] == DType::float64 ? DType::float64 : DType::float32;
-      buffers.emplace_back(problem.sizes[k], copies ? DType::bfloat16 : of_state, shift);
-      for (int64_t i = 0; i < problem.sizes[k]; ++i) {
-        const double value = number(i * 64 + 40 + part);
-        buffers.back().set(i, part == 2 ? value * value : value);
-      }
-    }
-    for (auto& buffer : buffers) addresses.push_back(buffer.data());
-  }
-};
-
 void check_close(std::vector<Buffer>& results, std::vector<Buffer>& expected, const Problem& problem, double unit) {
   for (size_t k = 0; k < results.size(); ++k)
     for (int64_t i = 0; i < results[k].size(); ++i) {

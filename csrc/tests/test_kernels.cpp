@@ -90,10 +90,7 @@ void test_masks(Isa isa) {
         kernels(isa).dropout_mask(keep.data(), rows, columns, dropout, threads);
         for (int64_t row = 0; row < rows; ++row)
           for (int64_t column = 0; column < columns; ++column) {
-            const Words4 words = philox(
-                {{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(first_row + row), 0, dropout.stream_id}},
-                dropout.seed);
-            CHECK(keep[row * columns + column] == (words.word[column % 4] >= dropout.threshold),
+            CHECK(keep[row * columns + column] == keeps(dropout, column / 4, row, 0, column % 4),
                   "%s: dropout_mask at (%d, %d)", kIsaNames[static_cast<int>(isa)], static_cast<int>(row),
                   static_cast<int>(column));
           }
@@ -115,10 +112,7 @@ void test_masks(Isa isa) {
         for (int64_t head = 0; head < heads; ++head)
           for (int32_t query = cu_seqlens[s]; query < cu_seqlens[s + 1]; ++query)
             for (int32_t key = 0; key < cu_seqlens[s + 1] - cu_seqlens[s]; ++key) {
-              const Words4 words = philox({{static_cast<uint32_t>(key), first_row + static_cast<uint32_t>(query),
-                                            static_cast<uint32_t>(head / 4), dropout.stream_id}},
-                                          dropout.seed);
-              CHECK(*at++ == (words.word[head % 4] >= dropout.threshold), "%s: attention_dropout_mask",
+              CHECK(*at++ == keeps(dropout, key, query, head / 4, head % 4), "%s: attention_dropout_mask",
                     kIsaNames[static_cast<int>(isa)]);
             }
     }

@@ -18,11 +18,8 @@ Buffer filled(int64_t size, DType dtype, int64_t shift, uint64_t salt) {
   return buffer;
 }
 
-double kept(int64_t row, int64_t column, Dropout dropout) {
-  const Words4 words = philox(
-      {{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(dropout.first_row + row), 0, dropout.stream_id}},
-      dropout.seed);
-  return words.word[column % 4] >= dropout.threshold ? dropout.scale : 0;
+double kept(int64_t i, int64_t columns, const Dropout& dropout) {
+  return keeps(dropout, i % columns / 4, i / columns, 0, i % columns % 4) ? dropout.scale : 0;
 }
 
 struct Norm {
@@ -95,7 +92,7 @@ void test_layer_norm(const Setting& s) {
                                      static_cast<float*>(d_bias.data()), scratch.data(), s.threads);
   Numbers total(size), keep(size);
   for (int64_t i = 0; i < size; ++i) {
-    keep[i] = s.dropout.threshold ? kept(i / columns, i % columns, s.dropout) : 1;
+    keep[i] = s.dropout.threshold ? kept(i, columns, s.dropout) : 1;
     total[i] = residual.get(i) + x.get(i) * keep[i];
   }
   const LayerNorm expected(total, read(weight, columns), read(bias, columns), read(d_y, size), rows, columns, eps);
@@ -162,7 +159,7 @@ void test_embedding(const Setting& s) {
                                     d_weight.data(), d_bias.data(), scratch.data(), s.threads);
   Numbers total(size), keep(size), under_dropout = read(d_y, size);
   for (int64_t i = 0; i < size; ++i) {
-    keep[i] = s.dropout.threshold ? kept(i / columns, i % columns, s.dropout) : 1;
+    keep[i] = s.dropout.threshold ? kept(i, columns, s.dropout) : 1;
     under_dropout[i] *= keep[i];
     for (int part = 0; part < 3; ++part) total[i] += tables[part].get(ids[part][i / columns] * columns + i % columns);
   }

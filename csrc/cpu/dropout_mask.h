@@ -1,4 +1,4 @@
-// The keep bytes of dropout masks, 0 or 1, from random words.
+// Dropout masks of keep bytes, 0 or 1, from random words.
 #pragma once
 
 #include "cpu/philox_simd.h"

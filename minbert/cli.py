@@ -59,7 +59,8 @@ class Parser:
     """
 
     def __init__(self, command: str, *records: type, positional: str = "") -> None:
-        self.command, self.summary, self.positional = command, _summary(records[0]), positional
+        self.command, self.positional = command, positional
+        self.summary = (records[0].__doc__ or "").split("\n")[0]
         self.options = {name: option for record in records for name, option in options_of(record)}
 
     def parse(self, arguments: Sequence[str]) -> list[tuple[str, Any]]:
@@ -187,10 +188,6 @@ def _from_text(text: str, kind: Any) -> Any:
         return parse_yaml(text)
     except ValueError:
         return text  # the check of the type refuses it
-
-
-def _summary(record: type) -> str:
-    return (record.__doc__ or "").split("\n")[0]
 
 
 def parse(command: str, config: type[Config], arguments: Sequence[str], positional: str = "") -> Config:

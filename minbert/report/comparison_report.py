@@ -111,19 +111,11 @@ def _column(published: Sequence[float | None], ours: Sequence[float | None]) -> 
     def at(value: float | None) -> float:
         return 0.5 if value is None or high == low else (value - low) / (high - low)
 
-    def best(values: Sequence[float | None]) -> float | None:
-        return max((value for value in values if value is not None), default=None)
-
-    tops = best(published), best(ours)
+    best, ours_best = (
+        max((value for value in values if value is not None), default=float("nan")) for values in (published, ours)
+    )
     return [
-        Cell(
-            theirs,
-            mine,
-            at(theirs),
-            at(mine),
-            theirs is not None and theirs == tops[0],
-            mine is not None and mine == tops[1],
-        )
+        Cell(theirs, mine, at(theirs), at(mine), theirs == best, mine == ours_best)
         for theirs, mine in zip(published, ours, strict=True)
     ]
 

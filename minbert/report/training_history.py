@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from minbert.config import TrainConfig
+from minbert.errors import dashed
+from minbert.runs.resume import flat
 
 Record = dict[str, Any]
 Item = TypeVar("Item")
@@ -146,18 +147,8 @@ class Option:
 
 def options(config: TrainConfig) -> list[Option]:
     """All options but the run directory's: first those that differ from the defaults, then the resolved ones."""
-    found = _options("--", config, TrainConfig())
+    defaults = dict(flat(TrainConfig()))
+    found = [
+        Option(dashed(name), value, defaults[name]) for name, value in flat(config) if name not in ("out", "resume")
+    ]
     return sorted(found, key=lambda option: (not option.changed, not option.resolved))
-
-
-def _options(prefix: str, record: Any, defaults: Any) -> list[Option]:
-    found = []
-    for field in dataclasses.fields(record):
-        if field.name in ("out", "resume"):
-            continue
-        value, default, name = getattr(record, field.name), getattr(defaults, field.name), field.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            found += _options(f"{prefix}{name}.", value, default)
-        else:
-            found.append(Option(prefix + name, value, default))
-    return found

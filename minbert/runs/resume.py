@@ -11,7 +11,7 @@ from typing import Any
 
 from minbert.config import TrainConfig
 from minbert.device import resolve_device
-from minbert.errors import UserError
+from minbert.errors import UserError, dashed
 
 # With the default, None or auto, a new run chooses a value and records it; a resumed run has the recorded one.
 CHOSEN_AT_START = ("tasks", "max_length", "precision", "lr", "smart.precision")
@@ -57,9 +57,13 @@ def resumed(saved: TrainConfig, given: TrainConfig, run: Path) -> TrainConfig:
     if differing:
         shown = ", ".join(_change(name, recorded[name], wanted[name]) for name in differing)
         raise UserError(f"{run} was started with other options: {shown}; resume with its own")
-    records = dict.fromkeys(name.partition(".")[0] for name in wanted if "." in name)
-    nested = {name: type(getattr(given, name))(**_within(f"{name}.", wanted)) for name in records}
-    return given.replace(**{name: value for name, value in wanted.items() if "." not in name}, **nested)
+    records: dict[str, dict[str, Any]] = {}
+    for name, value in wanted.items():
+        record, _, field = name.rpartition(".")
+        records.setdefault(record, {})[field] = value
+    own = records.pop("")
+    nested = {name: dataclasses.replace(getattr(given, name), **values) for name, values in records.items()}
+    return given.replace(**own, **nested)
 
 
 def differences(saved: TrainConfig, given: TrainConfig) -> dict[str, str]:
@@ -143,10 +147,6 @@ def flat(record: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + field.name, value
 
 
-def _within(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-
-
 def _same(one: Any, other: Any) -> bool:
     """Whether two values are equal, or name the same file or directory."""
     if isinstance(one, str) and isinstance(other, str) and os.path.exists(other):
@@ -155,4 +155,4 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _change(name: str, was: Any, now: Any) -> str:
-    return f"--{name.replace('_', '-')} (was {was}, is {now})"
+    return f"{dashed(name)} (was {was}, is {now})"

@@ -37,7 +37,7 @@ def named_precision() -> Iterator[None]:
         return resolve_precision(name, *arguments)
 
     with (
-        patch("minbert.training.setup.resolve_precision", resolve),
+        patch("minbert.training.loop.resolve_precision", resolve),
         patch("minbert.inference.resolve_precision", resolve),
     ):
         yield

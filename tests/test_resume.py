@@ -233,13 +233,13 @@ def test_precision_is_not_decided_again(quick, tmp_path, monkeypatch):
         return "fp32"
 
     monkeypatch.setattr(
-        "minbert.training.setup.resolve_precision", lambda name, *rest: "fp32" if name == "auto" else name
+        "minbert.training.loop.resolve_precision", lambda name, *rest: "fp32" if name == "auto" else name
     )
     monkeypatch.setattr("minbert.training.loop.fit_for_smart", decide)
     assert train.main([*auto, "--steps=2"]) == 0
     assert len(decisions) == 1
     monkeypatch.setattr(
-        "minbert.training.setup.resolve_precision", lambda name, *rest: "bf16" if name == "auto" else name
+        "minbert.training.loop.resolve_precision", lambda name, *rest: "bf16" if name == "auto" else name
     )
     assert train.main([*auto, "--steps=3", "--resume"]) == 0
     assert len(decisions) == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -24,13 +23,13 @@ from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.tasks import find_tasks
 from minbert.training.batches import Batches, make_batch
-from minbert.training.cuda_graphs import CudaGraphs, Graph
+from minbert.training.cuda_graphs import Graph
 from minbert.training.host_device_copy import ALIGNMENT, Layout, Readback, copy_to_buffer
 from minbert.training.loop import training_step
 from minbert.training.objective import Objective
 from minbert.training.optimizer import AdamW
 from minbert.training.step_result import PendingUpdate
-from minbert.training.trainer import Trainer, forward_backward
+from minbert.training.trainer import Trainer, cuda_graphs
 
 TASKS = find_tasks(["sst", "qqp", "sts"])
 SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -73,7 +72,7 @@ def trainer(
     model.encoder.compute_dtype = dtype
     parameters = LocalParameters(model.heads, model.encoder.copies() if copied else {})
     groups = parameters.param_groups(model.parameter_groups(0.01))
-    optimizer = AdamW(groups, lr=1e-2, average_beta=0.9 if mu else None, copies=parameters.copies)
+    optimizer = AdamW(groups, lr=1e-2, ema_decay=0.9 if mu else None, copies=parameters.copies)
     if mu:
         parameters.keep_ema(optimizer)
     per_task = surgery != "sum"
@@ -84,8 +83,7 @@ def trainer(
     batches = Batches(DATA, [[task] for task in TASKS], per_task, smart, 0, **options)
     graphs = None
     if capture is not None:
-        leaves = [*gradients.leaves, *model.heads.parameters()]
-        graphs = CudaGraphs(partial(forward_backward, objective, gradients, 1), leaves, CPU, capture)
+        graphs = cuda_graphs(objective, gradients, CPU, capture=capture)
     return Trainer(sample, batches, objective, parameters, optimizer, find_surgery(surgery), 1.0, graphs)
 
 

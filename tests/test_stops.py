@@ -47,10 +47,18 @@ def losses_and_scores(run: Path) -> list[object]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    "name", ["open_tasks", "training_examples", "encode", "MultitaskModel", "find_surgery", "TaskGradients"]
+    "name",
+    [
+        "setup.open_tasks",
+        "setup.training_examples",
+        "setup.encode",
+        "setup.MultitaskModel",
+        "loop.kernels_line",
+        "setup.TaskGradients",
+    ],
 )
 def test_before_the_first_step_nothing_is_left(quick, tmp_path, capsys, name, number):
-    with signalling(f"minbert.training.setup.{name}", number):
+    with signalling(f"minbert.training.{name}", number):
         assert train.main([*quick, "--steps=8"]) == 128 + number
     shown = capsys.readouterr()
     assert shown.out.splitlines()[-1] == "stopped; nothing is saved yet: the same command begins anew"

@@ -50,7 +50,7 @@ class LocalParameters:
 
     def keep_ema(self, optimizer: Any) -> None:
         """Take the EMA from the optimizer, which keeps and updates it."""
-        self.ema = optimizer.averages
+        self.ema = optimizer.ema
 
     def bytes_per_update(self, *, ema: bool) -> int:
         return 0

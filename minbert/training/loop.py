@@ -13,8 +13,9 @@ from rich.console import Console
 
 from minbert.config import TrainConfig
 from minbert.console import TrainingProgress
-from minbert.device import resolve_device, settings
+from minbert.device import resolve_device, resolve_precision, settings
 from minbert.distributed.process_group import ProcessGroup
+from minbert.methods.surgery import find_surgery
 from minbert.runs.progress import Progress
 from minbert.runs.resume import check_length
 from minbert.runs.run_directory import Run
@@ -28,7 +29,6 @@ from minbert.training.setup import (
     choose_matmul,
     default_learning_rate,
     fit_for_smart,
-    resolve_options,
 )
 from minbert.training.startup_report import data_lines, device_lines, kernels_line
 from minbert.training.step_result import PendingStep, PendingUpdate, PhaseTimer
@@ -178,7 +178,8 @@ def start(config: TrainConfig, directory: Run, console: Console, group: ProcessG
         directory.check_seen()
     resumes = config.resume and directory.last.exists()
     checkpoint = directory.last if resumes else config.model
-    config, surgeries = resolve_options(config, group.device)
+    surgeries = find_surgery(config.surgery, config.surgery_reduction)
+    config = config.replace(precision=resolve_precision(config.precision, group.device))
     for line in device_lines(config, group):
         console.print(line)
     data = build_data(config, checkpoint)

@@ -24,9 +24,8 @@ class AdamW(torch.optim.Optimizer):
         betas: decay rates of the two moment estimates.
         eps: added to the square root of the second moment.
         weight_decay: decay per step, in units of the learning rate.
-        average_beta: keep an average of every parameter over the steps, in the same pass over memory: it keeps this
-            share of itself and takes the rest from the new parameter (Jiang et al. 2019, section 3.2). It starts as
-            the parameter itself; `averages` gives it.
+        ema_decay: keep an exponential moving average of every parameter over the steps, in the same pass over memory,
+            with this decay (Jiang et al. 2019, section 3.2). It starts as the parameter itself; `ema` gives it.
         copies: by parameter, a bfloat16 copy, shaped like it, that is written anew in the same pass.
 
     Raises:
@@ -40,7 +39,7 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        average_beta: float | None = None,
+        ema_decay: float | None = None,
         copies: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
@@ -48,18 +47,18 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be 0 or more, got {value}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {betas}")
-        if average_beta is not None and not 0 <= average_beta <= 1:
-            raise ValueError(f"average_beta must be between 0 and 1, got {average_beta}")
+        if ema_decay is not None and not 0 <= ema_decay <= 1:
+            raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.average_beta, self.copies, self._set = average_beta, copies or {}, ""
-        if average_beta is not None:
+        self.ema_decay, self.copies, self._set = ema_decay, copies or {}, ""
+        if ema_decay is not None:
             for group in self.param_groups:
                 for param in group["params"]:
                     self.state[param]["average"] = param.detach().clone()
 
     @property
-    def averages(self) -> dict[Tensor, Tensor]:
-        """By parameter, its average; empty without `average_beta`."""
+    def ema(self) -> dict[Tensor, Tensor]:
+        """By parameter, its exponential moving average; empty without `ema_decay`."""
         return {param: state["average"] for param, state in self.state.items() if "average" in state}
 
     @torch.no_grad()
@@ -87,11 +86,11 @@ class AdamW(torch.optim.Optimizer):
             shared: by parameter, its gradient for each of T tasks; one without any stays as it is.
             weights: float64 [T].
             scale: what the gradients of all other parameters, their `.grad`, are multiplied by: float64 [1].
-            skip_unless: a float64 scalar: where it is 0, no parameter and no moment changes. The steps are counted all
-                the same; who learns that it was 0 calls `uncount`.
+            skip_unless: a float64 scalar: where it is 0, no parameter and no moment changes. The steps are counted
+                nevertheless; `uncount` corrects that once the host has read the 0.
 
         Returns:
-            the step counts that it added one to.
+            the step counts that were increased, for `uncount`.
         """
         own = torch.ones(1, dtype=torch.float64) if scale is None else scale
         counted: list[Tensor] = []
@@ -115,32 +114,32 @@ class AdamW(torch.optim.Optimizer):
                     betas=group["betas"],
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
-                    **({} if self.average_beta is None else self._average(params)),
+                    **self._ema(params),
                     copies=[self.copies[param] for param in params] if is_copied else None,
                     skip_unless=skip_unless,
                 )
         return counted
 
     def uncount(self, counts: Iterable[Tensor]) -> None:
-        """Take back one step from each of these counts."""
+        """Decrease step counts by one."""
         for count in counts:
             count -= 1
 
     @torch.no_grad()
     def load(self, state: OptimizerState) -> None:
-        """Take over moments, averages and step counts, which may be on another device."""
+        """Load moments, averages and step counts, which may be on another device."""
         for param, entries in state.items():
             own = self.state[param]
             for name, value in entries.items():
-                if name in own:  # the average, which others hold too
+                if name in own:  # the average, which `ema` has given out
                     own[name].copy_(value)
                 else:
                     own[name] = value.to(param.device) if value.ndim else value.clone()
 
     def select(self, name: str) -> None:
-        """Have the next steps use moments and step counts of this name, as an optimizer of its own would.
+        """Use other moments and step counts in the next steps, those of this name, as a separate optimizer would.
 
-        They start at zero, and stand in the state as `exp_avg@name` and so on; averages are one for all names.
+        They start at zero; the state has them as `exp_avg@name` and so on. All names share one average.
         """
         self._set = f"@{name}"
 
@@ -160,5 +159,5 @@ class AdamW(torch.optim.Optimizer):
     def _states(self, params: Sequence[Tensor], entry: str) -> list[Tensor]:
         return [self.state[param][entry] for param in params]
 
-    def _average(self, params: Sequence[Tensor]) -> dict[str, Any]:
-        return {"ema": self._states(params, "average"), "ema_decay": self.average_beta}
+    def _ema(self, params: Sequence[Tensor]) -> dict[str, Any]:
+        return {} if self.ema_decay is None else {"ema": self._states(params, "average"), "ema_decay": self.ema_decay}

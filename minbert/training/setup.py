@@ -30,14 +30,13 @@ from minbert.data import (
     swapped,
 )
 from minbert.data.tokenizer import Tokenizer
-from minbert.device import resolve_precision
 from minbert.distributed.local_parameters import LocalParameters
 from minbert.distributed.process_group import ProcessGroup
 from minbert.distributed.sharded_parameters import ShardedParameters
 from minbert.errors import UserError
 from minbert.files.hub import WEIGHTS, checkpoint_directory
 from minbert.methods.smart import rounds_away
-from minbert.methods.surgery import Surgery, find_surgery
+from minbert.methods.surgery import Surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel, pair_encoding
 from minbert.model.weights import check_shapes
@@ -295,7 +294,7 @@ def build_optimizer(
         parameters.param_groups(param_groups),
         lr=config.lr,
         eps=config.adam_eps,
-        average_beta=config.bregman.beta if config.bregman.mu else None,
+        ema_decay=config.bregman.beta if config.bregman.mu else None,
         copies=parameters.optimizer_copies,
     )
     if config.bregman.mu:
@@ -327,7 +326,7 @@ def build_trainer(
     one_stream = config.accumulate == 1 and not config.low_memory
     graphs = None
     if group.device.type == "cuda" and config.cuda_graphs and one_stream and group.world_size == 1:
-        graphs = cuda_graphs(objective, parameters.gradients, 1, group.device)
+        graphs = cuda_graphs(objective, parameters.gradients, group.device)
     samplers = {
         name: TaskSampler(len(encoded), config.batch_size_of(name), config.seed, name)
         for name, encoded in data.train.items()
@@ -351,13 +350,3 @@ def build_trainer(
         config.clip_norm,
         graphs,
     )
-
-
-def resolve_options(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, list[Surgery]]:
-    """The options with the precision of the device, and the updates of a step.
-
-    Raises:
-        UserError: a surgery that cannot be loaded.
-    """
-    surgeries = find_surgery(config.surgery, config.surgery_reduction)
-    return config.replace(precision=resolve_precision(config.precision, device)), surgeries

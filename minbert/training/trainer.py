@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,17 +62,15 @@ class Trainer:
         return self.batches.group
 
 
-def forward_backward(objective: Objective, gradients: TaskGradients, divisor: int, batch: Batch) -> Losses:
-    """The losses of a batch on the device and their gradients, for a step without low memory: what graphs capture."""
-    losses = objective(batch, gradients.attached)
-    (losses.total / divisor).backward()
-    return losses
+def cuda_graphs(objective: Objective, gradients: TaskGradients, device: torch.device, **options: Any) -> CudaGraphs:
+    """CUDA graphs of the forward and backward of a step that is one stream in one process."""
 
+    def forward_backward(batch: Batch) -> Losses:
+        losses = objective(batch, gradients.attached)
+        losses.total.backward()
+        return losses
 
-def cuda_graphs(objective: Objective, gradients: TaskGradients, divisor: int, device: torch.device) -> CudaGraphs:
-    """Graphs of `forward_backward`."""
-    leaves = [*gradients.leaves, *objective.model.heads.parameters()]
-    return CudaGraphs(partial(forward_backward, objective, gradients, divisor), leaves, device)
+    return CudaGraphs(forward_backward, [*gradients.leaves, *objective.model.heads.parameters()], device, **options)
 
 
 class GradientProducts(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -82,3 +83,17 @@ def test_outputs_that_say_the_label_predict_it(task, loss, best):
     predicted = predictions(record, best(labels).numpy())
     np.testing.assert_allclose(predicted, labels.numpy(), atol=1e-4)
     assert METRICS[record.metric](predicted, labels.numpy()) == pytest.approx(1.0)
+
+
+def test_losses_are_means_over_the_batch():
+    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
+    expected = (-math.log(3 / 4) + math.log(2)) / 2
+    assert LOSSES["cross_entropy"](logits, torch.tensor([1.0, 0.0])).item() == pytest.approx(expected, rel=1e-6)
+    one = LOSSES["binary_cross_entropy"](torch.tensor([math.log(3.0), 0.0]), torch.tensor([1.0, 0.0]))
+    assert one.item() == pytest.approx(expected, rel=1e-6)
+    assert LOSSES["mean_squared_error"](torch.tensor([1.0, 4.0]), torch.tensor([3.0, 4.0])).item() == 2.0
+
+
+def test_losses_are_computed_in_float32():
+    for name, shape in (("cross_entropy", (4, 3)), ("binary_cross_entropy", (4,)), ("mean_squared_error", (4,))):
+        assert LOSSES[name](torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(4)).dtype == torch.float32

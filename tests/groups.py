@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from unittest.mock import patch
-
-from filelock import FileLock
 
 from minbert.report import plot_run
 
@@ -48,8 +47,9 @@ def command(size: int, *words: str | Path, options: tuple[str, ...] = ()) -> lis
 
 
 def once(directory: Path, make: Callable[[Path], object]) -> Path:
-    """A directory that the first of pytest's workers to need it makes."""
-    with FileLock(f"{directory}.lock"):
+    """A directory that is made by the first of pytest's workers to need it."""
+    with open(f"{directory}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         done = Path(f"{directory}.done")
         if not done.exists():
             make(directory)
@@ -59,7 +59,7 @@ def once(directory: Path, make: Callable[[Path], object]) -> Path:
 
 @contextmanager
 def quickly() -> Iterator[None]:
-    """A context without what takes longer than a small run: plots, and waiting for the disk."""
+    """A context without what takes longer than a small run itself: its plots, and waiting for the disk."""
     with patch("minbert.training.training_run.plot_run"), patch("os.fsync", lambda descriptor: None):
         yield
 

@@ -1,7 +1,7 @@
-"""Train several runs one after another in one group of processes, forked from one that has imported everything.
+"""Train several runs one after another in one group of processes, each forked from one that has imported everything.
 
-With `backend` "nccl" on CPUs, the collectives for NCCL run over gloo. No plots and no reports are written, which would
-take longer than such small runs.
+The ranks speak as over `backend`, whatever carries it: what NCCL is given runs over gloo too. No plots and no reports
+are written, which would take longer than such small runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from minbert.train import train
 
 
 def train_all(cases: dict[str, list[str]], size: int, out: Path, device: str = "cpu", backend: str = "") -> None:
-    """Train a run of each case by `size` processes, in the directory of its name in `out`."""
+    """Train a run of every case by so many processes, to a directory of its name in `out`."""
     out.mkdir()
     runs = [[*options, f"--out={out / name}"] for name, options in cases.items()]
     with socket.socket() as probe:
@@ -47,13 +47,13 @@ def train_all(cases: dict[str, list[str]], size: int, out: Path, device: str = "
 
 
 def _rank(rank: int, size: int, port: int, runs: list[list[str]], device: str, backend: str) -> None:
-    """One of the processes."""
+    """Be one of the processes."""
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in where.items()})
     torch.set_num_threads(1)
-    collectives = patch.object(ProcessGroup, "backend", backend) if backend else nullcontext()
+    as_over = patch.object(ProcessGroup, "backend", backend) if backend else nullcontext()
     no_report, no_waiting = patch("minbert.training.training_run.write_report"), quickly()
-    with no_report, no_waiting, ProcessGroup.join(resolve_device(device), 60.0) as group, collectives:
+    with no_report, no_waiting, ProcessGroup.join(resolve_device(device), 60.0) as group, as_over:
         for options in runs:
             config = parse_layers("train", TrainConfig, options)
             assert config.precision != "auto", "what it chooses depends on the processor"

@@ -1,4 +1,4 @@
-"""Several processes give the weights of one with every recipe, and send the bytes of the formula."""
+"""Several processes give the weights of one, whatever the recipe, and send as many bytes as the formula says."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_several_processes_give_the_gradients_of_one_in_bf16(case, size, runs):
 
 
 @pytest.mark.slow
-def test_the_bound_in_bf16_detects_a_missing_task_and_a_wrong_scale(shared, runs, tmp_path):
+def test_the_bound_in_bf16_shows_a_task_left_out_and_a_wrong_scale(shared, runs, tmp_path):
     options = [*shared[1], *IN_BF16["bf16 plain"].split()]
     for name, weights in (("without sst", "{sst: 1e-9}"), ("halved", "{sst: 0.5, qqp: 0.5, sts: 0.5}")):
         assert train.main([*options, f"--loss-weights={weights}", f"--out={tmp_path / name}"]) == 0
@@ -85,7 +85,7 @@ def test_the_bound_in_bf16_detects_a_missing_task_and_a_wrong_scale(shared, runs
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
-def test_the_collectives_for_nccl_give_the_weights_of_one_process(size, shared, runs, tmp_path):
+def test_what_nccl_is_given_gives_the_weights_of_one_process(size, shared, runs, tmp_path):
     cases = {name: [*shared[1], *THREE_STEPS, *CASES[name].split()] for name in ("smart-pcgrad", "gse", "bregman")}
     train_all(cases, size, tmp_path / "runs", "cpu", "nccl")
     for name in cases:
@@ -122,7 +122,7 @@ def test_two_processes_give_the_weights_of_one_with_every_row_of_a_paper(number,
 @pytest.mark.parametrize(
     ("case", "rows", "gathers", "passes"), [("plain", 1, 1, 1), ("smart-pcgrad", 3, 1, 3), ("bregman", 3, 2, 2)]
 )
-def test_a_rank_sends_the_bytes_of_the_formula(case, rows, gathers, passes, size, runs):
+def test_a_rank_sends_the_bytes_that_the_formula_says(case, rows, gathers, passes, size, runs):
     def elements(kind: str) -> int:  # parameters begin at multiples of 16 elements, and so do the ranks' parts
         weights = [tensor.numel() for name, tensor in state(runs(1) / case).items() if name.startswith(f"{kind}.")]
         return up(sum(up(n, 16) for n in weights), 16 * size)
@@ -139,7 +139,7 @@ def test_a_rank_sends_the_bytes_of_the_formula(case, rows, gathers, passes, size
             assert parameters + pooled <= sent <= parameters + 1.5 * pooled
 
 
-def test_one_process_is_a_group_of_one():
+def test_one_process_is_a_group_of_its_own():
     group = ProcessGroup()
     assert group.is_main
     assert group.broadcast_object("word") == "word"
@@ -150,7 +150,7 @@ def test_one_process_is_a_group_of_one():
 
 
 @pytest.mark.parametrize("size", ["2", "x"])
-def test_missing_processes_are_reported_in_one_line(size, monkeypatch, quick):
+def test_processes_that_nobody_started_are_one_line(size, monkeypatch, quick):
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(UserError, match=f"the {size} processes cannot join: .*RANK expected"):
         train.main(quick)

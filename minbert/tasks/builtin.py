@@ -1,4 +1,4 @@
-"""The built-in tasks. A new task is one more record (README, "Add a task")."""
+"""The built-in tasks. A new task is one more record: docs/extending.md."""
 
 from __future__ import annotations
 

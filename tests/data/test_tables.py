@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minbert.data import Examples, Skipped, read_examples, read_glue
+from minbert.data import Skipped, read_examples, read_glue
 from minbert.errors import UserError
 from minbert.tasks import TASKS
 
@@ -203,8 +203,3 @@ def test_labels_that_are_kept_back_are_none(write):
             read_examples(path, SST, labels="required")
     half = read_examples(write("id\tsentence\tsentiment", "a\tone\t", "b\ttwo\t2"), SST)
     assert (half.ids, half.labels.tolist(), half.skipped[0].id) == (["b"], [2], "a")
-
-
-def test_examples_of_unequal_lengths_are_refused():
-    with pytest.raises(ValueError, match="pairs has 1 entries for 2 ids"):
-        Examples(["a", "b"], ["x", "y"], ["z"], None)

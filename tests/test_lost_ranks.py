@@ -1,4 +1,4 @@
-"""A run of several processes when one of them ends, does not respond, or is stopped."""
+"""What becomes of a run of several processes when one of them is lost, silent or stopped."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ LONG = ["--recipe=pcgrad", "--steps=60", "--checkpoint-steps=5"]
 class Started:
     """A run of several processes, with its output in a file."""
 
-    def __init__(self, command: list[str], log: Path, run: Path) -> None:
+    def __init__(self, words: list[str], log: Path, run: Path) -> None:
         self.log, self.run = log, run
         with open(log, "w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
 
     def wait_for_step(self, step: int) -> None:
         until = time.monotonic() + 120
@@ -56,9 +56,9 @@ def start(shared, tmp_path):
     _, options = shared
     started = []
 
-    def run(size: int, *more: str, launch: tuple[str, ...] = ()) -> Started:
-        train = ("-m", "minbert.train", *options, *LONG, f"--out={tmp_path / 'run'}", *more)
-        started.append(Started(command(size, *train, options=launch), tmp_path / "log", tmp_path / "run"))
+    def run(size: int, *words: str, launch: tuple[str, ...] = ()) -> Started:
+        words = ("-m", "minbert.train", *options, *LONG, f"--out={tmp_path / 'run'}", *words)
+        started.append(Started(command(size, *words, options=launch), tmp_path / "log", tmp_path / "run"))
         return started[-1]
 
     yield run
@@ -67,18 +67,18 @@ def start(shared, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(shared) -> Path:
-    """The same run by one process, undisturbed."""
+def whole(shared) -> Path:
+    """The same run by one process that nobody disturbs."""
     directory, options = shared
 
     def make(out: Path) -> None:
         assert train.main([*options, *LONG, f"--out={out}"]) == 0
 
-    return once(directory / "undisturbed", make)
+    return once(directory / "whole", make)
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_run_with_one_line(start, undisturbed, tmp_path, shared):
+def test_a_rank_that_dies_ends_the_run_with_one_line(start, whole, tmp_path, shared):
     run = start(3)
     run.wait_for_step(12)
     os.kill(run.worker(1), signal.SIGKILL)
@@ -93,30 +93,30 @@ def test_a_rank_that_dies_ends_the_run_with_one_line(start, undisturbed, tmp_pat
     assert int(found[3]) % 5 == 0
     assert int(found[1]) - 5 <= int(found[3]) <= int(found[1])
     assert train.main([*shared[1], *LONG, f"--out={tmp_path / 'run'}", "--resume"]) == 0  # by one process
-    assert_close(undisturbed, tmp_path / "run")
+    assert_close(whole, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_a_restart_by_torchrun_resumes_the_run(start, undisturbed, tmp_path):
+def test_torchrun_starts_a_run_again_where_it_stood(start, whole, tmp_path):
     run = start(2, launch=("--max-restarts=1",))
     run.wait_for_step(12)
     os.kill(run.worker(0), signal.SIGKILL)
     assert run.process.wait(120) == 0, run.log.read_text()
     assert run.lines("resuming")
-    assert_close(undisturbed, tmp_path / "run")
+    assert_close(whole, tmp_path / "run")
 
 
 @pytest.fixture
 def machines(shared, tmp_path):
-    """`machines(options)`: the exit codes and outputs of two launchers, each in another working directory."""
+    """`machines(options)`: the exit codes and outputs of two launchers, each in a working directory of its own."""
     _, options = shared
 
-    def run(*more: str) -> list[tuple[int, str]]:
+    def run(*words: str) -> list[tuple[int, str]]:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         how = [f"--rdzv-endpoint=localhost:{port}", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
-        train = ["-m", "minbert.train", *options, *LONG, *more]
+        train = ["-m", "minbert.train", *options, *LONG, *words]
         started = []
         for name in ("one", "other"):
             (tmp_path / name).mkdir()
@@ -130,24 +130,24 @@ def machines(shared, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_that_share_a_file_system(machines, undisturbed, tmp_path):
+def test_two_machines_that_share_a_file_system(machines, whole, tmp_path):
     assert [code for code, _ in machines(f"--out={tmp_path / 'run'}")] == [0, 0]
-    assert_close(undisturbed, tmp_path / "run")
+    assert_close(whole, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_two_machines_without_a_shared_file_system_stop_before_the_first_step(machines, tmp_path):
+def test_two_machines_that_do_not_are_told_before_the_first_step(machines, tmp_path):
     (first, one), (second, other) = machines("--out=run")
     assert 0 not in (first, second)
     (line,) = (line for line in f"{one}\n{other}".splitlines() if line.startswith("error: "))
     assert line == "error: run is not there for every process: all machines have to share its file system"
-    for resume in (False, True):  # what the first one left does not prevent it
+    for resume in (False, True):  # what the first one left refuses neither
         with Run(tmp_path / "one" / "run").opened(resume):
             pass
 
 
 @pytest.mark.slow
-def test_a_rank_that_does_not_respond_is_lost(start):
+def test_a_silent_rank_is_given_up(start):
     run = start(2, "--timeout=3")
     run.wait_for_step(5)
     silent = run.worker(1)
@@ -161,7 +161,7 @@ def test_a_rank_that_does_not_respond_is_lost(start):
 
 
 @pytest.mark.slow
-def test_ranks_that_lost_torchrun_too_report_it(start):
+def test_ranks_that_lost_torchrun_too_say_so(start):
     run = start(3, "--steps=400")
     run.wait_for_step(5)
     workers = [run.worker(rank) for rank in range(3)]
@@ -178,7 +178,7 @@ def test_ranks_that_lost_torchrun_too_report_it(start):
 
 
 @pytest.mark.slow
-def test_a_rank_without_a_heartbeat_is_lost_to_ranks_that_wait_for_their_gpu(tmp_path):
+def test_a_rank_without_a_sign_of_life_is_lost_to_those_whose_gpu_waits(tmp_path):
     (tmp_path / "waiting.py").write_text(
         "import os, signal, time, torch\n"
         "from minbert.distributed import liveness\n"
@@ -187,7 +187,7 @@ def test_a_rank_without_a_heartbeat_is_lost_to_ranks_that_wait_for_their_gpu(tmp
         "class Event:\n"
         "    def __init__(self, seconds): self.there = time.monotonic() + seconds\n"
         "    def query(self): return time.monotonic() > self.there\n"
-        "signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun's, which training handles\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun's, which training notes\n"
         "with ProcessGroup.join(torch.device('cpu'), 60.0) as group, group.liveness.heartbeat():\n"
         "    group.liveness.wait_for(Event(4.0))\n"
         "    group.broadcast_object('all waited')\n"
@@ -195,14 +195,14 @@ def test_a_rank_without_a_heartbeat_is_lost_to_ranks_that_wait_for_their_gpu(tmp
         "    group.liveness.wait_for(Event(1000.0))\n"
     )
     with open(tmp_path / "log", "w") as log:
-        waiting = command(3, tmp_path / "waiting.py")
-        assert subprocess.run(waiting, stdout=log, stderr=subprocess.STDOUT, timeout=60).returncode != 0
+        words = command(3, tmp_path / "waiting.py")
+        assert subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, timeout=60).returncode != 0
     text = (tmp_path / "log").read_text()
     assert [line for line in text.splitlines() if line.startswith("error: ")] == ["error: rank 1 was lost"]
 
 
 @pytest.mark.slow
-def test_a_stopped_run_is_saved_and_resumes_with_fewer_processes(start, undisturbed, tmp_path):
+def test_a_run_that_is_stopped_is_saved_and_goes_on_with_fewer_processes(start, whole, tmp_path):
     run = start(4)
     run.wait_for_step(7)
     run.process.send_signal(signal.SIGTERM)
@@ -211,11 +211,11 @@ def test_a_stopped_run_is_saved_and_resumes_with_fewer_processes(start, undistur
     again = start(2, "--resume")
     assert again.process.wait(120) == 0, again.log.read_text()
     assert again.lines("resuming")
-    assert_close(undisturbed, tmp_path / "run")
+    assert_close(whole, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_bad_input_is_reported_once(start):
+def test_bad_input_is_said_once(start):
     run = start(2, "--batch-size=1", "--tasks=sst", "--steps=1")
     assert run.process.wait(60) != 0
     assert run.lines("error: ") == [

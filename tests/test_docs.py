@@ -1,0 +1,223 @@
+"""What the docs say is there: their code runs, their paths, names and options exist, their tables are complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from groups import drawing, quick_options
+
+from minbert import train
+from minbert.augment import AugmentConfig
+from minbert.cli import FileOptions, options_of
+from minbert.config import BY_TASK, TrainConfig
+from minbert.data.skipped import SkippedRow
+from minbert.errors import dashed
+from minbert.evaluate import EvaluateConfig
+from minbert.kernels import native
+from minbert.methods.divergences import DIVERGENCES
+from minbert.methods.losses import LOSSES
+from minbert.model import HEADS
+from minbert.predict import PredictConfig
+from minbert.report.__main__ import ReportConfig
+from minbert.reproduce import ReproduceConfig
+from minbert.runs.metrics_log import FIELDS
+from minbert.runs.predictions import Prediction
+from minbert.runs.progress import Progress
+from minbert.runs.resume import LENGTH, ROUNDING, WITHOUT_EFFECT, flat
+from minbert.runs.scores import SUMMARY
+from minbert.tasks import TASKS
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+MODEL = ROOT / "tests" / "fixtures" / "run-0.1.0" / "run" / "best"
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def sections() -> Iterator[tuple[Path, str, list[str]]]:
+    """The sections of all pages that have Python code: page, title and blocks."""
+    for page in PAGES:
+        for section in re.split(r"^## ", text_of(page), flags=re.MULTILINE):
+            if found := blocks(section, "python"):
+                yield page, section.partition("\n")[0], found
+
+
+@pytest.mark.parametrize(
+    ("page", "title", "code"), [pytest.param(*each, id=f"{each[0].stem}: {each[1]}") for each in sections()]
+)
+def test_the_code_of_a_section_runs(page, title, code, tmp_path, monkeypatch):
+    """Its blocks one after the other; a block that begins with `# NAME.py` is a module, too."""
+    if title == "A kernel" and not native.available():
+        pytest.skip("needs the native extension")
+    if "transformers" in "".join(code):
+        pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    namespace = {"__name__": f"{page.stem}_{title.lower().replace(' ', '_')}"}
+    with patch.dict(TASKS), patch.dict(HEADS), patch.dict(LOSSES), patch.dict(DIVERGENCES):
+        for number, block in enumerate(code):
+            if module := re.match(r"# (\w+)\.py\n", block):
+                (tmp_path / f"{module[1]}.py").write_text(block)
+                monkeypatch.delitem(sys.modules, module[1], raising=False)
+            source = block.replace('"bert-base-uncased"', repr(str(MODEL)))
+            exec(compile(source, f"{page.name}, {title}, block {number}", "exec"), namespace)
+
+
+# Paths, names and options -------------------------------------------------------------------------------------------
+
+OF_USERS = {"inverse_norms.py", "small.yaml"}  # files that the pages let a reader write
+OLD = re.compile(r"^ *\| [^|]*\|", re.MULTILINE)  # the first cell of a row: what it was before
+
+
+def prose(page: Path) -> str:
+    """A page without what no longer exists: the left column of CHANGELOG's tables."""
+    return OLD.sub("|", text_of(page)) if page.name == "CHANGELOG.md" else text_of(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_exists(page):
+    text = re.sub(r"https?://\S+", "", prose(page))
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    text = re.sub(r"\[[^\]]*\]\(", "(", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    code = re.findall(r"(?<![\w/*-])(?:\.\./)?(?:[\w.-]+/)*[\w.-]+\.(?:py|cpp|cu|h|sh|yaml|md|toml)\b", text)
+    folders = re.findall(r"(?<![\w/])(?:minbert|kernels|csrc|bench|tests|docs)/[\w/-]*(?![\w./*-])", text)
+    roots = (ROOT, page.parent, ROOT / "minbert", ROOT / "csrc")
+    generated = {"config.yaml", "table.md"} | OF_USERS  # of runs
+    missing = [name for name in {*code, *folders} - generated if not any((root / name).exists() for root in roots)]
+    assert sorted(missing) == []
+
+
+def test_every_heading_that_is_linked_to_exists():
+    for page in PAGES:
+        for link, heading in re.findall(r"\]\(([^)#]*)#([^)]+)\)", text_of(page)):
+            target = page.parent / link if link else page
+            titles = re.findall(r"^#+ (.*)", text_of(target), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_dotted_name_exists(page):
+    names = {name.rstrip(".") for name in re.findall(r"(?<![\w/.-])minbert(?:\.\w+)+", prose(page))}
+    assert sorted(name for name in names if not exists(name)) == []
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    if name.endswith((".so", ".egg")):
+        return True
+    module, _, attributes = name, "", []
+    while module:
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError:
+            module, _, last = module.rpartition(".")
+            attributes.insert(0, last)
+            continue
+        for attribute in attributes:
+            found = getattr(found, attribute, None)
+        return found is not None
+    return False
+
+
+def test_the_c_plus_plus_is_that_of_the_repository():
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp"))
+    for page in PAGES:
+        for line in "".join(blocks(text_of(page), "cpp")).splitlines():
+            assert line.strip() in sources, line
+
+
+OTHERS = {  # options of other programs, and of those in bench/ and tests/
+    *("--dist", "--durations", "--benchmark-only", "--nproc-per-node", "--max-restarts"),
+    *("--count", "--seed", "--only", "--text", "--estimates", "--dry-run", "--help"),
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_exists(page):
+    commands = (TrainConfig, FileOptions, EvaluateConfig, PredictConfig, AugmentConfig, ReproduceConfig, ReportConfig)
+    options = {name for command in commands for name, _ in options_of(command)}
+    by_task = {f"{name}.{task}" for name in BY_TASK for task in (*TASKS, "TASK")}
+    known = {dashed(name) for name in options | by_task} | OTHERS
+    written = re.findall(r"(?<![\w-])--[a-z][a-zA-Z0-9.-]*\w", prose(page))
+    assert sorted({option.rstrip(".") for option in written} - known) == []
+
+
+# The run directory --------------------------------------------------------------------------------------------------
+
+RUN_DIRECTORY = text_of(ROOT / "docs" / "run-directory.md")
+
+
+def described(mark: str, column: int = 0) -> list[str]:
+    """The names in backticks in a column of the table after a mark."""
+    table = RUN_DIRECTORY.partition(f"<!-- {mark} -->\n")[2].partition("\n\n")[0]
+    return [name for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split(" | ")[column])]
+
+
+def files() -> list[str]:
+    """The first column of the table of files."""
+    table = RUN_DIRECTORY.partition("| file | written | content |\n")[2].partition("\n\n")[0]
+    return [name for row in table.splitlines()[1:] for name in re.findall(r"^\| `([^`]+)`", row)]
+
+
+def test_the_fields_on_the_page_are_those_of_the_schemas():
+    names = {
+        "metrics.jsonl": [*FIELDS, "dev"],
+        "summary.json": [*SUMMARY, "format", "dev", "test"],
+        "progress.json": [*Progress().to_json()],
+        "predictions": [field.name for field in dataclasses.fields(Prediction)],
+        "skipped.jsonl": [field.name for field in dataclasses.fields(SkippedRow)],
+    }
+    for name, expected in names.items():
+        assert sorted(described(f"fields: {name}")) == sorted(expected), name
+    options = described("options: resume", 1)
+    assert sorted(options) == sorted(name for name, _ in flat(TrainConfig()))
+    assert {*WITHOUT_EFFECT, *ROUNDING, *LENGTH} == {*options[: options.index("tasks")]}
+
+
+def test_a_run_writes_what_the_page_says(course_data, tmp_path):
+    """With all methods, a skipped row and a test split without labels."""
+    data = shutil.copytree(course_data, tmp_path / "data")
+    with open(data / "ids-sst-train.csv", "a", encoding="utf-8") as file:
+        file.write("99\tbad\tthe film was good .\t7\n")
+    out = tmp_path / "run"
+    with drawing():
+        assert train.main([*quick_options(data, out), "--bregman.mu=0.1"]) == 0
+    names = {path.name + "/" * path.is_dir() for path in out.iterdir()}
+    assert names | {".lock", "tensorboard/"} == {*files()}
+    written: dict[str, set[str]] = {
+        name: {key for line in lines(out / name) for key in line} for name in ("metrics.jsonl", "skipped.jsonl")
+    }
+    written["summary.json"] = {*json.loads((out / "summary.json").read_text())}
+    written["progress.json"] = {*json.loads((out / "last" / "progress.json").read_text())}
+    written["predictions"] = {
+        key for path in (out / "predictions").glob("*.jsonl") for line in lines(path) for key in line
+    }
+    absent = {"metrics.jsonl": {"bytes_sent"}, "summary.json": {"test"}}  # several processes; labels of the test split
+    for name, keys in written.items():
+        assert {*described(f"fields: {name}")} == keys | absent.get(name, set()), name
+    for checkpoint in ("best", "last"):
+        assert {path.name for path in (out / checkpoint).iterdir()} == {*described("files: checkpoint")}
+    assert {path.name for path in (out / "plots").iterdir()} == {"curves.png", "timing.png", "conflicts.png"}
+    phases = {phase for line in lines(out / "metrics.jsonl") for phase in line.get("seconds", {})}
+    assert phases == {"batch", "forward", "smart", "bregman", "backward", "update"}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

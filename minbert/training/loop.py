@@ -96,7 +96,7 @@ def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
     display = TrainingProgress(run.console, plan.steps, progress.step)
     trainer.model.train()
 
-    with display, run.naming_its_checkpoint(), stop.deferred():
+    with display, run.report_lost_ranks(), stop.deferred():
         epoch = math.ceil(progress.step / plan.epoch_steps)
         if (progress.step == plan.steps or progress.step % plan.epoch_steps == 0) and not run.is_scored(epoch):
             run.finish_epoch(epoch, stop)
@@ -112,15 +112,15 @@ def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
                 param_group["lr"] = peak * factor
 
             sent_before = group.bytes_sent
-            handed_over = training_step(trainer, step, step / plan.steps)
-            pending.append((step, factor, group.bytes_sent - sent_before, handed_over))
+            next_step = training_step(trainer, step, step / plan.steps)
+            pending.append((step, factor, group.bytes_sent - sent_before, next_step))
 
             ends_epoch = (step + 1) % plan.epoch_steps == 0 or step + 1 == plan.steps
             stops = group.all_reduce_max(stop.number)
             saves = ends_epoch or (step + 1) % config.checkpoint_steps == 0 or stops
             while len(pending) > (0 if saves else ahead):
-                done, its_factor, sent, waiting = pending.popleft()
-                result = waiting.result()
+                done, its_factor, sent, pending_step = pending.popleft()
+                result = pending_step.result()
                 run.count(result, time.perf_counter() - started)
                 started = time.perf_counter()
                 epoch, rate = done // plan.epoch_steps + 1, progress.examples / progress.seconds
@@ -137,7 +137,7 @@ def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
                 run.save(directory.last)
             if stops:
                 raise Stopped(stops)
-    with run.naming_its_checkpoint():
+    with run.report_lost_ranks():
         if stops := group.all_reduce_max(stop.number):
             raise Stopped(stops)
         return run.finish()

@@ -94,7 +94,7 @@ class TrainingRun:
         self.console.print(f"resuming {self.directory.path} after step {progress.step}")
 
     @contextmanager
-    def naming_its_checkpoint(self) -> Iterator[None]:
+    def report_lost_ranks(self) -> Iterator[None]:
         """Add to the message of a lost rank where the run stands and how it goes on."""
         try:
             yield

@@ -37,7 +37,7 @@ from minbert.runs.scores import SUMMARY
 from minbert.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "tests" / "fixtures" / "README.md"])
 MODEL = ROOT / "tests" / "fixtures" / "run-0.1.0" / "run" / "best"
 
 
@@ -90,7 +90,7 @@ def prose(page: Path) -> str:
     return OLD.sub("|", text_of(page)) if page.name == "CHANGELOG.md" else text_of(page)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_path_exists(page):
     text = re.sub(r"https?://\S+", "", prose(page))
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
@@ -112,7 +112,7 @@ def test_every_heading_that_is_linked_to_exists():
             assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], page
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_dotted_name_exists(page):
     names = {name.rstrip(".") for name in re.findall(r"(?<![\w/.-])minbert(?:\.\w+)+", prose(page))}
     assert sorted(name for name in names if not exists(name)) == []
@@ -136,6 +136,23 @@ def exists(name: str) -> bool:
     return False
 
 
+def test_what_the_architecture_says_of_files_is_in_them():
+    page = text_of(ROOT / "docs" / "architecture.md")
+    named = re.findall(r"([\w/]+)\.py: ([\w.]+)", page)
+    named += [("training/loop", name) for name in re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE)]
+    assert len(named) >= 10
+    for path, name in named:
+        module = path if path.startswith("minbert/") else f"minbert/{path}"
+        assert exists(f"{module}.{name}".replace("/", ".")), (path, name)
+
+
+def test_the_readme_has_the_commands_that_ci_runs():
+    names = re.findall(r"\breadme (\w+)", (ROOT / ".ci" / "run").read_text())
+    assert sorted(names) == ["demo", "install", "test"]
+    for name in names:
+        assert re.search(rf"^<!-- ci: {name} -->\n```bash\n\S.*\n```$", text_of(ROOT / "README.md"), re.MULTILINE)
+
+
 def test_the_c_plus_plus_is_that_of_the_repository():
     sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp"))
     for page in PAGES:
@@ -149,7 +166,7 @@ OTHERS = {  # options of other programs, and of those in bench/ and tests/
 }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_option_exists(page):
     commands = (TrainConfig, FileOptions, EvaluateConfig, PredictConfig, AugmentConfig, ReproduceConfig, ReportConfig)
     options = {name for command in commands for name, _ in options_of(command)}

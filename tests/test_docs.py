@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_type_hints
 from unittest.mock import patch
 
 import pytest
@@ -25,7 +26,7 @@ from minbert.evaluate import EvaluateConfig
 from minbert.kernels import native
 from minbert.methods.divergences import DIVERGENCES
 from minbert.methods.losses import LOSSES
-from minbert.model import HEADS
+from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
 from minbert.predict import PredictConfig
 from minbert.report.__main__ import ReportConfig
 from minbert.reproduce import ReproduceConfig
@@ -238,3 +239,11 @@ def test_a_run_writes_what_the_page_says(course_data, tmp_path):
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_options_page_has_every_choice():
+    page = text_of(ROOT / "docs" / "options.md")
+    for name in (*HEADS, *LOSSES, *POOLINGS, *SHARED_LAYERS):
+        assert f"`{name}`" in page, name
+    samplings = get_args(get_type_hints(TrainConfig)["sampling"])
+    assert r"\|".join(samplings[1:]) in page

@@ -15,9 +15,9 @@ from peers import TASKS, Padded, labels, shape
 
 from minbert.data import Encoded
 from minbert.device import keep_freed_memory
-from minbert.distributed.local_parameters import LocalParameters
 from minbert.distributed.process_group import ProcessGroup
 from minbert.distributed.sharded_parameters import ShardedParameters
+from minbert.distributed.unsharded_parameters import UnshardedParameters
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import find_surgery
 from minbert.methods.task_gradients import TaskGradients
@@ -54,7 +54,7 @@ def ours(
     model.encoder.compute_dtype = dtype
     rows = len(TASKS) if surgeries[0].per_task else 1
     group = group or ProcessGroup(device=torch.device(device))
-    parameters: LocalParameters | ShardedParameters = LocalParameters(model.heads)
+    parameters: UnshardedParameters | ShardedParameters = UnshardedParameters(model.heads)
     if group.world_size > 1:
         parameters = ShardedParameters(list(model.heads.parameters()), list(model.trunk.parameters()), rows, group)
     optimizer = AdamW(parameters.param_groups(model.parameter_groups(0.01)), lr=1e-5)

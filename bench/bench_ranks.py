@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from bench_methods import METHODS
-from ranks_steps import DDP
+from ranks_worker import DDP
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_ranks(benchmark, record, smoke: bool, size: int) -> None:
     if smoke and size > 2:
         pytest.skip("once with several is enough to see that it runs")
-    script = Path(__file__).with_name("ranks_steps.py")
+    script = Path(__file__).with_name("ranks_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", str(script)]
     answer = benchmark.pedantic(
         lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout, rounds=1

@@ -20,7 +20,7 @@ import yaml
 from minbert import kernels
 from minbert.errors import UserError, dashed, did_you_mean, one_line
 from minbert.files.json_yaml import parse_yaml, read_yaml
-from minbert.files.validation import checked, described, types_of_fields, without_format
+from minbert.files.schema_checks import checked, described, types_of_fields, without_format
 from minbert.methods.surgery import names_code
 from minbert.recipes import recipe
 

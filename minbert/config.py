@@ -12,7 +12,7 @@ import yaml
 
 from minbert.errors import UserError, dashed, require, require_known
 from minbert.files.json_yaml import read_yaml
-from minbert.files.validation import FORMAT, build, without_format
+from minbert.files.schema_checks import FORMAT, build, without_format
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import check_surgery, needs_task_gradients
 from minbert.model import HEADS, POOLINGS, SHARED_LAYERS

@@ -19,7 +19,7 @@ from minbert.files.atomic import writing
 from minbert.recipes import Paper, Row, paper
 from minbert.report.paper_table import RowResult, terminal_table, write_tables
 from minbert.runs.run_directory import Run
-from minbert.training.separate_process import train_in_process
+from minbert.training.child_process import train_in_process
 from minbert.training.stop_signal import Stopped, StopSignal
 
 FILES = {"reviews": "reviews", "augmented": "augmented.sst"}  # what a row may need, as an option of minbert.train

@@ -28,7 +28,7 @@ from groups import quick_options
 from minbert import train
 from minbert.errors import UserError
 from minbert.files.atomic import readable
-from minbert.runs.progress import load_progress
+from minbert.runs.progress_counters import load_progress
 from minbert.runs.run_directory import Run
 
 STEPS = 24

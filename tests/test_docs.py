@@ -32,7 +32,7 @@ from minbert.report.__main__ import ReportConfig
 from minbert.reproduce import ReproduceConfig
 from minbert.runs.metrics_log import FIELDS
 from minbert.runs.predictions import Prediction
-from minbert.runs.progress import Progress
+from minbert.runs.progress_counters import Progress
 from minbert.runs.resume import LENGTH, ROUNDING, WITHOUT_EFFECT, flat
 from minbert.runs.scores import SUMMARY
 from minbert.tasks import TASKS

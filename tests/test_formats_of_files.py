@@ -14,9 +14,9 @@ from minbert import evaluate, predict, train
 from minbert.config import TrainConfig
 from minbert.errors import UserError
 from minbert.files.atomic import MANIFEST, sha256
-from minbert.files.validation import FORMAT
+from minbert.files.schema_checks import FORMAT
 from minbert.report import __main__ as report
-from minbert.runs.progress import load_progress
+from minbert.runs.progress_counters import load_progress
 from minbert.runs.run_directory import Run
 
 RELEASES = sorted(path for path in (Path(__file__).parent / "fixtures").glob("run-*"))

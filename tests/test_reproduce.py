@@ -25,7 +25,7 @@ from minbert.report.training_history import flat_scores
 from minbert.reproduce import FILES
 from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS
-from minbert.training import separate_process
+from minbert.training import child_process as separate_process
 
 ROWS = [(number, name) for number in papers() for name in paper(number).rows]
 SMALL = """

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from minbert import kernels
 from minbert.data import Encoded, pack_batches
 from minbert.data.packing import TOKEN_BUCKET, length_bucket, pack, padding_lengths
-from minbert.distributed.local_parameters import LocalParameters
+from minbert.distributed.unsharded_parameters import UnshardedParameters
 from minbert.kernels import checks
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import find_surgery
@@ -70,7 +70,7 @@ def trainer(
     config = EncoderConfig(**SIZES, max_position_embeddings=64).with_dropout(dropout)
     model = MultitaskModel(Encoder(config), TASKS, head_dropout=dropout).train()
     model.encoder.compute_dtype = dtype
-    parameters = LocalParameters(model.heads, model.encoder.copies() if copied else {})
+    parameters = UnshardedParameters(model.heads, model.encoder.copies() if copied else {})
     groups = parameters.param_groups(model.parameter_groups(0.01))
     optimizer = AdamW(groups, lr=1e-2, ema_decay=0.9 if mu else None, copies=parameters.copies)
     if mu:

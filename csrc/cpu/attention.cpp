@@ -1,7 +1,7 @@
 // Attention within the sequences of a packed stream, forward and backward. A work item is one sequence and a few heads:
 // it converts its rows to float32, holds whole rows of scores for a block of queries, and writes its part of the result
 // once. No two items write the same output, so that the result does not depend on the thread count.
-#include "cpu/attention_plan.h"
+#include "cpu/attention_tiles.h"
 #include "cpu/dropout_mask.h"
 #include "cpu/head_matrices.h"
 #include "cpu/softmax.h"

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from minbert.data.examples import Examples
-from minbert.data.lines import shorten
+from minbert.data.line_reader import shorten
 from minbert.data.packing import Packed, length_bucket, pack_flat, padding_lengths
 from minbert.data.skipped import SHOWN
-from minbert.files.cache import cache_directory
+from minbert.files.cache_directory import cache_directory
 from minbert.tasks import PAIR_ENCODINGS
 
 CACHE_FORMAT = "minbert-encoded-1"  # part of a cache file's name: files of another layout are ignored
@@ -151,8 +151,8 @@ def encode(
     Args:
         examples: texts, or pairs of texts.
         max_length: of a sequence in tokens; longer ones are truncated.
-        cache_dir: the cache; `minbert.files.cache.cache_directory()` by default. Without write permission nothing is
-            cached, and a damaged file is replaced.
+        cache_dir: the cache; `minbert.files.cache_directory` gives the default. Without write permission nothing
+            is cached, and a damaged file is replaced.
         pair_encoding: of pairs, a key of `PAIR_ENCODINGS`; `cross-encoder` for single texts.
     """
     if pair_encoding == "both":

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from minbert.data.lines import shorten
+from minbert.data.line_reader import shorten
 from minbert.data.skipped import Skipped
 from minbert.errors import UserError, one_line
 from minbert.files.json_yaml import is_unicode, name_of_type

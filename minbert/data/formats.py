@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from minbert.data.examples import Columns, Examples, Labels, Row, collect, row_of_record
-from minbert.data.lines import read_lines, shorten, split_quoted
+from minbert.data.line_reader import read_lines, shorten, split_quoted
 from minbert.errors import UserError, one_line
 from minbert.files.json_yaml import parse_object
 from minbert.tasks import Task

@@ -8,11 +8,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from minbert.data.lines import shorten
+from minbert.data.line_reader import shorten
 from minbert.errors import UserError, one_line
 from minbert.files.atomic import write_atomically
 from minbert.files.json_yaml import read_json_lines
-from minbert.files.validation import build
+from minbert.files.schema_checks import build
 
 SHOWN = 5  # rows of a file that a command names on the terminal
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from minbert.data import demo
 from minbert.data.examples import Columns, Examples, collect, row_of_record
 from minbert.data.formats import read_file
-from minbert.data.reviews import read_reviews
+from minbert.data.star_reviews import read_reviews
 from minbert.errors import UserError
 from minbert.tasks import TASKS, Task
 

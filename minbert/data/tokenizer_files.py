@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from minbert.errors import UserError
 from minbert.files.json_yaml import VOCABULARY_LIMIT, read_json, read_text, short
-from minbert.files.validation import checked
+from minbert.files.schema_checks import checked
 
 # Tokenizers of transformers that are BERT's WordPiece, or, if generic, leave everything to tokenizer.json.
 CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minbert.integrations.loss_gradients import (
+from minbert.integrations.gradients_per_loss import (
     accumulate_grad,
     check_losses,
     check_parameters,

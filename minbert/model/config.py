@@ -10,7 +10,7 @@ from typing import Any
 from minbert.errors import UserError
 from minbert.files.atomic import write_text
 from minbert.files.json_yaml import read_json, short
-from minbert.files.validation import checked, types_of_fields
+from minbert.files.schema_checks import checked, types_of_fields
 
 LARGEST = {  # far beyond every BERT, and small enough that no size overflows another
     "vocab_size": 2**24,

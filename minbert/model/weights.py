@@ -14,7 +14,7 @@ from torch import Tensor
 from minbert.errors import UserError
 from minbert.files.atomic import write_tensors
 from minbert.files.json_yaml import read_json, short
-from minbert.files.validation import checked
+from minbert.files.schema_checks import checked
 from minbert.model.config import EncoderConfig
 
 WEIGHTS_FILE = "model.safetensors"

@@ -16,7 +16,7 @@ from minbert.files.json_yaml import short
 from minbert.methods.surgery import Surgery
 from minbert.model import HEADS, EncoderConfig, MultitaskModel, pair_encoding, save_heads
 from minbert.model.weights import fitting, open_safetensors
-from minbert.runs.progress import Progress
+from minbert.runs.progress_counters import Progress
 from minbert.tasks import Task
 
 ENTRIES = ("step", "exp_avg", "exp_avg_sq", "average")  # of an optimizer's state for a parameter, perhaps with @NAME

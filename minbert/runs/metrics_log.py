@@ -12,7 +12,7 @@ from typing import Any
 from minbert.errors import UserError
 from minbert.files.atomic import append_line, sync, write_atomically, writing
 from minbert.files.json_yaml import read_json_lines
-from minbert.files.validation import checked
+from minbert.files.schema_checks import checked
 from minbert.runs.scores import check_scores_and_overall, expect
 
 RESUME = "free some space and run the same command with --resume"

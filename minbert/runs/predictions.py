@@ -13,7 +13,7 @@ from minbert.data import Encoded
 from minbert.errors import UserError
 from minbert.files.atomic import write_atomically, writing
 from minbert.files.json_yaml import read_json_lines
-from minbert.files.validation import build
+from minbert.files.schema_checks import build
 from minbert.runs.scores import expect
 from minbert.tasks import Task
 from minbert.tasks.metrics import predictions, probabilities

@@ -16,10 +16,10 @@ from minbert.data import Encoded, SkippedRow, names_hub, write_skipped
 from minbert.errors import UserError
 from minbert.files.atomic import readable, recover, verify, write_atomically, write_json, writing
 from minbert.files.lock import LOCK, locked
-from minbert.files.validation import FORMAT
+from minbert.files.schema_checks import FORMAT
 from minbert.runs.metrics_log import RESUME, MetricsLog, Record
 from minbert.runs.predictions import Prediction, read_predictions, write_predictions
-from minbert.runs.progress import load_progress
+from minbert.runs.progress_counters import load_progress
 from minbert.runs.resume import remarks, resumed
 from minbert.runs.scores import read_summary
 from minbert.tasks import Task

@@ -7,7 +7,7 @@ from typing import Any
 
 from minbert.errors import UserError, require_known
 from minbert.files.json_yaml import read_json, short
-from minbert.files.validation import checked, without_format
+from minbert.files.schema_checks import checked, without_format
 from minbert.tasks import TASKS
 
 Scores = dict[str, dict[str, float]]

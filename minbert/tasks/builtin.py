@@ -72,7 +72,7 @@ _ALL = (
         prediction_column="Predicted_Sentiment",
         glue=Glue("SST-2", ("sentence",), "label", "sst2"),
     ),
-    Task(  # its data: minbert/data/reviews.py
+    Task(  # its data: minbert/data/star_reviews.py
         name="yelp",
         title="5-star reviews",
         columns=("text",),

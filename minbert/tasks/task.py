@@ -6,10 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-# The encodings of a pair, with their numbers of sequences: [CLS] a [SEP] b [SEP]; [CLS] a [SEP] and [CLS] b [SEP]; or
-# all three of these.
-PAIR_ENCODINGS = {"cross-encoder": 1, "bi-encoder": 2, "both": 3}
-
 
 @dataclass(frozen=True)
 class Glue:

@@ -16,7 +16,7 @@ from minbert.console import TrainingProgress
 from minbert.device import resolve_device, resolve_precision, settings
 from minbert.distributed.process_group import ProcessGroup
 from minbert.methods.surgery import find_surgery
-from minbert.runs.progress import Progress
+from minbert.runs.progress_counters import Progress
 from minbert.runs.resume import check_length
 from minbert.runs.run_directory import Run
 from minbert.seeds import derive_seed

@@ -30,9 +30,9 @@ from minbert.data import (
     swapped,
 )
 from minbert.data.tokenizer import Tokenizer
-from minbert.distributed.local_parameters import LocalParameters
 from minbert.distributed.process_group import ProcessGroup
 from minbert.distributed.sharded_parameters import ShardedParameters
+from minbert.distributed.unsharded_parameters import UnshardedParameters
 from minbert.errors import UserError
 from minbert.files.hub import WEIGHTS, checkpoint_directory
 from minbert.methods.smart import rounds_away
@@ -270,7 +270,7 @@ def default_learning_rate(config: TrainConfig, hidden_size: int) -> float:
 
 def build_optimizer(
     config: TrainConfig, model: MultitaskModel, rows: int, group: ProcessGroup
-) -> tuple[AdamW, LocalParameters | ShardedParameters]:
+) -> tuple[AdamW, UnshardedParameters | ShardedParameters]:
     """AdamW for the model's parameters, of which several ranks each own a shard; and where their gradients are.
 
     Args:
@@ -285,7 +285,7 @@ def build_optimizer(
     one_stream = config.accumulate == 1 and not config.low_memory
     # The gradients of half-precision copies are in half precision: a sum over several backwards needs more.
     copies = model.encoder.copies() if one_stream or (config.accumulate == 1 and rows > 1) else {}
-    parameters: LocalParameters | ShardedParameters = LocalParameters(model.heads, copies)
+    parameters: UnshardedParameters | ShardedParameters = UnshardedParameters(model.heads, copies)
     if group.world_size > 1:
         trunk = [param for param in model.trunk.parameters() if param.requires_grad]
         parameters = ShardedParameters(list(model.heads.parameters()), trunk, rows, group, copies)

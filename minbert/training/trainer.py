@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from minbert import kernels
-from minbert.distributed.local_parameters import LocalParameters
 from minbert.distributed.process_group import ProcessGroup
 from minbert.distributed.sharded_parameters import ShardedParameters
+from minbert.distributed.unsharded_parameters import UnshardedParameters
 from minbert.methods.surgery import Surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import MultitaskModel
@@ -42,7 +42,7 @@ class Trainer:
     sample: Callable[[int], Sequence[Examples]]
     batches: Batches
     objective: Objective
-    parameters: LocalParameters | ShardedParameters
+    parameters: UnshardedParameters | ShardedParameters
     optimizer: AdamW
     surgeries: Sequence[Surgery]
     clip_norm: float

@@ -24,7 +24,7 @@ from minbert.inference import evaluate, load_model
 from minbert.model import load_heads
 from minbert.report import plot_run, write_report
 from minbert.runs import checkpoint
-from minbert.runs.progress import EpochSums, Progress, load_progress
+from minbert.runs.progress_counters import EpochSums, Progress, load_progress
 from minbert.runs.run_directory import RESUME, Run
 from minbert.runs.scores import Scores
 from minbert.tasks.metrics import overall

@@ -27,7 +27,7 @@ from minbert.files.atomic import recover, verify
 from minbert.files.lock import locked
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.runs import checkpoint
-from minbert.runs.progress import Progress, load_progress
+from minbert.runs.progress_counters import Progress, load_progress
 from minbert.runs.run_directory import Run
 from minbert.tasks import find_tasks
 

@@ -20,7 +20,7 @@ from minbert.files.atomic import MANIFEST, sha256, verify
 from minbert.files.hub import checkpoint_directory
 from minbert.report import __main__ as report
 from minbert.runs.run_directory import Run
-from minbert.training import separate_process
+from minbert.training import child_process as separate_process
 
 PAYLOAD = "from pathlib import Path\nPath('payload-ran').touch()\ndef X(gram): return gram.new_ones(len(gram))\n"
 HTML = "<script>alert(1)</script><img src=x onerror=alert(2)>"

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minbert.data import lines as module
-from minbert.data.lines import read_lines, split_quoted
+from minbert.data import line_reader as module
+from minbert.data.line_reader import read_lines, split_quoted
 from minbert.errors import UserError
 
 

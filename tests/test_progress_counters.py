@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minbert.errors import UserError
-from minbert.runs.progress import DevScores, EpochSums, Progress, load_progress
+from minbert.runs.progress_counters import DevScores, EpochSums, Progress, load_progress
 
 KEYS = [
     *("format", "step", "examples", "seconds", "skipped", "skipped_in_a_row", "smart_warned", "data"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from minbert.errors import UserError
 from minbert.files.json_yaml import read_json
-from minbert.files.validation import FORMAT, build, without_format
+from minbert.files.schema_checks import FORMAT, build, without_format
 from minbert.runs.scores import Scores, check_scores
 from minbert.tasks.metrics import overall
 

@@ -1,4 +1,4 @@
-"""Steps of several processes, one thread each: `python -m torch.distributed.run --nproc-per-node N ranks_steps.py`.
+"""Steps of several processes, one thread each: `python -m torch.distributed.run --nproc-per-node N ranks_worker.py`.
 
 Prints JSON: by method the median seconds of a step, the bytes that a rank sends in it, and the most tokens of a rank as
 a multiple of an equal share.

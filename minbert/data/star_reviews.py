@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minbert.data.examples import Examples
-from minbert.data.lines import read_lines, shorten, split_quoted
+from minbert.data.line_reader import read_lines, shorten, split_quoted
 from minbert.data.skipped import Skipped
 from minbert.errors import UserError, one_line
 from minbert.files.json_yaml import is_unicode, parse_object

@@ -11,7 +11,7 @@ from minbert.distributed.sharded_parameters import OptimizerState
 from minbert.methods.task_gradients import TaskGradients
 
 
-class LocalParameters:
+class UnshardedParameters:
     """Parameters of a single process: nothing is sent.
 
     Args:

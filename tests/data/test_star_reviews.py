@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minbert.data import WithReviews, open_source
-from minbert.data.reviews import read_reviews
+from minbert.data.star_reviews import read_reviews
 from minbert.errors import UserError
 from minbert.tasks import TASKS
 

@@ -85,7 +85,7 @@ def assert_close_in_bf16(one: Path, other: Path, layers: int = SMALL["scratch"][
     keys' biases, only roundings are left.
     """
     within = bf16_bound(layers)
-    for mine, theirs in zip(Run(one).records(), Run(other).records(), strict=True):
+    for mine, theirs in zip(Run(one).metrics.records(), Run(other).metrics.records(), strict=True):
         if "loss" in mine:
             assert theirs["loss"] == pytest.approx(mine["loss"], rel=within)
             assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=within)

@@ -78,7 +78,7 @@ def check_same(run: Path, whole: Path) -> None:
     for name in ("dev", "best_epoch", "steps", "examples", "skipped_steps"):
         if Run(run).summary()[name] != Run(whole).summary()[name]:
             raise Failed(f"summary.json differs in {name}")
-    lines = [[(r["step"], r.get("loss"), r.get("dev")) for r in Run(path).records()] for path in (run, whole)]
+    lines = [[(r["step"], r.get("loss"), r.get("dev")) for r in Run(path).metrics.records()] for path in (run, whole)]
     if lines[0] != lines[1]:
         raise Failed("metrics.jsonl differs")
     left = {path.name for path in run.iterdir()} ^ {path.name for path in whole.iterdir()}

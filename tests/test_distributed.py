@@ -50,7 +50,7 @@ def runs(shared):
 def assert_same(one: Run, several: Run) -> None:
     """The same weights, moments, losses and scores."""
     assert_close(one.path, several.path)
-    for mine, theirs in zip(one.records(), several.records(), strict=True):
+    for mine, theirs in zip(one.metrics.records(), several.metrics.records(), strict=True):
         if "loss" in mine:
             for what in ("loss", "smart", "cosine"):
                 assert theirs.get(what, {}) == pytest.approx(mine.get(what, {}), rel=1e-5, abs=1e-6)
@@ -132,7 +132,7 @@ def test_a_rank_sends_the_bytes_that_the_formula_says(case, rows, gathers, passe
 
     parameters = 4 * ((rows + gathers) * elements("model") + (1 + gathers) * elements("heads"))
     pooled = 4 * passes * 3 * SMALL["batch_size"] * SMALL["scratch"]["hidden_size"]
-    for record in Run(runs(size) / case).records():
+    for record in Run(runs(size) / case).metrics.records():
         if "loss" in record:
             sent = record["bytes_sent"] * size / (size - 1)
             # a rank with fewer sequences than another sends as many vectors; sums of a few numbers come on top

@@ -70,7 +70,7 @@ def test_it_is_resumed_and_ends_where_it_did(run, capsys):
     for name, tensor in load_file("run/last/model.safetensors").items():
         assert (tensor - expected[name]).abs().max() < 1e-4, name
     assert run.summary()["dev"]["sts"]["pearson"] == pytest.approx(scores["sts"]["pearson"], abs=1e-3)
-    assert [record["step"] for record in run.records()] == [1, 2, 2, 3, 4, 4]
+    assert [record["step"] for record in run.metrics.records()] == [1, 2, 2, 3, 4, 4]
 
 
 def test_what_is_written_today_says_its_format(run):
@@ -108,8 +108,8 @@ def test_an_unknown_key_is_named(run):
     "damage", [b"\xff\xfe{}\n", b'{"step": 2}\n', b'{"step": "x", "epoch": 1}\n', b"[" * 9999 + b"\n"]
 )
 def test_damaged_lines_of_metrics_are_refused_by_report_and_dropped_by_resume(run, damage, capsys):
-    lines = run.metrics.read_bytes().splitlines(keepends=True)
-    run.metrics.write_bytes(b"".join([*lines[:2], damage, *lines[2:]]))
+    lines = run.metrics.path.read_bytes().splitlines(keepends=True)
+    run.metrics.path.write_bytes(b"".join([*lines[:2], damage, *lines[2:]]))
     with pytest.raises(
         UserError, match=r"metrics\.jsonl, line 3: .*; 1 such; --resume of the run drops them"
     ) as caught:
@@ -118,10 +118,10 @@ def test_damaged_lines_of_metrics_are_refused_by_report_and_dropped_by_resume(ru
     assert train.main([*OPTIONS, "--resume"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"warning: 1 damaged lines of run/metrics\.jsonl are dropped; run/metrics\.jsonl, line 3: ", shown)
-    assert [record["step"] for record in run.records()] == [1, 2, 2, 3, 4, 4]
+    assert [record["step"] for record in run.metrics.records()] == [1, 2, 2, 3, 4, 4]
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out(run):
-    whole = len(run.records())
-    run.metrics.write_bytes(run.metrics.read_bytes()[:-5])
-    assert len(run.records()) == whole - 1
+    whole = len(run.metrics.records())
+    run.metrics.path.write_bytes(run.metrics.path.read_bytes()[:-5])
+    assert len(run.metrics.records()) == whole - 1

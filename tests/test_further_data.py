@@ -65,7 +65,7 @@ def reviews(tmp_path) -> Path:
 def test_reviews_are_trained_on_and_never_evaluated(quick, tmp_path, reviews, options):
     options = [*quick, f"--reviews={reviews}", "--reviews-per-star=10", "--steps=4", *options]
     assert train.main(options) == 0
-    records = Run(tmp_path / "run").records()
+    records = Run(tmp_path / "run").metrics.records()
     assert any("yelp" in record.get("loss", {}) for record in records)
     assert list(Run(tmp_path / "run").summary()["dev"]) == ["sst", "qqp", "sts", "overall"]
     assert not list((tmp_path / "run" / "predictions").glob("yelp*"))
@@ -77,6 +77,6 @@ def test_an_auxiliary_task_can_share_a_row_of_surgery(quick, tmp_path, reviews):
     """As in paper 001, section 5.5: surgery sees the sum of its gradient and the others' of its group."""
     options = [f"--reviews={reviews}", "--reviews-per-star=10", "--steps=1", "--surgery-groups=sst+qqp+sts,yelp"]
     assert train.main([*quick, *options]) == 0
-    (record,) = (record for record in Run(tmp_path / "run").records() if "loss" in record)
+    (record,) = (record for record in Run(tmp_path / "run").metrics.records() if "loss" in record)
     assert list(record["cosine"]) == ["sst+qqp+sts/yelp"]
     assert list(record["loss"]) == ["sst", "qqp", "sts", "yelp"]

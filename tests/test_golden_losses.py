@@ -61,7 +61,7 @@ def losses(precision: str, **options: object) -> Losses:
     ):
         out = f"{directory}/run"
         train(TrainConfig(**{**fixed, **options, "out": out, "precision": precision}), Console(quiet=True))
-        steps = [record["loss"] for record in Run(out).records()]
+        steps = [record["loss"] for record in Run(out).metrics.records()]
     assert len(steps) == STEPS
     return {task: [step[task] for step in steps] for task in steps[0]}
 

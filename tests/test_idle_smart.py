@@ -19,7 +19,7 @@ WARNING = re.compile(r"warning: SMART's regulariser was (\S+) of the loss: it do
 def test_the_share_is_a_mean_over_the_epochs_steps(quick, tmp_path, capsys, options, monkeypatch):
     monkeypatch.setattr(training_run, "LEAST_SMART_SHARE", 1.0)
     assert train.main([*quick, *options, "--epochs=1"]) == 0
-    shares = [record["smart_share"] for record in Run(tmp_path / "run").records() if "smart_share" in record]
+    shares = [record["smart_share"] for record in Run(tmp_path / "run").metrics.records() if "smart_share" in record]
     assert len(shares) == (18 if options else 6)
     (said,) = WARNING.findall(capsys.readouterr().out)
     assert float(said) == pytest.approx(sum(shares) / len(shares), rel=0.05)

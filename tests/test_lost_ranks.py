@@ -33,7 +33,7 @@ class Started:
         until = time.monotonic() + 120
         while time.monotonic() < until:
             assert self.process.poll() is None, self.log.read_text()
-            if any(record["step"] >= step for record in Run(self.run).records()):
+            if any(record["step"] >= step for record in Run(self.run).metrics.records()):
                 return
             time.sleep(0.02)
         raise AssertionError(f"no step {step} within two minutes")

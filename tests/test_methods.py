@@ -146,7 +146,7 @@ def test_everything_at_once_repeats_itself_and_resumes_to_the_bit(weights_of, qu
 
 
 def records(run: Path) -> list[dict]:
-    return [record for record in Run(run).records() if "loss" in record]
+    return [record for record in Run(run).metrics.records() if "loss" in record]
 
 
 def test_what_is_watched_is_written_down(quick, tmp_path):
@@ -162,7 +162,7 @@ def test_what_is_watched_is_written_down(quick, tmp_path):
     assert first["perturbation"] > 0
     assert first["projected_share"] >= 0
     assert first["seconds"].keys() == {"batch", "forward", "smart", "bregman", "backward", "update"}
-    evaluated = [record for record in Run(tmp_path / "run").records() if "dev" in record]
+    evaluated = [record for record in Run(tmp_path / "run").metrics.records() if "dev" in record]
     assert all(0 <= rate <= 1 for record in evaluated for rate in record["conflict_rate"].values())
     plots = {path.name for path in (tmp_path / "run" / "plots").iterdir()}
     assert plots == {"curves.png", "timing.png", "conflicts.png"}

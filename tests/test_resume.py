@@ -137,7 +137,7 @@ def test_a_run_goes_on_with_other_options_that_change_no_result(course_data, qui
     assert train.main([*quick, "--dropout=0.1", *options, "--resume"]) == 0
     found = Run(again).config()
     assert (found.data, found.log_steps, found.steps) == (str(moved), 3, 12)
-    assert [r["step"] for r in Run(again).records() if "loss" in r] == [1, 2, 3, 4, 5, 6, 7, 9, 12]
+    assert [r["step"] for r in Run(again).metrics.records() if "loss" in r] == [1, 2, 3, 4, 5, 6, 7, 9, 12]
     assert Run(again).summary()["steps"] == 12 > summary["steps"]
     shown = capsys.readouterr().out
     assert "7 steps were planned, and now 12: from step 8 on the learning rate follows the schedule of 12" in shown
@@ -268,7 +268,7 @@ def test_what_fails_before_the_first_checkpoint_can_be_begun_again(quick, tmp_pa
         resume = []
     assert train.main([*quick, "--steps=2", "--lr=0.002", *resume]) == 0
     assert Run(tmp_path / "run").config().lr == 0.002
-    assert [r["step"] for r in Run(tmp_path / "run").records() if "loss" in r] == [1, 2]
+    assert [r["step"] for r in Run(tmp_path / "run").metrics.records() if "loss" in r] == [1, 2]
 
 
 @pytest.mark.parametrize("left", [[".lock"], [".lock", ".config.yaml.tmp"]])

@@ -25,7 +25,7 @@ def saved(run: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(run: Path) -> list[dict[str, float]]:
-    return [record["loss"] for record in Run(run).records() if "loss" in record]
+    return [record["loss"] for record in Run(run).metrics.records() if "loss" in record]
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -83,7 +83,7 @@ def test_with_optimizers_of_its_own_a_task_trains_as_if_there_were_no_other(quic
     assert train.main([*options, "--tasks=sst", f"--out={tmp_path / 'alone'}"]) == 0
     assert train.main([*options, "--tasks=sst,sts", f"--out={tmp_path / 'both'}"]) == 0
     assert losses(tmp_path / "both")[:4] == losses(tmp_path / "alone")
-    rates = [record["lr"] for record in Run(tmp_path / "both").records() if "loss" in record]
+    rates = [record["lr"] for record in Run(tmp_path / "both").metrics.records() if "loss" in record]
     assert rates[:4] == rates[4:] == sorted(rates[:4], reverse=True)
     state = load_file(tmp_path / "both/last/optimizer.safetensors")
     alone = load_file(tmp_path / "alone/last/optimizer.safetensors")
@@ -128,14 +128,14 @@ def test_a_weight_on_every_loss_is_a_weight_on_the_gradient(quick, tmp_path):
     options = [*quick, *PLAIN, "--steps=1"]
     assert train.main(options) == 0
     assert train.main([*options, "--loss-weights={sst: 4, qqp: 4, sts: 4}", f"--out={tmp_path / 'four'}"]) == 0
-    one, four = (Run(tmp_path / name).records()[0]["grad_norm"] for name in ("run", "four"))
+    one, four = (Run(tmp_path / name).metrics.records()[0]["grad_norm"] for name in ("run", "four"))
     assert four == pytest.approx(4 * one, rel=1e-6)
 
 
 def test_a_batch_size_for_each_task(quick, tmp_path):
     options = [*quick, *PLAIN, "--batch-size={sst: 2, qqp: 16, sts: 4}", "--epoch-length=largest", "--epochs=1"]
     assert train.main(options) == 0
-    records = [record for record in Run(tmp_path / "run").records() if "loss" in record]
+    records = [record for record in Run(tmp_path / "run").metrics.records() if "loss" in record]
     assert len(records) == 24  # sst shows its 48 examples once, the others theirs again
     summary = (tmp_path / "run" / "summary.json").read_text()
     assert f'"examples": {24 * (2 + 16 + 4)}' in summary

@@ -42,7 +42,7 @@ def signalling(name: str, number: int, calls: int = 1):
 
 
 def losses_and_scores(run: Path) -> list[object]:
-    return [(record["step"], record.get("loss"), record.get("dev")) for record in Run(run).records()]
+    return [(record["step"], record.get("loss"), record.get("dev")) for record in Run(run).metrics.records()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -96,7 +96,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(finished, quick, tmp_path
     one, other = (Run(path).summary() for path in (finished, tmp_path / "run"))
     assert (one["dev"], one["best_epoch"], one["steps"]) == (other["dev"], other["best_epoch"], other["steps"])
     records = [
-        [(r["step"], r.get("loss"), r.get("dev")) for r in Run(path).records()] for path in (finished, last.parent)
+        [(r["step"], r.get("loss"), r.get("dev")) for r in Run(path).metrics.records()]
+        for path in (finished, last.parent)
     ]
     assert records[0] == records[1]
     assert (last.parent / "report.html").exists()

@@ -44,7 +44,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise AssertionError(f"the run ended before step {step}: {process.stdout.read() if process.stdout else ''}")
-        if any(record["step"] >= step for record in Run(run).records()):
+        if any(record["step"] >= step for record in Run(run).metrics.records()):
             return
         time.sleep(0.005)
     raise AssertionError(f"no step {step} within two minutes")
@@ -76,7 +76,7 @@ def test_a_run_leaves_what_it_promises(finished):
         assert {"config.json", "model.safetensors", "vocab.txt", "heads.safetensors", "optimizer.safetensors"} <= {
             file.name for file in (finished / name).iterdir()
         }
-    records = Run(finished).records()
+    records = Run(finished).metrics.records()
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
     assert [r["epoch"] for r in records if "dev" in r] == [1, 2]
     assert (finished / "plots" / "curves.png").stat().st_size > 1000
@@ -131,7 +131,7 @@ def test_beside_them_lie_labels_lengths_and_probabilities(finished, course_data)
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, quick, tmp_path):
     assert train.main(quick) == 0
     assert_equal(weights(finished), weights(tmp_path / "run"))
-    losses = lambda run: [r["loss"] for r in Run(run).records() if "loss" in r]  # noqa: E731
+    losses = lambda run: [r["loss"] for r in Run(run).metrics.records() if "loss" in r]  # noqa: E731
     assert losses(finished) == losses(tmp_path / "run")
     assert train.main([*quick, f"--out={tmp_path / 'other'}", "--seed=1"]) == 0
     assert losses(finished) != losses(tmp_path / "other")
@@ -145,7 +145,7 @@ def test_killed_and_resumed_equals_never_killed(finished, quick, tmp_path, kille
     process.wait()
     assert train.main([*quick, "--resume"]) == 0
     assert_equal(weights(finished), weights(tmp_path / "run"))
-    steps = [record["step"] for record in Run(tmp_path / "run").records() if "loss" in record]
+    steps = [record["step"] for record in Run(tmp_path / "run").metrics.records() if "loss" in record]
     assert steps == list(range(1, 13))
     resumed, straight = (json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", finished))
     assert resumed["dev"] == straight["dev"]
@@ -220,7 +220,7 @@ def test_a_failed_start_leaves_no_directory(quick, tmp_path):
 @pytest.mark.parametrize("sampling", ["joint", "round-robin", "shuffled"])
 def test_every_way_of_sampling_trains_every_task(quick, tmp_path, sampling):
     assert train.main([*quick, "--surgery=sum", f"--sampling={sampling}"]) == 0
-    records = [r for r in Run(tmp_path / "run").records() if "loss" in r]
+    records = [r for r in Run(tmp_path / "run").metrics.records() if "loss" in r]
     tasks_per_step = {len(record["loss"]) for record in records}
     assert tasks_per_step == ({3} if sampling == "joint" else {1})
     assert len(records) == (12 if sampling == "joint" else 36)
@@ -230,7 +230,7 @@ def test_every_way_of_sampling_trains_every_task(quick, tmp_path, sampling):
 
 def test_epoch_length_and_steps(quick, tmp_path):
     assert train.main([*quick, "--epoch-length=3", "--steps=7"]) == 0
-    evaluated = [(r["step"], r["epoch"]) for r in Run(tmp_path / "run").records() if "dev" in r]
+    evaluated = [(r["step"], r["epoch"]) for r in Run(tmp_path / "run").metrics.records() if "dev" in r]
     assert evaluated == [(3, 1), (6, 2), (7, 3)]
 
 

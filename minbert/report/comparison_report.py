@@ -123,7 +123,7 @@ def _column(published: Sequence[float | None], ours: Sequence[float | None]) -> 
 def details(row: Row, page: Path) -> Details:
     """The details that the page shows of a row's run."""
     assert row.run is not None
-    records, config = row.run.records(), row.run.config()
+    records, config = row.run.metrics.records(), row.run.config()
     own = row.run.path / "report.html"
     return Details(
         row,

@@ -39,7 +39,7 @@ def write_report(run: Run, data: str | None = None) -> Path:
     Raises:
         UserError: `run` is no run, a file of it is damaged, or the disk is full.
     """
-    config, records, summary = run.config(), run.records(), run.summary()
+    config, records, summary = run.config(), run.metrics.records(), run.summary()
     tasks = config.chosen_tasks(config.tasks or [])
     colours = palette([task.name for task in tasks])
     source = _opened(data, run, config)

@@ -76,7 +76,7 @@ def plot_run(run: Run) -> list[Path]:
     """
     from matplotlib.figure import Figure as Picture  # its own canvas needs no backend for the whole process
 
-    records = run.records()
+    records = run.metrics.records()
     drawings = {"curves": _draw_curves, "timing": _draw_timing, "conflicts": _draw_conflicts}
     if not any("cosine" in record for record in records):
         del drawings["conflicts"]

@@ -35,10 +35,11 @@ class MetricsLog:
 
     Args:
         tensorboard: directory for `open_tensorboard`.
+        writes: False for the processes of a run but the first: only reading does something then.
     """
 
-    def __init__(self, path: Path, tensorboard: Path) -> None:
-        self.path, self.tensorboard = path, tensorboard
+    def __init__(self, path: Path, tensorboard: Path, *, writes: bool = True) -> None:
+        self.path, self.tensorboard, self.writes = path, tensorboard, writes
         self.writer: Any = None  # a SummaryWriter, or None
 
     def append(self, record: Record) -> None:
@@ -47,6 +48,8 @@ class MetricsLog:
         Raises:
             UserError: the disk refuses it.
         """
+        if not self.writes:
+            return
         with writing(self.path, RESUME):
             append_line(self.path, json.dumps(_finite(record)))
         if self.writer is not None:
@@ -55,7 +58,7 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Have the disk know all lines, before a checkpoint that comes after them."""
-        if self.path.exists():
+        if self.writes and self.path.exists():
             with writing(self.path, RESUME):
                 sync(self.path)
 
@@ -65,6 +68,8 @@ class MetricsLog:
         Returns:
             what is wrong with each damaged one.
         """
+        if not self.writes:
+            return []
         records, problems = self.read()
         with writing(self.path, RESUME):
             write_atomically(self.path, "".join(json.dumps(each) + "\n" for each in records if each["step"] <= step))
@@ -108,6 +113,8 @@ class MetricsLog:
         Raises:
             UserError: tensorboard is not installed.
         """
+        if not self.writes:
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

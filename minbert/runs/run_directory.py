@@ -17,7 +17,7 @@ from minbert.errors import UserError
 from minbert.files.atomic import readable, recover, verify, write_atomically, write_json, writing
 from minbert.files.lock import LOCK, locked
 from minbert.files.schema_checks import FORMAT
-from minbert.runs.metrics_log import RESUME, MetricsLog, Record
+from minbert.runs.metrics_log import RESUME, MetricsLog
 from minbert.runs.predictions import Prediction, read_predictions, write_predictions
 from minbert.runs.progress_counters import load_progress
 from minbert.runs.resume import remarks, resumed
@@ -41,10 +41,9 @@ class Run:
         self.path, self.writes = Path(path), writes
         self.best = self.path / "best"
         self.last = self.path / "last"
-        self.metrics = self.path / "metrics.jsonl"
+        self.metrics = MetricsLog(self.path / "metrics.jsonl", self.path / "tensorboard", writes=writes)
         self.skipped = self.path / "skipped.jsonl"
         self.record: TrainConfig | None = None
-        self._log = MetricsLog(self.metrics, self.path / "tensorboard")
 
     # Start and resume -----------------------------------------------------------------------------------------------
 
@@ -69,7 +68,7 @@ class Run:
             try:
                 yield
             finally:
-                self._log.close()
+                self.metrics.close()
 
     def _check_usable(self, resume: bool) -> None:
         started = (self.path / "config.yaml").exists()
@@ -148,31 +147,6 @@ class Run:
         if data is not None and names_hub(data):
             raise UserError(f"{self.path}/config.yaml names the data {data} of the hub; give --data {data} to fetch it")
         return data
-
-    # Metrics --------------------------------------------------------------------------------------------------------
-
-    def log(self, record: Record) -> None:
-        """Append a line to metrics.jsonl (`MetricsLog.append`)."""
-        if self.writes:
-            self._log.append(record)
-
-    def open_board(self, step: int) -> None:
-        """Write tensorboard/ too, from `step` on (`MetricsLog.open_tensorboard`)."""
-        if self.writes:
-            self._log.open_tensorboard(step)
-
-    def sync(self) -> None:
-        """Have the disk know metrics.jsonl (`MetricsLog.sync`)."""
-        if self.writes:
-            self._log.sync()
-
-    def forget_after(self, step: int) -> list[str]:
-        """Drop the lines of metrics.jsonl that a resumed run writes again (`MetricsLog.drop_after`)."""
-        return self._log.drop_after(step) if self.writes else []
-
-    def records(self) -> list[Record]:
-        """The lines of metrics.jsonl (`MetricsLog.records`)."""
-        return self._log.records()
 
     # Results --------------------------------------------------------------------------------------------------------
 

@@ -127,7 +127,7 @@ def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
                 if progress.step % config.log_steps == 0:
                     record = {"lr": its_factor * peak_rates[0], **result.record(), "examples_per_second": rate}
                     record |= {"bytes_sent": sent} if group.world_size > 1 else {}
-                    directory.log({"step": progress.step, "epoch": epoch, **record})
+                    directory.metrics.append({"step": progress.step, "epoch": epoch, **record})
                 loss = sum(progress.epoch_sums.mean_losses().values())
                 display.update(progress.step, f"epoch {epoch}/{epochs}", rate, loss)
 
@@ -217,10 +217,10 @@ def record_start(run: TrainingRun) -> None:
     directory.write_options(config)
     run.group.broadcast_object("begun")
     directory.check_seen()
-    if damaged := directory.forget_after(run.progress.step):
-        console.print(f"warning: {len(damaged)} damaged lines of {directory.metrics} are dropped; {damaged[0]}")
+    if damaged := directory.metrics.drop_after(run.progress.step):
+        console.print(f"warning: {len(damaged)} damaged lines of {directory.metrics.path} are dropped; {damaged[0]}")
     directory.write_skipped(run.data.skipped_rows)
     if run.progress.step < steps:
         directory.forget_summary()
     if config.tensorboard:
-        directory.open_board(run.progress.step)
+        directory.metrics.open_tensorboard(run.progress.step)

@@ -56,7 +56,7 @@ class TrainingRun:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, and before it the lines of metrics.jsonl up to it; all ranks call this together."""
-        self.directory.sync()
+        self.directory.metrics.sync()
         trainer = self.trainer
         state = trainer.parameters.gather_full_state(trainer.optimizer.state)
         if self.group.is_main:
@@ -155,7 +155,9 @@ class TrainingRun:
         total = overall(scores)
         losses, rates = progress.epoch_sums.mean_losses(), progress.epoch_sums.conflict_rates()
         record = {"dev": {**scores, "overall": total}, "train_loss": losses}
-        directory.log({"step": progress.step, "epoch": epoch, **record, **({"conflict_rate": rates} if rates else {})})
+        directory.metrics.append(
+            {"step": progress.step, "epoch": epoch, **record, **({"conflict_rate": rates} if rates else {})}
+        )
         self._warn_of_idle_smart()
         progress.epoch_sums = EpochSums()
         shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())

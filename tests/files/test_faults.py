@@ -114,14 +114,14 @@ def test_a_checkpoint_on_the_disk_has_the_lines_before_it_on_the_disk(save, tmp_
     found = []
     with RecordingDisk(tmp_path / "runs").watching() as disk, locked(run.path):
         run.write_options(TrainConfig(seed=7))
-        run.forget_after(0)
-        run.log(line(1))
-        run.sync()
+        run.metrics.drop_after(0)
+        run.metrics.append(line(1))
+        run.metrics.sync()
         save(run.last, 1)
     for image in disk.moments[-1]:
         after = Run(build(image, tmp_path / f"after {len(found)}") / "run")
         verify(after.last)
-        found.append((after.config().seed, after.records()))
+        found.append((after.config().seed, after.metrics.records()))
     assert set(map(str, found)) == {str((7, [line(1)]))}
 
 
@@ -161,8 +161,14 @@ def scores(run: Run) -> object:
 
 WRITES = {  # how a file is written, and what it is found to hold afterwards: the old or the new
     "config.yaml": (lambda run, n: run.write_options(TrainConfig(seed=n)), lambda run: run.config().seed),
-    "metrics.jsonl": (lambda run, n: run.log(line(n)), lambda run: [record["step"] for record in run.records()]),
-    "metrics.jsonl cut": (lambda run, n: run.forget_after(2 - n), lambda run: [r["step"] for r in run.records()]),
+    "metrics.jsonl": (
+        lambda run, n: run.metrics.append(line(n)),
+        lambda run: [record["step"] for record in run.metrics.records()],
+    ),
+    "metrics.jsonl cut": (
+        lambda run, n: run.metrics.drop_after(2 - n),
+        lambda run: [r["step"] for r in run.metrics.records()],
+    ),
     "summary.json": (lambda run, n: run.write_summary({"steps": n}), summed_up),
     "no summary.json": (lambda run, n: run.forget_summary(), summed_up),
     "predictions": (
@@ -190,9 +196,9 @@ def test_every_other_file_is_the_old_one_or_the_new(tmp_path, name, error):
             assert not list(run.path.rglob(".*"))
         found.append(read(run))
         assert found[-1] in allowed
-        run.forget_after(8)
-        run.log(line(9))  # a line that follows is whole, whatever was left before it
-        assert run.records()[-1] == line(9)
+        run.metrics.drop_after(8)
+        run.metrics.append(line(9))  # a line that follows is whole, whatever was left before it
+        assert run.metrics.records()[-1] == line(9)
         if disk.calls <= at:
             break
     assert found[-1] == allowed[1]

@@ -24,7 +24,7 @@ def test_the_demo_corpus_is_learned_as_on_the_cpu(cuda, tmp_path):
     for device in ("cpu", "cuda"):
         out = tmp_path / device
         assert train.main([f"--out={out}", f"--device={device}", *options]) == 0
-        losses = [sum(record["loss"].values()) for record in Run(out).records() if "loss" in record]
+        losses = [sum(record["loss"].values()) for record in Run(out).metrics.records() if "loss" in record]
         assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
         scores[device] = Run(out).summary()["dev"]["overall"]
     assert scores["cuda"] == pytest.approx(scores["cpu"], abs=0.05)
@@ -35,7 +35,7 @@ def test_losses_fall_and_memory_is_reported(cuda, tmp_path, precision):
     out = tmp_path / "run"
     options = [f"--out={out}", "--device=cuda", f"--precision={precision}", "--steps=30", "--log-steps=1"]
     assert train.main(options) == 0
-    losses = [sum(record["loss"].values()) for record in Run(out).records() if "loss" in record]
+    losses = [sum(record["loss"].values()) for record in Run(out).metrics.records() if "loss" in record]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     found = Run(out).summary()
     assert found["precision"] == precision

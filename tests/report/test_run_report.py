@@ -83,11 +83,11 @@ def test_other_data_than_was_predicted_is_not_shown(copy, course_data):
 def test_a_run_that_has_not_finished_has_a_report(copy):
     (copy.path / "summary.json").unlink()
     shutil.rmtree(copy.path / "predictions")
-    copy.metrics.write_text("".join(line + "\n" for line in copy.metrics.read_text().splitlines()[:3]))
+    copy.metrics.path.write_text("".join(line + "\n" for line in copy.metrics.path.read_text().splitlines()[:3]))
     page = Page(write_report(copy))
     assert "has not finished" in page.text
     assert "minbert.evaluate" in page.text
-    copy.metrics.unlink()
+    copy.metrics.path.unlink()
     assert "has not finished" in Page(write_report(copy)).text
 
 

@@ -11,7 +11,7 @@ from minbert.report.training_history import curves
 
 
 def test_both_draw_the_losses_and_the_scores_of_the_log(copy):
-    records = copy.records()
+    records = copy.metrics.records()
     scores, losses = score_curves(records), curves(records, "loss")
     assert list(scores) == ["sst", "qqp", "sts", "overall"]
     assert [len(points) for points in scores.values()] == [2, 2, 2, 2]
@@ -25,6 +25,6 @@ def test_both_draw_the_losses_and_the_scores_of_the_log(copy):
 
 
 def test_a_run_without_records_has_no_figures_and_empty_plots(copy):
-    copy.metrics.unlink()
-    assert training_figures(copy.records(), {}) == []
+    copy.metrics.path.unlink()
+    assert training_figures(copy.metrics.records(), {}) == []
     assert [path.name for path in plot_run(copy)] == ["curves.png", "timing.png"]

@@ -47,7 +47,7 @@ def test_records_become_curves_grids_and_phases():
 
 
 def test_the_epochs_are_those_that_were_scored(run):
-    found = epochs(run.records())
+    found = epochs(run.metrics.records())
     assert [epoch.epoch for epoch in found] == [1, 2]
     best = found[run.summary()["best_epoch"] - 1]
     assert best.overall == run.summary()["dev"]["overall"]

@@ -53,15 +53,14 @@ def checked(value: Any, kind: Any, where: str) -> Any:
     Raises:
         UserError: it is not; the message starts with `where` and names the wrong part.
     """
-    check = _checker(kind)
     try:
-        return check(value)
+        return _check(value, kind)
     except _Mismatch as mismatch:
         raise UserError(f"{where}{mismatch.path}: expected {mismatch.expected}, got {short(mismatch.got)}") from None
 
 
 class _Mismatch(Exception):
-    def __init__(self, expected: str, got: Any, path: str = "") -> None:
+    def __init__(self, expected: str, got: Any, path: str) -> None:
         self.expected, self.got, self.path = expected, got, path
 
 
@@ -71,23 +70,6 @@ def types_of_fields(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-@cache
-def _checker(kind: Any) -> Callable[[Any], Any]:
-    """A function that returns a value of type `kind`, and raises `_Mismatch` for any other."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return _union(kind, [_checker(argument) for argument in arguments])
-    if origin is Literal:
-        return _when(kind, lambda value: isinstance(value, str) and value in arguments)
-    if origin is list:
-        return _items(_checker(arguments[0]))
-    if origin is dict:
-        return _entries(_checker(arguments[1]))
-    if dataclasses.is_dataclass(kind):
-        return _nested(kind)
-    return _when(kind, _SIMPLE[kind])
-
-
 _SIMPLE: dict[Any, Callable[[Any], bool]] = {
     bool: lambda value: isinstance(value, bool),
     int: lambda value: type(value) is int and abs(value) <= LARGEST_INTEGER,  # False for True
@@ -95,79 +77,58 @@ _SIMPLE: dict[Any, Callable[[Any], bool]] = {
     str: lambda value: isinstance(value, str),
     types.NoneType: lambda value: value is None,
 }
-
-
 _LIMITS: dict[Any, float] = {int: LARGEST_INTEGER, float: LARGEST_NUMBER}
+_UNIONS = (types.UnionType, typing.Union)
 
 
-def _when(kind: Any, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if not holds(value):
+def _check(value: Any, kind: Any, path: str = "") -> Any:
+    """`checked` for the part of a value at `path`; raises `_Mismatch`."""
+    if kind in _SIMPLE:
+        if not _SIMPLE[kind](value):
             limit = f" of at most {_LIMITS[kind]:g}" if kind in _LIMITS and type(value) in (int, kind) else ""
-            raise _Mismatch(described(kind) + limit, value)
+            raise _Mismatch(described(kind) + limit, value, path)
         return float(value) if kind is float else value
-
-    return check
-
-
-def _union(kind: Any, options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _check_record(value, kind, path)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in _UNIONS:
         inner = None
-        for option in options:
+        for argument in arguments:
             try:
-                return option(value)
+                return _check(value, argument, path)
             except _Mismatch as mismatch:
-                inner = mismatch if mismatch.path else inner
-        raise inner or _Mismatch(described(kind), value)
-
-    return check
-
-
-def _items(item: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if not isinstance(value, list):
-            raise _Mismatch("a list", value)
-        return [_inside(f"[{number}]", item, each) for number, each in enumerate(value)]
-
-    return check
-
-
-def _entries(item: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if not isinstance(value, dict):
-            raise _Mismatch("a mapping", value)
-        for name in value:
-            if not isinstance(name, str):
-                raise _Mismatch("names as keys", name)
-        return {name: _inside(f".{name:.40}", item, each) for name, each in value.items()}
-
-    return check
+                inner = mismatch if mismatch.path != path else inner
+        raise inner or _Mismatch(described(kind), value, path)
+    if origin is Literal:
+        if not (isinstance(value, str) and value in arguments):
+            raise _Mismatch(described(kind), value, path)
+        return value
+    if not isinstance(value, origin):
+        raise _Mismatch("a list" if origin is list else "a mapping", value, path)
+    if origin is list:
+        return [_check(each, arguments[0], f"{path}[{number}]") for number, each in enumerate(value)]
+    for name in value:
+        if not isinstance(name, str):
+            raise _Mismatch("names as keys", name, path)
+    return {name: _check(each, arguments[1], f"{path}.{name:.40}") for name, each in value.items()}
 
 
-def _nested(kind: Any) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if not isinstance(value, dict):
-            raise _Mismatch(f"a record of {', '.join(types_of_fields(kind))}", value)
-        needed = [field.name for field in dataclasses.fields(kind) if field.default is field.default_factory]
-        wrong = [name for name in value if name not in types_of_fields(kind)] + [n for n in needed if n not in value]
-        if wrong:
-            raise _Mismatch(f"a record of {', '.join(types_of_fields(kind))}", wrong[0] if wrong[0] in value else value)
-        return kind(**{name: _inside(f".{name}", _checker(types_of_fields(kind)[name]), value[name]) for name in value})
-
-    return check
-
-
-def _inside(path: str, check: Callable[[Any], Any], value: Any) -> Any:
-    try:
-        return check(value)
-    except _Mismatch as mismatch:
-        raise _Mismatch(mismatch.expected, mismatch.got, path + mismatch.path) from None
+def _check_record(value: Any, kind: Any, path: str) -> Any:
+    types_of = types_of_fields(kind)
+    expected = f"a record of {', '.join(types_of)}"
+    if not isinstance(value, dict):
+        raise _Mismatch(expected, value, path)
+    needed = [field.name for field in dataclasses.fields(kind) if field.default is field.default_factory]
+    wrong = [name for name in value if name not in types_of] + [name for name in needed if name not in value]
+    if wrong:
+        raise _Mismatch(expected, wrong[0] if wrong[0] in value else value, path)
+    return kind(**{name: _check(each, types_of[name], f"{path}.{name}") for name, each in value.items()})
 
 
 def described(kind: Any) -> str:
     """A field's type for messages: int, one of 'a', 'b', float or dict[str, float]."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
+    if origin in _UNIONS:
         return " or ".join(described(argument) for argument in arguments if argument is not types.NoneType)
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"

@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from minbert.report.html_page import write_page
-from minbert.report.svg_charts import Figure
 from minbert.report.training_charts import palette, training_figures
-from minbert.report.training_history import Epoch, Option, epochs, flat_scores, options
+from minbert.report.training_history import epochs, flat_scores, options
 from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS
 
@@ -50,18 +50,6 @@ class Cell:
         return None if self.published is None or self.ours is None else self.ours - self.published
 
 
-@dataclass(frozen=True)
-class Details:
-    """The details of a row's run."""
-
-    row: Row
-    epochs: Sequence[Epoch]
-    best_epoch: int  # 0 for an unfinished run
-    options: Sequence[Option]
-    figures: Sequence[Figure]
-    link: str  # to its own report, relative to the page; empty if it has none
-
-
 def write_comparison(path: str | Path, title: str, rows: Sequence[Row]) -> Path:
     """Write one page for several systems: the table, best figures marked, and each run's details folded below.
 
@@ -77,7 +65,7 @@ def write_comparison(path: str | Path, title: str, rows: Sequence[Row]) -> Path:
         rows=rows,
         metrics={name: (TASKS[name].title, TASKS[name].metric) for name in TASKS},
         columns=columns(rows, scores),
-        details=[details(row, path) for row in rows if row.run is not None],
+        details=[details(row.label, row.run, path) for row in rows if row.run is not None],
     )
 
 
@@ -120,16 +108,15 @@ def _column(published: Sequence[float | None], ours: Sequence[float | None]) -> 
     ]
 
 
-def details(row: Row, page: Path) -> Details:
-    """The details that the page shows of a row's run."""
-    assert row.run is not None
-    records, config = row.run.metrics.records(), row.run.config()
-    own = row.run.path / "report.html"
-    return Details(
-        row,
-        epochs(records),
-        row.run.summary().get("best_epoch", 0),
-        [option for option in options(config) if option.changed or option.resolved],
-        training_figures(records, palette(config.tasks or [])),
-        Path(os.path.relpath(own, page.parent)).as_posix() if own.exists() else "",
-    )
+def details(label: str, run: Run, page: Path) -> dict[str, Any]:
+    """What the page shows of a run below the table."""
+    records, config = run.metrics.records(), run.config()
+    report = run.path / "report.html"
+    return {
+        "label": label,
+        "epochs": epochs(records),
+        "best_epoch": run.summary().get("best_epoch", 0),  # 0 for an unfinished run
+        "options": [option for option in options(config) if option.changed or option.resolved],
+        "figures": training_figures(records, palette(config.tasks or [])),
+        "link": Path(os.path.relpath(report, page.parent)).as_posix() if report.exists() else "",
+    }

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from minbert.config import TrainConfig
-from minbert.data import Examples, SkippedRow, Source, open_source, read_skipped
+from minbert.data import Source, open_source, read_skipped
 from minbert.errors import UserError
 from minbert.report import error_analysis, training_history
-from minbert.report.error_analysis import Example, Group
+from minbert.report.error_analysis import Example
 from minbert.report.html_page import write_page
-from minbert.report.svg_charts import Figure, scatter
+from minbert.report.svg_charts import scatter
 from minbert.report.training_charts import gradient_figures, palette, training_figures
 from minbert.report.training_history import Record
 from minbert.runs.run_directory import Run
@@ -43,6 +43,7 @@ def write_report(run: Run, data: str | None = None) -> Path:
     tasks = config.chosen_tasks(config.tasks or [])
     colours = palette([task.name for task in tasks])
     source = _opened(data, run, config)
+    backends = summary.get("backends", {})
     return write_page(
         run.path / "report.html",
         "run.html",
@@ -56,22 +57,15 @@ def write_report(run: Run, data: str | None = None) -> Path:
         gradients=gradient_figures(records, colours),
         phases=training_history.phases(records),
         options=training_history.options(config),
-        kernels=kernels_by_backend(summary),
+        kernels={backend: [op for op in backends if backends[op] == backend] for backend in backends.values()},
         sections=[task_section(run, task, source) for task in tasks],
-        skipped=skipped_by_split(run),
+        skipped=[
+            (*key, list(rows)) for key, rows in groupby(read_skipped(run.skipped), lambda row: (row.split, row.task))
+        ],
     )
 
 
 # What the sections show --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Headline:
-    """A score that a run is known by."""
-
-    title: str
-    metric: str
-    value: float
 
 
 def method(config: TrainConfig) -> list[str]:
@@ -82,8 +76,8 @@ def method(config: TrainConfig) -> list[str]:
     return [*parts, "Bregman"] if config.bregman.mu else parts
 
 
-def headline(tasks: Sequence[Task], records: Sequence[Record], summary: dict[str, Any]) -> list[Headline]:
-    """The overall score and each task's, of the best epoch (of the last one that ended, in a run that has not)."""
+def headline(tasks: Sequence[Task], records: Sequence[Record], summary: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """Title, metric and score, overall and of each task, at the best epoch (in an unfinished run, at the last one)."""
     epochs = training_history.epochs(records)
     if not epochs:
         return []
@@ -91,77 +85,42 @@ def headline(tasks: Sequence[Task], records: Sequence[Record], summary: dict[str
     if number > len(epochs):
         raise UserError(f"the best epoch is {number}, but metrics.jsonl has {len(epochs)}; restore it from a copy")
     best = epochs[number - 1]
-    of_tasks = [Headline(task.title, task.metric, best.scores[task.name]) for task in tasks if task.name in best.scores]
-    return [Headline("Overall", "mean of the tasks", best.overall), *of_tasks]
+    of_tasks = [(task.title, task.metric, best.scores[task.name]) for task in tasks if task.name in best.scores]
+    return [("Overall", "mean of the tasks", best.overall), *of_tasks]
 
 
-@dataclass(frozen=True)
-class TaskSection:
-    """The section of a task; without labels or predictions it has only the reason in `missing`."""
-
-    task: Task
-    missing: str = ""
-    examples: int = 0
-    score: float = 0.0
-    facts: dict[str, str] | None = None
-    classes: Sequence[str] = ()
-    confusion: list[list[int]] | None = None
-    scatter: Figure | None = None
-    groups: Sequence[Group] = ()
-    properties: Sequence[error_analysis.Property] = ()
-    mistakes: Sequence[tuple[Example, list[tuple[str, float]]]] = ()  # the first `SHOWN`, and their properties' cells
-    wrong: int = 0  # of how many
-    texts_missing: str = ""
-
-
-def task_section(run: Run, task: Task, source: Source | str) -> TaskSection:
-    """A task's predictions on dev, analysed."""
+def task_section(run: Run, task: Task, source: Source | str) -> dict[str, Any]:
+    """What task.html shows of a task on dev: its predictions, analysed, or in `missing` why there is nothing."""
     found = run.predictions(task, SPLIT)
     if not found:
-        return TaskSection(task, f"No predictions yet; python -m minbert.evaluate {run.path} writes them.")
+        return {"task": task, "missing": f"No predictions yet; python -m minbert.evaluate {run.path} writes them."}
     if any(prediction.label is None for prediction in found):
-        return TaskSection(task, "The dev split has no labels.")
+        return {"task": task, "missing": "The dev split has no labels."}
     texts, texts_missing = _texts(task, source, [prediction.id for prediction in found])
     examples = [Example(prediction, texts[i] if texts else ()) for i, prediction in enumerate(found)]
-    looked_at = error_analysis.properties(task, with_texts=bool(texts))
-    wrong = error_analysis.mistakes(task, examples)
-    value = error_analysis.score(task, examples)
-    section: dict[str, Any] = {}
+    properties = error_analysis.properties(task, with_texts=bool(texts))
+    mistakes = error_analysis.mistakes(task, examples)
+    score = error_analysis.score(task, examples)
+    section: dict[str, Any] = {"confusion": None, "scatter": None}
     if task.metric == "pearson":
         pairs = [(example.label, example.prediction.predicted) for example in examples]
-        note = f"Pearson correlation {value:.3f}. On the line, a prediction is right."
+        note = f"Pearson correlation {score:.3f}. On the line, a prediction is right."
         section["scatter"] = scatter("Predicted against true similarity", pairs, task.max_label, note)
     else:
         section["classes"] = CLASSES.get(task.name, ("",) * (task.max_label + 1))
         section["confusion"] = error_analysis.confusion(task, examples)
-    return TaskSection(
-        task,
-        examples=len(examples),
-        score=value,
-        facts=error_analysis.facts(task, examples),
-        groups=error_analysis.groups(task, examples, looked_at),
-        properties=looked_at,
-        mistakes=[(example, [each.cell(example) for each in looked_at]) for example in wrong[:SHOWN]],
-        wrong=len(wrong),
-        texts_missing=texts_missing,
-        **section,
-    )
-
-
-def skipped_by_split(run: Run) -> dict[tuple[str, str], list[SkippedRow]]:
-    """The rows of the run's data that were left out, by split and task."""
-    found: dict[tuple[str, str], list[SkippedRow]] = {}
-    for row in read_skipped(run.skipped):
-        found.setdefault((row.split, row.task), []).append(row)
-    return found
-
-
-def kernels_by_backend(summary: dict[str, Any]) -> dict[str, list[str]]:
-    """Which ops ran on which backend."""
-    found: dict[str, list[str]] = {}
-    for op, backend in summary.get("backends", {}).items():
-        found.setdefault(backend, []).append(op)
-    return found
+    return section | {
+        "task": task,
+        "missing": "",
+        "examples": len(examples),
+        "score": score,
+        "facts": error_analysis.facts(task, examples),
+        "groups": error_analysis.groups(task, examples, properties),
+        "properties": properties,
+        "mistakes": [(example, [each.cell(example) for each in properties]) for example in mistakes[:SHOWN]],
+        "wrong": len(mistakes),
+        "texts_missing": texts_missing,
+    }
 
 
 def _opened(data: str | None, run: Run, config: TrainConfig) -> Source | str:
@@ -177,7 +136,7 @@ def _texts(task: Task, source: Source | str, ids: Sequence[str]) -> tuple[list[t
     if isinstance(source, str):
         return [], source
     try:
-        examples: Examples = source.load(task, SPLIT)
+        examples = source.load(task, SPLIT)
     except UserError as error:
         return [], str(error)
     if examples.ids != ids:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,16 +61,14 @@ def columns(results: Sequence[RowResult]) -> list[str]:
 def cells(result: RowResult, names: Sequence[str]) -> list[str]:
     """The published score and ours of each column."""
     published, found = result.published(), result.found()
-    pairs = [
-        (f"{published[name]:.3f}" if name in published else "–", _mean(found[name]) if name in found else "–")
-        for name in names
-    ]
-    return ["" if pair == ("–", "–") else " / ".join(pair) for pair in pairs]
-
-
-def _mean(values: Sequence[float]) -> str:
-    spread = f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
+    shown = []
+    for name in names:
+        theirs = f"{published[name]:.3f}" if name in published else "–"
+        ours = f"{statistics.fmean(found[name]):.3f}" if name in found else "–"
+        if len(found.get(name, ())) > 1:
+            ours += f" ±{statistics.stdev(found[name]):.3f}"
+        shown.append(f"{theirs} / {ours}" if name in published or name in found else "")
+    return shown
 
 
 def terminal_table(found: Paper, results: Sequence[RowResult]) -> Table:
@@ -99,23 +97,18 @@ def write_tables(out: Path, found: Paper, results: Sequence[RowResult]) -> None:
             "title": result.row.title,
             "published": result.published(),
             "ours": result.found(),
-            "failures": list(result.failures),
+            "failures": result.failures,
         }
         for result in results
     }
     write_json(out / "table.json", record)
     rows = []
     for result in results:
-        runs: Sequence[Run | None] = result.runs or [None]
-        published, note = _report_names(result.published()), "; ".join(result.failures)
-        rows += [comparison_report.Row(result.row.title, published, run, note) for run in runs]
+        published = {
+            name if split == "dev" else f"{name} {split}": score
+            for split, scores in result.row.published.items()
+            for name, score in scores.items()
+        }
+        note = "; ".join(result.failures)
+        rows += [comparison_report.Row(result.row.title, published, run, note) for run in result.runs or [None]]
     comparison_report.write_comparison(out / "report.html", found.title, rows)
-
-
-def _report_names(published: Mapping[str, float]) -> dict[str, float]:
-    """Published scores as the report names them: "dev sst" is sst, and "test sst" is sst test."""
-    return {
-        name.removeprefix("dev ") if name.startswith("dev ") else " ".join(reversed(name.split(" ", 1))): score
-        for name, score in published.items()
-        if name != HOURS
-    }

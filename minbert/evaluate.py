@@ -24,6 +24,7 @@ from minbert.errors import UserError
 from minbert.files.atomic import writing
 from minbert.inference import choose_kernels, evaluate, load_model, run_tasks
 from minbert.model import pair_encoding
+from minbert.runs.predictions import write_predictions
 from minbert.runs.run_directory import Run
 from minbert.tasks.metrics import overall
 
@@ -70,9 +71,9 @@ def main(arguments: Sequence[str]) -> int:
     skipped = [row for each in examples.values() for row in each.skipped]
     if options.strict:
         refuse_skipped(skipped)
-    subdirectory = predictions_subdirectory(options.checkpoint, options.data, config.data)
+    directory = run.predictions_directory(predictions_subdirectory(options.checkpoint, options.data, config.data))
     own = same_data(options.data, config.data)
-    skipped_file = run.skipped if own else run.predictions_directory(subdirectory) / run.skipped.name
+    skipped_file = run.skipped if own else directory / run.skipped.name
     for line in skipped_lines(skipped, str(skipped_file)):
         warnings.print(line)
 
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     if scores:
         console.print(score_table(f"{source.name}", [(options.split, scores, overall(scores))]))
     for task in present:
-        path = run.write_predictions(task, options.split, encoded[task.name], outputs[task.name], subdirectory)
+        path = write_predictions(directory, task, options.split, encoded[task.name], outputs[task.name])
         count, num_skipped = len(encoded[task.name]), len(examples[task.name].skipped)
         notes = [f"{num_skipped} of {count + num_skipped} rows left out"] if num_skipped else []
         notes += [] if task.name in scores else [f"no labels in this split, so no {task.metric}"]

@@ -193,15 +193,13 @@ def verify(directory: Path) -> None:
             )
         file = directory / name
         if not file.is_file():
-            raise UserError(f"{file} is missing; restore it from a copy, or use another checkpoint")
+            raise UserError(f"{file} is missing; {remedy}")
         try:
             found = sha256(file)
         except OSError as error:
-            raise UserError(
-                f"{file} cannot be read ({error.strerror}); restore it from a copy, or use another checkpoint"
-            ) from None
+            raise UserError(f"{file} cannot be read ({error.strerror}); {remedy}") from None
         if found != checksum:
-            raise UserError(f"{file} was truncated or altered; restore it from a copy, or use another checkpoint")
+            raise UserError(f"{file} was truncated or altered; {remedy}")
 
 
 def sha256(path: Path) -> str:

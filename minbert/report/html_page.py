@@ -39,7 +39,7 @@ def _environment() -> Environment:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     environment.globals |= {"style": Markup(style), "script": Markup(script), "policy": policy}
-    formats = (metric, score, signed, percent, duration, memory, count, option, shortened)
+    formats = (metric, score, signed, percent, duration, memory, count, option)
     environment.filters |= {function.__name__: function for function in formats}
     return environment
 
@@ -104,8 +104,3 @@ def option(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def shortened(text: str, limit: int = 600) -> str:
-    """A text with what is beyond `limit` characters left out."""
-    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"

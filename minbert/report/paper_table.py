@@ -109,6 +109,6 @@ def write_tables(out: Path, found: Paper, results: Sequence[RowResult]) -> None:
             for split, scores in result.row.published.items()
             for name, score in scores.items()
         }
-        note = "; ".join(result.failures)
-        rows += [comparison_report.Row(result.row.title, published, run, note) for run in result.runs or [None]]
+        note, runs = "; ".join(result.failures), list[Run | None](result.runs) or [None]
+        rows += [comparison_report.Row(result.row.title, published, run, note) for run in runs]
     comparison_report.write_comparison(out / "report.html", found.title, rows)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minbert.report.svg_charts import Figure, heat_map, line_chart
 from minbert.report.training_history import Points, Record, curves, epochs, grid
 from minbert.runs.run_directory import Run
@@ -40,6 +42,11 @@ def training_figures(records: Sequence[Record], colours: Mapping[str, str]) -> l
 
 def gradient_figures(records: Sequence[Record], colours: Mapping[str, str]) -> dict[str, list[Figure]]:
     """Figures of surgery (conflicts and what it removes) and of the regularisers; none of what the run did not do."""
+
+    def lines(key: str, title: str, note: str) -> list[Figure]:
+        found = curves(records, key)
+        return [line_chart(title, found, "step", {**colours, key: "s0"}, note=note)] if found else []
+
     surgery: list[Figure] = []
     cosine, similarity = (grid(records, key) for key in ("cosine", "magnitude_similarity"))
     if cosine.names and similarity.names:
@@ -47,20 +54,12 @@ def gradient_figures(records: Sequence[Record], colours: Mapping[str, str]) -> d
         surgery.append(heat_map("Conflict", cosine, signed=True, note=note))
         note = "2|a||b| / (|a|² + |b|²): 1 for gradients of one length, near 0 where one dominates."
         surgery.append(heat_map("Magnitude similarity", similarity, signed=False, note=note))
-    regularisers: list[Figure] = []
-    for figures, key, title, note in (
-        (surgery, "projected_share", "Projected share", "How much of the plain update surgery removes."),
-        (
-            regularisers,
-            "smart",
-            "SMART's regulariser",
-            "The divergence of perturbed from clean outputs, before lambda_s.",
-        ),
-        (regularisers, "smart_share", "SMART's share of the loss", "Below 1e-4 the regulariser does next to nothing."),
-        (regularisers, "bregman", "Bregman divergence", "From the EMA teacher's outputs, before mu."),
-    ):
-        if lines := curves(records, key):
-            figures.append(line_chart(title, lines, "step", {**colours, key: "s0"}, note=note))
+    surgery += lines("projected_share", "Projected share", "How much of the plain update surgery removes.")
+    note = "The divergence of perturbed from clean outputs, before lambda_s."
+    regularisers = lines("smart", "SMART's regulariser", note)
+    note = "Below 1e-4 the regulariser does next to nothing."
+    regularisers += lines("smart_share", "SMART's share of the loss", note)
+    regularisers += lines("bregman", "Bregman divergence", "From the EMA teacher's outputs, before mu.")
     return {"Gradient surgery": surgery, "Regularisers": regularisers}
 
 
@@ -118,7 +117,7 @@ def _draw_timing(picture: Any, records: Sequence[Record]) -> None:
 
 def _draw_conflicts(picture: Any, records: Sequence[Record]) -> None:
     cosine = grid(records, "cosine", columns=len(records))
-    values = [[float("nan") if value is None else value for value in row] for row in cosine.values]
+    values = np.array(cosine.values, float)  # NaN for None
     (first, _), (_, last) = cosine.spans[0], cosine.spans[-1]
     rows = len(cosine.names)
     picture.set_size_inches(8, 1.5 + 0.5 * rows)

@@ -8,17 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from minbert.config import TrainConfig
-from minbert.data import Encoded, SkippedRow, names_hub, write_skipped
+from minbert.data import SkippedRow, names_hub, write_skipped
 from minbert.errors import UserError
 from minbert.files.atomic import readable, recover, verify, write_atomically, write_json, writing
 from minbert.files.lock import LOCK, locked
 from minbert.files.schema_checks import FORMAT
 from minbert.runs.metrics_log import RESUME, MetricsLog
-from minbert.runs.predictions import Prediction, read_predictions, write_predictions
+from minbert.runs.predictions import Prediction, read_predictions
 from minbert.runs.progress_counters import load_progress
 from minbert.runs.resume import remarks, resumed
 from minbert.runs.scores import read_summary
@@ -172,12 +171,6 @@ class Run:
     def predictions_directory(self, subdirectory: str = "") -> Path:
         """predictions/, with those of the best epoch for the run's own data, or a directory in it for others."""
         return self.path / "predictions" / subdirectory
-
-    def write_predictions(
-        self, task: Task, split: str, examples: Encoded, outputs: np.ndarray, subdirectory: str = ""
-    ) -> Path:
-        """Write predictions to a directory of `predictions_directory` (`predictions.write_predictions`)."""
-        return write_predictions(self.predictions_directory(subdirectory), task, split, examples, outputs)
 
     def predictions(self, task: Task, split: str) -> list[Prediction] | None:
         """The predictions of the best epoch for the run's own data (`predictions.read_predictions`)."""

@@ -24,6 +24,7 @@ from minbert.inference import evaluate, load_model
 from minbert.model import load_heads
 from minbert.report import plot_run, write_report
 from minbert.runs import checkpoint
+from minbert.runs.predictions import write_predictions
 from minbert.runs.progress_counters import EpochSums, Progress, load_progress
 from minbert.runs.run_directory import RESUME, Run
 from minbert.runs.scores import Scores
@@ -196,7 +197,8 @@ class TrainingRun:
             present = [task for task in data.tasks if task.name in encoded]
             scores[split], outputs = evaluate(model, present, encoded, group.device, group)
             for task in present if group.is_main else ():
-                directory.write_predictions(task, split, encoded[task.name], outputs[task.name])
+                name = task.name
+                write_predictions(directory.predictions_directory(), task, split, encoded[name], outputs[name])
         if not group.is_main:
             return {}
         with writing(directory.path / "plots", RESUME):

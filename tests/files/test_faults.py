@@ -27,6 +27,7 @@ from minbert.files.atomic import recover, verify
 from minbert.files.lock import locked
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.runs import checkpoint
+from minbert.runs.predictions import write_predictions
 from minbert.runs.progress_counters import Progress, load_progress
 from minbert.runs.run_directory import Run
 from minbert.tasks import find_tasks
@@ -172,7 +173,9 @@ WRITES = {  # how a file is written, and what it is found to hold afterwards: th
     "summary.json": (lambda run, n: run.write_summary({"steps": n}), summed_up),
     "no summary.json": (lambda run, n: run.forget_summary(), summed_up),
     "predictions": (
-        lambda run, n: run.write_predictions(TASK, "dev", EXAMPLES, np.eye(5, dtype=np.float32)[[n, n]]),
+        lambda run, n: write_predictions(
+            run.predictions_directory(), TASK, "dev", EXAMPLES, np.eye(5, dtype=np.float32)[[n, n]]
+        ),
         scores,
     ),
 }

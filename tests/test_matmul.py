@@ -88,7 +88,7 @@ def test_a_run_measures_once_and_its_evaluation_and_continuation_keep_to_it(quic
 )
 def test_what_multiplies_no_float32_or_is_chosen_is_not_measured(options, precision, device, measured):
     group = SimpleNamespace(is_main=True, device=torch.device(device), broadcast_object=lambda name: name)
-    assert choose_matmul(TrainConfig(**options), EncoderConfig(), precision, group) == "blas"
+    assert choose_matmul(TrainConfig(**options, precision=precision), EncoderConfig(), group) == "blas"
     assert not measured
 
 
@@ -103,7 +103,7 @@ def test_all_ranks_take_what_the_first_one_finds(is_main, measured):
 
     group = SimpleNamespace(is_main=is_main, device=torch.device("cpu"), broadcast_object=broadcast_object)
     encoder = EncoderConfig(hidden_size=384, num_attention_heads=12, intermediate_size=1536)
-    assert choose_matmul(TrainConfig(), encoder, "fp32", group) == "onednn"
+    assert choose_matmul(TrainConfig(precision="fp32"), encoder, group) == "onednn"
     assert kernels.matmul() == "onednn"
     assert measured == ([(384, 1536)] if is_main else [])
     assert found == ["onednn" if is_main else "blas"]

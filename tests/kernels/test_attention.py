@@ -43,13 +43,53 @@ def assert_as_near_to_float64_as_the_reference(
 ) -> None:
     ours = run(qkv, lengths, grad_out, p, **options)
     with use_backend("reference"):
-        theirs = run(qkv, lengths, grad_out, p, **options)
         exact = run(qkv.double(), lengths, grad_out.double(), p, **options)
-    parts = [(ours[0], theirs[0], exact[0]), *zip(*(t[1].unbind(1) for t in (ours, theirs, exact)), strict=True)]
+        theirs = run(qkv, lengths, grad_out, p, **options)
     assert ours[0].dtype == ours[1].dtype == qkv.dtype
-    for got, reference_got, wanted in parts:
-        noise = 1e-7 * wanted.norm().item() + 1e-9 * math.sqrt(wanted.numel())  # where the reference is exact by luck
-        assert error(got, wanted) <= 2 * error(reference_got, wanted) + noise
+    mine, allowed = torch.tensor(errors(ours, exact)), torch.tensor(errors(theirs, exact))
+    noise = torch.tensor([1e-7 * wanted.norm().item() + 1e-9 * math.sqrt(wanted.numel()) for wanted in parts(exact)])
+    if (mine > 2 * allowed + noise).any():
+        # The errors of few scores are luck: then those of many orders of summation count, as root mean squares.
+        generator = torch.Generator().manual_seed(0)
+        orders = [torch.randperm(qkv.shape[3], generator=generator) for _ in range(32)]
+        mine, allowed = (
+            torch.tensor(
+                [
+                    errors(
+                        run(qkv[..., order].contiguous(), lengths, grad_out[..., order].contiguous(), p, **options),
+                        tuple(tensor[..., order] for tensor in exact),
+                    )
+                    for order in orders
+                ]
+            )
+            .square()
+            .mean(0)
+            .sqrt()
+            for _ in use_each_backend()
+        )
+    assert (mine <= 2 * allowed + noise).all()
+
+
+def use_each_backend() -> Iterator[None]:
+    """Compiled code first, then the reference."""
+    yield
+    with use_backend("reference"):
+        yield
+
+
+def parts(results: tuple[Tensor, ...]) -> list[Tensor]:
+    """The result, and the gradients of queries, keys and values."""
+    return [results[0], *results[1].unbind(1)]
+
+
+def errors(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+    return [error(got, wanted) for got, wanted in zip(parts(results), parts(exact), strict=True)]
+
+
+def test_a_reference_that_is_exact_by_luck_is_no_bound(isa: str) -> None:
+    """Of two tokens, with eight scores in all."""
+    qkv, grad_out = randn(2, 3, 2, 128, seed=1), randn(2, 2, 128, seed=2).transpose(0, 1)
+    assert_as_near_to_float64_as_the_reference(qkv, [2], grad_out.contiguous(), softmax_scale=-0.3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 
 from minbert import cli
@@ -67,11 +66,14 @@ class AugmentConfig:
         require(positive, "temperature", "more than 0", self.temperature)
 
     @property
+    def models(self) -> list[str]:
+        return [self.model, self.back_model] if self.back_model else [self.model]
+
+    @property
     def origin(self) -> str:
         """The models and options of a file, which each of its rows records."""
-        models = " and ".join(filter(None, (self.model, self.back_model)))
         search = f"{self.beams} beams" if self.temperature is None else f"temperature {self.temperature:g}"
-        return f"{models}, {search}, at most {self.max_length} tokens, seed {self.seed}"
+        return f"{' and '.join(self.models)}, {search}, at most {self.max_length} tokens, seed {self.seed}"
 
 
 class Translator:
@@ -107,18 +109,11 @@ class Translator:
 
 
 def main(arguments: Sequence[str]) -> int:
-    augment(cli.parse("augment", AugmentConfig, arguments), Terminal())
-    return 0
-
-
-def augment(config: AugmentConfig, console: Console) -> None:
-    """Write `config.out`, or the rows that it lacks.
+    """Write the file, or the rows that it lacks.
 
     Batches hold sentences of similar length. Each is written at once, so a stopped command loses at most one batch.
-
-    Raises:
-        UserError: bad input, or the file has other content.
     """
+    config, console = cli.parse("augment", AugmentConfig, arguments), Terminal()
     (task,) = find_tasks([config.task])
     examples = open_source(config.data).load(task, "train")
     if config.strict:
@@ -132,8 +127,7 @@ def augment(config: AugmentConfig, console: Console) -> None:
     starts = range(done, len(rows), config.batch_size)
     if starts:
         device = resolve_device(config.device)
-        names = filter(None, (config.model, config.back_model))
-        translators = [Translator(name, config, device) for name in names]
+        translators = [Translator(name, config, device) for name in config.models]
     started = printed = time.monotonic()
     try:
         with (
@@ -159,6 +153,7 @@ def augment(config: AugmentConfig, console: Console) -> None:
         console.print(f"{done} of {len(rows)} are in {out}; the same command continues")
         raise
     console.print(f"{len(rows)} in {out}; train with --augmented.{task.name} {out}")
+    return 0
 
 
 def finished(out: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -> tuple[int, int]:

@@ -82,13 +82,12 @@ def our_scores(run: Run | None) -> dict[str, float]:
 
 def columns(rows: Sequence[Row], ours: Sequence[Mapping[str, float]]) -> dict[str, list[Cell]]:
     """The cells of each metric: tasks in the task table's order, then overall, then what else was published."""
-    named = {name for row in rows for name in row.published} | {name for scores in ours for name in scores}
-    first = [*TASKS, "overall"]
-    rest = dict.fromkeys(name for row in rows for name in row.published if name not in first)
-    rest |= dict.fromkeys(f"{name} test" for name in first if f"{name} test" in named)
+    published, dev = [name for row in rows for name in row.published], [*TASKS, "overall"]
+    named = {*published, *(name for scores in ours for name in scores)}
     return {
         name: _column([row.published.get(name) for row in rows], [scores.get(name) for scores in ours])
-        for name in [*(name for name in first if name in named), *rest]
+        for name in dict.fromkeys([*dev, *published, *(f"{name} test" for name in dev)])
+        if name in named
     }
 
 

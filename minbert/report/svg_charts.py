@@ -68,9 +68,10 @@ def heat_map(title: str, grid: Grid, *, signed: bool, note: str = "") -> Figure:
             if value is None:
                 continue
             colour = "conflict" if value < 0 else "agree"
+            steps = f"step {first}" if first == last else f"steps {first} to {last}"
             position = {**_xy(left + width * column, y + 1), "width": f"{width + 0.3:.1f}", "height": f"{row - 2:.1f}"}
             cell = SubElement(svg, "rect", {"class": colour, **position, "fill-opacity": f"{abs(value) / full:.3f}"})
-            SubElement(cell, "title").text = f"{name}, {_steps(first, last)}: {value:.3f}"
+            SubElement(cell, "title").text = f"{name}, {steps}: {value:.3f}"
     _text(svg, left, bottom + 13, str(grid.spans[0][0]), "start", "tick")
     _text(svg, WIDTH - RIGHT, bottom + 13, str(grid.spans[-1][1]), "end", "tick")
     _text(svg, (left + WIDTH - RIGHT) / 2, bottom + 13, "step", "middle", "label")
@@ -148,10 +149,6 @@ def _text(svg: Element, x: float, y: float, text: str, anchor: str, kind: str = 
 
 def _xy(x: float, y: float, prefix: str = "") -> dict[str, str]:
     return {f"{prefix}x": f"{x:.1f}", f"{prefix}y": f"{y:.1f}"}
-
-
-def _steps(first: int, last: int) -> str:
-    return f"step {first}" if first == last else f"steps {first} to {last}"
 
 
 def _markup(svg: Element) -> Markup:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,7 +102,7 @@ class MetricsLog:
             except (ValueError, UserError) as error:
                 problems.append(f"{self.path}, line {number}: {error}")
                 last = number
-        if problems and last == len(records) + len(problems) and not _ends_with_line(self.path):
+        if problems and last == len(records) + len(problems) and not self.path.read_bytes().endswith(b"\n"):
             problems.pop()
         return records, problems
 
@@ -138,12 +137,6 @@ def _checked(record: Record) -> Record:
         if "train_loss" not in record:
             raise UserError("no train_loss")
     return record
-
-
-def _ends_with_line(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
 
 
 def _finite(value: Any) -> Any:

@@ -50,7 +50,7 @@ def resumed(saved: TrainConfig, given: TrainConfig, run: Path) -> TrainConfig:
     for name in (*CHOSEN_AT_START, *DATA_PATHS, "threads", "backend", "matmul"):
         if wanted[name] in (None, "auto"):
             wanted[name] = recorded[name]
-    if (wanted["precision"], recorded["precision"]) == ("bf16", "fp32") and raised_for_smart(saved):
+    if wanted["precision"] == "bf16" and raised_for_smart(saved):
         wanted["precision"] = "fp32"
     may_differ = (*WITHOUT_EFFECT, *ROUNDING, *LENGTH)
     differing = [name for name in wanted if name not in may_differ and not _same(recorded[name], wanted[name])]
@@ -72,15 +72,12 @@ def differences(saved: TrainConfig, given: TrainConfig) -> dict[str, str]:
     Options without effect on the results do not count, nor those for which `given` lets the run choose.
     """
     recorded, wanted = dict(flat(saved)), dict(flat(given))
-    found = []
-    for name, value in wanted.items():
-        chosen = name in CHOSEN_AT_START and value in (None, "auto")
-        same_results = (name in WITHOUT_EFFECT and name not in DATA_PATHS) or name in ROUNDING
-        if not (same_results or chosen or _same(recorded[name], value)):
-            found.append(name)
-    if "precision" in found and wanted["precision"] == "bf16" and raised_for_smart(saved):
-        found.remove("precision")
-    return {name: _change(name, recorded[name], wanted[name]) for name in found}
+    ignored = {*WITHOUT_EFFECT, *ROUNDING}.difference(DATA_PATHS)
+    ignored |= {name for name in CHOSEN_AT_START if wanted[name] in (None, "auto")}
+    if wanted["precision"] == "bf16" and raised_for_smart(saved):
+        ignored.add("precision")
+    differing = [name for name in wanted if name not in ignored and not _same(recorded[name], wanted[name])]
+    return {name: _change(name, recorded[name], wanted[name]) for name in differing}
 
 
 def raised_for_smart(saved: TrainConfig) -> bool:

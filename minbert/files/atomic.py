@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from minbert.files.json_yaml import read_json, short
 MANIFEST = "manifest.json"
 BLOCK = 1 << 24  # bytes written at once
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Windows opens no directories, other systems only readable ones; some network file systems sync no directories.
+_NO_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)
 _DTYPES = {  # safetensors' names, in its order of writing
     torch.uint64: "U64",
     torch.int64: "I64",
@@ -220,19 +222,12 @@ def _old(path: Path) -> Path:
 
 def sync(path: Path) -> None:
     """Flush a file's content, or a directory's entries, to the disk, where the system supports it."""
-    if path.is_dir():
-        with suppress(PermissionError):  # Windows opens no directories, other systems only readable ones
-            _sync(path, ignored=(errno.EINVAL, errno.ENOTSUP))  # some network file systems sync no directories
-    else:
-        _sync(path)
-
-
-def _sync(path: Path, ignored: Sequence[int] = ()) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno not in ignored:
+        if not (error.errno in _NO_SYNC and path.is_dir()):
             raise
-    finally:
-        os.close(descriptor)

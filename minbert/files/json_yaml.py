@@ -41,10 +41,8 @@ def read_bytes(path: Path, limit: int, remedy: str = REMEDY, *, regular: bool = 
             raise UserError(f"cannot read {path} (it is no regular file); {remedy}")
         with open(path, "rb") as file:
             content = file.read(limit + 1)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
-    except ValueError as error:  # a NUL in the name
-        raise UserError(f"cannot read {path} ({error}); {remedy}") from None
+    except (OSError, ValueError) as error:  # a ValueError for a NUL in the name
+        raise UserError(f"cannot read {path} ({getattr(error, 'strerror', error)}); {remedy}") from None
     if len(content) > limit:
         raise UserError(f"cannot read {path} (it is longer than {limit} bytes, the limit for such a file); {remedy}")
     return content

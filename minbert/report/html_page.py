@@ -7,10 +7,12 @@ import functools
 import hashlib
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from minbert.files.atomic import write_atomically, writing
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_page(path: Path, template: str, **content: object) -> Path:
@@ -29,24 +31,19 @@ def write_page(path: Path, template: str, **content: object) -> Path:
 def _environment() -> Environment:
     """Templates with the style and the script in them; the policy lets a browser run that script and load nothing."""
     environment = Environment(
-        loader=PackageLoader("minbert.report"),
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style, script = (_source(environment, name) for name in ("style.css", "script.js"))
+    style, script = ((TEMPLATES / name).read_text("utf-8") for name in ("style.css", "script.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     environment.globals |= {"style": Markup(style), "script": Markup(script), "policy": policy}
-    formats = (metric, score, signed, percent, duration, memory, count, option)
+    formats = (metric, score, signed, percent, duration, count, option)
     environment.filters |= {function.__name__: function for function in formats}
     return environment
-
-
-def _source(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
 
 
 # How numbers are written -------------------------------------------------------------------------------------------
@@ -85,11 +82,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def memory(size: float) -> str:
-    """Bytes as MiB or GiB."""
-    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
 
 
 def count(number: float) -> str:

@@ -105,8 +105,8 @@ class Run:
             return given
         self.record = self.config()
         config = resumed(self.record, given, self.path)
-        computing = {"threads": config.threads, "backend": config.backend, "matmul": config.matmul}
-        for line in remarks(self.record, given.replace(**computing)):
+        given = given.replace(threads=config.threads, backend=config.backend, matmul=config.matmul)
+        for line in remarks(self.record, given):
             console.print(line)
         return config
 

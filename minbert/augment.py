@@ -16,7 +16,7 @@ from minbert import cli
 from minbert.console import SECONDS_BETWEEN_LINES, Terminal
 from minbert.data import Examples, open_source, refuse_skipped, skipped_lines
 from minbert.device import resolve_device
-from minbert.errors import UserError, require
+from minbert.errors import UserError, first_line, require
 from minbert.files.atomic import writing
 from minbert.files.json_yaml import parse_object
 from minbert.seeds import derive_seed
@@ -92,8 +92,7 @@ class Translator:
         except ImportError:
             raise UserError(NEEDS) from None
         except Exception as error:  # a missing file, another kind of model, a lost connection: each raises its own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise UserError(f"{name}: not a translation model that transformers loads ({reason})") from None
+            raise UserError(f"{name}: not a translation model that transformers loads ({first_line(error)})") from None
         self.options: dict[str, Any] = {"max_new_tokens": config.max_length, "num_beams": config.beams}
         if config.temperature is not None:
             sampling = {"num_beams": 1, "do_sample": True, "temperature": config.temperature, "top_k": 0}

@@ -44,6 +44,11 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none, in at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """`" (did you mean 'x'?)"` for the known name nearest to `word`, or `""` when none is near."""
     nearest = get_close_matches(word, known, n=1, cutoff=0.6)

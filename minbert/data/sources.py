@@ -12,7 +12,7 @@ from minbert.data import demo
 from minbert.data.examples import Columns, Examples, collect, row_of_record
 from minbert.data.formats import read_file
 from minbert.data.star_reviews import read_reviews
-from minbert.errors import UserError
+from minbert.errors import UserError, first_line
 from minbert.tasks import TASKS, Task
 
 SPLITS = ("train", "dev", "test")
@@ -197,7 +197,6 @@ class HubSource:
         try:
             return function(self.name, *arguments, **options)
         except (OSError, ValueError) as error:  # no such data set, no permission, no network
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(
-                f"no such directory: {self.name!r}, nor can it be read from the hub: {reason}; {ACCEPTED}"
+                f"no such directory: {self.name!r}, nor can it be read from the hub: {first_line(error)}; {ACCEPTED}"
             ) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-from minbert.errors import UserError
+from minbert.errors import UserError, first_line
 
 WEIGHTS = ("*.json", "vocab.txt", "*.safetensors")
 TOKENIZER = (
@@ -49,10 +49,6 @@ def checkpoint_directory(path_or_name: str | Path, patterns: tuple[str, ...]) ->
         ) from None
     except Exception as error:  # a lost connection raises the error of the library's HTTP client, which varies
         raise UserError(
-            f"{name!r} is not a directory, and the hub is out of reach ({_first_line(error)});"
+            f"{name!r} is not a directory, and the hub is out of reach ({first_line(error)[:100]});"
             " go online (and unset HF_HUB_OFFLINE), or give the directory of a downloaded checkpoint"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]

@@ -212,6 +212,8 @@ class TrainConfig:
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
 
     def __post_init__(self) -> None:
+        for name, kind in (("smart", SmartConfig), ("bregman", BregmanConfig), ("scratch", ScratchConfig)):
+            require(isinstance(getattr(self, name), kind), name, f"a {kind.__name__}", getattr(self, name))
         if self.tasks is not None:
             find_tasks(self.tasks)
         for expected, holds, names in RANGES:

@@ -253,3 +253,9 @@ def test_the_config_of_a_run_is_a_file_of_options(tmp_path):
     smart = SmartConfig(steps=3, eta=0.5)
     assert layered == config.replace(smart=smart, batch_size={"sts": 4}, lr=0.001, epochs=5)
     assert parse("--config", str(tmp_path / "config.yaml"), "--heads.sts=linear").heads == {"sts": "linear"}
+
+
+def test_a_record_of_options_is_no_dictionary():
+    for name in ("smart", "bregman", "scratch"):
+        with pytest.raises(UserError, match=f"--{name} must be a {name.capitalize()}Config, got {{}}"):
+            TrainConfig(**{name: {}})

@@ -93,13 +93,13 @@ def parse_object(text: str, expected: str = "a JSON object", *, strict: bool = T
     return value
 
 
-def read_json(path: Path, limit: int = OBJECT_LIMIT, remedy: str = REMEDY) -> dict[str, Any]:
+def read_json(path: Path, remedy: str = REMEDY) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
         UserError: the file cannot be read; the message names it and ends with `remedy`.
     """
-    text = read_text(path, limit, remedy)
+    text = read_text(path, OBJECT_LIMIT, remedy)
     try:
         return parse_object(text)
     except ValueError as error:

@@ -20,7 +20,7 @@ FORMAT = 2  # of a run's files; 0.1.0 wrote 1, without a number
 Record = TypeVar("Record")
 
 
-def build(kind: type[Record], values: Mapping[Any, Any], where: str, *, ignore_unknown: bool = False) -> Record:
+def build(kind: type[Record], values: Mapping[Any, Any], where: str) -> Record:
     """An instance of dataclass `kind` with these values; missing fields have their defaults.
 
     Args:
@@ -33,7 +33,7 @@ def build(kind: type[Record], values: Mapping[Any, Any], where: str, *, ignore_u
     types_of = types_of_fields(kind)  # type: ignore[arg-type]
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
-        if name not in fields and not ignore_unknown:
+        if name not in fields:
             raise UserError(f"{where}: unknown {short(name)}{did_you_mean(str(name), list(fields))}")
     given = {}
     for name, field in fields.items():

@@ -83,8 +83,3 @@ def substituted(module: nn.Module, replacement: Callable[[nn.Parameter], Tensor 
     finally:
         for parameters, name, param in places:
             parameters[name] = param
-
-
-def detached(param: Tensor) -> Tensor:
-    """A replacement that gets no gradient."""
-    return param.detach()

@@ -74,11 +74,6 @@ class EncoderConfig:
         """The same encoder with dropout `p` everywhere; None leaves it as it is."""
         return self if p is None else replace(self, hidden_dropout_prob=p, attention_probs_dropout_prob=p)
 
-    @property
-    def head_size(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
-
     @classmethod
     def from_json(cls, path: str | Path) -> EncoderConfig:
         """Read a BERT model's config.json; what the encoder has no use for is left aside.

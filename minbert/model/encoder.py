@@ -247,7 +247,7 @@ class Encoder(nn.Module):
 
     def embed(self, packed: Packed, seed: Tensor | None = None) -> Tensor:
         """The embedding block's output, [N, D] in `compute_dtype`; raises as `forward` does."""
-        self._check(packed)
+        self.check(packed)
         seed = self._seed(seed)
         return self.embeddings(packed, seed, self.compute_dtype)
 
@@ -282,8 +282,12 @@ class Encoder(nn.Module):
     def _seed(self, seed: Tensor | None) -> Tensor | None:
         return draw_seed(self._word.device) if seed is None and self.training else seed
 
-    def _check(self, packed: Packed) -> None:
-        """Refuse what lies outside the embedding tables. Ids are looked at on the CPU only: on a GPU it would wait."""
+    def check(self, packed: Packed) -> None:
+        """Check that positions and ids lie in the embedding tables: ids on the CPU only, where that waits for nothing.
+
+        Raises:
+            ValueError: one does not.
+        """
         config = self.config
         if packed.max_seqlen > config.max_position_embeddings:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,14 +25,15 @@ def randn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def case(op: str, rows: int, dtype: torch.dtype):
-    """Inputs with a row for each token, parameters, and the op as a function of both."""
+def case(op: str, rows: int, dtype: torch.dtype, draw: int = 0):
+    """Inputs with a row for each token, parameters, and the op as a function of both; `draw` gives other numbers."""
+    first = 1000 * draw
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
-    x, residual = (randn(rows, COLUMNS, seed=i, dtype=dtype) for i in range(2))
-    weight, bias = (randn(COLUMNS, seed=i, dtype=parameter) for i in (2, 3))
+    x, residual = (randn(rows, COLUMNS, seed=first + i, dtype=dtype) for i in range(2))
+    weight, bias = (randn(COLUMNS, seed=first + i, dtype=parameter) for i in (2, 3))
     drop = {"eps": EPS, "dropout_p": P, "seed": SEED, "stream_id": STREAM_ID}
     if op == "linear":
-        matrix = randn(7, COLUMNS, seed=4, dtype=parameter)
+        matrix = randn(7, COLUMNS, seed=first + 4, dtype=parameter)
         return [x], [matrix, bias[:7].clone()], kernels.linear
     if op == "bias_gelu":
         return [x], [bias], kernels.bias_gelu
@@ -39,25 +41,25 @@ def case(op: str, rows: int, dtype: torch.dtype):
         return [x, residual], [weight, bias], lambda *t, **k: kernels.dropout_add_layer_norm(*t, **drop, **k)
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(size, (rows,), generator=generator) for size in TABLES]
-    tables = [randn(size, COLUMNS, seed=5 + i, dtype=parameter) for i, size in enumerate(TABLES)]
+    tables = [randn(size, COLUMNS, seed=first + 5 + i, dtype=parameter) for i, size in enumerate(TABLES)]
     return [], [*tables, weight, bias], lambda *t, **k: kernels.embedding(*ids, *t, **drop, dtype=dtype, **k)
 
 
-def by_views(inputs: list[Tensor], params: list[Tensor], function, bounds: list[int]):
+def by_views(inputs: list[Tensor], params: list[Tensor], function, bounds: list[int], draw: int = 0):
     """The output, the inputs' gradients, and the gradient of every view, under one backward."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     views = [[param.detach().requires_grad_() for _ in pairwise(bounds)] for param in params]
     output = function(*inputs, *views, bounds=bounds)
-    output.backward(randn(*output.shape, seed=99, dtype=output.dtype))
+    output.backward(randn(*output.shape, seed=99 + 1000 * draw, dtype=output.dtype))
     return output.detach(), [tensor.grad for tensor in inputs], [[view.grad for view in each] for each in views]
 
 
-def by_backwards(inputs: list[Tensor], params: list[Tensor], function, bounds: list[int]):
+def by_backwards(inputs: list[Tensor], params: list[Tensor], function, bounds: list[int], draw: int = 0):
     """The same of the op with whole parameters, by one backward per task that sees that task's rows alone."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     params = [param.detach().requires_grad_() for param in params]
     output = function(*inputs, *params)
-    whole = randn(*output.shape, seed=99, dtype=output.dtype)
+    whole = randn(*output.shape, seed=99 + 1000 * draw, dtype=output.dtype)
     of_inputs = torch.autograd.grad(output, inputs, whole) if inputs else []
     of_tasks = []
     for start, end in pairwise(bounds):
@@ -95,16 +97,36 @@ def test_the_reference_gives_each_task_its_gradient(op, data, rows):
 @given(data=st.data(), rows=st.integers(1, 150))
 def test_compiled_code_is_as_near_to_float64_as_the_reference(isa, op, dtype, data, rows):
     bounds = data.draw(cuts(rows))
-    inputs, params, function = case(op, rows, dtype)
-    ours = by_views(inputs, params, function, bounds)
+    mine, theirs, noise = errors(op, rows, dtype, bounds)
+    if (mine > 2 * theirs + noise).any():  # few numbers may be exact by luck: then those of many draws count
+        mine, theirs, noise = (
+            torch.stack(each).square().mean(0).sqrt()
+            for each in zip(*(errors(op, rows, dtype, bounds, draw) for draw in range(32)), strict=True)
+        )
+    assert (mine <= 2 * theirs + noise).all()
+
+
+def errors(op: str, rows: int, dtype: torch.dtype, bounds: list[int], draw: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each result: the error of compiled code, that of the reference, and what float32 rounds."""
+    inputs, params, function = case(op, rows, dtype, draw)
+    ours = by_views(inputs, params, function, bounds, draw)
     with use_backend("reference"):
-        theirs = by_backwards(inputs, params, function, bounds)
-        _, _, exact_function = case(op, rows, torch.float64)
-        exact = by_backwards([t.double() for t in inputs], [t.double() for t in params], exact_function, bounds)
-    for got, reference, wanted in zip(_flat(ours), _flat(theirs), _flat(exact), strict=True):
-        # What one rounding to the dtype is, where the reference is exact by luck.
-        noise = max(4e-7, torch.finfo(dtype).eps / 2) * wanted.norm() + 4e-7 * wanted.numel() ** 0.5
-        assert (got.double() - wanted).norm() <= 2 * (reference.double() - wanted).norm() + noise
+        theirs = by_backwards(inputs, params, function, bounds, draw)
+        _, _, exact_function = case(op, rows, torch.float64, draw)
+        exact = by_backwards([t.double() for t in inputs], [t.double() for t in params], exact_function, bounds, draw)
+    results = list(zip(_flat(ours), _flat(theirs), _flat(exact), strict=True))
+    return (
+        torch.stack([(got.double() - wanted).norm() for got, _, wanted in results]),
+        torch.stack([(reference.double() - wanted).norm() for _, reference, wanted in results]),
+        torch.stack([4e-7 * (wanted.norm() + wanted.numel() ** 0.5) for _, _, wanted in results]),
+    )
+
+
+def test_a_reference_that_is_exact_by_luck_is_no_bound(isa):
+    """The case of a bias whose gradient sums three rows."""
+    test_compiled_code_is_as_near_to_float64_as_the_reference.hypothesis.inner_test(
+        isa, "linear", torch.bfloat16, SimpleNamespace(draw=lambda strategy: [0, 6, 8, 11]), 11
+    )
 
 
 def _flat(result) -> list[Tensor]:

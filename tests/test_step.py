@@ -6,85 +6,29 @@ import dataclasses
 import math
 import sys
 
-import numpy as np
 import pytest
 import torch
 from compare_runs import bf16_bound
+from small_trainer import DATA, SIZES, TASKS, parts, trainer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from minbert import kernels
-from minbert.data import Encoded, pack_batches
+from minbert.data import pack_batches
 from minbert.data.packing import TOKEN_BUCKET, length_bucket, pack, padding_lengths
-from minbert.distributed.unsharded_parameters import UnshardedParameters
 from minbert.kernels import checks
 from minbert.methods.smart import BregmanConfig, SmartConfig
-from minbert.methods.surgery import find_surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
-from minbert.tasks import find_tasks
-from minbert.training.batches import Batches, make_batch
-from minbert.training.cuda_graphs import Graph
-from minbert.training.host_device_copy import ALIGNMENT, Layout, Readback, copy_to_buffer
+from minbert.training.batches import make_batch
+from minbert.training.host_device_copy import Readback
 from minbert.training.loop import training_step
 from minbert.training.objective import Objective
-from minbert.training.optimizer import AdamW
 from minbert.training.step_result import PendingUpdate
-from minbert.training.trainer import Trainer, cuda_graphs
 
-TASKS = find_tasks(["sst", "qqp", "sts"])
-SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-CPU = torch.device("cpu")
 STEP_OPS = {
     *("embedding", "linear", "attention", "dropout_add_layer_norm", "bias_gelu", "dropout"),
     *("smart_init", "smart_ascend", "gram", "surgery_weights", "combine_adamw_"),
 }
-
-
-def examples(n: int, seed: int) -> Encoded:
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, 40, n)
-    ids = rng.integers(1, 60, lengths.sum()).astype(np.int32)
-    labels = rng.integers(0, 2, n).astype(np.float32)
-    return Encoded(ids, np.zeros(len(ids), np.uint8), np.cumsum([0, *lengths]), labels, [""] * n, 0)
-
-
-DATA = {task.name: examples(40, i) for i, task in enumerate(TASKS)}
-
-
-def parts(*, n: int = 8, step: int = 0):
-    return [(task, np.arange(step * n, (step + 1) * n)) for task in TASKS]
-
-
-def trainer(
-    surgery: str = "pcgrad",
-    weight: float = 1.0,
-    mu: float = 0.0,
-    dropout: float = 0.1,
-    copied: bool = False,
-    sample=lambda step: [parts(step=step)],
-    capture=None,
-    dtype: torch.dtype = torch.float32,
-    **options,
-) -> Trainer:
-    torch.manual_seed(0)
-    config = EncoderConfig(**SIZES, max_position_embeddings=64).with_dropout(dropout)
-    model = MultitaskModel(Encoder(config), TASKS, head_dropout=dropout).train()
-    model.encoder.compute_dtype = dtype
-    parameters = UnshardedParameters(model.heads, model.encoder.copies() if copied else {})
-    groups = parameters.param_groups(model.parameter_groups(0.01))
-    optimizer = AdamW(groups, lr=1e-2, ema_decay=0.9 if mu else None, copies=parameters.copies)
-    if mu:
-        parameters.keep_ema(optimizer)
-    per_task = surgery != "sum"
-    gradients = TaskGradients(model.encoder, len(TASKS) if per_task else 1, parameters.copies)
-    parameters.register_hooks(gradients)
-    smart = SmartConfig(lambda_s=weight)
-    objective = Objective(model, smart, BregmanConfig(mu=mu), parameters.ema, parameters.copies)
-    batches = Batches(DATA, [[task] for task in TASKS], per_task, smart, 0, **options)
-    graphs = None
-    if capture is not None:
-        graphs = cuda_graphs(objective, gradients, CPU, capture=capture)
-    return Trainer(sample, batches, objective, parameters, optimizer, find_surgery(surgery), 1.0, graphs)
 
 
 class Waits(TorchDispatchMode):
@@ -232,94 +176,6 @@ def test_padding_changes_no_loss_and_no_gradient(surgery):
     for padded, plain in zip(*found, strict=True):
         for one, other in zip(padded, plain, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-
-
-# CUDA graphs ------------------------------------------------------------------------------------------------------
-
-
-class Recomputed:
-    """Does what a CUDA graph does, by computing again and writing to the addresses of the first time."""
-
-    def __init__(self, compute, batch, leaves):
-        self.compute, self.batch, self.leaves = compute, batch, leaves
-        self.losses, self.grads = self._run()
-
-    def _run(self):
-        for leaf in self.leaves:
-            leaf.grad = None
-        losses = self.compute(self.batch).map(torch.Tensor.detach)
-        return losses, [leaf.grad for leaf in self.leaves]
-
-    def replay(self):
-        losses, grads = self._run()
-        written = [grad for grad in self.grads if grad is not None]
-        for old, new in zip(written, [grad for grad in grads if grad is not None], strict=True):
-            old.copy_(new)
-        values = iter([*losses.task.values(), losses.total, losses.smart_term])
-        for old in [*self.losses.task.values(), self.losses.total, self.losses.smart_term]:
-            old.copy_(next(values))
-
-
-class Captures(list):
-    """Captures graphs where no GPU is, and lists them."""
-
-    def __call__(self, compute, batch, leaves, device):
-        layout = Layout(batch.tensors)
-        buffer = torch.zeros(layout.size, dtype=torch.uint8)
-        views = layout.views(buffer)
-        for view, tensor in zip(views, batch.tensors, strict=True):
-            view.copy_(tensor)  # a GPU's capture computes nothing; this one needs a batch that makes sense
-        graph = Recomputed(compute, batch.with_tensors(views), leaves)
-        buffer.zero_()
-        self.append(graph)
-        return Graph(graph, layout, buffer, graph.losses, graph.grads)
-
-
-def test_replayed_steps_train_like_those_that_are_computed():
-    captures = Captures()
-    options = {"bucket_to": 64, "sample": lambda step: [parts(step=0 if step < 3 else 1)]}  # one shape three times
-    straight, replayed = trainer(**options), trainer(**options, capture=captures)
-    for step in range(4):
-        wanted, got = (training_step(steps, step, step / 4).result() for steps in (straight, replayed))
-        assert got.loss == pytest.approx(wanted.loss)
-    assert len(captures) == 1
-    theirs = dict(straight.model.named_parameters())
-    for name, param in replayed.model.named_parameters():
-        torch.testing.assert_close(param, theirs[name], rtol=1e-5, atol=1e-7)
-
-
-def test_shapes_beyond_the_most_graphs_are_computed():
-    captures = Captures()
-    steps = trainer(bucket_to=64, sample=lambda step: [parts()], capture=captures)
-    steps.graphs.most = 0
-    for step in range(3):
-        assert training_step(steps, step, 0.0).result().updated
-    assert not captures
-
-
-# Transfers --------------------------------------------------------------------------------------------------------
-
-
-def test_one_buffer_holds_tensors_of_any_dtype_to_the_bit():
-    tensors = [
-        torch.arange(5),
-        torch.tensor(2.5),
-        torch.ones(3, 7, dtype=torch.bfloat16),
-        torch.empty(0),
-        torch.tensor([True]),
-    ]
-    layout = Layout(tensors)
-    buffer = copy_to_buffer(tensors, layout, pinned=False)
-    for view, tensor in zip(layout.views(buffer), tensors, strict=True):
-        assert view.dtype == tensor.dtype
-        assert torch.equal(view, tensor)
-        assert (view.data_ptr() - buffer.data_ptr()) % ALIGNMENT == 0 or not tensor.numel()
-    assert buffer.numel() == layout.size
-
-
-def test_numbers_are_read_back_by_name():
-    numbers = Readback({("loss", "sst"): torch.tensor([1.5, 2.5]), "gram": torch.eye(2, dtype=torch.float64)})
-    assert numbers.read() == {("loss", "sst"): [1.5, 2.5], "gram": [1.0, 0.0, 0.0, 1.0]}
 
 
 # Copies in half precision -----------------------------------------------------------------------------------------

@@ -1,0 +1,69 @@
+"""A trainer of three tasks with random examples and a very small encoder."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from minbert.data import Encoded
+from minbert.distributed.unsharded_parameters import UnshardedParameters
+from minbert.methods.smart import BregmanConfig, SmartConfig
+from minbert.methods.surgery import find_surgery
+from minbert.methods.task_gradients import TaskGradients
+from minbert.model import Encoder, EncoderConfig, MultitaskModel
+from minbert.tasks import find_tasks
+from minbert.training.batches import Batches
+from minbert.training.objective import Objective
+from minbert.training.optimizer import AdamW
+from minbert.training.trainer import Trainer, cuda_graphs
+
+TASKS = find_tasks(["sst", "qqp", "sts"])
+SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+CPU = torch.device("cpu")
+
+
+def examples(n: int, seed: int) -> Encoded:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 40, n)
+    ids = rng.integers(1, 60, lengths.sum()).astype(np.int32)
+    labels = rng.integers(0, 2, n).astype(np.float32)
+    return Encoded(ids, np.zeros(len(ids), np.uint8), np.cumsum([0, *lengths]), labels, [""] * n, 0)
+
+
+DATA = {task.name: examples(40, i) for i, task in enumerate(TASKS)}
+
+
+def parts(*, n: int = 8, step: int = 0):
+    return [(task, np.arange(step * n, (step + 1) * n)) for task in TASKS]
+
+
+def trainer(
+    surgery: str = "pcgrad",
+    weight: float = 1.0,
+    mu: float = 0.0,
+    dropout: float = 0.1,
+    copied: bool = False,
+    sample=lambda step: [parts(step=step)],
+    capture=None,
+    dtype: torch.dtype = torch.float32,
+    **options,
+) -> Trainer:
+    torch.manual_seed(0)
+    config = EncoderConfig(**SIZES, max_position_embeddings=64).with_dropout(dropout)
+    model = MultitaskModel(Encoder(config), TASKS, head_dropout=dropout).train()
+    model.encoder.compute_dtype = dtype
+    parameters = UnshardedParameters(model.heads, model.encoder.copies() if copied else {})
+    groups = parameters.param_groups(model.parameter_groups(0.01))
+    optimizer = AdamW(groups, lr=1e-2, ema_decay=0.9 if mu else None, copies=parameters.copies)
+    if mu:
+        parameters.keep_ema(optimizer)
+    per_task = surgery != "sum"
+    gradients = TaskGradients(model.encoder, len(TASKS) if per_task else 1, parameters.copies)
+    parameters.register_hooks(gradients)
+    smart = SmartConfig(lambda_s=weight)
+    objective = Objective(model, smart, BregmanConfig(mu=mu), parameters.ema, parameters.copies)
+    batches = Batches(DATA, [[task] for task in TASKS], per_task, smart, 0, **options)
+    graphs = None
+    if capture is not None:
+        graphs = cuda_graphs(objective, gradients, CPU, capture=capture)
+    return Trainer(sample, batches, objective, parameters, optimizer, find_surgery(surgery), 1.0, graphs)

@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
             file.truncate(size)
             for start in track(starts, "translating", console=console, transient=True, disable=not console.is_terminal):
                 batch = rows[start : start + config.batch_size]
-                for column in task.columns:
+                for column in task.text:
                     texts = [row[column] for row in batch]
                     for number, translate in enumerate(translators):
                         texts = translate(texts, derive_seed(config.seed, "augment", start, column, number))
@@ -194,7 +194,7 @@ def _row(task: Task, examples: Examples, index: int, origin: str) -> dict[str, A
     assert examples.labels is not None, "training examples have labels"
     label = float(examples.labels[index])
     texts = (examples.texts[index], *([examples.pairs[index]] if examples.pairs else []))
-    columns = dict(zip(task.columns, texts, strict=True))
+    columns = dict(zip(task.text, texts, strict=True))
     return {"id": examples.ids[index], **columns, task.label: int(label) if label.is_integer() else label, "by": origin}
 
 

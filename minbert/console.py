@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minbert.errors import one_line
-from minbert.tasks import TASKS, Task
+from minbert.tasks import Task
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -87,8 +87,9 @@ def score_table(title: str, rows: Sequence[tuple[str, Mapping[str, Mapping[str, 
     """Scores by task and overall, a row per epoch or split: (label, scores of each task, overall score)."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     table.add_column("")
-    for name in rows[0][1]:
-        table.add_column(f"{name} {TASKS[name].metric}", justify="right")
+    for name, metrics in rows[0][1].items():
+        for metric in metrics:
+            table.add_column(f"{name} {metric}", justify="right")
     table.add_column("overall", justify="right")
     for label, scores, overall in rows:
         values = [value for score in scores.values() for value in score.values()]

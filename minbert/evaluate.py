@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         skipped_file.parent.mkdir(parents=True, exist_ok=True)
         update_skipped(skipped_file, options.split, files, rows)
     if scores:
-        console.print(score_table(f"{source.name}", [(options.split, scores, overall(scores))]))
+        console.print(score_table(f"{source.name}", [(options.split, scores, overall(scores, present))]))
     for task in present:
         path = write_predictions(directory, task, options.split, encoded[task.name], outputs[task.name])
         count, num_skipped = len(encoded[task.name]), len(examples[task.name].skipped)

@@ -21,7 +21,7 @@ from minbert.model import Encoder, MultitaskModel, load_heads
 from minbert.runs.checkpoint import check_fits
 from minbert.runs.scores import Scores
 from minbert.tasks import Task
-from minbert.tasks.metrics import METRICS, predictions
+from minbert.tasks.metrics import predictions, probabilities, score
 
 TOKENS_PER_BATCH = 8192
 
@@ -51,11 +51,6 @@ def head_outputs(
     return np.concatenate(outputs)[np.argsort(np.concatenate(order))]
 
 
-def score(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The task's metric under its name."""
-    return {task.metric: METRICS[task.metric](predicted, labels)}
-
-
 def evaluate(
     model: MultitaskModel,
     tasks: Sequence[Task],
@@ -70,7 +65,8 @@ def evaluate(
         examples = encoded[task.name]
         outputs[task.name] = head_outputs(model, task, examples, device, group)
         if examples.labels is not None:
-            scores[task.name] = score(task, predictions(task, outputs[task.name]), examples.labels)
+            predicted = predictions(task, outputs[task.name])
+            scores[task.name] = score(task, predicted, examples.labels, probabilities(task, outputs[task.name]))
     return scores, outputs
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from minbert.data.examples import Examples, Row, check_row, parse_label
+from minbert.data.examples import Examples, Row, check_row
 from minbert.data.formats import read_rows
 from minbert.data.skipped import Skipped
 from minbert.errors import UserError, one_line
 from minbert.tasks import Task
+from minbert.tasks.labels import LabelEncoder
 
 
 def joined(*parts: Examples) -> Examples:
@@ -97,7 +98,7 @@ def _label(row: Row, task: Task, known: set[float]) -> float:
     if not row.label.strip() and known:
         raise ValueError(f"no label, and the training examples with the id {row.id!r} have {found}; give it one")
     try:
-        label = parse_label(row.label.strip(), task)
+        label = LabelEncoder(task)(row.label)
     except ValueError as error:
         raise ValueError(f"{error}, nor a training example with the id {row.id!r}") from None
     if known and not any(np.isclose(label, each) for each in known):

@@ -13,6 +13,7 @@ from minbert.data.skipped import Skipped
 from minbert.errors import UserError, one_line
 from minbert.files.json_yaml import is_unicode, name_of_type
 from minbert.tasks import Task
+from minbert.tasks.labels import LabelEncoder
 
 Labels = Literal["required", "optional", "ignored"]
 
@@ -72,13 +73,14 @@ def collect(where: str, rows: Iterable[Row], task: Task, labels: Labels) -> Exam
     any_label = any(row.label.strip() not in HIDDEN_LABELS for row in rows)
     labelled = labels == "required" or (labels == "optional" and any_label)
     kept: list[Row] = []
-    values: list[float] = []
+    values: list[float | list[float]] = []
+    encode_label = LabelEncoder(task)
     skipped: list[Skipped] = []
     for row in rows:
         try:
             row = check_row(row)
             if labelled:
-                values.append(parse_label(row.label.strip(), task))
+                values.append(encode_label(row.label))
             kept.append(row)
         except ValueError as error:
             skipped.append(Skipped(where, row.line, one_line(str(error)), row.id or row.number))
@@ -134,22 +136,3 @@ def row_of_record(number: int, record: Mapping[str, Any], columns: Columns, id_c
             return row._replace(problem=f"expected text for {name}, got {name_of_type(record[name])}")
     label = record.get(columns.label)
     return row._replace(texts=[record[name] for name in columns.texts], label="" if label is None else str(label))
-
-
-def parse_label(text: str, task: Task) -> float:
-    """A label's value.
-
-    Raises:
-        ValueError: the task has no such label.
-    """
-    if not text:
-        raise ValueError("no label")
-    try:
-        value = float(text.replace("_", "?"))  # float() would accept underscores
-    except ValueError:
-        raise ValueError(f"label {shorten(text)!r} is not a number") from None
-    if not 0 <= value <= task.max_label:
-        raise ValueError(f"label {shorten(text)} is outside 0 to {task.max_label}")
-    if not task.is_regression and value != int(value):
-        raise ValueError(f"label {shorten(text)} is not a whole number")
-    return value

@@ -117,8 +117,8 @@ def _names(line: str) -> list[str]:
 
 def _columns_of(task: Task) -> list[Columns]:
     """A task's columns in the course's files and in GLUE's."""
-    course = Columns(task.columns, task.label)
-    return [course, Columns(task.glue.columns, task.glue.label)] if task.glue else [course]
+    course = Columns(task.text, task.label)
+    return [course, Columns(tuple(task.glue.columns), task.glue.label)] if task.glue else [course]
 
 
 def _is_header(names: Sequence[str], task: Task) -> bool:
@@ -131,10 +131,10 @@ def _is_glue(suffix: str, names: Sequence[str], task: Task) -> bool:
     """Whether a table is GLUE's, with nothing quoted."""
     if task.glue is None or suffix in (".tsv", ".csv"):
         return task.glue is not None and suffix == ".tsv"
-    if not task.files:
+    if not (task.course and task.course.files):
         return True
     return {*task.glue.columns} <= {*names} and (
-        not {*task.columns} <= {*names} or ("index" in names and "id" not in names)
+        not {*task.text} <= {*names} or ("index" in names and "id" not in names)
     )
 
 
@@ -215,11 +215,11 @@ def _json_row(number: int, line: str, task: Task) -> Row:
 
 
 def _bare_row(number: int, line: str, task: Task) -> Row:
-    texts = line.split("\t") if line.strip() else [""] * len(task.columns)
+    texts = line.split("\t") if line.strip() else [""] * len(task.text)
     row = Row(number + 1, str(number), texts=texts)
     if "\0" in line:
         return row._replace(problem="a NUL character (is the file UTF-16? convert it to UTF-8)")
-    if len(texts) != len(task.columns):
+    if len(texts) != len(task.text):
         expected = "a pair of sentences separated by a tab" if task.is_pair else "a sentence without tabs"
         count = "1 field" if len(texts) == 1 else f"{len(texts)} fields"
         return row._replace(problem=f"expected {expected}, got {count}")

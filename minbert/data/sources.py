@@ -137,7 +137,7 @@ class WithReviews:
 
 def _candidates(task: Task, split: str) -> list[str]:
     """The files that may hold a split."""
-    candidates = [task.files[split]] if split in task.files else []
+    candidates = [task.course.files[split]] if task.course and split in task.course.files else []
     return [*candidates, *([f"{task.glue.folder}/{split}.tsv"] if task.glue and split in SPLITS else [])]
 
 
@@ -186,7 +186,7 @@ class HubSource:
             raise UserError(f"{self.name}/{glue.hub}: no column {', '.join(sorted(absent))}; found {found}")
         names = [*glue.columns, HUB_LABEL, *(["idx"] if "idx" in table.column_names else [])]
         rows = (
-            row_of_record(number, dict(zip(names, values, strict=True)), Columns(glue.columns, HUB_LABEL), "idx")
+            row_of_record(number, dict(zip(names, values, strict=True)), Columns(tuple(glue.columns), HUB_LABEL), "idx")
             for number, values in enumerate(zip(*(table[name] for name in names), strict=True))
         )
         where = f"{self.name}/{glue.hub}/{HUB_SPLITS[split]}"

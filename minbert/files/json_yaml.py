@@ -235,6 +235,20 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def yaml_lines(text: str) -> dict[tuple[object, ...], int]:
+    """The line, from 1, of every key of the mappings of a YAML text that `parse_yaml` reads, by the path to the key."""
+    lines: dict[tuple[object, ...], int] = {}
+    pending: list[tuple[tuple[object, ...], Any]] = [((), yaml.compose(text, _Loader))]
+    while pending:
+        path, node = pending.pop()
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                name = (*path, parse_yaml(key.value) if key.style is None else key.value)
+                lines[name] = key.start_mark.line + 1
+                pending.append((name, value))
+    return lines
+
+
 def short(value: object) -> str:
     """A value from a file as a message shows it, in at most 60 characters."""
     if isinstance(value, dict | list):

@@ -16,8 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 from minbert.runs.predictions import Prediction
-from minbert.tasks import Task
-from minbert.tasks.metrics import METRICS
+from minbert.tasks import Task, metrics
 
 PRONOUN = re.compile(
     "i|me|my|mine|myself|we|us|our|ours|ourselves|you|your|yours|yourself|yourselves|he|him|his|himself|she|her|hers"
@@ -151,7 +150,8 @@ def properties(task: Task, with_texts: bool) -> list[Property]:
 def score(task: Task, examples: Sequence[Example]) -> float:
     """The task's metric."""
     predicted = np.array([example.prediction.predicted for example in examples], np.float64)
-    return METRICS[task.metric](predicted, np.array([example.label for example in examples], np.float64))
+    labels = np.array([example.label for example in examples], np.float64)
+    return metrics.score(task, predicted, labels)[task.metric]
 
 
 def confusion(task: Task, examples: Sequence[Example]) -> list[list[int]]:
@@ -196,7 +196,7 @@ def groups(task: Task, examples: Sequence[Example], looked_at: Sequence[Property
 
 def mistakes(task: Task, examples: Sequence[Example]) -> list[Example]:
     """Wrong classes, the surest first; for a similarity all examples, the farthest off first."""
-    if task.metric == "pearson":
+    if task.is_regression:
         return sorted(examples, key=lambda example: -abs(example.off_by))
     wrong = [example for example in examples if example.off_by]
     return sorted(wrong, key=lambda example: (-(example.confidence or 0.0), -abs(example.off_by)))
@@ -209,7 +209,7 @@ def facts(task: Task, examples: Sequence[Example]) -> dict[str, str]:
     (003, section 5); for two classes precision and recall; for a similarity whether it is over-scored (000, section 5).
     """
     off_by = np.array([example.off_by for example in examples])
-    if task.metric == "pearson":
+    if task.is_regression:
         return {
             "mean absolute error": f"{np.mean(np.abs(off_by)):.2f}",
             "mean error": f"{np.mean(off_by):.2f}".replace("-", "−"),

@@ -21,12 +21,6 @@ from minbert.tasks import Task
 
 SPLIT = "dev"
 SHOWN = 200  # mistakes of a task at most
-CLASSES = {  # what labels mean
-    "sst": ("negative", "somewhat negative", "neutral", "somewhat positive", "positive"),
-    "qqp": ("not a paraphrase", "paraphrase"),
-    "cfimdb": ("negative", "positive"),
-    "sst2": ("negative", "positive"),
-}
 
 
 def write_report(run: Run, data: str | None = None) -> Path:
@@ -102,12 +96,12 @@ def task_section(run: Run, task: Task, source: Source | str) -> dict[str, Any]:
     mistakes = error_analysis.mistakes(task, examples)
     score = error_analysis.score(task, examples)
     section: dict[str, Any] = {"confusion": None, "scatter": None}
-    if task.metric == "pearson":
+    if task.is_regression:
         pairs = [(example.label, example.prediction.predicted) for example in examples]
         note = f"Pearson correlation {score:.3f}. On the line, a prediction is right."
         section["scatter"] = scatter("Predicted against true similarity", pairs, task.max_label, note)
     else:
-        section["classes"] = CLASSES.get(task.name, ("",) * (task.max_label + 1))
+        section["classes"] = task.names_of_classes
         section["confusion"] = error_analysis.confusion(task, examples)
     return section | {
         "task": task,

@@ -42,7 +42,7 @@ def write_predictions(directory: Path, task: Task, split: str, examples: Encoded
     Raises:
         UserError: the disk is full.
     """
-    path = directory / f"{task.prediction_stem}-{split}-output.csv"
+    path = directory / f"{stem_of(task)}-{split}-output.csv"
     with writing(path, "free some space and run minbert.evaluate"):
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(path, "".join(format_predictions(task, examples.ids, predictions(task, outputs))))
@@ -53,11 +53,16 @@ def write_predictions(directory: Path, task: Task, split: str, examples: Encoded
 def format_predictions(task: Task, ids: Sequence[str], predicted: np.ndarray) -> list[str]:
     """Lines in the course's format: a header, then `id , prediction`."""
     lines = [f"{identifier} , {value} \n" for identifier, value in zip(ids, predicted.tolist(), strict=True)]
-    return [f"id \t {task.prediction_column} \n", *lines]
+    return [f"id \t {task.course.column if task.course else task.label} \n", *lines]
+
+
+def stem_of(task: Task) -> str:
+    """The start of the names of a task's prediction files."""
+    return task.course.stem if task.course else task.name
 
 
 def _details(directory: Path, task: Task, split: str) -> Path:
-    return directory / f"{task.prediction_stem}-{split}.jsonl"
+    return directory / f"{stem_of(task)}-{split}.jsonl"
 
 
 def _format_details(task: Task, examples: Encoded, outputs: np.ndarray) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from minbert.errors import UserError
 from minbert.files.json_yaml import read_json
 from minbert.files.schema_checks import FORMAT, build, without_format
 from minbert.runs.scores import Scores, check_scores
+from minbert.tasks import Task
 from minbert.tasks.metrics import overall
 
 
@@ -49,12 +50,12 @@ class DevScores:
     best_epoch: int = 0
     best_overall: float = -1.0
 
-    def add(self, epoch: int, scores: Scores) -> bool:
+    def add(self, epoch: int, scores: Scores, tasks: Sequence[Task]) -> bool:
         """Add an epoch's scores unless it has better ones; whether they are the best so far."""
-        total = overall(scores)
+        total = overall(scores, tasks)
         if len(self.dev) < epoch:
             self.dev.append(scores)
-        elif total >= overall(self.dev[epoch - 1]):
+        elif total >= overall(self.dev[epoch - 1], tasks):
             self.dev[epoch - 1] = scores
         if total <= self.best_overall:
             return False

@@ -153,7 +153,7 @@ class TrainingRun:
         except Stopped:
             self.save(directory.last)
             raise
-        total = overall(scores)
+        total = overall(scores, data.tasks)
         losses, rates = progress.epoch_sums.mean_losses(), progress.epoch_sums.conflict_rates()
         record = {"dev": {**scores, "overall": total}, "train_loss": losses}
         directory.metrics.append(
@@ -163,7 +163,7 @@ class TrainingRun:
         progress.epoch_sums = EpochSums()
         shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         self.console.print(score_table(f"train loss: {shown}", [(f"dev, epoch {epoch}", scores, total)]))
-        if progress.scores.add(epoch, scores):
+        if progress.scores.add(epoch, scores, data.tasks):
             self.save(directory.best)
         self.save(directory.last)
 
@@ -203,7 +203,7 @@ class TrainingRun:
             return {}
         with writing(directory.path / "plots", RESUME):
             plot_run(directory)
-        tested = {"test": {**scores["test"], "overall": overall(scores["test"])}} if scores["test"] else {}
+        tested = {"test": {**scores["test"], "overall": overall(scores["test"], data.tasks)}} if scores["test"] else {}
         rate = progress.examples / progress.seconds
         summary: dict[str, object] = {
             "dev": {**progress.scores.dev[progress.scores.best_epoch - 1], "overall": progress.scores.best_overall},
@@ -228,7 +228,7 @@ class TrainingRun:
             (
                 f"dev, epoch {epoch}{' (best)' if epoch == progress.scores.best_epoch else ''}",
                 of_epoch,
-                overall(of_epoch),
+                overall(of_epoch, data.tasks),
             )
             for epoch, of_epoch in enumerate(progress.scores.dev, 1)
         ]

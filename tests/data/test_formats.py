@@ -207,7 +207,7 @@ COURSE_SKIPPED = {("qqp", "train"): [(2035, "no label"), (11110, "empty text")]}
 @pytest.mark.parametrize(("name", "split"), COURSE_ROWS)
 def test_every_line_of_the_course_files_is_a_row_or_is_named(name, split):
     task = TASKS[name]
-    path = Path(os.environ["MINBERT_TEST_DATA"]) / task.files[split]
+    path = Path(os.environ["MINBERT_TEST_DATA"]) / task.course.files[split]
     examples = read_examples(path, task)
     assert [(skipped.line, skipped.reason) for skipped in examples.skipped] == COURSE_SKIPPED.get((name, split), [])
     assert len(examples) + len(examples.skipped) == COURSE_ROWS[name, split] == path.read_bytes().count(b"\n") - 1

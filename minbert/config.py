@@ -17,7 +17,7 @@ from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import check_surgery, needs_task_gradients
 from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
 from minbert.options_by_task import of_task, with_head_and_loss
-from minbert.tasks import TASKS, Task, find_tasks
+from minbert.tasks import TASKS, Task, find_tasks, read_tasks
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class ScratchConfig:
             require(value > 0, f"scratch.{name}", "positive", value)
 
 
+TASKS_FILE = "tasks.yaml"  # in a run directory: the records of its own tasks
 INFINITE = float("inf")
 RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (  # of values that are given, also by task
     ("at least 1", lambda value: value >= 1, ("epochs", "steps", "batch_size", "threads", "accumulate", "epoch_times")),
@@ -65,6 +66,7 @@ BY_TASK = (
     "losses",
     "pooling",
     "l2",
+    "smart.lambda_s",
 )
 
 
@@ -74,7 +76,10 @@ class TrainConfig:
 
     Args:
         data: directory of CS224N files or GLUE folders, or a hub name; the built-in demo corpus when left out.
-        tasks: tasks to train, in order, such as sst,qqp,sts; when left out, those of them that the data holds.
+        tasks_file: YAML file of records of your own tasks (docs/own-tasks.md), which join the built-in tasks; one with
+            the name of a built-in task takes its place.
+        tasks: tasks to train, in order, such as sst,qqp,sts; when left out, those of the tasks file, and with --data
+            or without such a file those of sst, qqp and sts that the data holds.
         model: directory or hub name of a pretrained BERT; a small encoder from scratch when left out.
         recipe: named options of minbert; --config and the command line override them.
         out: run directory to create; runs/<date>-<time> when left out.
@@ -153,6 +158,7 @@ class TrainConfig:
     """
 
     data: str | None = None
+    tasks_file: str | None = None
     tasks: list[str] | None = None
     model: str | None = None
     recipe: str | None = None
@@ -215,7 +221,7 @@ class TrainConfig:
         for name, kind in (("smart", SmartConfig), ("bregman", BregmanConfig), ("scratch", ScratchConfig)):
             require(isinstance(getattr(self, name), kind), name, f"a {kind.__name__}", getattr(self, name))
         if self.tasks is not None:
-            find_tasks(self.tasks)
+            self.find(self.tasks)
         for expected, holds, names in RANGES:
             for name in names:
                 option = getattr(self, name)
@@ -234,7 +240,7 @@ class TrainConfig:
                 " takes one task a step; give --surgery sum, or --sampling joint"
             )
         if self.surgery_groups is not None and self.tasks is not None:
-            task_groups(find_tasks(self.tasks), self.surgery_groups)
+            task_groups(self.find(self.tasks), self.surgery_groups)
 
     def _check_sampling(self) -> None:
         """Refuse options that have no effect with this --sampling."""
@@ -256,28 +262,48 @@ class TrainConfig:
 
     def _check_tasks(self) -> None:
         """Refuse unknown tasks in options by task, and tasks that an option does not fit."""
+        known = self.known_tasks
         for name in BY_TASK:
-            option = getattr(self, name)
+            option = self.smart.lambda_s if name == "smart.lambda_s" else getattr(self, name)
             for task in option if isinstance(option, dict | list) else ():
-                require_known(f"{dashed(name)}: unknown task", task, TASKS)
-        if self.tasks is not None and "yelp" in self.tasks and self.reviews is None:
-            raise UserError("the task yelp is trained on reviews; give them with --reviews FILE")
-        if self.tasks == ["yelp"]:
-            raise UserError("the task yelp only helps others: it has no dev split; add a task")
+                require_known(f"{dashed(name)}: unknown task", task, known)
+        auxiliary = [task.name for task in self.find(self.tasks or list(known)) if not task.evaluated]
+        if self.tasks is not None and auxiliary and self.reviews is None:
+            raise UserError(f"the task {auxiliary[0]} is trained on reviews; give them with --reviews FILE")
+        if self.tasks is not None and self.tasks == auxiliary:
+            raise UserError(f"the task {auxiliary[0]} only helps others: it has no dev split; add a task")
         for task in self.swap_pairs or []:
-            if not TASKS[task].is_pair:
-                pairs = ", ".join(name for name, known in TASKS.items() if known.is_pair)
+            if not known[task].is_pair:
+                pairs = ", ".join(name for name in known if known[name].is_pair)
                 raise UserError(
                     f"--swap-pairs {task}: its examples are single sentences; the tasks with pairs: {pairs}"
                 )
 
     def _check_heads(self) -> None:
-        for task in self.chosen_tasks(self.tasks or list(TASKS)):
+        for task in self.chosen_tasks(self.tasks or list(self.known_tasks)):
             require_known("--pooling: unknown pooling", of_task(self.pooling, task.name, "cls"), POOLINGS)
             shared = self.shared_layer is not None and SHARED_LAYERS[self.shared_layer].normalises
             if (shared or HEADS[task.head].normalises) and of_task(self.batch_size, task.name, 2) < 2:
                 layer = f"--shared-layer {self.shared_layer}" if shared else f"--heads.{task.name} {task.head}"
                 raise UserError(f"--batch-size {self.batch_size}: {layer} normalises over a batch; give at least 2")
+
+    @property
+    def own_tasks(self) -> dict[str, Task]:
+        """The tasks of the tasks file by name; none without one.
+
+        Raises:
+            UserError: the file cannot be read, or a record is wrong.
+        """
+        return {} if self.tasks_file is None else read_tasks(self.tasks_file)
+
+    @property
+    def known_tasks(self) -> dict[str, Task]:
+        """The built-in tasks and those of the tasks file, which may take their places."""
+        return {**TASKS, **self.own_tasks}
+
+    def find(self, names: Sequence[str]) -> list[Task]:
+        """The records of the named tasks (`find_tasks`)."""
+        return find_tasks(names, self.known_tasks)
 
     def batch_size_of(self, task: str) -> int:
         """Examples of a task in one step.
@@ -296,7 +322,7 @@ class TrainConfig:
         Raises:
             UserError: an unknown name, the same name twice, or no name.
         """
-        return [with_head_and_loss(task, self.heads, self.losses) for task in find_tasks(names)]
+        return [with_head_and_loss(task, self.heads, self.losses) for task in self.find(names)]
 
     def replace(self, **changes: Any) -> TrainConfig:
         return dataclasses.replace(self, **changes)
@@ -313,8 +339,10 @@ class TrainConfig:
         """
         if not path.exists():
             raise UserError(f"{path} is missing: {path.parent} is not a run directory of minbert")
-        values = read_yaml(path, "restore it or start a new run")
-        return build(cls, without_format(values, str(path)), str(path))
+        values = without_format(read_yaml(path, "restore it or start a new run"), str(path))
+        if values.get("tasks_file") is not None:  # the run's records, whose classes are known
+            values["tasks_file"] = str(path.with_name(TASKS_FILE))
+        return build(cls, values, str(path))
 
 
 def task_groups(tasks: Sequence[Task], groups: Sequence[str] | None) -> list[list[Task]]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minbert import cli
+from minbert.config import TrainConfig
 from minbert.console import Terminal, score_table
 from minbert.data import (
     encode,
-    open_source,
     refuse_skipped,
     skipped_lines,
     skipped_rows,
@@ -38,6 +38,7 @@ class EvaluateConfig:
         data: source of the split; by default the run's training data. RUN/predictions/ and RUN/skipped.jsonl are of
             the best epoch and of the run's own data, as in the report. Predictions of --checkpoint last are written to
             RUN/predictions/last/; those of other data to a subdirectory named after the data, with a skipped.jsonl.
+        tasks_file: tasks file that names the files of the run's own tasks; by default those that it was trained with.
         split: dev, train or test (test files may lack labels: then predictions are written without scores).
         tasks: tasks to evaluate; by default all of the run.
         checkpoint: best or last.
@@ -47,6 +48,7 @@ class EvaluateConfig:
 
     run: str
     data: str | None = None
+    tasks_file: str | None = None
     split: Literal["dev", "test", "train"] = "dev"
     tasks: list[str] | None = None
     checkpoint: Literal["best", "last"] = "best"
@@ -60,9 +62,10 @@ def main(arguments: Sequence[str]) -> int:
     config = run.config()
     console, warnings = Terminal(), Terminal(stderr=True)
     tasks = run_tasks(config, options.tasks)
-    source = open_source(options.data if options.data is not None else run.own_data(config))
-    if options.data is None and config.data is not None:
-        console.print(f"data: {source.name}, which {run.path}/config.yaml names; --data DIR reads other data")
+    source = run.source(config, options.data, options.tasks_file)
+    if (options.data, options.tasks_file) == (None, None) and (config.data is not None or config.own_tasks):
+        other = "--tasks-file FILE" if config.data is None else "--data DIR"
+        console.print(f"data: {source.name}, which {run.path} names; {other} reads other data")
     present = [task for task in tasks if options.split in source.splits(task)]
     if not present:
         names = ", ".join(task.name for task in tasks)
@@ -71,8 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     skipped = [row for each in examples.values() for row in each.skipped]
     if options.strict:
         refuse_skipped(skipped)
-    directory = run.predictions_directory(predictions_subdirectory(options.checkpoint, options.data, config.data))
-    own = same_data(options.data, config.data)
+    directory = run.predictions_directory(predictions_subdirectory(options, config))
+    own = reads_own_data(options, config)
     skipped_file = run.skipped if own else directory / run.skipped.name
     for line in skipped_lines(skipped, str(skipped_file)):
         warnings.print(line)
@@ -108,20 +111,27 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def same_data(one: str | None, own: str | None) -> bool:
-    """Whether the data of --data (by default the run's) is the run's own."""
-    if one is None or own is None:
-        return one is None
-    return one == own or os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(own))
+def reads_own_data(options: EvaluateConfig, config: TrainConfig) -> bool:
+    """Whether the data of --data and --tasks-file (by default the run's) is the run's own."""
+    return options.tasks_file is None and (options.data is None or _same_path(options.data, config.data))
 
 
-def predictions_subdirectory(checkpoint: str, data: str | None, own: str | None) -> str:
+def _same_path(one: str, other: str | None) -> bool:
+    return one == other or (other is not None and _real_path(one) == _real_path(other))
+
+
+def _real_path(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))
+
+
+def predictions_subdirectory(options: EvaluateConfig, config: TrainConfig) -> str:
     """The directory under RUN/predictions/ for a checkpoint's predictions on some data."""
-    parts = [] if checkpoint == "best" else [checkpoint]
-    if data is not None and not same_data(data, own):
-        path = os.path.realpath(os.path.expanduser(data)) if os.path.exists(os.path.expanduser(data)) else data
-        name = re.sub(r"[^\w-]", "_", os.path.basename(path))[:80]
-        parts.append(f"{name}-{zlib.crc32(os.fsencode(path)):08x}")
+    parts: list[str] = [] if options.checkpoint == "best" else [options.checkpoint]
+    if not reads_own_data(options, config):
+        for given in filter(None, (options.data, options.tasks_file)):
+            path = _real_path(given) if os.path.exists(os.path.expanduser(given)) else given
+            name = re.sub(r"[^\w-]", "_", os.path.basename(path))[:80]
+            parts.append(f"{name}-{zlib.crc32(os.fsencode(path)):08x}")
     return "/".join(parts)
 
 

@@ -18,6 +18,7 @@ REQUIRED = "required"
 OPTIONS = {
     TrainConfig: {
         "data": None,
+        "tasks_file": None,
         "tasks": None,
         "model": None,
         "recipe": None,
@@ -95,6 +96,7 @@ OPTIONS = {
     evaluate.EvaluateConfig: {
         "run": REQUIRED,
         "data": None,
+        "tasks_file": None,
         "split": "dev",
         "tasks": None,
         "checkpoint": "best",
@@ -114,6 +116,7 @@ OPTIONS = {
     ReportConfig: {
         "run": REQUIRED,
         "data": None,
+        "tasks_file": None,
     },
     augment.AugmentConfig: {
         "model": REQUIRED,

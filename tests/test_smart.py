@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from minbert.config import TrainConfig
 from minbert.data.packing import pack
 from minbert.errors import UserError
 from minbert.methods.divergences import symmetrised_binary_kl, symmetrised_kl
@@ -293,7 +294,7 @@ def test_bf16_rounds_small_perturbations_away(model):
         ({"sigma": math.nan}, "--smart.sigma must be 0 or more, got nan"),
         ({"steps": 0}, "--smart.steps must be at least 1, got 0"),
         ({"lambda_s": -2.0}, "--smart.lambda-s must be 0 or more, got -2"),
-        ({"lambda_s": {"sts2": 1.0}}, "--smart.lambda-s must be a number, or one for any of .*, got sts2"),
+        ({"lambda_s": {"sts": -1.0}}, "--smart.lambda-s must be 0 or more, got -1"),
         ({"warmup": 1.0}, "--smart.warmup must be at least 0 and below 1, got 1"),
     ],
 )
@@ -307,3 +308,8 @@ def test_nonsense_for_the_teacher_is_refused():
         BregmanConfig(beta=2)
     with pytest.raises(UserError, match=r"--bregman.mu must be 0 or more, got -1"):
         BregmanConfig(mu=-1)
+
+
+def test_a_weight_for_a_task_that_is_not_known_is_refused():
+    with pytest.raises(UserError, match=r"--smart.lambda-s: unknown task 'sts2' \(did you mean 'sts'\?\)"):
+        TrainConfig(smart=SmartConfig(lambda_s={"sts2": 1.0}))

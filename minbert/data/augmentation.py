@@ -12,7 +12,9 @@ from minbert.data.formats import read_rows
 from minbert.data.skipped import Skipped
 from minbert.errors import UserError, one_line
 from minbert.tasks import Task
-from minbert.tasks.labels import LabelEncoder
+from minbert.tasks.labels import LabelEncoder, decode_labels
+
+Encoded = float | tuple[float, ...]  # a label inside minbert; a tuple of a multi-label task
 
 
 def joined(*parts: Examples) -> Examples:
@@ -49,10 +51,10 @@ def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: 
     Raises:
         UserError: the file cannot be read, or a row, named by its line, cannot be used.
     """
-    labels: dict[str, set[float]] = {}  # of the originals with an id
+    labels: dict[str, set[Encoded]] = {}  # of the originals with an id
     texts: dict[str, set[tuple[str, ...]]] = {}
     columns = zip(*filter(None, (originals.texts, originals.pairs)), strict=True)
-    values = [] if originals.labels is None else originals.labels.tolist()
+    values = [] if originals.labels is None else list(map(_hashable, originals.labels.tolist()))
     for identity, label, sentences in zip(originals.ids, values, columns, strict=True):
         labels.setdefault(identity, set()).add(label)
         texts.setdefault(identity, set()).add(sentences)
@@ -86,21 +88,31 @@ def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: 
     )
 
 
-def _label(row: Row, task: Task, known: set[float]) -> float:
+def _hashable(label: float | list[float]) -> Encoded:
+    return tuple(label) if isinstance(label, list) else label
+
+
+def _label(row: Row, task: Task, known: set[Encoded]) -> Encoded:
     """The label of a row, or else that of its originals, whose labels are `known`.
 
     Raises:
         ValueError: there is none, or it differs from theirs.
     """
-    found = " and ".join(f"{label:g}" for label in sorted(known))
+    found = " and ".join(sorted(_shown(label, task) for label in known))
     if not row.label.strip() and len(known) == 1:
         return next(iter(known))
     if not row.label.strip() and known:
         raise ValueError(f"no label, and the training examples with the id {row.id!r} have {found}; give it one")
     try:
-        label = LabelEncoder(task)(row.label)
+        label = _hashable(LabelEncoder(task)(row.label))
     except ValueError as error:
         raise ValueError(f"{error}, nor a training example with the id {row.id!r}") from None
-    if known and not any(np.isclose(label, each) for each in known):
-        raise ValueError(f"label {label:g} differs from its original's, {found} (id {row.id})")
+    if known and not any(np.allclose(label, each) for each in known):
+        raise ValueError(f"label {_shown(label, task)} differs from its original's, {found} (id {row.id})")
     return label
+
+
+def _shown(label: Encoded, task: Task) -> str:
+    """A label as the user's files have it."""
+    (value,) = decode_labels(task, np.array([label]))
+    return f"{value:g}" if isinstance(value, float) else str(value)

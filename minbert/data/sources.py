@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,13 @@ class Source(Protocol):
     def splits(self, task: Task) -> list[str]:
         """The splits that `task` has here, in the order train, dev, test."""
 
+    def complete(self, task: Task) -> Task:
+        """The task with its classes, which the training file has if the record does not name them.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+
     def load(self, task: Task, split: str) -> Examples:
         """Read one split; train and dev have labels, test may lack them.
 
@@ -43,8 +50,11 @@ class Source(Protocol):
         """
 
 
-def open_source(data: str | None) -> Source:
+def open_source(data: str | None, own: Mapping[str, Task] | None = None) -> Source:
     """The source that `--data` names: a directory, a hub name, or the demo corpus when it is None.
+
+    Args:
+        own: records of a tasks file.
 
     Raises:
         UserError: no such directory or hub name, or a directory that holds no known file.
@@ -77,6 +87,9 @@ class DemoSource:
     def splits(self, task: Task) -> list[str]:
         return list(SPLITS) if task.name in demo.GENERATORS else []
 
+    def complete(self, task: Task) -> Task:
+        return task
+
     def load(self, task: Task, split: str) -> Examples:
         if split not in self.splits(task):
             have = ", ".join(demo.GENERATORS)
@@ -99,6 +112,9 @@ class FolderSource:
 
     def splits(self, task: Task) -> list[str]:
         return [split for split in SPLITS if self._find(task, split)]
+
+    def complete(self, task: Task) -> Task:
+        return task
 
     def load(self, task: Task, split: str) -> Examples:
         found = self._find(task, split)
@@ -128,6 +144,9 @@ class WithReviews:
 
     def splits(self, task: Task) -> list[str]:
         return ["train"] if task.name == self.task else self._source.splits(task)
+
+    def complete(self, task: Task) -> Task:
+        return self._source.complete(task)
 
     def load(self, task: Task, split: str) -> Examples:
         if task.name == self.task and split == "train":
@@ -172,6 +191,9 @@ class HubSource:
             return []
         names = self._call(self._datasets.get_dataset_split_names, self._tasks[task.name].hub)
         return [split for split in SPLITS if HUB_SPLITS[split] in names]
+
+    def complete(self, task: Task) -> Task:
+        return task
 
     def load(self, task: Task, split: str) -> Examples:
         if split not in self.splits(task):

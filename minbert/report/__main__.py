@@ -18,10 +18,12 @@ class ReportConfig:
     Args:
         run: run directory.
         data: where the dev split's texts are; the run's own training data when left out.
+        tasks_file: tasks file that names the files of the run's own tasks; by default those that it was trained with.
     """
 
     run: str
     data: str | None = None
+    tasks_file: str | None = None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     config = run.config()
     if options.data is None and config.data is not None:
         Terminal(stderr=True).print(f"data: {config.data}, which {run.path}/config.yaml names; --data DIR reads other")
-    Terminal().print(str(write_report(run, options.data)))
+    Terminal().print(str(write_report(run, options.data, options.tasks_file)))
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minbert.config import TrainConfig
-from minbert.data import Source, open_source, read_skipped
+from minbert.data import Source, read_skipped
 from minbert.errors import UserError
 from minbert.report import error_analysis, training_history
 from minbert.report.error_analysis import Example
@@ -23,12 +23,12 @@ SPLIT = "dev"
 SHOWN = 200  # mistakes of a task at most
 
 
-def write_report(run: Run, data: str | None = None) -> Path:
+def write_report(run: Run, data: str | None = None, tasks_file: str | None = None) -> Path:
     """Write RUN/report.html: scores, curves, conflicts, SMART, time, options, and each task's mistakes on dev.
 
     Args:
-        data: where the dev split is; the run's own training data when left out. Where it cannot be read, or is not
-            what the run predicted, the report says so and shows no texts.
+        data, tasks_file: where the dev split is (`Run.source`); the run's own training data when left out. Where it
+            cannot be read, or is not what the run predicted, the report says so and shows no texts.
 
     Raises:
         UserError: `run` is no run, a file of it is damaged, or the disk is full.
@@ -36,7 +36,7 @@ def write_report(run: Run, data: str | None = None) -> Path:
     config, records, summary = run.config(), run.metrics.records(), run.summary()
     tasks = config.chosen_tasks(config.tasks or [])
     colours = palette([task.name for task in tasks])
-    source = _opened(data, run, config)
+    source = _opened(run, config, data, tasks_file)
     backends = summary.get("backends", {})
     return write_page(
         run.path / "report.html",
@@ -117,10 +117,10 @@ def task_section(run: Run, task: Task, source: Source | str) -> dict[str, Any]:
     }
 
 
-def _opened(data: str | None, run: Run, config: TrainConfig) -> Source | str:
+def _opened(run: Run, config: TrainConfig, data: str | None, tasks_file: str | None) -> Source | str:
     """The source, or why it cannot be read."""
     try:
-        return open_source(data if data is not None else run.own_data(config))
+        return run.source(config, data, tasks_file)
     except UserError as error:
         return str(error)
 

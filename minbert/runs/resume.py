@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 from minbert.config import TrainConfig
 from minbert.device import resolve_device
 from minbert.errors import UserError, dashed
+from minbert.files.json_yaml import short
+from minbert.tasks import Task
 
 # With the default, None or auto, a new run chooses a value and records it; a resumed run has the recorded one.
 CHOSEN_AT_START = ("tasks", "max_length", "precision", "lr", "smart.precision")
 
 # The data may have moved: a resumed run compares its content. When left out, the recorded path holds.
-DATA_PATHS = ("data", "augmented", "reviews")
+DATA_PATHS = ("data", "tasks_file", "augmented", "reviews")
 
 WITHOUT_EFFECT = {  # options that change neither weights nor scores, and why
     **dict.fromkeys(DATA_PATHS, "the content is compared"),
@@ -76,6 +78,9 @@ def differences(saved: TrainConfig, given: TrainConfig) -> dict[str, str]:
     ignored |= {name for name in CHOSEN_AT_START if wanted[name] in (None, "auto")}
     if wanted["precision"] == "bf16" and raised_for_smart(saved):
         ignored.add("precision")
+    own, before = given.own_tasks, saved.own_tasks
+    if all(name in own and not _changed_fields(record, own[name]) for name, record in before.items()):
+        ignored.add("tasks_file")
     differing = [name for name in wanted if name not in ignored and not _same(recorded[name], wanted[name])]
     return {name: _change(name, recorded[name], wanted[name]) for name in differing}
 
@@ -95,6 +100,33 @@ def remarks(saved: TrainConfig, given: TrainConfig) -> list[str]:
         shown = ", ".join(_change(name, getattr(saved, name), getattr(given, name)) for name in changed)
         lines.append(f"{shown}: sums may round differently, so the weights differ in their last digits")
     return lines
+
+
+OF_A_FILE = ("train", "dev", "test", "delimiter", "id", "title", "class_names", "thresholds")  # may change in a record
+
+
+def check_records(saved: TrainConfig, tasks: Sequence[Task], run: Path) -> None:
+    """Refuse to resume a run with other records of its tasks.
+
+    Args:
+        tasks: with which it would be resumed; their classes are known.
+
+    Raises:
+        UserError: a field that may not change differs.
+    """
+    for before, now in zip(saved.chosen_tasks([task.name for task in tasks]), tasks, strict=True):
+        for name in _changed_fields(before, now):
+            raise UserError(
+                f"{run} was started with another {name} of task {now.name}: it was {short(getattr(before, name))}, and"
+                f" is {short(getattr(now, name))}; resume with the record that it was started with"
+            )
+
+
+def _changed_fields(before: Task, now: Task) -> list[str]:
+    """The fields of a task's record that may not change and differ; classes that are not known yet do not."""
+    names = [field.name for field in dataclasses.fields(now) if field.name not in OF_A_FILE]
+    names = [name for name in names if not (name in ("classes", "loss") and now.classes is None)]
+    return [name for name in names if getattr(before, name) != getattr(now, name)]
 
 
 def check_length(config: TrainConfig, before: int, after: int, done: int) -> list[str]:

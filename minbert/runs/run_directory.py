@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from minbert.config import TrainConfig
-from minbert.data import SkippedRow, names_hub, write_skipped
+from minbert.config import TASKS_FILE, TrainConfig
+from minbert.data import SkippedRow, Source, names_hub, open_source, write_skipped
 from minbert.errors import UserError
 from minbert.files.atomic import readable, recover, verify, write_atomically, write_json, writing
 from minbert.files.lock import LOCK, locked
@@ -21,9 +22,15 @@ from minbert.runs.predictions import Prediction, read_predictions
 from minbert.runs.progress_counters import load_progress
 from minbert.runs.resume import remarks, resumed
 from minbert.runs.scores import read_summary
-from minbert.tasks import Task
+from minbert.tasks import Task, read_tasks, tasks_to_yaml
+from minbert.tasks.tasks_file import HUB
 
-BEFORE_A_RUN = (LOCK, ".config.yaml.tmp")  # what a run that was killed at its start may leave
+BEFORE_A_RUN = (
+    LOCK,
+    ".config.yaml.tmp",
+    TASKS_FILE,
+    f".{TASKS_FILE}.tmp",
+)  # what a run that was killed at its start may leave
 
 
 class Run:
@@ -120,6 +127,16 @@ class Run:
             with writing(self.path, "choose another --out"):
                 write_atomically(self.path / "config.yaml", config.replace(resume=False).to_yaml())
 
+    def write_tasks(self, tasks: Sequence[Task]) -> None:
+        """Write tasks.yaml: the records of the run's own tasks, with their classes.
+
+        Raises:
+            UserError: the disk refuses it.
+        """
+        if self.writes:
+            with writing(self.path, "choose another --out"):
+                write_atomically(self.path / TASKS_FILE, tasks_to_yaml({task.name: task for task in tasks}))
+
     def check_seen(self) -> None:
         """Raise a UserError where this process does not see the directory of a run that has started."""
         if not (self.path / "config.yaml").exists():
@@ -136,16 +153,36 @@ class Run:
         check_links(self.path)
         return TrainConfig.from_yaml(self.path / "config.yaml")
 
-    def own_data(self, config: TrainConfig) -> str | None:
-        """The data that the run's options name. Data on the hub is not fetched: the config.yaml may be anyone's.
+    def source(self, config: TrainConfig, data: str | None = None, tasks_file: str | None = None) -> Source:
+        """The data of the run's tasks.
+
+        Data on the hub that only the run names is not fetched: its config.yaml and tasks.yaml may be anyone's.
+
+        Args:
+            data: of the built-in tasks; by default what the run's options name.
+            tasks_file: names the files of the run's own tasks; by default those of the run's records.
 
         Raises:
-            UserError: it is on the hub.
+            UserError: the data cannot be read, or is on the hub and only the run names it.
         """
-        data = config.data
-        if data is not None and names_hub(data):
-            raise UserError(f"{self.path}/config.yaml names the data {data} of the hub; give --data {data} to fetch it")
-        return data
+        if data is None and config.data is not None and names_hub(config.data):
+            remedy = f"give --data {config.data} to fetch it"
+            raise UserError(f"{self.path}/config.yaml names the data {config.data} of the hub; {remedy}")
+        own = config.own_tasks
+        if tasks_file is None:
+            for task in own.values():
+                for file in (task.train, task.dev, task.test):
+                    if isinstance(file, str) and file.startswith(HUB):
+                        remedy = "give --tasks-file FILE to fetch it"
+                        raise UserError(f"{self.path}/{TASKS_FILE} names the data {file} of the hub; {remedy}")
+        else:
+            own = {
+                name: _with_files_of(own[name], task) for name, task in read_tasks(tasks_file).items() if name in own
+            }
+            if not own:
+                known = ", ".join(config.own_tasks) or "none"
+                raise UserError(f"--tasks-file {tasks_file} has none of the run's own tasks: {known}")
+        return open_source(data if data is not None else config.data, own)
 
     # Results --------------------------------------------------------------------------------------------------------
 
@@ -186,6 +223,19 @@ class Run:
         if self.writes:
             with writing(self.skipped, RESUME):
                 write_skipped(self.skipped, rows)
+
+
+def _with_files_of(task: Task, record: Task) -> Task:
+    """A run's task, with the files and columns of a record of the same name.
+
+    Raises:
+        UserError: the record is of another kind of task.
+    """
+    if (task.type, task.is_pair) != (record.type, record.is_pair):
+        kinds = [f"{each.type} of {'pairs' if each.is_pair else 'single texts'}" for each in (task, record)]
+        raise UserError(f"task {task.name} of the run is a {kinds[0]}, and in the tasks file a {kinds[1]}")
+    names = ("train", "dev", "test", "text", "label", "separator", "delimiter", "id")
+    return dataclasses.replace(task, **{name: getattr(record, name) for name in names})
 
 
 def check_links(directory: Path) -> None:

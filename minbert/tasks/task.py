@@ -94,11 +94,12 @@ class Task:
     thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        defaults = {"title": self.name, "metrics": METRICS_OF[self.type][:1], "loss": self._usual_loss()}
+        defaults = {"title": self.name, "metrics": METRICS_OF[self.type][:1], "loss": self.usual_loss}
         for name, value in defaults.items():
             object.__setattr__(self, name, getattr(self, name) or value)
 
-    def _usual_loss(self) -> str:
+    @property
+    def usual_loss(self) -> str:
         """The loss of the type; empty while the number of classes is unknown."""
         if self.type == "regression":
             return "mean_squared_error"

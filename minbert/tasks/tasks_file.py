@@ -23,9 +23,11 @@ LONGEST_NAME = 64
 MOST_CLASSES = 10_000
 HUB = "hub:"
 REMEDY = "give a file of task records (docs/own-tasks.md)"
-OF_TYPE = {"classes": ("classification", "multilabel"), "class_names": ("classification", "multilabel")}
-OF_TYPE |= {"scale": ("regression",), "separator": ("multilabel",)}
-OF_TYPE |= {"class_weights": ("classification", "multilabel")}
+OF_TYPE: dict[str, tuple[str, ...]] = {  # keys that only some types have
+    **dict.fromkeys(("classes", "class_names", "class_weights"), ("classification", "multilabel")),
+    "scale": ("regression",),
+    "separator": ("multilabel",),
+}
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,12 @@ def _task(name: str, record: Record, where: str, lines: Mapping[tuple[object, ..
         check("classes", doubled is None, "different classes", f"{short(doubled)} twice")
         check("classes", all(str(each).strip() for each in classes), "no empty class", "one")
     names = len(record.class_names)
-    check("class_names", not names or (classes and names == len(classes)), "a name for each of classes", str(names))
+    check(
+        "class_names",
+        not names or (classes is not None and names == len(classes)),
+        "a name for each of classes",
+        str(names),
+    )
     scale = record.scale or [0.0, 1.0]
     check("scale", len(scale) == 2 and scale[0] < scale[1], "the smallest and the largest score", short(record.scale))
     if record.type == "regression":

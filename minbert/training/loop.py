@@ -17,7 +17,7 @@ from minbert.device import resolve_device, resolve_precision, settings
 from minbert.distributed.process_group import ProcessGroup
 from minbert.methods.surgery import find_surgery
 from minbert.runs.progress_counters import Progress
-from minbert.runs.resume import check_length
+from minbert.runs.resume import check_length, check_records
 from minbert.runs.run_directory import Run
 from minbert.seeds import derive_seed
 from minbert.training.schedule import learning_rate_factor
@@ -202,6 +202,8 @@ def start(config: TrainConfig, directory: Run, console: Console, group: ProcessG
         sent = len(surgeries) * trainer.parameters.bytes_per_update(ema=bool(config.bregman.mu))
         console.print(f"each process sends {sent / 1e6:.1f} MB a step")
     run = TrainingRun(config, data, plan, trainer, directory, console, Progress())
+    if directory.record is not None:
+        check_records(directory.record, data.tasks, directory.path)
     run.restore()
     record_start(run)
     return run
@@ -214,6 +216,9 @@ def record_start(run: TrainingRun) -> None:
         before = build_plan(config.replace(epochs=record.epochs, steps=record.steps), run.data).steps
         for line in check_length(config, before, steps, run.progress.step):
             console.print(line)
+    own = config.own_tasks
+    if own:
+        directory.write_tasks([task for task in run.data.tasks if task.name in own])
     directory.write_options(config)
     run.group.broadcast_object("begun")
     directory.check_seen()

@@ -40,7 +40,7 @@ from minbert.methods.surgery import Surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel, pair_encoding
 from minbert.model.weights import check_shapes
-from minbert.options_by_task import of_task
+from minbert.options_by_task import of_task, with_head_and_loss
 from minbert.runs.checkpoint import check_fits
 from minbert.seeds import derive_seed
 from minbert.tasks import Task
@@ -120,12 +120,14 @@ def open_tasks(config: TrainConfig) -> tuple[Source, list[Task]]:
     Raises:
         UserError: no such data or task, or an option that is about a task which is not trained.
     """
-    source = open_source(config.data)
-    names = config.tasks or [name for name in DEFAULT_TASKS if name in source.tasks()] or source.tasks()
+    own = config.own_tasks
+    source = open_source(config.data, own)
+    usual = [name for name in DEFAULT_TASKS if name in source.tasks() and name not in own]
+    names = config.tasks or [*usual, *own] or source.tasks()
     if config.reviews is not None:
         source = WithReviews(source, config.reviews, config.reviews_per_star, config.seed)
         names = names if WithReviews.task in names else [*names, WithReviews.task]
-    tasks = config.chosen_tasks(names)
+    tasks = [with_head_and_loss(source.complete(task), config.heads, config.losses) for task in config.find(names)]
     for option in ("loss_weights", "sampling_weights", "swap_pairs", "augmented"):
         for name in getattr(config, option) or ():
             if name not in names:

@@ -14,7 +14,6 @@ from minbert.device import describe
 from minbert.distributed.process_group import ProcessGroup
 from minbert.methods.smart import embedding_scale
 from minbert.model import MultitaskModel
-from minbert.tasks import TASKS
 from minbert.training.setup import TrainingData
 
 
@@ -45,7 +44,7 @@ def method_line(config: TrainConfig, model: MultitaskModel) -> str:
     parts += [
         f"{task.name} with head {task.head} and {task.loss.replace('_', ' ')}"
         for task in model.tasks.values()
-        if task != TASKS[task.name]
+        if (task.head, task.loss) != ("linear", task.usual_loss)
     ]
     parts += [f"a shared layer ({config.shared_layer})"] if config.shared_layer else []
     parts += [f"L2 norms with lambda {config.l2}"] if config.l2 else []

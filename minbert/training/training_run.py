@@ -223,7 +223,7 @@ class TrainingRun:
             "versions": {"minbert": minbert.__version__, "torch": torch.__version__},
         }
         directory.write_summary(summary)
-        report = write_report(directory, config.data)
+        report = write_report(directory, config.data, config.tasks_file)
         rows = [
             (
                 f"dev, epoch {epoch}{' (best)' if epoch == progress.scores.best_epoch else ''}",

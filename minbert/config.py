@@ -16,7 +16,7 @@ from minbert.files.schema_checks import FORMAT, build, without_format
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import check_surgery, needs_task_gradients
 from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
-from minbert.options_by_task import of_task, with_head_and_loss
+from minbert.options_by_task import of_task, smoothing_of, with_head_and_loss
 from minbert.tasks import TASKS, Task, find_tasks, read_tasks
 
 
@@ -50,7 +50,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (  # of
     ("at least 1", lambda value: value >= 1, ("reviews_per_star", "max_skipped", "checkpoint_steps", "log_steps")),
     ("at least 4", lambda value: value >= 4, ("max_length",)),
     ("between 0 and 1", lambda value: 0 < value < 1, ("lr", "head_lr", "adam_eps")),
-    ("at least 0 and below 1", lambda value: 0 <= value < 1, ("dropout", "head_dropout", "warmup")),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, ("dropout", "head_dropout", "warmup", "label_smoothing")),
     ("more than 0", lambda value: 0 < value < INFINITE, ("timeout", "loss_weights", "sampling_weights")),
     ("0 or more", lambda value: 0 <= value < INFINITE, ("weight_decay", "clip_norm", "l2")),
     ("0 or more", lambda value: 0 <= value < INFINITE, ("sampling_alpha", "sampling_alpha_end")),
@@ -66,6 +66,7 @@ BY_TASK = (
     "losses",
     "pooling",
     "l2",
+    "label_smoothing",
     "smart.lambda_s",
 )
 
@@ -139,6 +140,8 @@ class TrainConfig:
             pair as one sequence (cross-encoder) or each sentence alone (bi-encoder); linear for tasks left out.
         losses: by task, the loss, such as {sts: cosine_embedding}; the task's own for tasks left out.
         l2: weight of the L2 norm of a task's parameters in its loss, or one for each task, such as {qqp: 0.1}.
+        label_smoothing: share of the target that is spread over all classes, in the loss of every task with classes,
+            or by task, such as {sst: 0.1}.
         shared_layer: a layer between pooling and every head: linear (with ReLU), or transform (linear, BatchNorm, GELU,
             dropout); none when left out.
         pooling: how a sequence becomes one vector: cls, mean, max or pooler; or by task, cls for those left out.
@@ -201,6 +204,7 @@ class TrainConfig:
     heads: dict[str, str] = field(default_factory=dict)
     losses: dict[str, str] = field(default_factory=dict)
     l2: float | dict[str, float] = 0.0
+    label_smoothing: float | dict[str, float] = 0.0
     shared_layer: Literal["linear", "transform"] | None = None
     pooling: str | dict[str, str] = "cls"
     max_length: int | None = None
@@ -281,6 +285,7 @@ class TrainConfig:
 
     def _check_heads(self) -> None:
         for task in self.chosen_tasks(self.tasks or list(self.known_tasks)):
+            smoothing_of(task, self.label_smoothing)
             require_known("--pooling: unknown pooling", of_task(self.pooling, task.name, "cls"), POOLINGS)
             shared = self.shared_layer is not None and SHARED_LAYERS[self.shared_layer].normalises
             if (shared or HEADS[task.head].normalises) and of_task(self.batch_size, task.name, 2) < 2:

@@ -73,6 +73,7 @@ OPTIONS = {
         "heads": {},
         "losses": {},
         "l2": 0.0,
+        "label_smoothing": 0.0,
         "shared_layer": None,
         "pooling": "cls",
         "max_length": None,

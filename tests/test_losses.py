@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from minbert.methods.divergences import DIVERGENCES
-from minbert.methods.losses import LOSSES, cosine_embedding, losses_for, multiple_negatives_ranking
-from minbert.tasks import TASKS
-from minbert.tasks.metrics import METRICS, predictions
+from minbert.methods.losses import LOSSES, accepts, cosine_embedding, losses_for, multiple_negatives_ranking
+from minbert.tasks import TASKS, Task
+from minbert.tasks.metrics import predictions, score
 
 LABELS = torch.tensor([1.0, 0, 1, 1, 0])
 
@@ -65,6 +65,16 @@ def test_every_loss_has_a_divergence_and_every_task_a_loss_that_fits():
     assert losses_for(TASKS["cfimdb"]) == ["binary_cross_entropy"]
 
 
+def test_the_losses_of_own_tasks():
+    of_pairs = ["cosine_embedding", "multiple_negatives_ranking"]
+    pair = Task("own", ("a", "b"), "label")
+    assert losses_for(pair) == ["cross_entropy", "binary_cross_entropy", *of_pairs]  # its classes are not known
+    assert losses_for(dataclasses.replace(pair, classes=("no", "yes"))) == ["binary_cross_entropy", *of_pairs]
+    assert losses_for(dataclasses.replace(pair, classes=("no", "yes", "so"))) == ["cross_entropy"]
+    for classes in (None, ("x", "y"), ("x", "y", "z")):
+        assert losses_for(Task("tags", ("a", "b"), "label", "multilabel", classes)) == ["binary_cross_entropy"]
+
+
 @pytest.mark.parametrize(
     ("task", "loss", "best"),
     [
@@ -82,7 +92,7 @@ def test_outputs_that_say_the_label_predict_it(task, loss, best):
     labels = torch.tensor([0.0, 1, 1, 0]) if task == "qqp" else torch.tensor([0.0, 0.5, 3.2, 5.0])
     predicted = predictions(record, best(labels).numpy())
     np.testing.assert_allclose(predicted, labels.numpy(), atol=1e-4)
-    assert METRICS[record.metric](predicted, labels.numpy()) == pytest.approx(1.0)
+    assert score(record, predicted, labels.numpy())[record.metric] == pytest.approx(1.0)
 
 
 def test_losses_are_means_over_the_batch():
@@ -97,3 +107,74 @@ def test_losses_are_means_over_the_batch():
 def test_losses_are_computed_in_float32():
     for name, shape in (("cross_entropy", (4, 3)), ("binary_cross_entropy", (4,)), ("mean_squared_error", (4,))):
         assert LOSSES[name](torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(4)).dtype == torch.float32
+
+
+# Class weights, label smoothing and several labels --------------------------------------------------------------------
+
+LOGITS = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0], [2.0, 2.0, 2.0], [-1.0, 0.5, 0.0]], dtype=torch.float64)
+ROWS = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])  # of three classes
+
+
+def test_the_loss_of_several_labels_is_the_mean_over_examples_and_classes():
+    p = LOGITS.sigmoid()
+    expected = -sum(math.log(p[i, c] if ROWS[i, c] else 1 - p[i, c]) for i in range(4) for c in range(3)) / 12
+    assert LOSSES["binary_cross_entropy"](LOGITS, ROWS, 1).item() == pytest.approx(expected)
+
+
+def test_weights_of_several_labels_multiply_the_examples_that_have_the_class():
+    weights = torch.tensor([3.0, 0.5, 1.0], dtype=torch.float64)
+    p = LOGITS.sigmoid()
+    expected = (
+        -sum(
+            weights[c] * math.log(p[i, c]) if ROWS[i, c] else math.log(1 - p[i, c]) for i in range(4) for c in range(3)
+        )
+        / 12
+    )
+    found = LOSSES["binary_cross_entropy"](LOGITS, ROWS, 1, class_weights=weights)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_mean_is_weighted_by_the_weights_of_the_labels():
+    weights, labels = torch.tensor([2.0, 0.5, 4.0], dtype=torch.float64), torch.tensor([2.0, 0, 1, 1])
+    each = F.cross_entropy(LOGITS, labels.long(), reduction="none")
+    of_labels = weights[labels.long()]
+    found = LOSSES["cross_entropy"](LOGITS, labels, 2, class_weights=weights)
+    torch.testing.assert_close(found, (of_labels * each).sum() / of_labels.sum())
+
+
+@pytest.mark.parametrize("weights", [None, [0.25, 3.0]])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_one_logit_has_the_loss_of_two_classes(weights, smoothing):
+    logits, labels = LOGITS[:, 0], torch.tensor([1.0, 0, 0, 1])
+    options = {"class_weights": torch.tensor(weights, dtype=torch.float64)} if weights else {}
+    options |= {"label_smoothing": smoothing} if smoothing else {}
+    both = torch.stack([torch.zeros_like(logits), logits], -1)
+    expected = LOSSES["cross_entropy"](both, labels, 1, **options)
+    torch.testing.assert_close(LOSSES["binary_cross_entropy"](logits, labels, 1, **options), expected)
+
+
+def test_smoothing_moves_targets_towards_even_ones():
+    s, labels = 0.3, torch.tensor([2.0, 0, 1, 1])
+    targets = (1 - s) * F.one_hot(labels.long(), 3) + s / 3
+    expected = -(targets * LOGITS.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(LOSSES["cross_entropy"](LOGITS, labels, 2, label_smoothing=s), expected)
+    expected = F.binary_cross_entropy(LOGITS.sigmoid(), ROWS.double() * (1 - s) + s / 2)
+    torch.testing.assert_close(LOSSES["binary_cross_entropy"](LOGITS, ROWS, 1, label_smoothing=s), expected)
+
+
+def test_without_weights_and_smoothing_a_loss_is_the_same_to_the_bit():
+    for logits, labels in ((LOGITS.float(), ROWS), (LOGITS[:, 0].float(), ROWS[:, 0])):
+        expected = F.binary_cross_entropy_with_logits(logits, labels)
+        assert torch.equal(LOSSES["binary_cross_entropy"](logits, labels, 1), expected)
+
+
+def test_the_divergence_of_several_labels_is_the_mean_over_classes():
+    other = LOGITS.flip(0)
+    apart = [DIVERGENCES["binary_cross_entropy"](LOGITS[:, c], other[:, c]) for c in range(3)]
+    torch.testing.assert_close(DIVERGENCES["binary_cross_entropy"](LOGITS, other), torch.stack(apart).mean())
+    assert DIVERGENCES["binary_cross_entropy"](LOGITS, LOGITS) == 0
+
+
+def test_only_losses_of_classes_take_weights_and_smoothing():
+    assert [loss for loss in LOSSES if accepts(loss, "class_weights")] == ["cross_entropy", "binary_cross_entropy"]
+    assert [loss for loss in LOSSES if accepts(loss, "label_smoothing")] == ["cross_entropy", "binary_cross_entropy"]

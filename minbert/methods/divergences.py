@@ -23,7 +23,11 @@ def symmetrised_kl(logits: Tensor, other: Tensor) -> Tensor:
 
 
 def symmetrised_binary_kl(logits: Tensor, other: Tensor) -> Tensor:
-    """`symmetrised_kl` of two classes, from the logits of the second; both [n]."""
+    """`symmetrised_kl` of two classes, from the logits of the second; both [n].
+
+    Of a multi-label task, [n, C], each class is such a pair; the divergence is the mean over the classes too, as the
+    loss is, so that SMART and Bregman weigh as much against the loss whatever the number of classes.
+    """
     p, q = at_least_float32(logits), at_least_float32(other)
     return ((p.sigmoid() - q.sigmoid()) * (p - q)).mean()
 

@@ -14,8 +14,9 @@ from minbert.model.layers import INITIALIZER_RANGE, BatchNorm, dropout, new_line
 from minbert.tasks import PAIR_ENCODINGS, Task
 
 LOGIT_SCALE = 20.0  # of a cosine in a sigmoid or softmax (004, experiment 2bi)
-OF_A_SCORE = ("cross_entropy", "binary_cross_entropy", "mean_squared_error")
-OF_ANY_PAIR = (*OF_A_SCORE, "multiple_negatives_ranking")
+OF_A_SCORE = ("binary_cross_entropy", "mean_squared_error")
+OF_LOGITS = ("cross_entropy", *OF_A_SCORE)
+OF_ANY_PAIR = (*OF_LOGITS, "multiple_negatives_ranking")
 
 Dropout = Callable[[Tensor], Tensor]  # of an activation [..., D]
 
@@ -26,11 +27,13 @@ class Head(nn.Module):
     Attributes:
         pair_encoding: how a pair becomes sequences, a key of `PAIR_ENCODINGS`; a single sentence is one sequence.
         losses: those that fit the outputs.
+        one_output: whether there is one output for an example: no multi-label task can have it.
         normalises: whether it has a `BatchNorm`, and so needs batches of at least 2.
     """
 
     pair_encoding: ClassVar[str] = "cross-encoder"
-    losses: ClassVar[Sequence[str]] = OF_A_SCORE
+    losses: ClassVar[Sequence[str]] = OF_LOGITS
+    one_output: ClassVar[bool] = False
     normalises: ClassVar[bool] = False
 
     def __init__(self, task: Task, hidden_size: int, dropout_p: float = 0.1) -> None:
@@ -63,6 +66,11 @@ class Head(nn.Module):
     def forward(self, *sequences: Tensor, drop: Sequence[Dropout]) -> Tensor:
         """Outputs [..., outputs], or [...] when there is one, from the `width` vectors of `split`, which broadcast."""
         raise NotImplementedError
+
+    @classmethod
+    def losses_for(cls, task: Task) -> Sequence[str]:
+        """The losses that fit the outputs which the head has for a task: none where the task needs several."""
+        return () if cls.one_output and task.is_multilabel else cls.losses
 
 
 # One linear layer on features of the sequences ---------------------------------------------------------------------
@@ -146,11 +154,11 @@ class CosineHead(Head):
 
     pair_encoding = "bi-encoder"
     losses: ClassVar[Sequence[str]] = (
-        "binary_cross_entropy",
-        "mean_squared_error",
+        *OF_A_SCORE,
         "cosine_embedding",
         "multiple_negatives_ranking",
     )
+    one_output = True
 
     def forward(self, *sequences: Tensor, drop: Sequence[Dropout]) -> Tensor:
         scales = {"mean_squared_error": self.task.max_label, "multiple_negatives_ranking": LOGIT_SCALE}
@@ -178,7 +186,7 @@ class ProjectedCosineHead(CosineHead):
 class ScaledCosineHead(ProjectedCosineHead):
     """20 cos(Pu, Pv) as a logit; as a score 5 sigmoid(20 cos(Pu, Pv)), 5 the largest label (004, experiment 2bi)."""
 
-    losses = ("binary_cross_entropy", "mean_squared_error", "multiple_negatives_ranking")
+    losses = (*OF_A_SCORE, "multiple_negatives_ranking")
 
     def forward(self, *sequences: Tensor, drop: Sequence[Dropout]) -> Tensor:
         logits = LOGIT_SCALE * self.cosine(*sequences)
@@ -226,6 +234,8 @@ class MixedHead(Head):
     """
 
     network_type: ClassVar[type[Head]]
+    losses = OF_A_SCORE
+    one_output = True
 
     def __init__(self, task: Task, hidden_size: int, dropout_p: float = 0.1) -> None:
         super().__init__(task, hidden_size, dropout_p)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ class Objective:
         copies: of some parameters, in a half precision, for passes that differentiate nothing with respect to them.
         weights: what each task's loss is multiplied by (its regularisers are not); 1 where left out.
         l2: by task, the weight of its parameters' L2 norm in its loss; none for those left out.
+        loss_options: by task, further arguments of its loss (`minbert.training.loss_options`).
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class Objective:
         copies: Mapping[Tensor, Tensor] | None = None,
         weights: Mapping[str, float] | None = None,
         l2: Mapping[str, float] | None = None,
+        loss_options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.model, self.smart, self.bregman, self.teacher = model, smart, bregman, teacher
         self.copies, self.weights, self.l2 = copies or {}, weights or {}, l2 or {}
+        self.loss_options = loss_options or {}
 
     def __call__(
         self,
@@ -95,7 +99,10 @@ class Objective:
             embedded = model.embed(packed, dropout_seed)
             outputs = forward(embedded, seed=dropout_seed)
             norms = self._norms(batch)
-        task = {name: LOSSES[of.loss](outputs[name], batch.labels[name], of.max_label) for name, of in tasks.items()}
+        task = {
+            name: LOSSES[of.loss](outputs[name], batch.labels[name], of.max_label, **self.loss_options.get(name, {}))
+            for name, of in tasks.items()
+        }
         terms = [*(self.weights.get(name, 1.0) * loss for name, loss in task.items()), *norms]
         smart, smart_terms, bregman, size = {}, [batch.smart_weights.new_zeros(())], {}, None
         on_phase("forward")

@@ -45,6 +45,7 @@ from minbert.runs.checkpoint import check_fits
 from minbert.seeds import derive_seed
 from minbert.tasks import Task
 from minbert.training.batches import Batches, StepSampler
+from minbert.training.loss_options import loss_options
 from minbert.training.objective import Objective
 from minbert.training.optimizer import AdamW
 from minbert.training.trainer import Trainer, cuda_graphs
@@ -128,8 +129,9 @@ def open_tasks(config: TrainConfig) -> tuple[Source, list[Task]]:
         source = WithReviews(source, config.reviews, config.reviews_per_star, config.seed)
         names = names if WithReviews.task in names else [*names, WithReviews.task]
     tasks = [with_head_and_loss(source.complete(task), config.heads, config.losses) for task in config.find(names)]
-    for option in ("loss_weights", "sampling_weights", "swap_pairs", "augmented"):
-        for name in getattr(config, option) or ():
+    for option in ("loss_weights", "sampling_weights", "swap_pairs", "augmented", "label_smoothing"):
+        value = getattr(config, option)
+        for name in value if isinstance(value, dict | list) else ():
             if name not in names:
                 raise UserError(f"--{option.replace('_', '-')} names {name}; the tasks of this run: {', '.join(names)}")
     for name in names:
@@ -322,8 +324,9 @@ def build_trainer(
     rows = len(groups) if per_task else 1
     optimizer, parameters = build_optimizer(config, model, rows, group)
     l2 = {task.name: of_task(config.l2, task.name, 0.0) for task in data.tasks}
+    options = loss_options(data.tasks, data.train, config.label_smoothing, group.device)
     objective = Objective(
-        model, config.smart, config.bregman, parameters.ema, parameters.copies, config.loss_weights, l2
+        model, config.smart, config.bregman, parameters.ema, parameters.copies, config.loss_weights, l2, options
     )
     one_stream = config.accumulate == 1 and not config.low_memory
     graphs = None

@@ -48,6 +48,9 @@ def method_line(config: TrainConfig, model: MultitaskModel) -> str:
     ]
     parts += [f"a shared layer ({config.shared_layer})"] if config.shared_layer else []
     parts += [f"L2 norms with lambda {config.l2}"] if config.l2 else []
+    weighted = [task.name for task in model.tasks.values() if task.class_weights]
+    parts += [f"class weights of {', '.join(weighted)}"] if weighted else []
+    parts += [f"label smoothing {config.label_smoothing}"] if config.label_smoothing else []
     smart, scale = config.smart, embedding_scale(model)
     if smart.on:
         epsilon = smart.epsilon * scale if smart.relative else smart.epsilon

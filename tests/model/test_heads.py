@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from minbert.data.packing import Packed
+from minbert.errors import UserError
 from minbert.methods.losses import LOSSES, losses_for
 from minbert.model import HEADS, Encoder, EncoderConfig, MultitaskModel, load_heads, save_heads, statistics_kept
 from minbert.model.heads import Head, sequences_of
 from minbert.model.layers import BatchNorm
+from minbert.options_by_task import with_head_and_loss
 from minbert.tasks import TASKS, Task
 
 D, N = 6, 5
@@ -60,6 +62,53 @@ def test_every_head_gives_what_its_losses_take(name: str, training: bool) -> Non
                 ).backward()
                 assert pooled.grad.abs().sum() > 0
                 assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+OWN = {
+    "classes": Task("own", ("a", "b"), "label", classes=("x", "y", "z")),
+    "tags": Task("own", ("a", "b"), "label", "multilabel", ("x", "y", "z")),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_of_an_own_task_has_an_output_of_each_class_or_does_not_fit(name: str, kind: str) -> None:
+    task = dataclasses.replace(OWN[kind], head=name)
+    fits = task.loss in HEADS[name].losses_for(task)
+    assert fits == ("cosine" not in name or name == "cosine-feature")
+    if not fits:
+        with pytest.raises(
+            UserError, match=rf"does not fit the outputs of head {name}; expected --heads.own linear or"
+        ):
+            with_head_and_loss(task, {}, {})
+        return
+    head = HEADS[name](with_head_and_loss(task, {}, {}), D).double()
+    pooled = vectors(head)
+    found = outputs(head, pooled)
+    assert found.shape == (N, 3)
+    labels = torch.tensor([0.0, 1, 2, 1, 0]) if kind == "classes" else (torch.arange(15).view(N, 3) % 2).float()
+    LOSSES[task.loss](found, labels, task.max_label).backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+def test_what_depends_on_the_classes_is_checked_once_they_are_known() -> None:
+    unknown = Task("own", ("a", "b"), "label")
+    task = with_head_and_loss(unknown, {"own": "cosine"}, {})
+    assert (task.head, task.loss) == ("cosine", "")
+    two, three = (dataclasses.replace(task, classes=classes) for classes in (("x", "y"), ("x", "y", "z")))
+    assert with_head_and_loss(two, {"own": "cosine"}, {}).loss == "binary_cross_entropy"
+    with pytest.raises(UserError, match=r"--losses.own cross_entropy: does not fit the outputs of head cosine"):
+        with_head_and_loss(three, {"own": "cosine"}, {})
+    chosen = {"own": "binary_cross_entropy"}
+    assert with_head_and_loss(unknown, {}, chosen).loss == "binary_cross_entropy"
+    with pytest.raises(UserError, match="does not fit the labels of own; expected cross_entropy"):
+        with_head_and_loss(three, {}, chosen)
+    for heads, losses in (({"own": "linaer"}, {}), ({}, {"own": "mean_squared_error"}), ({}, {"own": "none"})):
+        with pytest.raises(UserError, match=r"--(heads|losses).own"):
+            with_head_and_loss(unknown, heads, losses)
+    single = dataclasses.replace(unknown, text=("a",))
+    with pytest.raises(UserError, match=r"expected linear or layers$"):
+        with_head_and_loss(single, {"own": "cosine"}, {})
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -48,11 +48,13 @@ INFINITE = float("inf")
 RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (  # of values that are given, also by task
     ("at least 1", lambda value: value >= 1, ("epochs", "steps", "batch_size", "threads", "accumulate", "epoch_times")),
     ("at least 1", lambda value: value >= 1, ("reviews_per_star", "max_skipped", "checkpoint_steps", "log_steps")),
+    ("at least 1", lambda value: value >= 1, ("patience",)),
     ("at least 4", lambda value: value >= 4, ("max_length",)),
     ("between 0 and 1", lambda value: 0 < value < 1, ("lr", "head_lr", "adam_eps")),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, ("dropout", "head_dropout", "warmup", "label_smoothing")),
     ("more than 0", lambda value: 0 < value < INFINITE, ("timeout", "loss_weights", "sampling_weights")),
-    ("0 or more", lambda value: 0 <= value < INFINITE, ("weight_decay", "clip_norm", "l2")),
+    ("0 or more", lambda value: 0 <= value < INFINITE, ("weight_decay", "clip_norm", "l2", "freeze_layers")),
+    ("more than 0 and at most 1", lambda value: 0 < value <= 1, ("layer_decay",)),
     ("0 or more", lambda value: 0 <= value < INFINITE, ("sampling_alpha", "sampling_alpha_end")),
     ("between 0 and 2**63 - 1", lambda value: 0 <= value < 2**63, ("seed",)),
 )
@@ -87,10 +89,13 @@ class TrainConfig:
         resume: continue the run in --out from its last checkpoint.
         epochs: passes over the data, each of epoch_length steps.
         steps: stop after this many optimizer steps in all, whatever epochs says.
+        patience: stop when the overall dev score has not improved for this many epochs; never when left out.
         batch_size: examples of each task in one step, or a number for each, such as {sst: 2, qqp: 20, sts: 2}.
         lr: peak learning rate; left out, 5e-5 for a pretrained model as wide as BERT-base (growing with the square of
             how much narrower a model is), 1.5e-3 from scratch, and 1e-3 with a frozen encoder.
         head_lr: peak learning rate of the heads; lr when left out.
+        layer_decay: what the learning rate of a layer of the encoder is multiplied by for each layer above it: its top
+            layer, a pooler and the heads have lr, its embeddings lr * F^layers (Sun et al. 2019, section 5.3.4).
         seed: everything random follows from it.
         precision: arithmetic of the encoder; auto is bf16 where the processor has it.
         device: auto, cpu, cuda or cuda:N.
@@ -99,6 +104,8 @@ class TrainConfig:
             begins, unless its encoder is narrow, and records the faster.
         threads: CPU threads; torch's own choice when left out.
         mode: finetune trains everything, pretrain freezes the encoder and trains the heads.
+        freeze_layers: do not train the embeddings and this many of the encoder's first layers; dropout acts there as
+            in training.
         surgery: how the tasks' gradients become one update: sum, mean, pcgrad, gse (a pcgrad update with the mean, then
             one with the sum), or MODULE:NAME of a callable from Gram matrix to weights, such as TorchJD's weightings,
             with arguments if need be: MODULE:NAME(c=0.4). It is imported and called: from the command line only, unless
@@ -169,9 +176,11 @@ class TrainConfig:
     resume: bool = False
     epochs: int = 3
     steps: int | None = None
+    patience: int | None = None
     batch_size: int | dict[str, int] = 32
     lr: float | None = None
     head_lr: float | None = None
+    layer_decay: float = 1.0
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
@@ -179,6 +188,7 @@ class TrainConfig:
     matmul: Literal["auto", "blas", "onednn"] = "auto"
     threads: int | None = None
     mode: Literal["finetune", "pretrain"] = "finetune"
+    freeze_layers: int = 0
     surgery: str = "pcgrad"
     surgery_reduction: Literal["sum", "mean"] = "sum"
     surgery_groups: list[str] | None = None
@@ -284,6 +294,11 @@ class TrainConfig:
                 )
 
     def _check_heads(self) -> None:
+        for name, unwanted in (("freeze_layers", self.freeze_layers > 0), ("layer_decay", self.layer_decay < 1)):
+            if unwanted and self.mode == "pretrain":
+                raise UserError(
+                    f"{dashed(name)} {getattr(self, name):g}: --mode pretrain trains no layer; leave one out"
+                )
         for task in self.chosen_tasks(self.tasks or list(self.known_tasks)):
             smoothing_of(task, self.label_smoothing)
             require_known("--pooling: unknown pooling", of_task(self.pooling, task.name, "cls"), POOLINGS)

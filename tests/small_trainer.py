@@ -46,12 +46,14 @@ def trainer(
     sample=lambda step: [parts(step=step)],
     capture=None,
     dtype: torch.dtype = torch.float32,
+    freeze: int = 0,
     **options,
 ) -> Trainer:
     torch.manual_seed(0)
     config = EncoderConfig(**SIZES, max_position_embeddings=64).with_dropout(dropout)
     model = MultitaskModel(Encoder(config), TASKS, head_dropout=dropout).train()
     model.encoder.compute_dtype = dtype
+    model.freeze_layers(freeze)
     parameters = UnshardedParameters(model.heads, model.encoder.copies() if copied else {})
     groups = parameters.param_groups(model.parameter_groups(0.01))
     optimizer = AdamW(groups, lr=1e-2, ema_decay=0.9 if mu else None, copies=parameters.copies)

@@ -34,7 +34,7 @@ from minbert.runs.metrics_log import FIELDS
 from minbert.runs.predictions import Prediction
 from minbert.runs.progress_counters import Progress
 from minbert.runs.resume import LENGTH, ROUNDING, WITHOUT_EFFECT, flat
-from minbert.runs.scores import SUMMARY
+from minbert.runs.scores import SINCE, SUMMARY
 from minbert.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -197,7 +197,7 @@ def files() -> list[str]:
 def test_the_fields_on_the_page_are_those_of_the_schemas():
     names = {
         "metrics.jsonl": [*FIELDS, "dev"],
-        "summary.json": [*SUMMARY, "format", "dev", "test"],
+        "summary.json": [*SUMMARY, *SINCE, "format", "dev", "test"],
         "progress.json": [*Progress().to_json()],
         "predictions": [field.name for field in dataclasses.fields(Prediction)],
         "skipped.jsonl": [field.name for field in dataclasses.fields(SkippedRow)],

@@ -30,14 +30,15 @@ from minbert.runs.run_directory import Run
 
 # fmt: off
 FIXED = [
-    "tasks", "model", "batch_size", "lr", "head_lr", "seed", "precision", "mode", "surgery", "surgery_reduction",
-    "surgery_groups", "low_memory", "accumulate", "cuda_graphs", "loss_weights", "optimizers", "sampling",
-    "sampling_alpha", "sampling_alpha_end", "sampling_weights", "epoch_length", "epoch_times", "swap_pairs",
-    "reviews_per_star", "heads", "losses", "l2", "label_smoothing", "shared_layer", "pooling", "max_length", "dropout",
-    "head_dropout", "schedule", "warmup", "weight_decay", "adam_eps", "clip_norm", "smart.lambda_s", "smart.epsilon",
-    "smart.sigma", "smart.eta", "smart.steps", "smart.norm", "smart.per", "smart.projection", "smart.relative",
-    "smart.masks", "smart.warmup", "smart.precision", "bregman.mu", "bregman.beta", "scratch.vocab_size",
-    "scratch.hidden_size", "scratch.num_hidden_layers", "scratch.num_attention_heads", "scratch.intermediate_size",
+    "tasks", "model", "batch_size", "lr", "head_lr", "layer_decay", "seed", "precision", "mode", "freeze_layers",
+    "surgery", "surgery_reduction", "surgery_groups", "low_memory", "accumulate", "cuda_graphs", "loss_weights",
+    "optimizers", "sampling", "sampling_alpha", "sampling_alpha_end", "sampling_weights", "epoch_length", "epoch_times",
+    "swap_pairs", "reviews_per_star", "heads", "losses", "l2", "label_smoothing", "shared_layer", "pooling",
+    "max_length", "dropout", "head_dropout", "schedule", "warmup", "weight_decay", "adam_eps", "clip_norm",
+    "smart.lambda_s", "smart.epsilon", "smart.sigma", "smart.eta", "smart.steps", "smart.norm", "smart.per",
+    "smart.projection", "smart.relative", "smart.masks", "smart.warmup", "smart.precision", "bregman.mu",
+    "bregman.beta", "scratch.vocab_size", "scratch.hidden_size", "scratch.num_hidden_layers",
+    "scratch.num_attention_heads", "scratch.intermediate_size",
 ]
 # fmt: on
 

@@ -184,29 +184,55 @@ class MultitaskModel(nn.Module):
         self.frozen = True
         self.encoder.requires_grad_(False).eval()
 
+    def freeze_layers(self, layers: int) -> None:
+        """Do not train the embeddings and the first layers of the encoder; 0 freezes nothing.
+
+        Dropout acts there as in training: what is trained sees the encoder that it would see without freezing. No
+        gradient goes through these layers, unless SMART asks for that of the embeddings' outputs.
+
+        Raises:
+            ValueError: more layers than the encoder has.
+        """
+        encoder = self.encoder
+        if layers > len(encoder.layers):
+            raise ValueError(f"cannot freeze {layers} layers of an encoder that has {len(encoder.layers)}")
+        for module in (encoder.embeddings, *encoder.layers[:layers]) if layers else ():
+            module.requires_grad_(False)
+
     def train(self, mode: bool = True) -> MultitaskModel:
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
         return self
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+    def parameter_groups(self, weight_decay: float, *, by_layer: bool = False) -> list[dict[str, Any]]:
         """What is trained, in groups for an optimizer.
+
+        Args:
+            by_layer: whether each layer of the encoder has groups of its own.
 
         Returns:
             up to four groups, named `encoder.decay`, `encoder.no_decay`, `heads.decay` and `heads.no_decay`: matrices
             decay, biases and the parameters of normalisations do not (Devlin et al. 2019). A shared layer is with the
-            heads: it starts anew as they do.
+            heads: it starts anew as they do. By layer, two groups of each part of the encoder from the top down:
+            `encoder.pooler.decay`, `encoder.1.decay`, `encoder.0.decay`, `encoder.embeddings.decay`, and so on; their
+            `depth` is the number of layers above, 0 for the pooler too, and of the embeddings the number of all layers.
         """
-        groups = []
+        encoder, groups = self.encoder, []
         added = nn.ModuleList([self.heads, *([self.shared] if self.shared is not None else [])])
-        for part, module in (("encoder", self.encoder), ("heads", added)):
+        parts: list[tuple[str, nn.Module, int]] = [("encoder", encoder, 0)]
+        if by_layer:
+            count = len(encoder.layers)
+            parts = [("encoder.pooler", encoder.pooler, 0)] if encoder.pooler is not None else []
+            parts += [(f"encoder.{i}", encoder.layers[i], count - 1 - i) for i in reversed(range(count))]
+            parts += [("encoder.embeddings", encoder.embeddings, count)]
+        for part, module, depth in (*parts, ("heads", added, 0)):
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             matrices = [parameter for parameter in trained if parameter.ndim > 1]
             vectors = [parameter for parameter in trained if parameter.ndim <= 1]
             groups += [
-                {"name": f"{part}.decay", "params": matrices, "weight_decay": weight_decay},
-                {"name": f"{part}.no_decay", "params": vectors, "weight_decay": 0.0},
+                {"name": f"{part}.decay", "params": matrices, "weight_decay": weight_decay, "depth": depth},
+                {"name": f"{part}.no_decay", "params": vectors, "weight_decay": 0.0, "depth": depth},
             ]
         return [group for group in groups if group["params"]]
 

@@ -62,6 +62,11 @@ class DevScores:
         self.best_epoch, self.best_overall = epoch, total
         return True
 
+    @property
+    def epochs_since_best(self) -> int:
+        """Epochs scored after the best one."""
+        return len(self.dev) - self.best_epoch
+
 
 @dataclass
 class Progress:

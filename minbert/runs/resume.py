@@ -37,7 +37,7 @@ WITHOUT_EFFECT = {  # options that change neither weights nor scores, and why
 # Sums are in another order: the run can be resumed, but its weights equal an uninterrupted run's only to rounding.
 ROUNDING = ("device", "threads", "backend", "matmul")
 
-LENGTH = ("epochs", "steps")  # a run can be extended, or end earlier
+LENGTH = ("epochs", "steps", "patience")  # a run can be extended, or end earlier
 
 # All other options determine the weights: they are fixed.
 

@@ -21,6 +21,7 @@ SUMMARY: dict[str, Any] = {
     **dict.fromkeys(("device", "precision"), str),
     **dict.fromkeys(("backends", "versions"), dict[str, str]),
 }
+SINCE: dict[str, Any] = {"stopped_early": bool}  # what summaries of earlier releases do not have
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -36,6 +37,8 @@ def read_summary(path: Path) -> dict[str, Any]:
             if name not in summary:
                 raise UserError(f"no {name}")
             checked(summary[name], kind, name)
+        for name in SINCE.keys() & summary.keys():
+            checked(summary[name], SINCE[name], name)
         for name in ("dev", "test"):
             if name == "dev" or name in summary:
                 check_scores_and_overall(summary.get(name), name)

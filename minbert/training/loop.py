@@ -101,6 +101,8 @@ def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
         if (progress.step == plan.steps or progress.step % plan.epoch_steps == 0) and not run.is_scored(epoch):
             run.finish_epoch(epoch, stop)
         for step in range(progress.step, plan.steps):
+            if run.is_out_of_patience:
+                break
             started = time.perf_counter()
             position, length = step, plan.steps
             if config.optimizers == "per-task":

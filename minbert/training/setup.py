@@ -195,7 +195,7 @@ def build_model(
     New weights are drawn from torch's default generator, seeded here.
 
     Raises:
-        UserError: a bad checkpoint, or --mode pretrain where a head has nothing to train.
+        UserError: a bad checkpoint, more layers to freeze than it has, or a task that has nothing to train.
     """
     pooler = any(of_task(config.pooling, task.name, "cls") == "pooler" for task in data.tasks)
     torch.default_generator.manual_seed(derive_seed(config.seed, "weights"))
@@ -214,12 +214,21 @@ def build_model(
     ).to(device)
     if config.mode == "pretrain":
         model.freeze_encoder()
-        for task in data.tasks:
-            if not model.parameters_of(task.name):
-                raise UserError(
-                    f"--mode pretrain leaves nothing to train for {task.name}: its head {task.head} has no parameters;"
-                    f" give another --heads.{task.name}, or --mode finetune"
-                )
+    layers = len(encoder.layers)
+    if config.freeze_layers > layers:
+        raise UserError(
+            f"--freeze-layers {config.freeze_layers}: the encoder has {layers} layers; give at most {layers}"
+        )
+    model.freeze_layers(config.freeze_layers)
+    for task in data.tasks:
+        if not model.parameters_of(task.name):
+            option, instead = "--mode pretrain", "--mode finetune"
+            if config.mode == "finetune":
+                option, instead = f"--freeze-layers {config.freeze_layers}", "fewer layers"
+            raise UserError(
+                f"{option} leaves nothing to train for {task.name}: its head {task.head} has no parameters;"
+                f" give another --heads.{task.name}, or {instead}"
+            )
     return model
 
 
@@ -282,10 +291,11 @@ def build_optimizer(
         rows: task gradients of the parameters that the tasks share.
     """
     assert config.lr is not None
-    param_groups = model.parameter_groups(config.weight_decay)
+    param_groups = model.parameter_groups(config.weight_decay, by_layer=config.layer_decay < 1)
     for param_group in param_groups:
         of_heads = param_group["name"].startswith("heads.")
-        param_group["lr"] = config.head_lr if config.head_lr and of_heads else config.lr
+        peak = config.head_lr if config.head_lr and of_heads else config.lr
+        param_group["lr"] = peak * config.layer_decay ** param_group["depth"]
     one_stream = config.accumulate == 1 and not config.low_memory
     # The gradients of half-precision copies are in half precision: a sum over several backwards needs more.
     copies = model.encoder.copies() if one_stream or (config.accumulate == 1 and rows > 1) else {}

@@ -39,13 +39,16 @@ def kernels_line(device: torch.device) -> str:
 
 def method_line(config: TrainConfig, model: MultitaskModel) -> str:
     """What is added to the task losses, and how the tasks' gradients become one update."""
-    frozen = config.mode == "pretrain" and model.shared is None
+    frozen = not any(param.requires_grad for param in model.trunk.parameters())
     parts = ["no surgery: the encoder is frozen" if frozen else f"surgery {config.surgery}"]
     parts += [
         f"{task.name} with head {task.head} and {task.loss.replace('_', ' ')}"
         for task in model.tasks.values()
         if (task.head, task.loss) != ("linear", task.usual_loss)
     ]
+    layers = f"the first {config.freeze_layers} layers" if config.freeze_layers > 1 else "the first layer"
+    parts += [f"embeddings and {layers} are not trained"] if config.freeze_layers else []
+    parts += [f"layer-wise learning rate decay {config.layer_decay:g}"] if config.layer_decay < 1 else []
     parts += [f"a shared layer ({config.shared_layer})"] if config.shared_layer else []
     parts += [f"L2 norms with lambda {config.l2}"] if config.l2 else []
     weighted = [task.name for task in model.tasks.values() if task.class_weights]

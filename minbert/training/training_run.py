@@ -135,6 +135,12 @@ class TrainingRun:
         """Whether `finish_epoch` is done for an epoch, which ended with the last step."""
         return len(self.progress.scores.dev) >= epoch and not self.progress.epoch_sums.loss_counts
 
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether the overall dev score has not improved for --patience epochs: the same on all ranks."""
+        patience = self.config.patience
+        return patience is not None and self.progress.scores.epochs_since_best >= patience
+
     def finish_epoch(self, epoch: int, stop: StopSignal) -> None:
         """Score the dev split, show it, and save best/ and then last/: a last/ never names a best/ that is not there.
 
@@ -189,6 +195,12 @@ class TrainingRun:
             the content of summary.json; nothing on other ranks than the first.
         """
         config, data, directory, progress, group = self.config, self.data, self.directory, self.progress, self.group
+        stopped_early = progress.step < self.plan.steps
+        if stopped_early:
+            self.console.print(
+                f"the overall dev score has not improved for {progress.scores.epochs_since_best} epochs: training stops"
+                f" after step {progress.step} of {self.plan.steps} (--patience {config.patience})"
+            )
         group.broadcast_object("saved")
         model, _ = load_model(directory.best, config, group.device)
         scores: dict[str, Scores] = {}
@@ -210,6 +222,7 @@ class TrainingRun:
             **tested,
             "best_epoch": progress.scores.best_epoch,
             "steps": progress.step,
+            "stopped_early": stopped_early,
             "steps_per_epoch": self.plan.epoch_steps,
             "skipped_steps": progress.skipped,
             "examples": progress.examples,

@@ -284,6 +284,9 @@ class TrainConfig:
         auxiliary = [task.name for task in self.find(self.tasks or list(known)) if not task.evaluated]
         if self.tasks is not None and auxiliary and self.reviews is None:
             raise UserError(f"the task {auxiliary[0]} is trained on reviews; give them with --reviews FILE")
+        for name in self.tasks or ():
+            if head_of := known[name].head_of:
+                raise UserError(f"the task {name} is a further dev set of {head_of} and comes with it; give {head_of}")
         if self.tasks is not None and self.tasks == auxiliary:
             raise UserError(f"the task {auxiliary[0]} only helps others: it has no dev split; add a task")
         for task in self.swap_pairs or []:
@@ -366,14 +369,14 @@ class TrainConfig:
 
 
 def task_groups(tasks: Sequence[Task], groups: Sequence[str] | None) -> list[list[Task]]:
-    """The tasks by --surgery-groups, in its order; each its own group without it.
+    """The tasks with heads of their own by --surgery-groups, in its order; each its own group without it.
 
     Raises:
         UserError: a group names an unknown task, a task is in two groups, or one is in none.
     """
     if groups is None:
-        return [[task] for task in tasks]
-    by_name = {task.name: task for task in tasks}
+        return [[task] for task in tasks if not task.head_of]
+    by_name = {task.name: task for task in tasks if not task.head_of}
     names = [group.split("+") for group in groups]
     flat = [name for group in names for name in group]
     if sorted(flat) != sorted(by_name):

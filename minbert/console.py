@@ -16,6 +16,7 @@ from minbert.errors import one_line
 from minbert.tasks import Task
 
 SECONDS_BETWEEN_LINES = 10.0
+MOST_SCORES = 7  # columns of a table of scores that a terminal has room for
 
 
 class Terminal(Console):
@@ -84,14 +85,28 @@ def data_table(rows: Sequence[tuple[Task, Mapping[str, int], int, int]]) -> Tabl
 
 
 def score_table(title: str, rows: Sequence[tuple[str, Mapping[str, Mapping[str, float]], float]]) -> Table:
-    """Scores by task and overall, a row per epoch or split: (label, scores of each task, overall score)."""
+    """Scores by task and overall, a row per epoch or split: (label, scores of each task, overall score).
+
+    Many scores make columns of the epochs or splits, and rows of the scores. A score that is not there is a dash, such
+    as one of an epoch of an earlier minbert.
+    """
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     table.add_column("")
-    for name, metrics in rows[0][1].items():
-        for metric in metrics:
-            table.add_column(f"{name} {metric}", justify="right")
-    table.add_column("overall", justify="right")
-    for label, scores, overall in rows:
-        values = [value for score in scores.values() for value in score.values()]
-        table.add_row(label, *(f"{value:.3f}" for value in (*values, overall)))
+    of_task: dict[str, list[str]] = {}
+    for _, scores, _ in rows:
+        for name, score in scores.items():
+            of_task[name] = list(dict.fromkeys([*of_task.get(name, ()), *score]))
+    shown = [(name, metric) for name, metrics in of_task.items() for metric in metrics]
+    lines = [[label for label, *_ in rows]]
+    for name, metric in shown:
+        values = [scores.get(name, {}).get(metric) for _, scores, _ in rows]
+        lines.append([f"{name} {metric}", *("–" if value is None else f"{value:.3f}" for value in values)])
+    lines.append(["overall", *(f"{overall:.3f}" for *_, overall in rows)])
+    lines[0].insert(0, "")
+    if len(shown) <= MOST_SCORES or len(rows) > len(shown):
+        lines = list(map(list, zip(*lines, strict=True)))
+    for column in lines[0][1:]:
+        table.add_column(column, justify="right")
+    for line in lines[1:]:
+        table.add_row(*line)
     return table

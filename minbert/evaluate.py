@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from minbert import cli
 from minbert.config import TrainConfig
 from minbert.console import Terminal, score_table
 from minbert.data import (
+    Examples,
     encode,
     refuse_skipped,
     skipped_lines,
@@ -24,8 +28,10 @@ from minbert.errors import UserError
 from minbert.files.atomic import writing
 from minbert.inference import choose_kernels, evaluate, load_model, run_tasks
 from minbert.model import pair_encoding
+from minbert.runs.glue_submission import is_of_glue, write_submission
 from minbert.runs.predictions import write_predictions
 from minbert.runs.run_directory import Run
+from minbert.tasks import Task
 from minbert.tasks.metrics import overall
 
 
@@ -39,7 +45,8 @@ class EvaluateConfig:
             the best epoch and of the run's own data, as in the report. Predictions of --checkpoint last are written to
             RUN/predictions/last/; those of other data to a subdirectory named after the data, with a skipped.jsonl.
         tasks_file: tasks file that names the files of the run's own tasks; by default those that it was trained with.
-        split: dev, train or test (test files may lack labels: then predictions are written without scores).
+        split: dev, train or test (test files may lack labels: then predictions are written without scores). For the
+            test files of GLUE, the benchmark's submission files are written to RUN/predictions/glue/ too.
         tasks: tasks to evaluate; by default all of the run.
         checkpoint: best or last.
         device: auto, cpu, cuda or cuda:N.
@@ -106,9 +113,23 @@ def main(arguments: Sequence[str]) -> int:
         notes += [] if task.name in scores else [f"no labels in this split, so no {task.metric}"]
         remark = f" ({'; '.join(notes)})" if notes else ""
         console.print(f"{task.title}: {count} predictions in {path}{remark}")
-    if absent := [task.name for task in tasks if task not in present and task.evaluated]:
+    write_submissions(directory / "glue", present if options.split == "test" else [], examples, outputs)
+    expected = [task for task in tasks if task.evaluated and not (task.head_of and options.split == "train")]
+    if absent := [task.name for task in expected if task not in present]:
         warnings.print(f"warning: {source.name} has no {options.split} split of {', '.join(absent)}")
     return 0
+
+
+def write_submissions(
+    directory: Path, tasks: Sequence[Task], examples: Mapping[str, Examples], outputs: Mapping[str, np.ndarray]
+) -> None:
+    """Write the submission files of the tasks whose test files are GLUE's, and say so."""
+    for task in tasks:
+        if is_of_glue(task, examples[task.name]):
+            path, warnings = write_submission(directory, task, examples[task.name], outputs[task.name])
+            Terminal().print(f"{task.title}: {path} for the GLUE benchmark")
+            for line in warnings:
+                Terminal(stderr=True).print(line)
 
 
 def reads_own_data(options: EvaluateConfig, config: TrainConfig) -> bool:

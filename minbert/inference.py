@@ -36,12 +36,12 @@ def head_outputs(
         ranks: who shares the work, all of them with the same model.
     """
     group = group or ProcessGroup()
-    training = model.training
+    training, name = model.training, task.head_of or task.name
     model.eval()
     outputs: list[np.ndarray] = []
     order: list[np.ndarray] = []
     for indices in token_budget_batches(encoded.lengths, TOKENS_PER_BATCH)[group.rank :: group.world_size]:
-        output = model(encoded.pack(indices).to(device), {task.name: len(indices)})[task.name]
+        output = model(encoded.pack(indices).to(device), {name: len(indices)})[name]
         outputs.append(output.float().cpu().numpy())
         order.append(indices)
     model.train(training)
@@ -105,6 +105,6 @@ def run_tasks(config: TrainConfig, names: Sequence[str] | None) -> list[Task]:
     trained = config.tasks or []
     tasks = config.chosen_tasks(names if names is not None else trained)
     for task in tasks:
-        if task.name not in trained:
+        if (task.head_of or task.name) not in trained:
             raise UserError(f"the run was not trained on {task.name}; it knows {', '.join(trained)}")
     return tasks

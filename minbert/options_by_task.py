@@ -24,7 +24,7 @@ def with_head_and_loss(task: Task, heads: Mapping[str, str], losses: Mapping[str
         UserError: an unknown head or loss, a head for pairs where texts are single, or a loss that does not fit the
             labels or the head.
     """
-    name = task.name
+    name = task.head_of or task.name
     task = replace(task, head=heads.get(name, task.head), loss=losses.get(name, task.loss))
     require_known(f"--heads.{name}: unknown head", task.head, HEADS)
     encodable = [head for head in HEADS if task.is_pair or HEADS[head].pair_encoding == "cross-encoder"]

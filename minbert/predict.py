@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     options = cli.parse("predict", PredictConfig, arguments, positional="run")
     run = Run(options.run)
     config, console = run.config(), Terminal(stderr=True)
-    (task,) = run_tasks(config, [options.task])
+    task, *_ = run_tasks(config, [options.task])
     examples = read_file(options.input, task, labels="ignored", bare=True, option="--input")
     if options.strict:
         refuse_skipped(examples.skipped)

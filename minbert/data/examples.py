@@ -34,6 +34,7 @@ class Examples:
     labels: np.ndarray | None  # float32 [n]; None without labels
     skipped: list[Skipped] = field(default_factory=list)
     file: str = ""  # the one that they were read from
+    lines: np.ndarray | None = None  # int64 [n], the line of each in it, as in `skipped`; None if they are from several
 
     def __post_init__(self) -> None:
         for name in ("texts", "pairs", "labels"):
@@ -96,6 +97,7 @@ def collect(where: str, rows: Iterable[Row], task: Task, labels: Labels) -> Exam
         np.array(values, np.float32) if labelled else None,
         skipped,
         where,
+        np.array([row.line for row in kept], np.int64),
     )
 
 

@@ -7,7 +7,8 @@ first line that is not blank decide the format:
 2. A table, where the line has a text column of the task by its name in the course or in GLUE. A .tsv file of a task
    that GLUE has is GLUE's: tabs separate the fields and nothing is quoted. A .csv file, and any table of a task that
    GLUE does not have, is the course's: its fields are quoted as in CSV as well. Under any other name a table is GLUE's
-   if its header has GLUE's names and not the course's, or an `index` and no `id`.
+   if its header has GLUE's names and not the course's, or an `index` and no `id`. GLUE has tables without a header
+   (CoLA's): they are known by the number of their fields.
 3. Bare lines, where the caller allows them: each is a sentence, or a pair separated by a tab; nothing is quoted.
 
 Only `\n` or `\r\n` ends a line, and each line is one row. Columns are found by name. One level of quoting is undone,
@@ -94,6 +95,9 @@ def read_rows(
         return (_json_row(number, line, task) for number, line in enumerate(lines) if line.strip())
     where = f"{'standard input' if bare and str(path) == '-' else path}, line {start + 1}"
     names = _names(lines[start])
+    fixed = task.glue.without_header if task.glue else []
+    if not (quoted or _is_header(names, task)) and len(_split_plain(lines[start])[0]) == len(fixed):
+        return _table_rows(fixed, _columns(where, fixed, task, False, labels), _split_plain, lines, start - 1)
     if not _is_header(names, task):
         _refuse_other_delimiters(where, lines[start], task)
     if bare and not _is_header(names, task):
@@ -115,7 +119,7 @@ def _names(line: str) -> list[str]:
     return [name.strip() for name in (_split_plain(line)[0] if problem else fields)]
 
 
-def _columns_of(task: Task) -> list[Columns]:
+def columns_of(task: Task) -> list[Columns]:
     """A task's columns in the course's files and in GLUE's."""
     course = Columns(task.text, task.label)
     return [course, Columns(tuple(task.glue.columns), task.glue.label)] if task.glue else [course]
@@ -123,7 +127,7 @@ def _columns_of(task: Task) -> list[Columns]:
 
 def _is_header(names: Sequence[str], task: Task) -> bool:
     """Whether a first line is a header: it names a text column, or an id column and another."""
-    known = {name for columns in _columns_of(task) for name in columns.texts}
+    known = {name for columns in columns_of(task) for name in columns.texts}
     return not known.isdisjoint(names) or (len(names) > 1 and not {*IDS}.isdisjoint(names))
 
 
@@ -144,7 +148,7 @@ def _columns(where: str, names: Sequence[str], task: Task, quoted: bool, labels:
     Raises:
         UserError: a column is missing or repeated.
     """
-    known = _columns_of(task)[:: 1 if quoted else -1]
+    known = columns_of(task)[:: 1 if quoted else -1]
     columns = next((columns for columns in known if {*columns.texts} <= {*names}), known[0])
     label = next((each.label for each in (columns, *known) if each.label in names), "")
     if labels == "ignored" or (labels == "optional" and not label):
@@ -164,7 +168,7 @@ def _columns(where: str, names: Sequence[str], task: Task, quoted: bool, labels:
 def _table_rows(
     names: Sequence[str], columns: Columns, split: Split, lines: Sequence[str], start: int
 ) -> Iterator[Row]:
-    """The rows under the header, which is line number `start`, from 0."""
+    """The rows under the header, which is line number `start`, from 0; -1 without one."""
     texts = [names.index(name) for name in columns.texts]
     label = names.index(columns.label) if columns.label else None
     id_column = next((names.index(name) for name in IDS if name in names), None)
@@ -204,7 +208,7 @@ def _json_row(number: int, line: str, task: Task) -> Row:
         record = parse_object(line, strict=False)
     except ValueError as error:
         return Row(number + 1, str(number), problem=str(error))
-    known = _columns_of(task)
+    known = columns_of(task)
     columns = next((each for each in known if {*each.texts} <= {*record}), known[0])
     label = next((each.label for each in (columns, *known) if each.label in record), columns.label)
     id_column = next((name for name in IDS if name in record), IDS[0])

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from minbert.data import demo
 from minbert.data.examples import Columns, Examples, collect, row_of_record
-from minbert.data.formats import read_file
+from minbert.data.formats import columns_of, read_file
+from minbert.data.skipped import Skipped
 from minbert.data.star_reviews import read_reviews
 from minbert.errors import UserError, first_line
 from minbert.tasks import TASKS, Task
 
 SPLITS = ("train", "dev", "test")
-HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}  # and validation_matched where there are genres
 HUB_LABEL = "label"  # the label column of every task of GLUE on the hub
 ACCEPTED = (
     "--data takes a directory of CS224N files (ids-sst-train.csv, quora-train.csv, ...), a directory of GLUE folders "
@@ -123,7 +125,9 @@ class FolderSource:
             raise UserError(
                 f"{self.name} has no {split} split of {task.name}: no {files}; add it or choose other tasks"
             )
-        return read_file(found, task, labels="optional" if split == "test" else "required")
+        examples = read_file(found, task, labels="optional" if split == "test" else "required")
+        is_other = task.glue is not None and found.name == task.glue.other_files.get("train")
+        return _without(examples, self.load(task, "dev")) if is_other and "dev" in self.splits(task) else examples
 
     def _find(self, task: Task, split: str) -> Path | None:
         files = [self._directory / name for name in _candidates(task, split)]
@@ -157,7 +161,44 @@ class WithReviews:
 def _candidates(task: Task, split: str) -> list[str]:
     """The files that may hold a split."""
     candidates = [task.course.files[split]] if task.course and split in task.course.files else []
-    return [*candidates, *([f"{task.glue.folder}/{split}.tsv"] if task.glue and split in SPLITS else [])]
+    name = _name_in_glue(task, split, {each: each for each in SPLITS})
+    if task.glue and name:
+        other = task.glue.other_files.get(split)
+        candidates += [f"{task.glue.folder}/{file}" for file in (f"{name}.tsv", other) if file]
+    return candidates
+
+
+def _name_in_glue(task: Task, split: str, names: Mapping[str, str]) -> str:
+    """What GLUE calls a task's split; empty if the task has none there.
+
+    Args:
+        names: by split, what it is called where a task has one dev set.
+    """
+    if task.glue is None or split not in names or (split == "train" and task.head_of):
+        return ""
+    return names[split] + (f"_{task.glue.genres}" if task.glue.genres and split != "train" else "")
+
+
+def _without(examples: Examples, others: Examples) -> Examples:
+    """The examples whose texts are none of the others'; those that are become skipped rows."""
+    known = set(zip(others.texts, others.pairs or others.texts, strict=True))
+    texts = list(zip(examples.texts, examples.pairs or examples.texts, strict=True))
+    kept = [number for number, each in enumerate(texts) if each not in known]
+    assert examples.lines is not None
+    skipped = [
+        Skipped(examples.file, int(examples.lines[number]), "also an example of the dev split", examples.ids[number])
+        for number, each in enumerate(texts)
+        if each in known
+    ]
+    return replace(
+        examples,
+        ids=[examples.ids[number] for number in kept],
+        texts=[examples.texts[number] for number in kept],
+        pairs=examples.pairs and [examples.pairs[number] for number in kept],
+        labels=None if examples.labels is None else examples.labels[kept],
+        skipped=sorted([*examples.skipped, *skipped], key=lambda row: row.line),
+        lines=examples.lines[kept],
+    )
 
 
 class HubSource:
@@ -180,17 +221,17 @@ class HubSource:
         configs = set(self._call(datasets.get_dataset_config_names))
         self._tasks = {task.name: task.glue for task in TASKS.values() if task.glue and task.glue.hub in configs}
         if not self._tasks:
-            known = ", ".join(task.glue.hub for task in TASKS.values() if task.glue)
+            known = ", ".join(dict.fromkeys(task.glue.hub for task in TASKS.values() if task.glue))
             raise UserError(f"the hub's {name} has none of the configurations that minbert knows: {known}")
 
     def tasks(self) -> list[str]:
-        return list(self._tasks)
+        return [name for name in self._tasks if not TASKS[name].head_of]
 
     def splits(self, task: Task) -> list[str]:
         if task.name not in self._tasks:
             return []
         names = self._call(self._datasets.get_dataset_split_names, self._tasks[task.name].hub)
-        return [split for split in SPLITS if HUB_SPLITS[split] in names]
+        return [split for split in SPLITS if _name_in_glue(task, split, HUB_SPLITS) in names]
 
     def complete(self, task: Task) -> Task:
         return task
@@ -200,18 +241,20 @@ class HubSource:
             raise UserError(
                 f"the hub's {self.name} has no {split} split of {task.name}; it has {', '.join(self._tasks)}"
             )
-        glue = self._tasks[task.name]
-        table = self._call(self._datasets.load_dataset, glue.hub, split=HUB_SPLITS[split])
-        absent = {*glue.columns, HUB_LABEL} - set(table.column_names)
+        glue, name = self._tasks[task.name], _name_in_glue(task, split, HUB_SPLITS)
+        table = self._call(self._datasets.load_dataset, glue.hub, split=name)
+        texts = next((each.texts for each in columns_of(task) if {*each.texts} <= {*table.column_names}), glue.columns)
+        absent = {*texts, HUB_LABEL} - {*table.column_names}
         if absent:
             found = ", ".join(table.column_names)
             raise UserError(f"{self.name}/{glue.hub}: no column {', '.join(sorted(absent))}; found {found}")
-        names = [*glue.columns, HUB_LABEL, *(["idx"] if "idx" in table.column_names else [])]
+        columns = {each: table[each] for each in (*texts, HUB_LABEL, "idx") if each in table.column_names}
+        columns[HUB_LABEL] = map(_class_of_number(task, table), columns[HUB_LABEL])
         rows = (
-            row_of_record(number, dict(zip(names, values, strict=True)), Columns(tuple(glue.columns), HUB_LABEL), "idx")
-            for number, values in enumerate(zip(*(table[name] for name in names), strict=True))
+            row_of_record(number, dict(zip(columns, values, strict=True)), Columns(tuple(texts), HUB_LABEL), "idx")
+            for number, values in enumerate(zip(*columns.values(), strict=True))
         )
-        where = f"{self.name}/{glue.hub}/{HUB_SPLITS[split]}"
+        where = f"{self.name}/{glue.hub}/{name}"
         return collect(where, rows, task, "optional" if split == "test" else "required")
 
     def _call(self, function: Callable[..., Any], *arguments: str, **options: str) -> Any:
@@ -222,3 +265,15 @@ class HubSource:
             raise UserError(
                 f"no such directory: {self.name!r}, nor can it be read from the hub: {first_line(error)}; {ACCEPTED}"
             ) from None
+
+
+def _class_of_number(task: Task, table: Any) -> Callable[[Any], Any]:
+    """From a label on the hub, the number of a class, to the class, where the task's classes are texts.
+
+    The table says which number is which class; else they are in the task's order.
+    """
+    feature = (getattr(table, "features", None) or {}).get(HUB_LABEL)
+    names = getattr(feature, "names", None) or task.classes or ()
+    if not any(isinstance(each, str) for each in task.classes or ()):
+        return lambda label: label
+    return lambda label: names[label] if type(label) is int and 0 <= label < len(names) else label

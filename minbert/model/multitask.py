@@ -47,6 +47,7 @@ class MultitaskModel(nn.Module):
         """Add new heads, initialised from torch's default generator.
 
         Args:
+            tasks: those with heads of their own get one.
             pooling: of all tasks, or by task, `cls` for those left out.
             shared_layer: of `SHARED_LAYERS`; none when left out.
 
@@ -67,6 +68,7 @@ class MultitaskModel(nn.Module):
             )
         self.encoder = encoder
         self.pooling = pooling
+        tasks = [task for task in tasks if not task.head_of]
         self.tasks = {task.name: task for task in tasks}
         self.frozen = False
         self.heads = nn.ModuleDict()

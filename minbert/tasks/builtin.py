@@ -14,7 +14,7 @@ TASKS: dict[str, Task] = parse_tasks(_FILE.read_text(encoding="utf-8"), _FILE.na
 
 
 def find_tasks(names: Sequence[str], known: Mapping[str, Task] = TASKS) -> list[Task]:
-    """The records of the named tasks, in that order.
+    """The records of the named tasks, in that order, and after them those of their further dev sets (`head_of`).
 
     Raises:
         UserError: an unknown name, the same name twice, or no name.
@@ -24,4 +24,5 @@ def find_tasks(names: Sequence[str], known: Mapping[str, Task] = TASKS) -> list[
             raise UserError(f"unknown task {name!r}{did_you_mean(name, list(known))}; known: {', '.join(known)}")
     if not names or len(set(names)) != len(names):
         raise UserError(f"tasks must be one or more different names, got {list(names)}; known: {', '.join(known)}")
-    return [known[name] for name in names]
+    further = [task for task in known.values() if task.head_of in names and known[task.head_of].glue]
+    return [*(known[name] for name in names), *(task for task in further if task.name not in names)]

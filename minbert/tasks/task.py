@@ -30,12 +30,27 @@ class Course:
 
 @dataclass(frozen=True)
 class Glue:
-    """A task's folder, columns and label in GLUE, and its configuration on the hub."""
+    """What a task is in GLUE: its tab-separated files, its configuration on the hub, its submission file.
+
+    Args:
+        folder: of the files train.tsv, dev.tsv and test.tsv.
+        columns: of the texts in the files.
+        label: the label column in the files.
+        hub: the configuration on the hub.
+        submission: the name of the benchmark's file of predictions, without .tsv.
+        genres: which of the dev and test sets are the task's, where there are two: matched or mismatched.
+        other_files: by split, a file that is read where SPLIT.tsv is missing.
+        without_header: the columns of files that have no header.
+    """
 
     folder: str
     columns: list[str]
     label: str
     hub: str
+    submission: str
+    genres: Literal["", "matched", "mismatched"] = ""
+    other_files: dict[str, str] = field(default_factory=dict)
+    without_header: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,7 @@ class Task:
         evaluated: whether it has a dev split; an auxiliary task is only trained on.
         course: its files in the CS224N project; only built-in tasks have some.
         glue: what it is in GLUE.
+        head_of: the task whose head it is evaluated with: a further dev and test set of that task, never trained on.
         thresholds: by class, the probability above which a multi-label task predicts it; chosen on dev.
     """
 
@@ -91,6 +107,7 @@ class Task:
     evaluated: bool = True
     course: Course | None = None
     glue: Glue | None = None
+    head_of: str = ""
     thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:

@@ -57,9 +57,10 @@ class Record:
     evaluated: bool = True
     course: Course | None = None
     glue: Glue | None = None
+    head_of: str = ""
 
 
-INTERNAL = ("in_overall", "evaluated", "course", "glue")
+INTERNAL = ("in_overall", "evaluated", "course", "glue", "head_of")
 
 
 def read_tasks(path: str | Path) -> dict[str, Task]:

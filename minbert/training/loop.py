@@ -191,7 +191,7 @@ def start(config: TrainConfig, directory: Run, console: Console, group: ProcessG
     config = config.replace(matmul=choose_matmul(config, model.encoder.config, group))
     console.print(kernels_line(group.device))
     config = config.replace(
-        tasks=[task.name for task in data.tasks],
+        tasks=[task.name for task in data.tasks if not task.head_of],
         max_length=data.max_length,
         lr=config.lr or default_learning_rate(config, model.encoder.config.hidden_size),
         out=str(directory.path),

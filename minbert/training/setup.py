@@ -87,9 +87,10 @@ def build_data(config: TrainConfig, checkpoint: Checkpoint = None) -> TrainingDa
         UserError: bad data, options that do not fit it, or a checkpoint whose tokenizer or encoder does not.
     """
     source, tasks = open_tasks(config)
-    dev = {task.name: source.load(task, "dev") for task in tasks if task.evaluated}
+    evaluated = [task for task in tasks if task.evaluated and (not task.head_of or "dev" in source.splits(task))]
+    dev = {task.name: source.load(task, "dev") for task in evaluated}
     splits = {
-        "train": {task.name: training_examples(task, source, config, dev) for task in tasks},
+        "train": {task.name: training_examples(task, source, config, dev) for task in tasks if not task.head_of},
         "dev": dev,
         "test": {task.name: source.load(task, "test") for task in tasks if "test" in source.splits(task)},
     }
@@ -220,7 +221,7 @@ def build_model(
             f"--freeze-layers {config.freeze_layers}: the encoder has {layers} layers; give at most {layers}"
         )
     model.freeze_layers(config.freeze_layers)
-    for task in data.tasks:
+    for task in model.tasks.values():
         if not model.parameters_of(task.name):
             option, instead = "--mode pretrain", "--mode finetune"
             if config.mode == "finetune":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import numpy as np
 from minbert.data.examples import Examples, Row, check_row
 from minbert.data.formats import read_rows
 from minbert.data.skipped import Skipped
+from minbert.data.text_column import TextColumn
 from minbert.errors import UserError, one_line
+from minbert.files.json_yaml import short
 from minbert.tasks import Task
-from minbert.tasks.labels import LabelEncoder, decode_labels
+from minbert.tasks.labels import LabelEncoder, decode_labels, split_labels
 
-Encoded = float | tuple[float, ...]  # a label inside minbert; a tuple of a multi-label task
+LabelValue = float | tuple[float, ...]  # of an example inside minbert
 
 
 def joined(*parts: Examples) -> Examples:
@@ -22,11 +25,17 @@ def joined(*parts: Examples) -> Examples:
     pairs = [part.pairs for part in parts if part.pairs is not None]
     return Examples(
         [identity for part in parts for identity in part.ids],
-        [text for part in parts for text in part.texts],
-        [text for texts in pairs for text in texts] if pairs else None,
+        _joined_texts([part.texts for part in parts]),
+        _joined_texts(pairs) if pairs else None,
         np.concatenate([part.labels for part in parts if part.labels is not None]),
         [row for part in parts for row in part.skipped],
     )
+
+
+def _joined_texts(parts: Sequence[Sequence[str]]) -> Sequence[str]:
+    """All texts in one list, or on disk if a part is."""
+    texts = itertools.chain.from_iterable(parts)
+    return TextColumn.of(texts) if any(isinstance(part, TextColumn) for part in parts) else list(texts)
 
 
 def swapped(examples: Examples) -> Examples:
@@ -51,10 +60,10 @@ def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: 
     Raises:
         UserError: the file cannot be read, or a row, named by its line, cannot be used.
     """
-    labels: dict[str, set[Encoded]] = {}  # of the originals with an id
+    labels: dict[str, set[LabelValue]] = {}  # of the originals with an id
     texts: dict[str, set[tuple[str, ...]]] = {}
     columns = zip(*filter(None, (originals.texts, originals.pairs)), strict=True)
-    values = [] if originals.labels is None else list(map(_hashable, originals.labels.tolist()))
+    values = [] if originals.labels is None else map(_value, originals.labels.tolist())
     for identity, label, sentences in zip(originals.ids, values, columns, strict=True):
         labels.setdefault(identity, set()).add(label)
         texts.setdefault(identity, set()).add(sentences)
@@ -88,23 +97,24 @@ def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: 
     )
 
 
-def _hashable(label: float | list[float]) -> Encoded:
+def _value(label: float | list[float]) -> LabelValue:
     return tuple(label) if isinstance(label, list) else label
 
 
-def _label(row: Row, task: Task, known: set[Encoded]) -> Encoded:
+def _label(row: Row, task: Task, known: set[LabelValue]) -> LabelValue:
     """The label of a row, or else that of its originals, whose labels are `known`.
 
     Raises:
         ValueError: there is none, or it differs from theirs.
     """
-    found = " and ".join(sorted(_shown(label, task) for label in known))
-    if not row.label.strip() and len(known) == 1:
+    given = bool(split_labels(row.label, task.separator)) if task.is_multilabel else bool(str(row.label or "").strip())
+    found = " and ".join(_shown(label, task) for label in sorted(known))
+    if not given and len(known) == 1:
         return next(iter(known))
-    if not row.label.strip() and known:
+    if not given and known:
         raise ValueError(f"no label, and the training examples with the id {row.id!r} have {found}; give it one")
     try:
-        label = _hashable(LabelEncoder(task)(row.label))
+        label = _value(LabelEncoder(task)(row.label))
     except ValueError as error:
         raise ValueError(f"{error}, nor a training example with the id {row.id!r}") from None
     if known and not any(np.allclose(label, each) for each in known):
@@ -112,7 +122,8 @@ def _label(row: Row, task: Task, known: set[Encoded]) -> Encoded:
     return label
 
 
-def _shown(label: Encoded, task: Task) -> str:
-    """A label as the user's files have it."""
+def _shown(label: LabelValue, task: Task) -> str:
     (value,) = decode_labels(task, np.array([label]))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, list):
+        return short(", ".join(map(str, value)))
+    return f"{value:g}" if isinstance(value, float) else short(value)

@@ -8,10 +8,10 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, overload
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -35,7 +35,7 @@ class BatchTokenizer(Protocol):
         """Different for any two tokenizers that may encode a text differently."""
 
     def encode_batch(
-        self, texts: list[str], pairs: list[str] | None, max_length: int
+        self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """Token ids int32 [N] and token types uint8 [N], end to end; lengths int64 [n]; number of truncated texts."""
 
@@ -47,7 +47,7 @@ class Encoded:
     token_ids: np.ndarray  # int32 [N]
     token_type_ids: np.ndarray  # uint8 [N]
     offsets: np.ndarray  # int64 [n * width + 1]
-    labels: np.ndarray | None  # float32 [n]
+    labels: np.ndarray | None  # float32 [n], of a multi-label task [n, C]
     ids: list[str]
     truncated: int  # number of sequences cut to the maximum length
     width: int = 1  # sequences of an example
@@ -159,7 +159,7 @@ def encode(
         encodings = ("cross-encoder", "bi-encoder")
         return _combine(*(encode(examples, tokenizer, max_length, cache_dir, pair_encoding=each) for each in encodings))
     if pair_encoding == "bi-encoder":
-        sentences = [sentence for pair in zip(examples.texts, examples.pairs or (), strict=True) for sentence in pair]
+        sentences = Alternating(examples.texts, examples.pairs or ())
         encoded = encode(Examples([""] * len(sentences), sentences, None, None), tokenizer, max_length, cache_dir)
         return replace(encoded, labels=examples.labels, ids=examples.ids, width=PAIR_ENCODINGS[pair_encoding])
     path = _cache_file(examples, tokenizer, max_length, cache_dir)
@@ -181,6 +181,29 @@ def encode(
         examples.ids,
         int(arrays["truncated"][0]),
     )
+
+
+class Alternating(Sequence[str]):
+    """The sentences of pairs, one after the other: 2n of n pairs."""
+
+    def __init__(self, first: Sequence[str], second: Sequence[str]) -> None:
+        self._both = (first, second)
+
+    def __len__(self) -> int:
+        return 2 * len(self._both[0])
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        numbers = range(len(self))[index]
+        if isinstance(numbers, range):
+            return [self._both[number % 2][number // 2] for number in numbers]
+        return self._both[numbers % 2][numbers // 2]
+
+    def __iter__(self) -> Iterator[str]:
+        return (sentence for pair in zip(*self._both, strict=True) for sentence in pair)
 
 
 def _counted(number: int, unit: str) -> str:
@@ -217,7 +240,7 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 def _cache_file(examples: Examples, tokenizer: BatchTokenizer, max_length: int, cache_dir: str | Path | None) -> Path:
     """The cache file, named after everything that determines its content."""
     digest = hashlib.sha256(f"{CACHE_FORMAT} {tokenizer.fingerprint} {max_length} {len(examples)}".encode())
-    for texts in (examples.texts, examples.pairs or ()):
+    for texts in (examples.texts, () if examples.pairs is None else examples.pairs):
         digest.update(b"%d;" % len(texts))
         for text in texts:
             content = text.encode("utf-8", "surrogatepass")

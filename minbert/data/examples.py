@@ -10,6 +10,7 @@ import numpy as np
 
 from minbert.data.line_reader import shorten
 from minbert.data.skipped import Skipped
+from minbert.data.text_column import TextColumn
 from minbert.errors import UserError, one_line
 from minbert.files.json_yaml import is_unicode, name_of_type
 from minbert.tasks import Task
@@ -29,9 +30,9 @@ class Examples:
     """
 
     ids: list[str]
-    texts: list[str]
-    pairs: list[str] | None  # the second sentences of a pair task
-    labels: np.ndarray | None  # float32 [n]; None without labels
+    texts: Sequence[str]
+    pairs: Sequence[str] | None  # the second sentences of a pair task
+    labels: np.ndarray | None  # float32 [n], of a multi-label task [n, C]; None without labels
     skipped: list[Skipped] = field(default_factory=list)
     file: str = ""  # the one that they were read from
     lines: np.ndarray | None = None  # int64 [n], the line of each in it, as in `skipped`; None if they are from several
@@ -45,6 +46,21 @@ class Examples:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def select(self, indices: np.ndarray) -> Examples:
+        """The examples at `indices`, int64, in that order; no rows are skipped."""
+        return Examples(
+            [self.ids[index] for index in indices],
+            _selected(self.texts, indices),
+            None if self.pairs is None else _selected(self.pairs, indices),
+            None if self.labels is None else self.labels[indices],
+            file=self.file,
+            lines=None if self.lines is None else self.lines[indices],
+        )
+
+
+def _selected(texts: Sequence[str], indices: np.ndarray) -> Sequence[str]:
+    return texts.select(indices) if isinstance(texts, TextColumn) else [texts[index] for index in indices]
+
 
 class Row(NamedTuple):
     """A row of a file: the fields that a task needs, or the problem that kept them from being read."""
@@ -52,8 +68,8 @@ class Row(NamedTuple):
     line: int  # from 1
     number: str  # its id if it has none; empty where its id could not be read
     id: str = ""
-    texts: Sequence[str] = ()
-    label: str = ""
+    texts: Sequence[Any] = ()  # strings, but for users' files of typed columns
+    label: Any = ""
     problem: str = ""
 
 

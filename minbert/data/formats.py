@@ -1,7 +1,8 @@
 r"""Readers of file formats: tables with a header as in CS224N and GLUE, JSON objects on lines, and bare lines.
 
-Training, evaluating, predicting and augmenting read a file with `read_file` or `read_rows`. The file's name and its
-first line that is not blank decide the format:
+A file of an own task is read in the format that its name says, if it says one (`minbert.data.file_formats`). Of
+others, training, evaluating, predicting and augmenting read a file with `read_file` or `read_rows`, and the file's name
+and its first line that is not blank decide the format:
 
 1. JSON objects on lines, where the name ends in .json, .jsonl or .ndjson, or the line is a JSON object.
 2. A table, where the line has a text column of the task by its name in the course or in GLUE. A .tsv file of a task
@@ -27,9 +28,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from minbert.data.examples import Columns, Examples, Labels, Row, collect, row_of_record
+from minbert.data.file_formats import is_own_format, read_own_rows
 from minbert.data.line_reader import read_lines, shorten, split_quoted
+from minbert.data.own_rows import read_own_examples
 from minbert.errors import UserError, one_line
-from minbert.files.json_yaml import parse_object
+from minbert.files.json_yaml import name_of_type, parse_object
 from minbert.tasks import Task
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -52,6 +55,8 @@ def read_file(
     Raises:
         UserError: the file cannot be read, is empty, is not UTF-8, lacks a column, or has no usable row.
     """
+    if _is_own(path, task):
+        return read_own_examples(str(path), task, labels, option)
     named = "standard input" if bare and str(path) == "-" else str(path)
     return collect(named, read_rows(path, task, labels=labels, bare=bare, option=option), task, labels)
 
@@ -83,6 +88,8 @@ def read_rows(
     Raises:
         UserError: the file cannot be read, is empty, is not UTF-8, or lacks a column.
     """
+    if quoted is None and _is_own(path, task):
+        return map(_of_texts, read_own_rows(str(path), task, labels, option=option)[0])
     shape = f"{'pair of sentences separated by a tab' if task.is_pair else 'sentence'} per line"
     expected = f"a header and rows, or a {shape}" if bare else "a tab-separated file"
     lines = list(read_lines(path, expected, option=option, pipes=bare))
@@ -108,6 +115,19 @@ def read_rows(
         raise UserError(f"{where}: cannot read the header: {split_quoted(lines[start])[1]}")
     columns = _columns(where, names, task, quoted, labels)
     return _table_rows(names, columns, split_quoted if quoted else _split_plain, lines, start)
+
+
+def _is_own(path: str | Path, task: Task) -> bool:
+    """Whether it is a file of an own task, whose format its name says."""
+    return task.train is not None and is_own_format(str(path))
+
+
+def _of_texts(row: Row) -> Row:
+    """The row with a problem if a text is none."""
+    other = next((text for text in row.texts if not isinstance(text, str)), "")
+    return (
+        row if isinstance(other, str) else row._replace(texts=(), problem=f"expected text, got {name_of_type(other)}")
+    )
 
 
 # Tables ------------------------------------------------------------------------------------------------------------

@@ -7,17 +7,18 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from minbert.data import demo
 from minbert.data.examples import Columns, Examples, collect, row_of_record
 from minbert.data.formats import columns_of, read_file
+from minbert.data.own_tasks import OwnTasks
 from minbert.data.skipped import Skipped
+from minbert.data.source import SPLITS, Source
 from minbert.data.star_reviews import read_reviews
 from minbert.errors import UserError, first_line
 from minbert.tasks import TASKS, Task
 
-SPLITS = ("train", "dev", "test")
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}  # and validation_matched where there are genres
 HUB_LABEL = "label"  # the label column of every task of GLUE on the hub
 ACCEPTED = (
@@ -26,43 +27,22 @@ ACCEPTED = (
 )
 
 
-class Source(Protocol):
-    """Examples of some tasks, in splits train, dev and test."""
-
-    name: str
-
-    def tasks(self) -> list[str]:
-        """Names of the tasks that have a train split."""
-
-    def splits(self, task: Task) -> list[str]:
-        """The splits that `task` has here, in the order train, dev, test."""
-
-    def complete(self, task: Task) -> Task:
-        """The task with its classes, which the training file has if the record does not name them.
-
-        Raises:
-            UserError: they cannot be read.
-        """
-
-    def load(self, task: Task, split: str) -> Examples:
-        """Read one split; train and dev have labels, test may lack them.
-
-        Raises:
-            UserError: the split is missing, or its file is bad.
-        """
-
-
 def open_source(data: str | None, own: Mapping[str, Task] | None = None) -> Source:
-    """The source that `--data` names: a directory, a hub name, or the demo corpus when it is None.
+    """The source that `--data` and a tasks file name.
 
     Args:
-        own: records of a tasks file.
+        data: a directory or a hub name; when None, the own tasks, or the demo corpus without any.
+        own: the records of a tasks file by name; they take the place of the data's tasks of the same name.
 
     Raises:
         UserError: no such directory or hub name, or a directory that holds no known file.
     """
-    if data is None:
-        return DemoSource()
+    if own:
+        return OwnTasks(own) if data is None else WithOwnTasks(_named_source(data), OwnTasks(own))
+    return DemoSource() if data is None else _named_source(data)
+
+
+def _named_source(data: str) -> Source:
     directory = os.path.expanduser(data)
     if os.path.isdir(directory):
         return FolderSource(Path(directory))
@@ -78,7 +58,17 @@ def names_hub(data: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", data)) and not os.path.exists(data)
 
 
-class DemoSource:
+class BuiltInTasks:
+    """A source of built-in tasks, whose classes are known."""
+
+    def complete(self, task: Task) -> Task:
+        return task
+
+    def warnings(self, task: Task) -> list[str]:
+        return []
+
+
+class DemoSource(BuiltInTasks):
     """The built-in corpus."""
 
     name = "the built-in demo corpus"
@@ -89,9 +79,6 @@ class DemoSource:
     def splits(self, task: Task) -> list[str]:
         return list(SPLITS) if task.name in demo.GENERATORS else []
 
-    def complete(self, task: Task) -> Task:
-        return task
-
     def load(self, task: Task, split: str) -> Examples:
         if split not in self.splits(task):
             have = ", ".join(demo.GENERATORS)
@@ -99,7 +86,7 @@ class DemoSource:
         return demo.examples(task.name, split)
 
 
-class FolderSource:
+class FolderSource(BuiltInTasks):
     """A directory with CS224N files, GLUE folders, or both (a task's CS224N file comes first)."""
 
     def __init__(self, directory: Path) -> None:
@@ -114,9 +101,6 @@ class FolderSource:
 
     def splits(self, task: Task) -> list[str]:
         return [split for split in SPLITS if self._find(task, split)]
-
-    def complete(self, task: Task) -> Task:
-        return task
 
     def load(self, task: Task, split: str) -> Examples:
         found = self._find(task, split)
@@ -150,12 +134,41 @@ class WithReviews:
         return ["train"] if task.name == self.task else self._source.splits(task)
 
     def complete(self, task: Task) -> Task:
-        return self._source.complete(task)
+        return task if task.name == self.task else self._source.complete(task)
+
+    def warnings(self, task: Task) -> list[str]:
+        return [] if task.name == self.task else self._source.warnings(task)
 
     def load(self, task: Task, split: str) -> Examples:
         if task.name == self.task and split == "train":
             return read_reviews(self._path, self._per_star, self._seed)
         return self._source.load(task, split)
+
+
+class WithOwnTasks:
+    """A source, and own tasks, which take the place of its tasks of the same name."""
+
+    def __init__(self, source: Source, own: OwnTasks) -> None:
+        self.name = f"{source.name} and {own.name}"
+        self._source, self._own = source, own
+
+    def _of(self, task: Task) -> Source:
+        return self._own if task.name in self._own.tasks() else self._source
+
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys([*self._source.tasks(), *self._own.tasks()]))
+
+    def splits(self, task: Task) -> list[str]:
+        return self._of(task).splits(task)
+
+    def complete(self, task: Task) -> Task:
+        return self._of(task).complete(task)
+
+    def load(self, task: Task, split: str) -> Examples:
+        return self._of(task).load(task, split)
+
+    def warnings(self, task: Task) -> list[str]:
+        return self._of(task).warnings(task)
 
 
 def _candidates(task: Task, split: str) -> list[str]:
@@ -201,7 +214,7 @@ def _without(examples: Examples, others: Examples) -> Examples:
     )
 
 
-class HubSource:
+class HubSource(BuiltInTasks):
     """GLUE on the hub, read by the optional package `datasets`.
 
     Raises:
@@ -232,9 +245,6 @@ class HubSource:
             return []
         names = self._call(self._datasets.get_dataset_split_names, self._tasks[task.name].hub)
         return [split for split in SPLITS if _name_in_glue(task, split, HUB_SPLITS) in names]
-
-    def complete(self, task: Task) -> Task:
-        return task
 
     def load(self, task: Task, split: str) -> Examples:
         if split not in self.splits(task):

@@ -6,7 +6,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +116,11 @@ class Tokenizer:
             raise UserError(f"{source}: {error}") from None
 
     @classmethod
-    def train(cls, texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Learn a lower-casing WordPiece vocabulary; the same texts give the same vocabulary in every process.
 
         Args:
-            texts: of at least one word.
+            texts: of at least one word; read once, one by one.
             vocab_size: maximum number of tokens, 100 or more. Up to half of them are single characters, the commonest
                 ones; a word with another character becomes [UNK].
 

@@ -98,7 +98,8 @@ def build_data(config: TrainConfig, checkpoint: Checkpoint = None) -> TrainingDa
     if config.strict:
         refuse_skipped([row for by_task in skipped.values() for rows in by_task.values() for row in rows])
     if checkpoint is None:
-        texts = [text for e in splits["train"].values() for text in (*e.texts, *(e.pairs or ()))]
+        columns = [column for e in splits["train"].values() for column in (e.texts, e.pairs) if column is not None]
+        texts = (text for column in columns for text in column)
         tokenizer = Tokenizer.train(texts, config.scratch.vocab_size)
     else:
         tokenizer = Tokenizer.from_pretrained(checkpoint)

@@ -115,7 +115,7 @@ def test_a_large_split_stays_small(copy, monkeypatch):
 
             return Examples([each.id for each in many], pairs, pairs if task.is_pair else None, None)
 
-    monkeypatch.setattr("minbert.report.run_report.open_source", lambda data: Source())
+    monkeypatch.setattr(Run, "source", lambda self, config, data=None, tasks_file=None: Source())
     assert write_report(copy).stat().st_size < 2_000_000
 
 

@@ -48,7 +48,8 @@ INFINITE = float("inf")
 RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (  # of values that are given, also by task
     ("at least 1", lambda value: value >= 1, ("epochs", "steps", "batch_size", "threads", "accumulate", "epoch_times")),
     ("at least 1", lambda value: value >= 1, ("reviews_per_star", "max_skipped", "checkpoint_steps", "log_steps")),
-    ("at least 1", lambda value: value >= 1, ("patience",)),
+    ("at least 1", lambda value: value >= 1, ("patience", "fold")),
+    ("at least 2", lambda value: value >= 2, ("folds",)),
     ("at least 4", lambda value: value >= 4, ("max_length",)),
     ("between 0 and 1", lambda value: 0 < value < 1, ("lr", "head_lr", "adam_eps")),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, ("dropout", "head_dropout", "warmup", "label_smoothing")),
@@ -90,6 +91,10 @@ class TrainConfig:
         epochs: passes over the data, each of epoch_length steps.
         steps: stop after this many optimizer steps in all, whatever epochs says.
         patience: stop when the overall dev score has not improved for this many epochs; never when left out.
+        folds: cross-validation: train as many runs, RUN/fold-1 and so on, each with another share of the training
+            examples as its dev split, and write the mean and the deviation of their scores to RUN/folds.md; a dev split
+            of the data is not used.
+        fold: train the run of this fold of --folds alone, from 1, in --out itself.
         batch_size: examples of each task in one step, or a number for each, such as {sst: 2, qqp: 20, sts: 2}.
         lr: peak learning rate; left out, 5e-5 for a pretrained model as wide as BERT-base (growing with the square of
             how much narrower a model is), 1.5e-3 from scratch, and 1e-3 with a frozen encoder.
@@ -177,6 +182,8 @@ class TrainConfig:
     epochs: int = 3
     steps: int | None = None
     patience: int | None = None
+    folds: int | None = None
+    fold: int | None = None
     batch_size: int | dict[str, int] = 32
     lr: float | None = None
     head_lr: float | None = None
@@ -244,6 +251,9 @@ class TrainConfig:
         if isinstance(self.epoch_length, int):
             require(self.epoch_length >= 1, "epoch_length", "smallest, largest, each or at least 1", self.epoch_length)
         require(not (self.resume and self.out is None), "out", "given with --resume: it names the run", None)
+        if self.fold is not None:
+            require(self.folds is not None, "fold", "given with --folds, their number", self.fold)
+            require(self.fold <= (self.folds or 0), "fold", f"between 1 and {self.folds}", self.fold)
         self._check_sampling()
         self._check_tasks()
         self._check_heads()

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     config = run.config()
     console, warnings = Terminal(), Terminal(stderr=True)
     tasks = run_tasks(config, options.tasks)
-    source = run.source(config, options.data, options.tasks_file)
+    source = run.source(config, options.data, options.tasks_file, own_dev=reads_own_data(options, config))
     if (options.data, options.tasks_file) == (None, None) and (config.data is not None or config.own_tasks):
         other = "--tasks-file FILE" if config.data is None else "--data DIR"
         console.print(f"data: {source.name}, which {run.path} names; {other} reads other data")

@@ -21,7 +21,7 @@ from minbert.cli import parse_layers
 from minbert.config import TrainConfig
 from minbert.device import resolve_device
 from minbert.distributed.process_group import ProcessGroup
-from minbert.train import train
+from minbert.train import start
 
 
 def train_all(cases: dict[str, list[str]], size: int, out: Path, device: str = "cpu", backend: str = "") -> None:
@@ -57,7 +57,7 @@ def _rank(rank: int, size: int, port: int, runs: list[list[str]], device: str, b
         for options in runs:
             config = parse_layers("train", TrainConfig, options)
             assert config.precision != "auto", "what it chooses depends on the processor"
-            train(config, Console(quiet=True), group)
+            start(config, Console(quiet=True), group)
     # A thread that is left may want a tensor's memory freed when there is no interpreter any more: that aborts.
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     assert not any("gloo" in name for name in threads), threads

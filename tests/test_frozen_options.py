@@ -27,6 +27,8 @@ OPTIONS = {
         "epochs": 3,
         "steps": None,
         "patience": None,
+        "folds": None,
+        "fold": None,
         "batch_size": 32,
         "lr": None,
         "head_lr": None,

@@ -30,13 +30,13 @@ from minbert.runs.run_directory import Run
 
 # fmt: off
 FIXED = [
-    "tasks", "model", "batch_size", "lr", "head_lr", "layer_decay", "seed", "precision", "mode", "freeze_layers",
-    "surgery", "surgery_reduction", "surgery_groups", "low_memory", "accumulate", "cuda_graphs", "loss_weights",
-    "optimizers", "sampling", "sampling_alpha", "sampling_alpha_end", "sampling_weights", "epoch_length", "epoch_times",
-    "swap_pairs", "reviews_per_star", "heads", "losses", "l2", "label_smoothing", "shared_layer", "pooling",
-    "max_length", "dropout", "head_dropout", "schedule", "warmup", "weight_decay", "adam_eps", "clip_norm",
-    "smart.lambda_s", "smart.epsilon", "smart.sigma", "smart.eta", "smart.steps", "smart.norm", "smart.per",
-    "smart.projection", "smart.relative", "smart.masks", "smart.warmup", "smart.precision", "bregman.mu",
+    "tasks", "model", "folds", "fold", "batch_size", "lr", "head_lr", "layer_decay", "seed", "precision", "mode",
+    "freeze_layers", "surgery", "surgery_reduction", "surgery_groups", "low_memory", "accumulate", "cuda_graphs",
+    "loss_weights", "optimizers", "sampling", "sampling_alpha", "sampling_alpha_end", "sampling_weights",
+    "epoch_length", "epoch_times", "swap_pairs", "reviews_per_star", "heads", "losses", "l2", "label_smoothing",
+    "shared_layer", "pooling", "max_length", "dropout", "head_dropout", "schedule", "warmup", "weight_decay",
+    "adam_eps", "clip_norm", "smart.lambda_s", "smart.epsilon", "smart.sigma", "smart.eta", "smart.steps", "smart.norm",
+    "smart.per", "smart.projection", "smart.relative", "smart.masks", "smart.warmup", "smart.precision", "bregman.mu",
     "bregman.beta", "scratch.vocab_size", "scratch.hidden_size", "scratch.num_hidden_layers",
     "scratch.num_attention_heads", "scratch.intermediate_size",
 ]
@@ -54,6 +54,7 @@ def test_every_option_is_classified():
 CHANGED = {  # another value of each option that is not a number or a flag
     "tasks": ["sst"],
     "model": "elsewhere",
+    "folds": 5,
     "head_lr": 0.5,
     "precision": "fp32",
     "mode": "pretrain",
@@ -76,6 +77,7 @@ CHANGED = {  # another value of each option that is not a number or a flag
     "smart.precision": "same",
 }
 SEVERAL = {  # options that ask for others
+    "fold": {"folds": 5, "fold": 2},
     "optimizers": {"optimizers": "per-task", "sampling": "shuffled", "surgery": "sum"},
     "sampling": {"sampling": "shuffled", "surgery": "sum"},
     "sampling_alpha": {"sampling_alpha": 0.5, "sampling": "proportional", "surgery": "sum"},
@@ -197,7 +199,7 @@ def test_an_epoch_scored_in_its_middle_keeps_its_better_scores(quick, tmp_path):
     options = [*quick, "--epoch-length=3", "--smart.lambda-s=0"]
     totals = iter([0.5, 0.7, 0.6, 0.4])  # of steps 3, 4, 6 and 7
     with (
-        patch("minbert.training.training_run.overall", lambda scores: scores["sst"]["accuracy"]),
+        patch("minbert.training.training_run.overall", lambda scores, tasks: scores["sst"]["accuracy"]),
         patch("minbert.training.training_run.evaluate", lambda *rest: ({"sst": {"accuracy": next(totals)}}, {})),
         patch("minbert.training.training_run.TrainingRun.finish"),
     ):

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from minbert.config import TASKS_FILE, TrainConfig
-from minbert.data import SkippedRow, Source, names_hub, open_source, write_skipped
+from minbert.data import Folds, SkippedRow, Source, names_hub, open_source, write_skipped
 from minbert.errors import UserError
 from minbert.files.atomic import readable, recover, verify, write_atomically, write_json, writing
 from minbert.files.lock import LOCK, locked
@@ -153,7 +153,9 @@ class Run:
         check_links(self.path)
         return TrainConfig.from_yaml(self.path / "config.yaml")
 
-    def source(self, config: TrainConfig, data: str | None = None, tasks_file: str | None = None) -> Source:
+    def source(
+        self, config: TrainConfig, data: str | None = None, tasks_file: str | None = None, *, own_dev: bool = True
+    ) -> Source:
         """The data of the run's tasks.
 
         Data on the hub that only the run names is not fetched: its config.yaml and tasks.yaml may be anyone's.
@@ -161,6 +163,7 @@ class Run:
         Args:
             data: of the built-in tasks; by default what the run's options name.
             tasks_file: names the files of the run's own tasks; by default those of the run's records.
+            own_dev: whether the dev split of a run of a fold is that fold; else the data's own.
 
         Raises:
             UserError: the data cannot be read, or is on the hub and only the run names it.
@@ -182,7 +185,10 @@ class Run:
             if not own:
                 known = ", ".join(config.own_tasks) or "none"
                 raise UserError(f"--tasks-file {tasks_file} has none of the run's own tasks: {known}")
-        return open_source(data if data is not None else config.data, own)
+        source = open_source(data if data is not None else config.data, own)
+        if own_dev and config.folds is not None and config.fold is not None:
+            source = Folds(source, config.folds, config.fold - 1)
+        return source
 
     # Results --------------------------------------------------------------------------------------------------------
 

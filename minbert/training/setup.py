@@ -14,6 +14,7 @@ from minbert.config import TrainConfig, task_groups
 from minbert.data import (
     Encoded,
     Examples,
+    Folds,
     Plan,
     Skipped,
     SkippedRow,
@@ -125,6 +126,10 @@ def open_tasks(config: TrainConfig) -> tuple[Source, list[Task]]:
     """
     own = config.own_tasks
     source = open_source(config.data, own)
+    if config.folds is not None:
+        if config.fold is None:
+            raise UserError(f"--folds {config.folds} is of several runs: minbert.cross_validation; give one's --fold")
+        source = Folds(source, config.folds, config.fold - 1)
     usual = [name for name in DEFAULT_TASKS if name in source.tasks() and name not in own]
     names = config.tasks or [*usual, *own] or source.tasks()
     if config.reviews is not None:

@@ -65,7 +65,8 @@ def test_the_table_has_mean_and_deviation(folds):
         statistics.fmean(summary["dev"]["overall"] for summary in found)
     )
     lines = (folds / "folds.md").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "|  | dev sst accuracy | dev sts pearson | dev overall |"
+    columns = [f"dev {task.name} {metric}" for task in find_tasks(["sst", "sts"]) for metric in task.metrics]
+    assert lines[0] == f"|  | {' | '.join(columns)} | dev overall |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| fold 1", "| fold 2", "| fold 3", "| mean ± deviation"]
     mean = record["dev"]["overall"]
     assert lines[-1].endswith(f"| {mean['mean']:.3f} ± {mean['deviation']:.3f} |")

@@ -113,7 +113,7 @@ def _groups(examples: Examples, strata: np.ndarray) -> tuple[np.ndarray, np.ndar
         both = np.stack([hashes, _hashes(examples.pairs)])
         hashes = both.min(0) * np.uint64(0x9E3779B97F4A7C15) + both.max(0)  # modulo 2^64
     _, groups = np.unique(hashes, return_inverse=True)
-    smallest_first = np.lexsort([np.bincount(strata)[strata], groups])
+    smallest_first = np.lexsort([strata, np.bincount(strata)[strata], groups])
     _, first = np.unique(groups[smallest_first], return_index=True)
     return groups, strata[smallest_first[first]]
 
@@ -182,4 +182,4 @@ def _return_last_of_labels(held: np.ndarray, groups: np.ndarray, label_rows: Seq
     for rows in label_rows:
         of_label = groups[rows]
         if len(rows) and held[of_label].all():
-            held[of_label[0]] = False
+            held[of_label.min()] = False

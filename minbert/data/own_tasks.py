@@ -69,8 +69,12 @@ class OwnTasks:
 
     def load(self, task: Task, split: str) -> Examples:
         if split not in self.splits(task):
-            have = ", ".join(self.splits(task)) or "no split"
-            raise UserError(f"task {task.name} has no {split} split; its record has {have}")
+            if task.name not in self._own:
+                have = _listed(self.tasks())
+                raise UserError(
+                    f"{self.name} has no {split} split of {task.name}; it has {have}; give --data for others"
+                )
+            raise UserError(f"task {task.name} has no {split} split; its record has {' and '.join(self.splits(task))}")
         record = self._own[task.name]
         share = record.dev if isinstance(record.dev, float) and task.dev is not None else None
         if split == "dev" and isinstance(record.dev, float):
@@ -180,7 +184,9 @@ def _unused_scale(task: Task, rows: OwnRows, labels: np.ndarray) -> list[str]:
 
 
 def _shown(label: object) -> str:
-    return _listed([short(each) for each in label]) or "none" if isinstance(label, list) else short(label)
+    if isinstance(label, list):
+        return _listed([short(each) for each in label]) or "none"
+    return f"{label:g}" if isinstance(label, float) else short(label)
 
 
 def _counted_classes(classes: Sequence[object]) -> str:

@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import yaml
-
 from minbert import kernels
 from minbert.errors import UserError, dashed, did_you_mean, one_line
-from minbert.files.json_yaml import parse_yaml, read_yaml
+from minbert.files.json_yaml import dump_yaml, parse_yaml, read_yaml
 from minbert.files.schema_checks import checked, described, types_of_fields, without_format
 from minbert.methods.surgery import names_code
 from minbert.recipes import recipe
@@ -237,7 +235,7 @@ def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -
         )
     built = parser.build(config, values)
     if values.get("print_config"):
-        print(yaml.safe_dump(dataclasses.asdict(built), sort_keys=False), end="")  # type: ignore[call-overload]
+        print(dump_yaml(dataclasses.asdict(built)), end="")  # type: ignore[call-overload]
         raise SystemExit(0)
     return built
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from minbert.errors import UserError, dashed, require, require_known
-from minbert.files.json_yaml import read_yaml
+from minbert.files.json_yaml import dump_yaml, read_yaml
 from minbert.files.schema_checks import FORMAT, build, without_format
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import check_surgery, needs_task_gradients
@@ -361,7 +359,7 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump({"format": FORMAT, **dataclasses.asdict(self)}, sort_keys=False)
+        return dump_yaml({"format": FORMAT, **dataclasses.asdict(self)})
 
     @classmethod
     def from_yaml(cls, path: Path) -> TrainConfig:

@@ -165,7 +165,8 @@ class Task:
     @property
     def num_outputs(self) -> int:
         """Outputs of a head for one example: a logit of each class, one logit, or one score."""
-        return self.num_classes if self.loss == "cross_entropy" or self.is_multilabel else 1
+        classes = self.num_classes
+        return classes if self.loss == "cross_entropy" or self.is_multilabel else 1
 
     @property
     def names_of_classes(self) -> tuple[str, ...]:

@@ -11,10 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from minbert.errors import UserError, one_line, require_known
-from minbert.files.json_yaml import OPTIONS_LIMIT, parse_yaml, read_text, short, yaml_lines
+from minbert.files.json_yaml import OPTIONS_LIMIT, dump_yaml, parse_yaml, read_text, short, yaml_lines
 from minbert.files.schema_checks import build, without_format
 from minbert.tasks.task import METRICS_OF, Course, Glue, Label, Task
 
@@ -236,7 +234,7 @@ def tasks_to_yaml(tasks: Mapping[str, Task]) -> str:
         if task.is_regression:
             record["scale"] = list(task.scale)
         records[name] = record
-    return yaml.safe_dump({"format": 1, "tasks": records}, sort_keys=False, allow_unicode=True)
+    return dump_yaml({"format": 1, "tasks": records})
 
 
 def shown(text: object) -> str:

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from minbert.errors import UserError
-from minbert.files.json_yaml import parse_json, parse_object, parse_yaml, read_bytes, read_json, read_json_lines
+from minbert.files.json_yaml import (
+    dump_yaml,
+    parse_json,
+    parse_object,
+    parse_yaml,
+    read_bytes,
+    read_json,
+    read_json_lines,
+)
 
 
 @pytest.mark.parametrize(
@@ -89,3 +99,17 @@ def test_data_may_hold_numbers_and_texts_that_files_of_a_run_may_not():
     assert str(parse_object(text, strict=False)) == str({"a": float("nan"), "b": float("inf"), "c": "\ud800"})
     with pytest.raises(ValueError, match="not JSON: NaN is no JSON number"):
         parse_object(text)
+
+
+@given(
+    st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()),
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)),
+        max_leaves=8,
+    )
+)
+@settings(deadline=None)
+@example("1e5")  # a number to parse_yaml, as YAML 1.2 has it, and a text to YAML 1.1
+@example({"0E0": ["2020-01-01", "=", "<<", "yes", "0x1F", "1_000", "12:30"]})
+def test_what_dump_yaml_writes_is_what_parse_yaml_reads(value):
+    assert parse_yaml(dump_yaml(value)) == value

@@ -82,7 +82,7 @@ def test_the_code_of_a_section_runs(page, title, code, tmp_path, monkeypatch):
 
 # Paths, names and options -------------------------------------------------------------------------------------------
 
-OF_USERS = {"inverse_norms.py", "small.yaml"}  # files that the pages let a reader write
+OF_USERS = {"inverse_norms.py", "small.yaml", "tasks.yaml", "make_data.py"}  # files that the pages let a reader write
 OLD = re.compile(r"^ *\| [^|]*\|", re.MULTILINE)  # the first cell of a row: what it was before
 
 
@@ -218,7 +218,7 @@ def test_a_run_writes_what_the_page_says(course_data, tmp_path):
     with drawing():
         assert train.main([*quick_options(data, out), "--bregman.mu=0.1"]) == 0
     names = {path.name + "/" * path.is_dir() for path in out.iterdir()}
-    assert names | {".lock", "tensorboard/"} == {*files()}
+    assert names | {".lock", "tensorboard/", "tasks.yaml"} == {*files()}
     written: dict[str, set[str]] = {
         name: {key for line in lines(out / name) for key in line} for name in ("metrics.jsonl", "skipped.jsonl")
     }

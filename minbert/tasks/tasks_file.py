@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minbert.errors import UserError, one_line, require_known
-from minbert.files.json_yaml import OPTIONS_LIMIT, dump_yaml, parse_yaml, read_text, short, yaml_lines
+from minbert.files.json_yaml import dump_yaml, parse_yaml, read_text, short, yaml_lines
 from minbert.files.schema_checks import build, without_format
 from minbert.tasks.task import METRICS_OF, Course, Glue, Label, Task
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 LONGEST_NAME = 64
 MOST_CLASSES = 10_000
+LIMIT = 2**22  # bytes of a tasks file, which may list classes
 HUB = "hub:"
 REMEDY = "give a file of task records (docs/own-tasks.md)"
 OF_TYPE: dict[str, tuple[str, ...]] = {  # keys that only some types have
@@ -78,7 +79,7 @@ def read_tasks(path: str | Path) -> dict[str, Task]:
 
 @lru_cache(maxsize=32)  # a TrainConfig reads its file each time one is made
 def _cached(path: Path, shown: str, version: tuple[int, int]) -> dict[str, Task]:
-    return parse_tasks(read_text(path, OPTIONS_LIMIT, REMEDY), shown, path.parent)
+    return parse_tasks(read_text(path, LIMIT, REMEDY), shown, path.parent)
 
 
 def parse_tasks(text: str, where: str, directory: Path, *, built_in: bool = False) -> dict[str, Task]:

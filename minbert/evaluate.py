@@ -71,8 +71,8 @@ def main(arguments: Sequence[str]) -> int:
     tasks = run_tasks(config, options.tasks)
     source = run.source(config, options.data, options.tasks_file, own_dev=reads_own_data(options, config))
     if (options.data, options.tasks_file) == (None, None) and (config.data is not None or config.own_tasks):
-        other = "--tasks-file FILE" if config.data is None else "--data DIR"
-        console.print(f"data: {source.name}, which {run.path} names; {other} reads other data")
+        named, other = ("tasks.yaml", "--tasks-file FILE") if config.data is None else ("config.yaml", "--data DIR")
+        console.print(f"data: {source.name}, which {run.path}/{named} names; {other} reads other data")
     present = [task for task in tasks if options.split in source.splits(task)]
     if not present:
         names = ", ".join(task.name for task in tasks)
@@ -107,7 +107,9 @@ def main(arguments: Sequence[str]) -> int:
     if scores:
         console.print(score_table(f"{source.name}", [(options.split, scores, overall(scores, present))]))
     for task in present:
-        path = write_predictions(directory, task, options.split, encoded[task.name], outputs[task.name])
+        path = write_predictions(
+            directory, model.tasks[task.name], options.split, encoded[task.name], outputs[task.name]
+        )
         count, num_skipped = len(encoded[task.name]), len(examples[task.name].skipped)
         notes = [f"{num_skipped} of {count + num_skipped} rows left out"] if num_skipped else []
         notes += [] if task.name in scores else [f"no labels in this split, so no {task.metric}"]

@@ -18,10 +18,10 @@ from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.files.atomic import readable, verify
 from minbert.model import Encoder, MultitaskModel, load_heads
-from minbert.runs.checkpoint import check_fits
+from minbert.runs.checkpoint import check_fits, load_tasks
 from minbert.runs.scores import Scores
 from minbert.tasks import Task
-from minbert.tasks.metrics import predictions, probabilities, score
+from minbert.tasks.metrics import predictions, probabilities, score, with_thresholds
 
 TOKENS_PER_BATCH = 8192
 
@@ -57,16 +57,25 @@ def evaluate(
     encoded: Mapping[str, Encoded],
     device: torch.device,
     group: ProcessGroup | None = None,
+    *,
+    choose_thresholds: bool = False,
 ) -> tuple[Scores, dict[str, np.ndarray]]:
-    """Scores and head outputs of every task; a task without labels has outputs only."""
+    """Scores and head outputs of every task; a task without labels has outputs only.
+
+    Args:
+        choose_thresholds: choose those of multi-label tasks by these examples, and keep them in the model's tasks.
+    """
     scores: Scores = {}
     outputs = {}
     for task in tasks:
         examples = encoded[task.name]
         outputs[task.name] = head_outputs(model, task, examples, device, group)
         if examples.labels is not None:
-            predicted = predictions(task, outputs[task.name])
-            scores[task.name] = score(task, predicted, examples.labels, probabilities(task, outputs[task.name]))
+            own = model.tasks[task.name]
+            if choose_thresholds:
+                own = model.tasks[task.name] = with_thresholds(own, outputs[task.name], examples.labels)
+            predicted = predictions(own, outputs[task.name])
+            scores[task.name] = score(own, predicted, examples.labels, probabilities(own, outputs[task.name]))
     return scores, outputs
 
 
@@ -79,7 +88,7 @@ def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[M
     path = readable(path)
     verify(path)
     encoder, tokenizer = Encoder.from_pretrained(path), Tokenizer.from_pretrained(path)
-    tasks = config.chosen_tasks(config.tasks or [])
+    tasks = load_tasks(path, config.chosen_tasks(config.tasks or []))
     check_fits(encoder.config, tokenizer, tasks, config.max_length, path)
     encoder.compute_dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
     model = MultitaskModel(encoder, tasks, pooling=config.pooling, shared_layer=config.shared_layer)

@@ -17,12 +17,11 @@ from minbert.inference import choose_kernels, head_outputs, load_model, run_task
 from minbert.model import pair_encoding
 from minbert.runs.predictions import format_predictions
 from minbert.runs.run_directory import Run
-from minbert.tasks.metrics import predictions
 
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Predict one task for a file of sentences, in the course's format (`id , prediction`).
+    """Predict one task for a file of texts: CSV with id, prediction and probabilities.
 
     Args:
         run: run directory.
@@ -65,8 +64,8 @@ def main(arguments: Sequence[str]) -> int:
     encoded = encode(examples, tokenizer, limit, pair_encoding=pair_encoding(task))
     for line in encoded.warnings(limit):
         console.print(f"warning: {line}")
-    predicted = predictions(task, head_outputs(model, task, encoded, device))
-    text = "".join(format_predictions(task, encoded.ids, predicted))
+    outputs = head_outputs(model, task, encoded, device)
+    text = "".join(format_predictions(model.tasks[task.name], encoded.ids, outputs))
     if options.skipped is not None:
         with writing(Path(options.skipped), "choose another --skipped"):
             write_skipped(Path(options.skipped), skipped_rows("input", task.name, examples.skipped))

@@ -161,6 +161,7 @@ def test_the_c_plus_plus_is_that_of_the_repository():
             assert line.strip() in sources, line
 
 
+OWN_TASKS = ("topic", "satisfaction", "tags")  # of docs/own-tasks.md
 OTHERS = {  # options of other programs, and of those in bench/ and tests/
     *("--dist", "--durations", "--benchmark-only", "--nproc-per-node", "--max-restarts"),
     *("--count", "--seed", "--only", "--text", "--estimates", "--dry-run", "--help"),
@@ -171,7 +172,7 @@ OTHERS = {  # options of other programs, and of those in bench/ and tests/
 def test_every_option_exists(page):
     commands = (TrainConfig, FileOptions, EvaluateConfig, PredictConfig, AugmentConfig, ReproduceConfig, ReportConfig)
     options = {name for command in commands for name, _ in options_of(command)}
-    by_task = {f"{name}.{task}" for name in BY_TASK for task in (*TASKS, "TASK")}
+    by_task = {f"{name}.{task}" for name in BY_TASK for task in (*TASKS, *OWN_TASKS, "TASK")}
     known = {dashed(name) for name in options | by_task} | OTHERS
     written = re.findall(r"(?<![\w-])--[a-z][a-zA-Z0-9.-]*\w", prose(page))
     assert sorted({option.rstrip(".") for option in written} - known) == []

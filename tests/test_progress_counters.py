@@ -9,6 +9,7 @@ import pytest
 
 from minbert.errors import UserError
 from minbert.runs.progress_counters import DevScores, EpochSums, Progress, load_progress
+from minbert.tasks import TASKS
 
 KEYS = [
     *("format", "step", "examples", "seconds", "skipped", "skipped_in_a_row", "smart_warned", "data"),
@@ -24,7 +25,7 @@ def score(value: float) -> dict[str, dict[str, float]]:
 def test_the_file_has_the_fields_of_all_records_and_is_read_back(tmp_path):
     progress = Progress(step=7, examples=56, seconds=1.5, data={"sst": "abc"})
     progress.epoch_sums.add({"sst": 2.0, "sts": 1.0}, 0.25, {"sst/sts": -0.5})
-    progress.scores.add(1, score(0.5))
+    progress.scores.add(1, score(0.5), [TASKS["sst"]])
     (tmp_path / "progress.json").write_text(json.dumps(progress.to_json()))
     assert list(progress.to_json()) == KEYS
     assert load_progress(tmp_path) == progress
@@ -48,9 +49,9 @@ def test_sums_become_means_over_the_steps_of_each_task():
 
 def test_an_epoch_keeps_its_better_scores_and_the_first_best_epoch_stays():
     scores = DevScores()
-    assert [scores.add(epoch, score(value)) for epoch, value in ((1, 0.5), (2, 0.7), (2, 0.6), (3, 0.7))] == [
-        *(True, True, False, False)
-    ]
+    assert [
+        scores.add(epoch, score(value), [TASKS["sst"]]) for epoch, value in ((1, 0.5), (2, 0.7), (2, 0.6), (3, 0.7))
+    ] == [*(True, True, False, False)]
     assert scores == DevScores([score(0.5), score(0.7), score(0.7)], 2, 0.7)
 
 

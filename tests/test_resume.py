@@ -200,7 +200,7 @@ def test_an_epoch_scored_in_its_middle_keeps_its_better_scores(quick, tmp_path):
     totals = iter([0.5, 0.7, 0.6, 0.4])  # of steps 3, 4, 6 and 7
     with (
         patch("minbert.training.training_run.overall", lambda scores, tasks: scores["sst"]["accuracy"]),
-        patch("minbert.training.training_run.evaluate", lambda *rest: ({"sst": {"accuracy": next(totals)}}, {})),
+        patch("minbert.training.training_run.evaluate", lambda *_, **kw: ({"sst": {"accuracy": next(totals)}}, {})),
         patch("minbert.training.training_run.TrainingRun.finish"),
     ):
         assert train.main([*options, "--steps=4"]) == 0

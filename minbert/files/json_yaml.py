@@ -209,7 +209,7 @@ for _class in (_Loader, _Dumper):
 
 def dump_yaml(value: Any) -> str:
     """A value as a YAML text, which `parse_yaml` reads as an equal value."""
-    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
     return text
 
 

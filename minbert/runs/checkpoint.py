@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minbert.config import TASKS_FILE
 from minbert.data.tokenizer import SHORTEST, Tokenizer
 from minbert.distributed.sharded_parameters import OptimizerState
 from minbert.errors import UserError
-from minbert.files.atomic import write_directory, write_json, write_tensors, writing
-from minbert.files.json_yaml import short
+from minbert.files.atomic import write_directory, write_json, write_tensors, write_text, writing
+from minbert.files.json_yaml import read_text, short
 from minbert.methods.surgery import Surgery
 from minbert.model import HEADS, EncoderConfig, MultitaskModel, pair_encoding, save_heads
 from minbert.model.weights import fitting, open_safetensors
 from minbert.runs.progress_counters import Progress
-from minbert.tasks import Task
+from minbert.tasks import Task, parse_tasks, tasks_to_yaml
+from minbert.tasks.tasks_file import LIMIT
 
 ENTRIES = ("step", "exp_avg", "exp_avg_sq", "average")  # of an optimizer's state for a parameter, perhaps with @NAME
 
@@ -53,10 +56,36 @@ def save(
         for surgery in surgeries:
             if surgery.weighting is not None:
                 surgery.weighting.save(directory)
+        write_text(directory / TASKS_FILE, tasks_to_yaml(_without_files(model.tasks)))
         write_json(directory / "progress.json", progress.to_json())
 
     with writing(path, "free some space and run the same command with --resume"):
         write_directory(path, fill)
+
+
+def _without_files(tasks: Mapping[str, Task]) -> dict[str, Task]:
+    """The tasks' records as a checkpoint has them: it may go where their data is not."""
+    return {name: replace(task, train=None, dev=None, test=None) for name, task in tasks.items()}
+
+
+def load_tasks(path: Path, tasks: Sequence[Task]) -> list[Task]:
+    """The tasks with the classes, heads, losses and thresholds that a checkpoint has for them.
+
+    A checkpoint of minbert 0.1.0 has none: its tasks are the built-in ones.
+
+    Raises:
+        UserError: its tasks.yaml is damaged, or lacks a task whose classes are not known.
+    """
+    file = path / TASKS_FILE
+    saved = {}
+    if file.exists():
+        remedy = "restore it from a copy, or use another checkpoint"
+        saved = parse_tasks(read_text(file, LIMIT, remedy), str(file), path, built_in=True)
+    for task in tasks:
+        if task.name not in saved and not task.is_regression and task.classes is None:
+            raise UserError(f"{path} does not have the classes of {task.name}; restore its {TASKS_FILE}")
+    names = ("classes", "head", "loss", "thresholds")
+    return [replace(task, **{name: getattr(saved.get(task.name, task), name) for name in names}) for task in tasks]
 
 
 def check_fits(

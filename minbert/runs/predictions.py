@@ -1,11 +1,18 @@
-"""Predictions: TASK-SPLIT-output.csv in the course's format, and TASK-SPLIT.jsonl with labels and probabilities."""
+"""Predictions: TASK-SPLIT-output.csv, and TASK-SPLIT.jsonl with labels, probabilities and lengths.
+
+A task of the CS224N project has its output.csv in the project's format; every other task has CSV (RFC 4180).
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,18 +23,36 @@ from minbert.files.json_yaml import read_json_lines
 from minbert.files.schema_checks import build
 from minbert.runs.scores import expect
 from minbert.tasks import Task
+from minbert.tasks.labels import LabelEncoder, decode_labels
 from minbert.tasks.metrics import predictions, probabilities
+
+Label = bool | int | float | str
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run predicts for one example."""
+    """What a run predicts for one example.
+
+    The file has labels of the user's; `read_predictions` gives the index of a class, a score on the user's scale, or
+    for a multi-label task 0 or 1 for each class.
+    """
 
     id: str
-    predicted: int | float
+    predicted: Any  # Label, or a list of them
     tokens: int  # that the model read
-    label: float | None = None
+    label: Any = None
     probabilities: list[float] | None = None  # of each class; None for a task without classes
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A `Prediction` as the file has it."""
+
+    id: str
+    predicted: Label | list[Label]
+    tokens: int
+    label: Label | list[Label] | None = None
+    probabilities: list[float] | None = None
 
 
 def write_predictions(directory: Path, task: Task, split: str, examples: Encoded, outputs: np.ndarray) -> Path:
@@ -45,15 +70,47 @@ def write_predictions(directory: Path, task: Task, split: str, examples: Encoded
     path = directory / f"{stem_of(task)}-{split}-output.csv"
     with writing(path, "free some space and run minbert.evaluate"):
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(format_predictions(task, examples.ids, predictions(task, outputs))))
+        write_atomically(path, "".join(format_predictions(task, examples.ids, outputs)))
         write_atomically(_details(directory, task, split), "".join(_format_details(task, examples, outputs)))
     return path
 
 
-def format_predictions(task: Task, ids: Sequence[str], predicted: np.ndarray) -> list[str]:
-    """Lines in the course's format: a header, then `id , prediction`."""
-    lines = [f"{identifier} , {value} \n" for identifier, value in zip(ids, predicted.tolist(), strict=True)]
-    return [f"id \t {task.course.column if task.course else task.label} \n", *lines]
+def format_predictions(task: Task, ids: Sequence[str], outputs: np.ndarray) -> Iterator[str]:
+    """The lines of an output.csv: a header, then id and prediction, and if it is CSV each class's probability.
+
+    Args:
+        outputs: the head's for every example, [n, C] or [n].
+    """
+    labels = decode_labels(task, predictions(task, outputs))
+    if task.course is not None:
+        yield f"id \t {task.course.column} \n"
+        yield from (f"{identifier} , {label} \n" for identifier, label in zip(ids, labels, strict=True))
+        return
+    classes = probabilities(task, outputs)
+    columns = [] if classes is None else [f"probability of {_text(label)}" for label in task.classes or ()]
+    yield _csv_line(["id", "prediction", *columns])
+    for number, (identifier, label) in enumerate(zip(ids, labels, strict=True)):
+        values = [] if classes is None else [f"{value:.6f}" for value in classes[number]]
+        yield _csv_line([identifier, _field(task, label), *values])
+
+
+def _csv_line(fields: Sequence[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(fields)
+    return line.getvalue()
+
+
+def _field(task: Task, label: Label | list[Label]) -> str:
+    """A label as a field; several ones joined by the separator, or as a JSON list where a class contains it."""
+    if not isinstance(label, list):
+        return _text(label)
+    if any(task.separator in _text(each) for each in task.classes or ()):
+        return json.dumps(label, ensure_ascii=False)
+    return task.separator.join(map(_text, label))
+
+
+def _text(label: Label) -> str:
+    return str(label).lower() if isinstance(label, bool) else str(label)
 
 
 def stem_of(task: Task) -> str:
@@ -66,15 +123,23 @@ def _details(directory: Path, task: Task, split: str) -> Path:
 
 
 def _format_details(task: Task, examples: Encoded, outputs: np.ndarray) -> Iterator[str]:
-    """A `Prediction` as a line of JSON for every example, without the fields that are None."""
-    rows = {"id": examples.ids, "predicted": predictions(task, outputs).tolist(), "tokens": examples.lengths.tolist()}
+    """A line of JSON for every example, without the fields that are None."""
+    predicted = decode_labels(task, predictions(task, outputs))
+    rows: dict[str, Sequence[Any]] = {"id": examples.ids, "predicted": predicted, "tokens": examples.lengths.tolist()}
     if examples.labels is not None:
-        rows["label"] = examples.labels.astype(np.float64).round(4).tolist()
+        labels = decode_labels(task, examples.labels)
+        rows["label"] = [round(label, _decimals(task)) for label in labels] if task.is_regression else labels
     classes = probabilities(task, outputs)
     if classes is not None:
         rows["probabilities"] = classes.round(6).tolist()
     for values in zip(*rows.values(), strict=True):
         yield json.dumps(dict(zip(rows, values, strict=True))) + "\n"
+
+
+def _decimals(task: Task) -> int:
+    """Decimals of a score that float32 keeps: four of a scale such as 0 to 5, more of a smaller one."""
+    low, high = task.scale
+    return max(0, 4 - math.floor(math.log10(high - low)))
 
 
 def read_predictions(directory: Path, task: Task, split: str, remedy: str) -> list[Prediction] | None:
@@ -86,25 +151,38 @@ def read_predictions(directory: Path, task: Task, split: str, remedy: str) -> li
     path = _details(directory, task, split)
     if not path.exists():
         return None
-    found = []
+    found, encode = [], LabelEncoder(task)
     for number, line in read_json_lines(path, remedy):
         try:
             if isinstance(line, ValueError):
                 raise line
-            found.append(_checked(build(Prediction, line, task.name), task))
+            found.append(_checked(build(_Line, line, task.name), task, encode))
         except (ValueError, UserError) as error:
             raise UserError(f"{path} is damaged (line {number}: {error}); {remedy}") from None
     return found
 
 
-def _checked(found: Prediction, task: Task) -> Prediction:
-    expect(found.tokens >= 0, "tokens", "0 or more", found.tokens)
-    for name, value in (("predicted", found.predicted), ("label", found.label)):
-        if value is not None and not task.is_regression:
-            expect(value in range(task.max_label + 1), name, f"a class from 0 to {task.max_label}", value)
-    expect(found.label is None or 0 <= found.label <= task.max_label, "label", f"0 to {task.max_label}", found.label)
-    classes = found.probabilities
+def _checked(line: _Line, task: Task, encode: LabelEncoder) -> Prediction:
+    expect(line.tokens >= 0, "tokens", "0 or more", line.tokens)
+    predicted, label = (_read_label(getattr(line, name), name, task, encode) for name in ("predicted", "label"))
+    expect(predicted is not None, "predicted", "a label", None)
+    if task.is_regression and label is not None:
+        low, high = task.scale
+        expect(low <= label <= high, "label", f"{low:g} to {high:g}", label)
+    classes = line.probabilities
     if classes is not None:
-        fits = not task.is_regression and len(classes) == task.max_label + 1 and all(0 <= each <= 1 for each in classes)
-        expect(fits, "probabilities", f"{task.max_label + 1} shares", classes)
-    return found
+        fits = not task.is_regression and len(classes) == task.num_classes and all(0 <= each <= 1 for each in classes)
+        expect(fits, "probabilities", f"{task.num_classes} shares", classes)
+    return Prediction(line.id, predicted, line.tokens, label, classes)
+
+
+def _read_label(value: Any, name: str, task: Task, encode: LabelEncoder) -> Any:
+    """A label of the file as `Prediction` has it; None for none."""
+    if value is None:
+        return None
+    if task.is_regression:
+        expect(isinstance(value, int | float) and not isinstance(value, bool), name, "a number", value)
+        return value
+    expect(isinstance(value, list) == task.is_multilabel, name, "a list" if task.is_multilabel else "a label", value)
+    found = encode(value)
+    return [int(each) for each in found] if isinstance(found, list) else int(found)

@@ -88,7 +88,8 @@ def parse_tasks(text: str, where: str, directory: Path, *, built_in: bool = Fals
     Args:
         where: the file's name for messages.
         directory: what relative paths in it are relative to.
-        built_in: whether the fields of built-in tasks are allowed.
+        built_in: whether it is minbert's own file, of built-in tasks or of a checkpoint: the fields of built-in tasks
+            are allowed, and a record needs no files.
 
     Raises:
         UserError: the text is not YAML, or a record is wrong.
@@ -116,7 +117,7 @@ def parse_tasks(text: str, where: str, directory: Path, *, built_in: bool = Fals
                 build(Record, {**_least(record), key: record[key]}, f"task {name}")
         with _located(where, lines, "tasks", name):
             built = build(Record, record, f"task {name}")
-        tasks[name] = _task(name, built, where, lines, directory)
+        tasks[name] = _task(name, built, where, lines, directory, built_in)
     return tasks
 
 
@@ -143,7 +144,9 @@ def _check_name(name: object) -> None:
         )
 
 
-def _task(name: str, record: Record, where: str, lines: Mapping[tuple[object, ...], int], directory: Path) -> Task:
+def _task(
+    name: str, record: Record, where: str, lines: Mapping[tuple[object, ...], int], directory: Path, built_in: bool
+) -> Task:
     """The checked task of a record."""
 
     def check(key: str, ok: bool, expected: str, got: object) -> None:
@@ -189,7 +192,7 @@ def _task(name: str, record: Record, where: str, lines: Mapping[tuple[object, ..
             known = classes is None or key in map(str, classes)
             check("class_weights", known, f"a weight for any of {_listed(classes)}", short(key))
             check("class_weights", 0 < weight < float("inf"), "weights above 0", f"{weight:g} for {short(key)}")
-    if not (record.course or record.glue):
+    if not built_in:
         check("train", bool(record.train), "a file, or hub:NAME/CONFIG/SPLIT", "nothing")
         check("dev", record.dev not in (None, ""), "a file, or a share of train such as 0.1", "nothing")
     if isinstance(record.dev, float):

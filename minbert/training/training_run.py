@@ -88,6 +88,7 @@ class TrainingRun:
         progress.data = data
         self.progress, trainer = progress, self.trainer
         load_heads(trainer.model, last / "heads.safetensors")
+        trainer.model.tasks = {task.name: task for task in checkpoint.load_tasks(last, self.data.tasks)}
         trainer.optimizer.load(trainer.parameters.shard_state(checkpoint.load_state(last, trainer.model)))
         for surgery in trainer.surgeries:
             if surgery.weighting is not None:
@@ -155,7 +156,9 @@ class TrainingRun:
         evaluated = [task for task in data.tasks if task.name in dev]
         try:
             with stop.deferred(self.group.world_size > 1):  # several processes stop together, after a step
-                scores, _ = evaluate(self.trainer.model, evaluated, dev, self.group.device, self.group)
+                scores, _ = evaluate(
+                    self.trainer.model, evaluated, dev, self.group.device, self.group, choose_thresholds=True
+                )
         except Stopped:
             self.save(directory.last)
             raise
@@ -210,7 +213,8 @@ class TrainingRun:
             scores[split], outputs = evaluate(model, present, encoded, group.device, group)
             for task in present if group.is_main else ():
                 name = task.name
-                write_predictions(directory.predictions_directory(), task, split, encoded[name], outputs[name])
+                own = model.tasks[name]  # with its thresholds
+                write_predictions(directory.predictions_directory(), own, split, encoded[name], outputs[name])
         if not group.is_main:
             return {}
         with writing(directory.path / "plots", RESUME):

@@ -173,5 +173,7 @@ def test_what_a_run_writes_is_what_it_reads(tmp_path_factory, text, label, class
 def test_the_built_in_tasks_are_records_of_the_same_kind(tmp_path):
     """Without what only they have, they can stand in a tasks file."""
     for task in TASKS.values():
-        plain = dataclasses.replace(task, train="/x", dev="/y", in_overall=True, evaluated=True, course=None, glue=None)
+        plain = dataclasses.replace(
+            task, train="/x", dev="/y", in_overall=True, evaluated=True, course=None, glue=None, head_of=""
+        )
         assert parse_tasks(tasks_to_yaml({task.name: plain}), "x", tmp_path) == {task.name: plain}

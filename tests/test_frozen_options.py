@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 
-from minbert import augment, evaluate, predict, reproduce
+from minbert import augment, describe_tasks, evaluate, predict, reproduce
 from minbert.cli import options_of
 from minbert.config import TrainConfig
 from minbert.report.__main__ import ReportConfig
@@ -118,6 +118,12 @@ OPTIONS = {
         "strict": False,
         "checkpoint": "best",
         "device": "auto",
+    },
+    describe_tasks.TasksConfig: {
+        "file": REQUIRED,
+        "tasks": None,
+        "model": None,
+        "max_length": 512,
     },
     ReportConfig: {
         "run": REQUIRED,

@@ -65,7 +65,8 @@ def at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def room(name: str) -> str:
-    return name.partition(".")[2].partition(".")[0]
+    """The room of a module; the entry of `python -m PACKAGE` is a command, wherever its package is."""
+    return "__main__" if name.endswith(".__main__") else name.partition(".")[2].partition(".")[0]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

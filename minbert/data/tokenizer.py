@@ -190,6 +190,11 @@ class Tokenizer:
         types = np.repeat(np.tile(np.array([0, 1], np.uint8), len(texts)), segments.ravel())
         return np.array(ids, np.int32), types, segments.sum(1), truncated
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The tokens with these ids as a text, special tokens among them; the pieces of a word are joined."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
+        return text
+
     def token_type_ids(self, ids: Sequence[int]) -> list[int]:
         """Token types of an encoded text or pair: 0 up to the first [SEP], 1 after it."""
         boundary = ids.index(self.sep_id) + 1 if self.sep_id in ids else len(ids)

@@ -12,7 +12,7 @@ from minbert.data.examples import Row
 from minbert.data.line_reader import LONGEST_LINE
 from minbert.data.own_columns import Found, OwnFile, find_columns
 from minbert.errors import UserError
-from minbert.files.json_yaml import parse_object
+from minbert.files.json_yaml import is_unicode, parse_object
 
 NUL = "\udc00"  # stands for a NUL character, which Python 3.10's csv does not read; no UTF-8 text holds it
 DELIMITERS = (",", ";", "\t", "|")
@@ -58,10 +58,10 @@ def csv_rows(file: OwnFile) -> Iterator[Row]:
 
 
 def tsv_rows(file: OwnFile) -> Iterator[Row]:
-    """The rows of a TSV file: quoted as in CSV if the whole file can be read so, else quotes are text.
+    """The rows of a TSV file: with quoted fields as in CSV if it can be read so, else quotes are text.
 
     Raises:
-        UserError: the header lacks a column.
+        UserError: the header lacks a column, or a quote is unbalanced in a file of quoted fields.
     """
     quoted = _is_quoted(file)
     with opened(file, newline="" if quoted else "\n") as text, _long_fields():
@@ -88,14 +88,31 @@ def _plain_records(file: OwnFile, text: TextIO) -> Iterator[tuple[int, list[str]
 
 
 def _is_quoted(file: OwnFile) -> bool:
-    """Whether a TSV file quotes fields: all its rows have the header's number of fields when read as CSV."""
+    """Whether a TSV file quotes fields.
+
+    It does if it can be read as CSV, with no more rows of another number of fields than the header's. It also does if
+    half its rows have a field between quotes; one that cannot be read as CSV has an unbalanced quote then.
+    """
+    with opened(file, newline="\n") as text:
+        plain_others, rows, wrapped = _other_widths(fields for _, fields in _plain_records(file, text))
     with opened(file, newline="") as text, _long_fields():
         try:
-            records = (fields for fields in csv.reader(lines_of(file, text), delimiter="\t", strict=True) if fields)
-            width = len(next(records, []))
-            return all(len(fields) == width for fields in records)
-        except csv.Error:
-            return False
+            others, _, _ = _other_widths(fields for _, fields in _records(file, text, "\t"))
+        except UserError:
+            return 2 * wrapped >= rows
+        return others <= plain_others
+
+
+def _other_widths(records: Iterator[list[str]]) -> tuple[int, int, int]:
+    """Rows of another number of fields than the first; all rows; rows with a field between quotes."""
+    others = rows = wrapped = width = 0
+    for fields in records:
+        if fields:
+            rows += 1
+            width = width or len(fields)
+            others += len(fields) != width
+            wrapped += any(len(field) > 1 and field[0] == field[-1] == '"' for field in fields)
+    return others, rows, wrapped
 
 
 @contextmanager
@@ -130,7 +147,10 @@ def _rows(file: OwnFile, records: Iterator[tuple[int, list[str]]], delimiter: st
             )
         else:
             found = fields[identity].strip() if identity is not None and identity < len(fields) else ""
-            yield Row(line, str(number), found, problem=f"expected {width} fields, found {len(fields)}")
+            problem = f"expected {width} fields, found {len(fields)}"
+            if len(fields) > width and delimiter != "\t":
+                problem += f"; a text with {delimiter!r} in it needs quotes"
+            yield Row(line, str(number), found, problem=problem)
 
 
 def _find(file: OwnFile, line: int, names: list[str], delimiter: str) -> Found:
@@ -140,10 +160,13 @@ def _find(file: OwnFile, line: int, names: list[str], delimiter: str) -> Found:
         UserError: a column is missing; if another delimiter separates the header's names, the message says which.
     """
     where = f"{file.named}, line {line}"
+    header = delimiter.join(names)
+    if NUL in header or not is_unicode(header):
+        what = "a NUL character (is the file UTF-16?)" if NUL in header else "not UTF-8 text"
+        raise UserError(f"{where}: {what}; convert the file to UTF-8")
     try:
         return find_columns(where, names, file.task, file.labels)
     except UserError:
-        header = delimiter.join(names)
         _refuse_json(where, header)
         for other in DELIMITERS:
             found = [name.strip().strip('"') for name in header.split(other)]

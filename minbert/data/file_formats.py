@@ -21,7 +21,7 @@ from minbert.data.delimited_files import (
     tsv_rows,
 )
 from minbert.data.examples import Labels, Row
-from minbert.data.own_columns import DEFAULT_ID, OwnFile, listed
+from minbert.data.own_columns import OwnFile, id_column, listed
 from minbert.errors import UserError, did_you_mean, one_line
 from minbert.files.json_yaml import parse_object
 from minbert.tasks import Task
@@ -129,7 +129,7 @@ def _json_row(file: OwnFile, line: int, number: str, content: str) -> Row:
         record = parse_object(content, strict=False)
     except ValueError as error:
         return Row(line, number, problem=str(error))
-    value = record.get(task.id or DEFAULT_ID)
+    value = record.get(id_column(task))
     identity = str(value) if isinstance(value, str | int | float) else ""
     needed = [*task.text, *([task.label] if file.labels == "required" else [])]
     if task.id:

@@ -108,14 +108,20 @@ def _groups(examples: Examples, strata: np.ndarray) -> tuple[np.ndarray, np.ndar
 
     Groups are numbered in the order of their texts' hashes. A group's stratum is the smallest one of its examples.
     """
-    hashes = _hashes(examples.texts)
-    if examples.pairs is not None:
-        both = np.stack([hashes, _hashes(examples.pairs)])
-        hashes = both.min(0) * np.uint64(0x9E3779B97F4A7C15) + both.max(0)  # modulo 2^64
+    hashes = text_hashes(examples.texts, examples.pairs)
     _, groups = np.unique(hashes, return_inverse=True)
     smallest_first = np.lexsort([strata, np.bincount(strata)[strata], groups])
     _, first = np.unique(groups[smallest_first], return_index=True)
     return groups, strata[smallest_first[first]]
+
+
+def text_hashes(texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
+    """A hash of each text, or of each pair whatever its order, uint64 [n]."""
+    hashes = _hashes(texts)
+    if pairs is None:
+        return hashes
+    both = np.stack([hashes, _hashes(pairs)])
+    return both.min(0) * np.uint64(0x9E3779B97F4A7C15) + both.max(0)  # modulo 2^64
 
 
 def _hashes(texts: Sequence[str]) -> np.ndarray:

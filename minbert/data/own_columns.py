@@ -35,6 +35,11 @@ class Found(NamedTuple):
         return [*self.texts, *(each for each in (self.label, self.id) if each is not None)]
 
 
+def id_column(task: Task) -> str:
+    """The column of the rows' ids: the task's, or else one of that name that is neither text nor label, if any."""
+    return task.id or (DEFAULT_ID if DEFAULT_ID not in (*task.text, task.label) else "")
+
+
 def find_columns(where: str, names: Sequence[str], task: Task, labels: Labels) -> Found:
     """Find the task's columns by name; spaces around a name in the file do not matter.
 
@@ -54,7 +59,8 @@ def find_columns(where: str, names: Sequence[str], task: Task, labels: Labels) -
 
     texts = [find(name) for name in task.text]
     label = None if labels == "ignored" else find(task.label, labels == "required")
-    identity = find(task.id or DEFAULT_ID, bool(task.id))
+    named = id_column(task)
+    identity = find(named, bool(task.id)) if named else None
     return Found([number for number in texts if number is not None], label, identity)
 
 

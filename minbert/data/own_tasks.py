@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minbert.data.examples import Examples
-from minbert.data.held_out import dev_rows
+from minbert.data.held_out import dev_rows, text_hashes
 from minbert.data.own_rows import OwnRows, read_own
 from minbert.data.source import SPLITS
 from minbert.errors import UserError, did_you_mean, one_line
@@ -100,6 +100,7 @@ class OwnTasks:
         warnings = [line for of_split in rows.values() for line in of_split.warnings]
         if "train" not in rows:
             return warnings
+        warnings += self._leaks(task)
         labels = rows["train"].encoded(task)
         if task.is_regression:
             return [*warnings, *_unused_scale(task, rows["train"], labels)]
@@ -118,6 +119,19 @@ class OwnTasks:
                     f" {'has' if len(lacking) == 1 else 'have'} too few"
                 )
         return warnings
+
+    def _leaks(self, task: Task) -> list[str]:
+        """A warning if a dev file has texts of the training file."""
+        train, dev = (self._rows.get((task.name, split)) for split in ("train", "dev"))
+        if train is None or dev is None:
+            return []
+        shared = np.isin(text_hashes(dev.texts, dev.pairs), text_hashes(train.texts, train.pairs))
+        if not shared.any():
+            return []
+        return [
+            f"{one_line(dev.file)}: {shared.sum()} of the {len(dev)} dev examples have a text that is also trained on,"
+            f" the first on {dev.unit} {dev.lines[np.argmax(shared)]}"
+        ]
 
     def _train(self, task: Task) -> Examples:
         """All training examples, with those of a dev share.

@@ -183,6 +183,8 @@ def test_columns_are_found_by_name(file):
         ("a.tsv", "message|topic\na|b\n", 'ends in .csv and give the task `delimiter: "|"`'),
         ("a.csv", '{"message": "a", "topic": "b"}\n', "line 1: a JSON object, not the header of a table; give the file"
          " a name that ends in .jsonl"),
+        ("a.csv", "message,topic\na,b\n".encode("utf-16-le"), "line 1: a NUL character (is the file UTF-16?); convert"),
+        ("a.csv", "m\xe9ssage,topic\na,b\n".encode("latin-1"), "line 1: not UTF-8 text; convert the file to UTF-8"),
         ("a.jsonl", "message,topic\na,b\n", "line 1: a table's header, not a JSON object; give the file a name that"
          " ends in .csv"),
         ("a.json", '[{"message": "a", "topic": "b"}]', "line 1: a JSON list; write each object on a line of its own"),
@@ -213,7 +215,7 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path):
     ("row", "said"),
     [
         (b"one field", "expected 3 fields, found 1"),
-        (b"a,b,c,d", "expected 3 fields, found 4"),
+        (b"a,b,c,d", "expected 3 fields, found 4; a text with ',' in it needs quotes"),
         (b"7, ,bug", "empty text"),
         (b"7,text,", "no label"),
         (b"7,caf\xe9,bug", "not UTF-8 text; convert the file to UTF-8"),
@@ -242,6 +244,21 @@ def test_a_quote_in_a_field_without_quotes_is_text(file):
 def test_tabs_separate_lines_whose_quotes_are_text(file):
     path = file("a.tsv", 'message\ttopic\n"Who?\tbug\n"Me" and you\tbill\r\n\na\rb\tbug\n')
     assert rows_of(read(path)) == [('"Who?', "bug"), ('"Me" and you', "bill"), ("a\rb", "bug")]
+
+
+def test_a_bad_row_of_quoted_fields_between_tabs_costs_no_other(file):
+    path = file("a.tsv", 'message\ttopic\n"a\nb"\t"bug"\n"c"\n"d ""e"""\tbill\n')
+    found = read(path)
+    assert rows_of(found) == [("a\nb", "bug"), ('d "e"', "bill")]
+    assert [(row.line, row.reason) for row in found.skipped] == [(4, "expected 2 fields, found 1")]
+    path.write_text('message\ttopic\n"a"\tbug\n"b"\tbill\n"c\tbill\n"d"\tbill\n')
+    assert ", line 4: cannot split its fields" in refusal(path)
+
+
+def test_the_column_id_is_not_taken_from_texts_or_labels(file):
+    path = file("a.csv", "id,topic\na,b\na,c\n")
+    assert read(path, text="id").ids == read(path, text="topic", label="id").ids == ["0", "1"]
+    assert read(file("a.jsonl", '{"id": "a", "topic": "b"}'), text="id").ids == ["0"]
 
 
 def test_texts_longer_than_the_limit_of_csv_are_read(file):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -11,7 +14,7 @@ from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import find_surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
-from minbert.tasks import find_tasks
+from minbert.tasks import Task, find_tasks
 from minbert.training.batches import Batches
 from minbert.training.objective import Objective
 from minbert.training.optimizer import AdamW
@@ -33,8 +36,8 @@ def examples(n: int, seed: int) -> Encoded:
 DATA = {task.name: examples(40, i) for i, task in enumerate(TASKS)}
 
 
-def parts(*, n: int = 8, step: int = 0):
-    return [(task, np.arange(step * n, (step + 1) * n)) for task in TASKS]
+def parts(*, n: int = 8, step: int = 0, tasks: Sequence[Task] = TASKS):
+    return [(task, np.arange(step * n, (step + 1) * n)) for task in tasks]
 
 
 def trainer(
@@ -47,11 +50,14 @@ def trainer(
     capture=None,
     dtype: torch.dtype = torch.float32,
     freeze: int = 0,
+    tasks: Sequence[Task] = TASKS,
+    data: Mapping[str, Encoded] = DATA,
+    loss_options: Mapping[str, Mapping[str, Any]] | None = None,
     **options,
 ) -> Trainer:
     torch.manual_seed(0)
     config = EncoderConfig(**SIZES, max_position_embeddings=64).with_dropout(dropout)
-    model = MultitaskModel(Encoder(config), TASKS, head_dropout=dropout).train()
+    model = MultitaskModel(Encoder(config), tasks, head_dropout=dropout).train()
     model.encoder.compute_dtype = dtype
     model.freeze_layers(freeze)
     parameters = UnshardedParameters(model.heads, model.encoder.copies() if copied else {})
@@ -60,11 +66,12 @@ def trainer(
     if mu:
         parameters.keep_ema(optimizer)
     per_task = surgery != "sum"
-    gradients = TaskGradients(model.encoder, len(TASKS) if per_task else 1, parameters.copies)
+    gradients = TaskGradients(model.encoder, len(tasks) if per_task else 1, parameters.copies)
     parameters.register_hooks(gradients)
     smart = SmartConfig(lambda_s=weight)
-    objective = Objective(model, smart, BregmanConfig(mu=mu), parameters.ema, parameters.copies)
-    batches = Batches(DATA, [[task] for task in TASKS], per_task, smart, 0, **options)
+    added = {"loss_options": loss_options}
+    objective = Objective(model, smart, BregmanConfig(mu=mu), parameters.ema, parameters.copies, **added)
+    batches = Batches(data, [[task] for task in tasks], per_task, smart, 0, **options)
     graphs = None
     if capture is not None:
         graphs = cuda_graphs(objective, gradients, CPU, capture=capture)

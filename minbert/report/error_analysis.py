@@ -7,16 +7,21 @@ predicted, at keywords that differ and at negation. They read examples; here eac
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from minbert.errors import one_line
 from minbert.runs.predictions import Prediction
 from minbert.tasks import Task, metrics
+from minbert.tasks.labels import class_key
+from minbert.tasks.task import SCORE_TOP
 
 PRONOUN = re.compile(
     "i|me|my|mine|myself|we|us|our|ours|ourselves|you|your|yours|yourself|yourselves|he|him|his|himself|she|her|hers"
@@ -24,31 +29,55 @@ PRONOUN = re.compile(
 )
 NEGATION = re.compile("no|not|never|none|nobody|nothing|neither|nor|nowhere|without|cannot|cant|dont|.*n't")
 NAMES = ("no", "yes", "in neither", "in one", "in both")  # of groups
+MOST_ORDERED = 20  # classes whose numbers are an order; more are identifiers
+LISTED = 5  # classes that a line names
 _WORD = re.compile(r"\w+(?:'\w+)*")
 
 
 @dataclass(frozen=True)
 class Example:
-    """The prediction for an example with a label, and the example's sentence or two; no texts if they are unknown."""
+    """The prediction for an example with a label, and the example's sentence or two; no texts if they are unknown.
+
+    Labels and predictions are classes by number, scores on the user's scale, or for a multi-label task lists of 0 and
+    1, one for each class.
+    """
 
     prediction: Prediction
     texts: tuple[str, ...] = ()
 
     @property
-    def label(self) -> float:
+    def label(self) -> Any:
         assert self.prediction.label is not None
         return self.prediction.label
 
     @property
+    def predicted(self) -> Any:
+        return self.prediction.predicted
+
+    @property
+    def wrong(self) -> list[int]:
+        """The numbers of the classes that a multi-label prediction has wrong."""
+        pairs = zip(self.label, self.predicted, strict=True)
+        return [number for number, (true, predicted) in enumerate(pairs) if true != predicted]
+
+    @property
     def off_by(self) -> float:
-        """Prediction less label."""
-        return self.prediction.predicted - self.label
+        """Prediction less label; for a multi-label task how many classes are wrong."""
+        return len(self.wrong) if isinstance(self.label, list) else self.predicted - self.label
 
     @property
     def confidence(self) -> float | None:
-        """Probability of the predicted class; None for a task without classes."""
+        """Probability of the predicted class; for a multi-label task of the surest decision that is wrong.
+
+        None for a task without probabilities, or without a wrong decision.
+        """
         classes = self.prediction.probabilities
-        return classes[int(self.prediction.predicted)] if classes else None
+        if not classes:
+            return None
+        if isinstance(self.label, list):
+            surest = (classes[number] if self.predicted[number] else 1 - classes[number] for number in self.wrong)
+            return max(surest, default=None)
+        return classes[int(self.predicted)]
 
 
 # Properties of the texts -------------------------------------------------------------------------------------------
@@ -147,19 +176,36 @@ def properties(task: Task, with_texts: bool) -> list[Property]:
 # Numbers -----------------------------------------------------------------------------------------------------------
 
 
-def score(task: Task, examples: Sequence[Example]) -> float:
-    """The task's metric."""
-    predicted = np.array([example.prediction.predicted for example in examples], np.float64)
-    labels = np.array([example.label for example in examples], np.float64)
-    return metrics.score(task, predicted, labels)[task.metric]
+def is_ordered(task: Task) -> bool:
+    """Whether the difference of two labels means something: scores, or a few classes that are numbers."""
+    if task.is_regression:
+        return True
+    numbers = [isinstance(each, int | float) and not isinstance(each, bool) for each in task.classes or ()]
+    return task.type == "classification" and len(numbers) <= MOST_ORDERED and all(numbers)
 
 
-def confusion(task: Task, examples: Sequence[Example]) -> list[list[int]]:
-    """How many examples of each class (row) are predicted to be of each class (column)."""
-    counts = np.zeros((task.max_label + 1, task.max_label + 1), np.int64)
-    for example in examples:
-        counts[int(example.label), int(example.prediction.predicted)] += 1
-    return counts.tolist()
+def value(task: Task, label: Any) -> float:
+    """What a label counts as in a mean: the score, the class that is a number, or how many classes there are."""
+    if task.is_multilabel:
+        return float(sum(label))
+    if task.is_regression or not is_ordered(task):
+        return float(label)
+    return float((task.classes or ())[int(label)])
+
+
+def decimals(task: Task) -> int:
+    """Decimals of a label in a table: two of a scale from 0 to 5, fewer of a larger one."""
+    return max(0, 2 - math.floor(math.log10(task.scale[1] - task.scale[0]))) if task.is_regression else 2
+
+
+def scores(task: Task, examples: Sequence[Example]) -> dict[str, float]:
+    """The task's metrics."""
+    predicted, labels = (np.array([getattr(each, name) for each in examples]) for name in ("predicted", "label"))
+    if task.is_regression:
+        low, high = task.scale
+        predicted, labels = ((each - low) * (SCORE_TOP / (high - low)) for each in (predicted, labels))
+    classes = [example.prediction.probabilities for example in examples]
+    return metrics.score(task, predicted, labels, None if None in classes else np.array(classes))
 
 
 @dataclass(frozen=True)
@@ -169,7 +215,7 @@ class Group:
     title: str  # of the property
     name: str
     examples: int
-    score: float  # the task's metric
+    score: float  # the task's first metric
     label: float  # means over the examples
     predicted: float
 
@@ -182,20 +228,24 @@ class Group:
 def groups(task: Task, examples: Sequence[Example], looked_at: Sequence[Property]) -> list[Group]:
     """Every group of every property that is not empty."""
     found = []
+    decides = replace(task, metrics=(task.metric,))
     members: list[dict[tuple[int, str], list[Example]]] = [{} for _ in looked_at]
     for example in examples:
         for each, by_group in zip(looked_at, members, strict=True):
             by_group.setdefault(each.group(example), []).append(example)
     for each, by_group in zip(looked_at, members, strict=True):
         for (_, name), of_group in sorted(by_group.items()):
-            label = sum(example.label for example in of_group) / len(of_group)
-            predicted = sum(example.prediction.predicted for example in of_group) / len(of_group)
-            found.append(Group(each.title, name, len(of_group), score(task, of_group), label, predicted))
+            label, predicted = (
+                sum(value(task, getattr(example, of)) for example in of_group) / len(of_group)
+                for of in ("label", "predicted")
+            )
+            score = scores(decides, of_group)[task.metric]
+            found.append(Group(each.title, name, len(of_group), score, label, predicted))
     return found
 
 
 def mistakes(task: Task, examples: Sequence[Example]) -> list[Example]:
-    """Wrong classes, the surest first; for a similarity all examples, the farthest off first."""
+    """Wrong predictions, the surest first; for a regression all examples, the farthest off first."""
     if task.is_regression:
         return sorted(examples, key=lambda example: -abs(example.off_by))
     wrong = [example for example in examples if example.off_by]
@@ -206,24 +256,47 @@ def facts(task: Task, examples: Sequence[Example]) -> dict[str, str]:
     """Key figures of the mistakes.
 
     For classes in an order, how many predictions are within one (000, section 5), and which class is never predicted
-    (003, section 5); for two classes precision and recall; for a similarity whether it is over-scored (000, section 5).
+    (003, section 5); for two classes precision and recall; for a regression whether it is over-scored (000, section 5).
     """
     off_by = np.array([example.off_by for example in examples])
     if task.is_regression:
+        places = decimals(task)
         return {
-            "mean absolute error": f"{np.mean(np.abs(off_by)):.2f}",
-            "mean error": f"{np.mean(off_by):.2f}".replace("-", "−"),
+            "mean absolute error": f"{np.mean(np.abs(off_by)):.{places}f}",
+            "mean error": f"{np.mean(off_by):.{places}f}".replace("-", "−"),
             "over-scored": f"{np.mean(off_by > 0):.0%}",
         }
-    matrix = np.array(confusion(task, examples))
-    found = {"by the commonest class alone": f"{matrix.sum(1).max() / matrix.sum():.3f}"}
-    if task.max_label == 1:
-        for name, predicted_or_true in (("precision", matrix[:, 1]), ("recall", matrix[1])):
-            found[name] = f"{matrix[1, 1] / predicted_or_true.sum():.3f}" if predicted_or_true.any() else "–"
+    if task.is_multilabel:
+        labels, predicted = (np.array([getattr(each, of) for each in examples]) for of in ("label", "predicted"))
+        return {
+            "all classes right": f"{np.mean(off_by == 0):.1%}",
+            "classes of an example": f"{labels.sum(1).mean():.2f}",
+            "predicted": f"{predicted.sum(1).mean():.2f}",
+            "never predicted": _listed(task, [number for number, any_ in enumerate(predicted.any(0)) if not any_]),
+        }
+    labels, predicted = (np.array([int(getattr(each, of)) for each in examples]) for of in ("label", "predicted"))
+    found = {"by the commonest class alone": f"{np.bincount(labels).max() / len(labels):.3f}"}
+    if task.num_classes == 2:
+        both = np.sum((labels == 1) & (predicted == 1))
+        for name, of in (("precision", predicted), ("recall", labels)):
+            found[name] = f"{both / np.sum(of == 1):.3f}" if (of == 1).any() else "–"
         return found
     wrong = np.sum(off_by != 0)
-    found["within one class"] = f"{np.mean(np.abs(off_by) <= 1):.1%}"
-    found["mistakes off by one"] = f"{np.sum(np.abs(off_by) == 1) / wrong:.1%}" if wrong else "no mistakes"
-    never = [str(number) for number in range(task.max_label + 1) if not matrix[:, number].any()]
-    found["never predicted"] = ", ".join(never) or "no class"
+    if is_ordered(task):
+        found["within one class"] = f"{np.mean(np.abs(off_by) <= 1):.1%}"
+        found["mistakes off by one"] = f"{np.sum(np.abs(off_by) == 1) / wrong:.1%}" if wrong else "no mistakes"
+    found["never predicted"] = _listed(task, sorted({*range(task.num_classes)} - {*predicted.tolist()}))
     return found
+
+
+def _listed(task: Task, numbers: Sequence[int]) -> str:
+    """Classes by number, a few of them."""
+    names = [shown(class_key((task.classes or ())[number])) for number in numbers]
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more or "no class"
+
+
+def shown(text: str, limit: int = 30) -> str:
+    """A class or another text of the user's for a table: on one line, and not longer than `limit` characters."""
+    text = one_line(text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from minbert.files.atomic import write_atomically, writing
+from minbert.report.error_analysis import shown
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -42,16 +43,30 @@ def _environment() -> Environment:
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     environment.globals |= {"style": Markup(style), "script": Markup(script), "policy": policy}
     formats = (metric, score, signed, percent, duration, count, option)
-    environment.filters |= {function.__name__: function for function in formats}
+    environment.filters |= {function.__name__: function for function in formats} | {"one_line": shown}
     return environment
 
 
 # How numbers are written -------------------------------------------------------------------------------------------
 
 
+METRIC_NAMES = {
+    "f1": "F1",
+    "f1_micro": "F1 micro",
+    "f1_macro": "F1 macro",
+    "mcc": "MCC",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "mse": "MSE",
+    "mae": "MAE",
+    "roc_auc": "ROC AUC",
+    "average_precision": "average precision",
+}
+
+
 def metric(name: str) -> str:
     """A metric's name in a text."""
-    return "Pearson" if name == "pearson" else name
+    return METRIC_NAMES.get(name, name)
 
 
 def score(value: float | None) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,22 @@ from typing import Any
 from minbert.config import TrainConfig
 from minbert.data import Source, read_skipped
 from minbert.errors import UserError
-from minbert.report import error_analysis, training_history
-from minbert.report.error_analysis import Example
-from minbert.report.html_page import write_page
-from minbert.report.svg_charts import scatter
+from minbert.report import class_analysis, error_analysis, training_history
+from minbert.report.error_analysis import Example, shown
+from minbert.report.html_page import metric, score, write_page
+from minbert.report.svg_charts import confusion_map, scatter
 from minbert.report.training_charts import gradient_figures, palette, training_figures
 from minbert.report.training_history import Record
 from minbert.runs.run_directory import Run
 from minbert.tasks import Task
+from minbert.tasks.labels import class_key
 
 SPLIT = "dev"
 SHOWN = 200  # mistakes of a task at most
+MOST_IN_TABLE = 10  # classes of a confusion matrix with numbers in its cells
+MOST_IN_MAP = 200  # of one without; of more classes the confused pairs are listed alone
+MOST_CLASSES = 500  # rows of the table of classes: the most frequent ones
+MEAN = {"classification": "mean label", "regression": "mean label", "multilabel": "classes of an example"}
 
 
 def write_report(run: Run, data: str | None = None, tasks_file: str | None = None) -> Path:
@@ -53,6 +59,7 @@ def write_report(run: Run, data: str | None = None, tasks_file: str | None = Non
         options=training_history.options(config),
         kernels={backend: [op for op in backends if backends[op] == backend] for backend in backends.values()},
         sections=[task_section(run, task, source) for task in tasks],
+        data=data_names(config),
         skipped=[
             (*key, list(rows)) for key, rows in groupby(read_skipped(run.skipped), lambda row: (row.split, row.task))
         ],
@@ -60,6 +67,13 @@ def write_report(run: Run, data: str | None = None, tasks_file: str | None = Non
 
 
 # What the sections show --------------------------------------------------------------------------------------------
+
+
+def data_names(config: TrainConfig) -> str:
+    """What the run was trained on."""
+    own = f"own tasks: {', '.join(config.own_tasks)}" if config.own_tasks else ""
+    data = config.data or ("" if own else "built-in demo corpus")
+    return "; ".join(filter(None, (data, own)))
 
 
 def method(config: TrainConfig) -> list[str]:
@@ -70,8 +84,18 @@ def method(config: TrainConfig) -> list[str]:
     return [*parts, "Bregman"] if config.bregman.mu else parts
 
 
-def headline(tasks: Sequence[Task], records: Sequence[Record], summary: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """Title, metric and score, overall and of each task, at the best epoch (in an unfinished run, at the last one)."""
+@dataclass(frozen=True)
+class Card:
+    """A score of the headline, and the further ones of the task."""
+
+    title: str
+    metric: str
+    score: float
+    others: Mapping[str, float] = field(default_factory=dict)
+
+
+def headline(tasks: Sequence[Task], records: Sequence[Record], summary: dict[str, Any]) -> list[Card]:
+    """The scores, overall and of each task, at the best epoch (in an unfinished run, at the last one)."""
     epochs = training_history.epochs(records)
     if not epochs:
         return []
@@ -79,8 +103,12 @@ def headline(tasks: Sequence[Task], records: Sequence[Record], summary: dict[str
     if number > len(epochs):
         raise UserError(f"the best epoch is {number}, but metrics.jsonl has {len(epochs)}; restore it from a copy")
     best = epochs[number - 1]
-    of_tasks = [(task.title, task.metric, best.scores[task.name]) for task in tasks if task.name in best.scores]
-    return [("Overall", "mean of the tasks", best.overall), *of_tasks]
+    cards = [Card("Overall", "mean of the tasks", best.overall)]
+    for task in tasks:
+        if scores := best.metrics.get(task.name):
+            (metric, score), *others = scores.items()
+            cards.append(Card(task.title, metric, score, dict(others)))
+    return cards
 
 
 def task_section(run: Run, task: Task, source: Source | str) -> dict[str, Any]:
@@ -94,27 +122,52 @@ def task_section(run: Run, task: Task, source: Source | str) -> dict[str, Any]:
     examples = [Example(prediction, texts[i] if texts else ()) for i, prediction in enumerate(found)]
     properties = error_analysis.properties(task, with_texts=bool(texts))
     mistakes = error_analysis.mistakes(task, examples)
-    score = error_analysis.score(task, examples)
-    section: dict[str, Any] = {"confusion": None, "scatter": None}
+    scores = error_analysis.scores(task, examples)
+    section = dict.fromkeys(("scatter", "labels", "class_names", "classes", "pairs", "confusion", "map"))
+    if not task.is_regression:
+        section |= _of_classes(task, examples)
     if task.is_regression:
-        pairs = [(example.label, example.prediction.predicted) for example in examples]
-        note = f"Pearson correlation {score:.3f}. On the line, a prediction is right."
-        section["scatter"] = scatter("Predicted against true similarity", pairs, task.max_label, note)
-    else:
-        section["classes"] = task.names_of_classes
-        section["confusion"] = error_analysis.confusion(task, examples)
+        pairs = [(example.label, example.predicted) for example in examples]
+        note = f"{metric(task.metric)} {score(scores[task.metric])}. On the line, a prediction is right."
+        title = f"Predicted against true {shown(task.label, 60)}"
+        section["scatter"] = scatter(title, pairs, task.scale, note)
     return section | {
         "task": task,
         "missing": "",
         "examples": len(examples),
-        "score": score,
+        "scores": scores,
         "facts": error_analysis.facts(task, examples),
+        "mean": MEAN[task.type] if task.is_multilabel or error_analysis.is_ordered(task) else "",
+        "ordered": error_analysis.is_ordered(task),
+        "decimals": error_analysis.decimals(task),
         "groups": error_analysis.groups(task, examples, properties),
         "properties": properties,
         "mistakes": [(example, [each.cell(example) for each in properties]) for example in mistakes[:SHOWN]],
         "wrong": len(mistakes),
         "texts_missing": texts_missing,
     }
+
+
+def _of_classes(task: Task, examples: Sequence[Example]) -> dict[str, Any]:
+    """What the section of a task with classes shows of them."""
+    labels = [class_key(label) for label in task.classes or ()]
+    names = [
+        shown(f"{label} {name}") for label, name in zip(labels, task.class_names or [""] * len(labels), strict=True)
+    ]
+    rows = class_analysis.class_scores(task, examples)
+    section: dict[str, Any] = {
+        "labels": labels,
+        "class_names": task.class_names,
+        "classes": sorted(rows, key=lambda row: -row.support)[:MOST_CLASSES] if len(rows) > MOST_CLASSES else rows,
+        "pairs": class_analysis.confused_pairs(task, examples) if task.is_multilabel or task.num_classes > 2 else [],
+    }
+    if not task.is_multilabel and task.num_classes <= MOST_IN_TABLE:
+        section["confusion"] = class_analysis.confusion(task, examples).tolist()
+    elif not task.is_multilabel and task.num_classes <= MOST_IN_MAP:
+        note = "Each row is a true class; a cell's strength is its share of the row. The pointer over a cell names it."
+        counts = class_analysis.confusion(task, examples)
+        section["map"] = confusion_map("Confusion matrix", counts, [name.strip() for name in names], note)
+    return section
 
 
 def _opened(run: Run, config: TrainConfig, data: str | None, tasks_file: str | None) -> Source | str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement, tostring
 
+import numpy as np
 from markupsafe import Markup
 
 from minbert.report.training_history import Grid, Points
@@ -13,6 +14,7 @@ from minbert.report.training_history import Grid, Points
 WIDTH, HEIGHT = 420.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 34.0  # margins around what is drawn
 SCATTERED = 2000  # points of a scatter plot at most
+NAMED = 30  # classes that a confusion map names
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,50 @@ def heat_map(title: str, grid: Grid, *, signed: bool, note: str = "") -> Figure:
     return Figure(title, _markup(svg), [red, blue] if signed else [("agree", "full at 1")], note)
 
 
-def scatter(title: str, points: Points, top: float, note: str = "") -> Figure:
-    """Predicted (vertical) against true (horizontal) values of [0, `top`], with the line on which they are equal."""
+def confusion_map(title: str, counts: np.ndarray, names: Sequence[str], note: str = "") -> Figure:
+    """A confusion matrix of many classes: the darker a cell, the larger its share of the true class (row).
+
+    Args:
+        counts: by true class (row) and predicted class (column), [C, C].
+        names: of the classes; up to `NAMED` classes are named beside their rows, more are numbered from 1.
+    """
+    size, count = 620.0, len(names)
+    cell = size / count
+    named = count <= NAMED
+    left = 8 + 6.4 * max(map(len, names)) if named else 34.0
+    right = int(np.trace(counts))
+    label = f"{title}: of {counts.sum()} examples of {count} classes {right} are on the diagonal."
+    svg = _svg(label, left + size + RIGHT, TOP + size + BOTTOM)
+    frame = {**_xy(left, TOP), "width": f"{size:g}", "height": f"{size:g}"}
+    SubElement(svg, "rect", {"class": "frame", **frame})
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    for true, predicted in zip(*np.nonzero(counts), strict=True):
+        colour = "agree" if true == predicted else "conflict"
+        x, y = left + cell * predicted, TOP + cell * true
+        position = {**_xy(x, y), "width": f"{cell + 0.1:.1f}", "height": f"{cell + 0.1:.1f}"}
+        opacity = f"{0.15 + 0.85 * shares[true, predicted]:.2f}"
+        rect = SubElement(svg, "rect", {"class": colour, **position, "fill-opacity": opacity})
+        found = f"{names[true]} predicted as {names[predicted]}: {counts[true, predicted]}"
+        SubElement(rect, "title").text = f"{found} ({shares[true, predicted]:.0%})"
+    for number in range(count) if named else range(9, count, 10):
+        middle = cell * (number + 0.5)
+        _text(
+            svg, left - 6, TOP + middle, names[number] if named else str(number + 1), "end", "name" if named else "tick"
+        )
+        if not named:
+            _text(svg, left + middle, TOP + size + 12, str(number + 1), "middle", "tick")
+    _text(svg, left + size / 2, TOP + size + 26, "predicted, in the same order", "middle", "label")
+    return Figure(title, _markup(svg), [("agree", "right"), ("conflict", "wrong")], note)
+
+
+def scatter(title: str, points: Points, scale: tuple[float, float], note: str = "") -> Figure:
+    """Predicted (vertical) against true (horizontal) values of `scale`, with the line on which they are equal."""
     shown = points[:: -(-len(points) // SCATTERED)]
-    axes = Axes((0.0, top), _span([0.0, top, *(predicted for _, predicted in points)]), 340.0)
+    low, high = scale
+    axes = Axes((low, high), _span([low, high, *(predicted for _, predicted in points)]), 340.0)
     svg = _svg(f"{title}: {len(points)} points. {note}", WIDTH, axes.height)
     axes.draw(svg, "true")
-    equal = f"M{axes.across(0):.1f} {axes.up(0):.1f}L{axes.across(top):.1f} {axes.up(top):.1f}"
+    equal = f"M{axes.across(low):.1f} {axes.up(low):.1f}L{axes.across(high):.1f} {axes.up(high):.1f}"
     SubElement(svg, "path", {"class": "guide", "d": equal})
     cloud = SubElement(svg, "g", {"class": "cloud"})
     for true, predicted in shown:

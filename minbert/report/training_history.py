@@ -99,9 +99,14 @@ class Epoch:
     epoch: int
     step: int
     losses: Mapping[str, float]  # mean training loss of each task
-    scores: Mapping[str, float]  # dev score of each task
+    metrics: Mapping[str, Mapping[str, float]]  # dev scores of each task by metric
     overall: float
     conflict_rate: Mapping[str, float]  # by pair of tasks: share of the steps in which their gradients conflicted
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Each task's first metric."""
+        return flat_scores(self.metrics)
 
 
 def epochs(records: Sequence[Record]) -> list[Epoch]:
@@ -113,7 +118,7 @@ def epochs(records: Sequence[Record]) -> list[Epoch]:
                 record["epoch"],
                 record["step"],
                 record["train_loss"],
-                flat_scores(record["dev"]),
+                {task: scores for task, scores in record["dev"].items() if task != "overall"},
                 record["dev"]["overall"],
                 record.get("conflict_rate", {}),
             )

@@ -26,7 +26,7 @@ from minbert.data import (
 from minbert.device import describe, resolve_device
 from minbert.errors import UserError
 from minbert.files.atomic import writing
-from minbert.inference import choose_kernels, evaluate, load_model, run_tasks
+from minbert.inference import choose_kernels, evaluate, load_model, run_tasks, with_thresholds_of
 from minbert.model import pair_encoding
 from minbert.runs.glue_submission import is_of_glue, write_submission
 from minbert.runs.predictions import write_predictions
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
         console.print(score_table(f"{source.name}", [(options.split, scores, overall(scores, present))]))
     for task in present:
         path = write_predictions(
-            directory, model.tasks[task.name], options.split, encoded[task.name], outputs[task.name]
+            directory, with_thresholds_of(model, task), options.split, encoded[task.name], outputs[task.name]
         )
         count, num_skipped = len(encoded[task.name]), len(examples[task.name].skipped)
         notes = [f"{num_skipped} of {count + num_skipped} rows left out"] if num_skipped else []

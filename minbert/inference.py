@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,12 +72,18 @@ def evaluate(
         examples = encoded[task.name]
         outputs[task.name] = head_outputs(model, task, examples, device, group)
         if examples.labels is not None:
-            own = model.tasks[task.name]
-            if choose_thresholds:
-                own = model.tasks[task.name] = with_thresholds(own, outputs[task.name], examples.labels)
+            own = with_thresholds_of(model, task)
+            if choose_thresholds and own.is_multilabel:
+                own = with_thresholds(own, outputs[task.name], examples.labels)
+                model.tasks[task.name] = replace(model.tasks[task.name], thresholds=own.thresholds)
             predicted = predictions(own, outputs[task.name])
             scores[task.name] = score(own, predicted, examples.labels, probabilities(own, outputs[task.name]))
     return scores, outputs
+
+
+def with_thresholds_of(model: MultitaskModel, task: Task) -> Task:
+    """The task with the thresholds of its head's classes, chosen on dev in training."""
+    return replace(task, thresholds=model.tasks[task.head_of or task.name].thresholds)
 
 
 def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[MultitaskModel, Tokenizer]:

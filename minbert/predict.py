@@ -13,7 +13,7 @@ from minbert.console import Terminal
 from minbert.data import encode, read_file, refuse_skipped, skipped_lines, skipped_rows, write_skipped
 from minbert.device import resolve_device
 from minbert.files.atomic import write_atomically, writing
-from minbert.inference import choose_kernels, head_outputs, load_model, run_tasks
+from minbert.inference import choose_kernels, head_outputs, load_model, run_tasks, with_thresholds_of
 from minbert.model import pair_encoding
 from minbert.runs.predictions import format_predictions
 from minbert.runs.run_directory import Run
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     for line in encoded.warnings(limit):
         console.print(f"warning: {line}")
     outputs = head_outputs(model, task, encoded, device)
-    text = "".join(format_predictions(model.tasks[task.name], encoded.ids, outputs))
+    text = "".join(format_predictions(with_thresholds_of(model, task), encoded.ids, outputs))
     if options.skipped is not None:
         with writing(Path(options.skipped), "choose another --skipped"):
             write_skipped(Path(options.skipped), skipped_rows("input", task.name, examples.skipped))

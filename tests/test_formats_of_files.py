@@ -49,7 +49,7 @@ def test_it_is_evaluated_reported_and_predicted_with(run, capsys):
     found = run.predictions(TrainConfig(tasks=["sts"]).chosen_tasks(["sts"])[0], "dev")
     assert evaluate.main(["run"]) == 0
     shown = capsys.readouterr().out
-    assert "data: data, which run names" in shown
+    assert "data: data, which run/config.yaml names" in shown
     assert f"{summary['dev']['sts']['pearson']:.3f}" in shown
     again = run.predictions(TrainConfig(tasks=["sts"]).chosen_tasks(["sts"])[0], "dev")
     assert [each.predicted for each in again] == pytest.approx([each.predicted for each in found], abs=1e-4)

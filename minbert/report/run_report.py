@@ -11,12 +11,14 @@ from typing import Any
 from minbert.config import TrainConfig
 from minbert.data import Source, read_skipped
 from minbert.errors import UserError
+from minbert.files.atomic import readable
 from minbert.report import class_analysis, error_analysis, training_history
 from minbert.report.error_analysis import Example, shown
 from minbert.report.html_page import metric, score, write_page
-from minbert.report.svg_charts import confusion_map, scatter
+from minbert.report.svg_charts import NAMED, confusion_map, scatter
 from minbert.report.training_charts import gradient_figures, palette, training_figures
 from minbert.report.training_history import Record
+from minbert.runs.checkpoint import load_tasks
 from minbert.runs.run_directory import Run
 from minbert.tasks import Task
 from minbert.tasks.labels import class_key
@@ -40,7 +42,7 @@ def write_report(run: Run, data: str | None = None, tasks_file: str | None = Non
         UserError: `run` is no run, a file of it is damaged, or the disk is full.
     """
     config, records, summary = run.config(), run.metrics.records(), run.summary()
-    tasks = config.chosen_tasks(config.tasks or [])
+    tasks = load_tasks(readable(run.best), config.chosen_tasks(config.tasks or []))
     colours = palette([task.name for task in tasks])
     source = _opened(run, config, data, tasks_file)
     backends = summary.get("backends", {})
@@ -123,7 +125,7 @@ def task_section(run: Run, task: Task, source: Source | str) -> dict[str, Any]:
     properties = error_analysis.properties(task, with_texts=bool(texts))
     mistakes = error_analysis.mistakes(task, examples)
     scores = error_analysis.scores(task, examples)
-    section = dict.fromkeys(("scatter", "labels", "class_names", "classes", "pairs", "confusion", "map"))
+    section = dict.fromkeys(("scatter", "labels", "class_names", "classes", "pairs", "confusion", "map", "numbered"))
     if not task.is_regression:
         section |= _of_classes(task, examples)
     if task.is_regression:
@@ -167,6 +169,7 @@ def _of_classes(task: Task, examples: Sequence[Example]) -> dict[str, Any]:
         note = "Each row is a true class; a cell's strength is its share of the row. The pointer over a cell names it."
         counts = class_analysis.confusion(task, examples)
         section["map"] = confusion_map("Confusion matrix", counts, [name.strip() for name in names], note)
+        section["numbered"] = task.num_classes > NAMED
     return section
 
 

@@ -74,7 +74,7 @@ def load_tasks(path: Path, tasks: Sequence[Task]) -> list[Task]:
     A checkpoint of minbert 0.1.0 has none: its tasks are the built-in ones.
 
     Raises:
-        UserError: its tasks.yaml is damaged, or lacks a task whose classes are not known.
+        UserError: its tasks.yaml is damaged, of other tasks, or lacks a task whose classes are not known.
     """
     file = path / TASKS_FILE
     saved = {}
@@ -84,6 +84,12 @@ def load_tasks(path: Path, tasks: Sequence[Task]) -> list[Task]:
     for task in tasks:
         if task.name not in saved and not task.is_regression and task.classes is None:
             raise UserError(f"{path} does not have the classes of {task.name}; restore its {TASKS_FILE}")
+        same = saved.get(task.name, task)
+        if same.type != task.type or (task.classes is not None and same.classes != task.classes):
+            raise UserError(f"{file} has another task {task.name} than the run; restore it from a copy")
+        thresholds = same.thresholds or ()
+        if thresholds and (len(thresholds) != same.num_classes or not all(0 <= each <= 1 for each in thresholds)):
+            raise UserError(f"{file}: task {task.name}: expected thresholds of its classes between 0 and 1")
     names = ("classes", "head", "loss", "thresholds")
     return [replace(task, **{name: getattr(saved.get(task.name, task), name) for name in names}) for task in tasks]
 

@@ -20,7 +20,7 @@ from minbert.distributed.liveness import RankLost
 from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.files.atomic import writing
-from minbert.inference import evaluate, load_model
+from minbert.inference import evaluate, load_model, with_thresholds_of
 from minbert.model import load_heads
 from minbert.report import plot_run, write_report
 from minbert.runs import checkpoint
@@ -88,7 +88,8 @@ class TrainingRun:
         progress.data = data
         self.progress, trainer = progress, self.trainer
         load_heads(trainer.model, last / "heads.safetensors")
-        trainer.model.tasks = {task.name: task for task in checkpoint.load_tasks(last, self.data.tasks)}
+        for task in checkpoint.load_tasks(last, list(trainer.model.tasks.values())):
+            trainer.model.tasks[task.name] = task
         trainer.optimizer.load(trainer.parameters.shard_state(checkpoint.load_state(last, trainer.model)))
         for surgery in trainer.surgeries:
             if surgery.weighting is not None:
@@ -213,7 +214,7 @@ class TrainingRun:
             scores[split], outputs = evaluate(model, present, encoded, group.device, group)
             for task in present if group.is_main else ():
                 name = task.name
-                own = model.tasks[name]  # with its thresholds
+                own = with_thresholds_of(model, task)
                 write_predictions(directory.predictions_directory(), own, split, encoded[name], outputs[name])
         if not group.is_main:
             return {}

@@ -7,18 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minbert.report.class_analysis import confusion
 from minbert.report.error_analysis import (
     OF_PAIRS,
     OF_SENTENCES,
     Example,
-    confusion,
     facts,
     groups,
     has_pronoun,
     is_negated,
     length_difference,
     mistakes,
-    score,
+    scores,
     word_overlap,
 )
 from minbert.runs.predictions import Prediction
@@ -39,7 +39,7 @@ def test_the_scores_of_the_predictions_are_those_of_training(run):
     for name, metrics in run.summary()["dev"].items():
         if name in TASKS:
             found = [Example(prediction) for prediction in run.predictions(TASKS[name], "dev")]
-            assert score(TASKS[name], found) == pytest.approx(metrics[TASKS[name].metric], abs=1e-6)
+            assert scores(TASKS[name], found) == pytest.approx(metrics, abs=1e-6)
 
 
 labels_and_predictions = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60)
@@ -52,7 +52,7 @@ def test_a_confusion_matrix_counts_every_example_once(pairs):
     matrix = np.array(confusion(TASKS["sst"], found))
     assert matrix.sum(axis=1).tolist() == np.bincount(labels, minlength=5).tolist()
     assert matrix.sum(axis=0).tolist() == np.bincount(predicted, minlength=5).tolist()
-    assert np.trace(matrix) / len(pairs) == pytest.approx(score(TASKS["sst"], found))
+    assert np.trace(matrix) / len(pairs) == pytest.approx(scores(TASKS["sst"], found)["accuracy"])
     assert len(mistakes(TASKS["sst"], found)) == matrix.sum() - np.trace(matrix)
 
 
@@ -65,7 +65,10 @@ def test_the_groups_of_a_property_part_the_examples(pairs):
         parts = [group for group in groups(TASKS["sst"], found, OF_SENTENCES) if group.title == title]
         assert sum(group.examples for group in parts) == len(found)
         assert len({group.name for group in parts}) == len(parts)
-        for whole, of_group in ((score(TASKS["sst"], found), "score"), (np.mean(predicted) - np.mean(labels), "bias")):
+        for whole, of_group in (
+            (scores(TASKS["sst"], found)["accuracy"], "score"),
+            (np.mean(predicted) - np.mean(labels), "bias"),
+        ):
             mean = sum(getattr(group, of_group) * group.examples for group in parts) / len(found)
             assert mean == pytest.approx(whole)
 

@@ -22,6 +22,7 @@ from minbert.files.schema_checks import FORMAT
 from minbert.runs.run_directory import Run
 from minbert.tasks import find_tasks
 from minbert.training.loop import train as train_one
+from minbert.training.setup import build_data
 
 FOLDS = ["--folds=3", "--tasks=sst,sts", "--steps=2", "--smart.lambda-s=0"]
 
@@ -143,6 +144,22 @@ def test_a_fold_is_scored_again_on_its_own_dev_split(folds, course_data, capsys)
     shown = capsys.readouterr().out
     assert "fold 2 of 3" in shown
     assert f"{Run(folds / 'fold-2').summary()['dev']['sst']['accuracy']:.3f}" in shown
+
+
+def test_rows_made_from_held_out_examples_are_left_out(course_data, tmp_path):
+    """Every training example has one such row, so that a fold has as many rows as examples."""
+    (task,) = find_tasks(["sst"])
+    examples = open_source(str(course_data)).load(task, "train")
+    rows = zip(examples.ids, examples.texts, strict=True)
+    made = tmp_path / "made.jsonl"
+    made.write_text("".join(json.dumps({"id": name, "sentence": f"again {text}"}) + "\n" for name, text in rows))
+    options = {"data": str(course_data), "tasks": ["sst"], "precision": "fp32", "folds": 3}
+    plain = TrainConfig(**options, fold=2)
+    without, added = map(build_data, (plain, plain.replace(augmented={"sst": str(made)})))
+    assert len(added.train["sst"]) == 2 * len(without.train["sst"]) < 2 * len(examples)
+    held = set(added.splits["dev"]["sst"].ids)
+    assert held == set(without.splits["dev"]["sst"].ids)
+    assert not held & set(added.train["sst"].ids)
 
 
 @pytest.mark.parametrize(

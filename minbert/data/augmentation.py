@@ -44,7 +44,14 @@ def swapped(examples: Examples) -> Examples:
     return Examples(examples.ids, examples.pairs, examples.texts, examples.labels)
 
 
-def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: Collection[str] = ()) -> Examples:
+def read_augmented(
+    path: str | Path,
+    task: Task,
+    originals: Examples,
+    held_out: Collection[str] = (),
+    *,
+    leave_out: bool = False,
+) -> Examples:
     """Read paraphrases, such as back-translations, of training examples (paper 002, section 4.6).
 
     The file is a table or JSON objects on lines, in any format of `minbert.data.formats`. The label of a row is that of
@@ -56,6 +63,7 @@ def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: 
         task: the task of its columns and labels.
         originals: the task's training examples.
         held_out: ids of examples that must not be trained on.
+        leave_out: leave out the rows that are made from them, as a fold's run must; else such a row is an error.
 
     Raises:
         UserError: the file cannot be read, or a row, named by its line, cannot be used.
@@ -75,6 +83,8 @@ def read_augmented(path: str | Path, task: Task, originals: Examples, held_out: 
             skipped.append(Skipped(str(path), row.line, "empty text", row.id))
             continue
         if row.id in held_out and row.id not in labels:
+            if leave_out:
+                continue
             raise UserError(
                 f"{where}: {row.id} is an example of the dev split; train on sentences made from train alone"
             )

@@ -152,7 +152,8 @@ def training_examples(task: Task, source: Source, config: TrainConfig, dev: Mapp
     file = (config.augmented or {}).get(task.name)
     if file is not None:
         held_out = set(dev[task.name].ids) if task.name in dev else ()
-        examples = joined(examples, read_augmented(file, task, examples, held_out))
+        in_a_fold = config.folds is not None
+        examples = joined(examples, read_augmented(file, task, examples, held_out, leave_out=in_a_fold))
     return joined(examples, swapped(examples)) if task.name in (config.swap_pairs or ()) else examples
 
 

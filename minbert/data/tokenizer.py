@@ -128,11 +128,7 @@ class Tokenizer:
             UserError: no word in `texts`, or `vocab_size` below 100.
         """
         backend = _backend({token: i for i, token in enumerate(SPECIAL)})
-        counts = Counter(
-            word
-            for text in texts
-            for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
-        )
+        counts = _count_words(backend, texts)
         if not counts:
             raise UserError("no word to learn a vocabulary from: every text is empty; give texts")
         if vocab_size < SMALLEST_VOCABULARY:
@@ -241,6 +237,21 @@ def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
         return _longest_first(second, first, room)[::-1]
     kept = min(first, room // 2)
     return kept, room - kept
+
+
+def _count_words(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> Counter[str]:
+    """How often the texts have each word, as the tokenizer splits them.
+
+    It splits at spaces whatever is beside them, so it is asked about each different piece between spaces once.
+    """
+    pieces: Counter[str] = Counter()
+    for text in texts:
+        pieces.update(text.split(" "))
+    counts: Counter[str] = Counter()
+    for piece, count in pieces.items():
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(piece)):
+            counts[word] += count
+    return counts
 
 
 def _commonest_characters(counts: Mapping[str, int], limit: int) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from own_task import own_task
 
-from minbert.data import Examples, encode, open_source
+from minbert.data import Examples, TextColumn, encode, open_source
 from minbert.data.own_tasks import OwnTasks
 from minbert.data.tokenizer import Tokenizer
 from minbert.errors import UserError
@@ -261,3 +262,22 @@ def test_texts_on_disk_are_encoded_like_a_list_and_share_its_cache(directory, tm
     assert encoded[0].checksum == encoded[1].checksum
     names = [sorted(file.name for file in cache.iterdir()) for cache in caches]
     assert names[0] == names[1] != []
+
+
+@pytest.mark.parametrize("pair_encoding", ["cross-encoder", "bi-encoder", "both"])
+def test_encoding_holds_few_texts_in_memory(monkeypatch, directory, tmp_path, pair_encoding):
+    count, size = 1000, 3000
+    monkeypatch.setattr("minbert.data.tokenizer.CHUNK", 32)
+    words = ["x" * size, "y" * size]  # one unknown token each
+    texts, pairs = (TextColumn.of(f"{word}{number}" for number in range(count)) for word in words)
+    examples = Examples([str(number) for number in range(count)], texts, pairs, None)
+    tokenizer = Tokenizer.train(["some words"], 100)
+    encode(examples.select(np.arange(2)), tokenizer, 8, tmp_path, pair_encoding=pair_encoding)  # imports
+    tracemalloc.start()
+    try:
+        encoded = encode(examples, tokenizer, 8, tmp_path, pair_encoding=pair_encoding)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(encoded.token_ids) == {"cross-encoder": 5, "bi-encoder": 6, "both": 11}[pair_encoding] * count
+    assert peak < count * size / 2

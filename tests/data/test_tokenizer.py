@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minbert.data.packing import pack_flat
-from minbert.data.tokenizer import REQUIRED, SPECIAL, Tokenizer, _longest_first
+from minbert.data.tokenizer import REQUIRED, SPECIAL, Tokenizer, _backend, _count_words, _longest_first
 from minbert.errors import UserError
 
 MODEL, DATA = os.environ.get("MINBERT_TEST_MODEL"), os.environ.get("MINBERT_TEST_DATA")
@@ -186,6 +187,17 @@ def test_training_gives_the_same_vocabulary_in_every_process() -> None:
     runs = {subprocess.run([sys.executable, "-c", TRAINING], capture_output=True, text=True).stdout for _ in range(3)}
     assert len(runs) == 1
     assert len(runs.pop().strip()) == 64
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \t\n\x1c\u0301.Σ猫"))))
+def test_words_are_counted_as_the_tokenizer_splits_whole_texts(texts: list[str]) -> None:
+    backend = _backend({token: number for number, token in enumerate(SPECIAL)})
+    words = [
+        word
+        for text in texts
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
+    ]
+    assert _count_words(backend, iter(texts)) == Counter(words)
 
 
 def test_trained_vocabulary_covers_its_texts_in_whole_words() -> None:

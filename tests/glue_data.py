@@ -98,6 +98,10 @@ def write_glue(directory: Path) -> Path:
     ):
         rows = [[number, *(f"{column} of {number}" for column in columns)] for number in range(4)]
         table(directory / folder / "test.tsv", ["index", *columns], *rows)
+    pair = ["A cat sat down.", "A cat stood up."]
+    table(
+        directory / "diagnostic" / "diagnostic.tsv", ["index", "sentence1", "sentence2"], [0, *pair], [1, *pair[::-1]]
+    )
     questions = [[number, f"Why {number}?", f"How {number}?"] for number in range(4)]
     table(directory / "QQP" / "test.tsv", ["id", "question1", "question2"], *questions)
     table(directory / "STS-B" / "test.tsv", STSB, *(stsb_row(n, f"a cat {n}", "a cat") for n in range(4)))

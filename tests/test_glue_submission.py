@@ -108,7 +108,7 @@ def run(tmp_path_factory):
 def test_both_dev_sets_of_mnli_are_scored_and_one_decides(run):
     config, dev = run.config(), run.summary()["dev"]
     assert config.tasks == ["mnli", "rte", "sts"]
-    assert [task.name for task in config.chosen_tasks(config.tasks)] == ["mnli", "rte", "sts", "mnli-mm"]
+    assert [task.name for task in config.chosen_tasks(config.tasks)] == ["mnli", "rte", "sts", "mnli-mm", "ax"]
     assert dev["mnli-mm"]["accuracy"] in [n / 6 for n in range(7)]
     overall = (dev["mnli"]["accuracy"] + dev["rte"]["accuracy"] + (dev["sts"]["pearson"] + 1) / 2) / 3
     assert dev["overall"] == pytest.approx(overall)
@@ -125,7 +125,7 @@ def _tensors(path):
 
 
 def test_predictions_and_report_have_both_dev_sets(run):
-    task, mismatched = run.config().chosen_tasks(["mnli"])
+    task, mismatched, _ = run.config().chosen_tasks(["mnli"])
     assert (task.head, mismatched.head) == ("difference", "difference")
     found = [run.predictions(each, "dev") for each in (task, mismatched)]
     assert [len(each) for each in found] == [3, 6]
@@ -134,13 +134,20 @@ def test_predictions_and_report_have_both_dev_sets(run):
     page = (run.path / "report.html").read_text()
     assert "MNLI inference, mismatched" in page
     assert "mismatched 4" in page
+    assert "GLUE diagnostics" not in page
 
 
 def test_evaluating_a_test_split_writes_what_the_benchmark_takes(run, capsys):
     assert evaluate.main([str(run.path), "--split=test"]) == 0
     out, err = capsys.readouterr()
     folder = run.path / "predictions" / "glue"
-    assert sorted(path.name for path in folder.iterdir()) == ["MNLI-m.tsv", "MNLI-mm.tsv", "RTE.tsv", "STS-B.tsv"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "AX.tsv",
+        "MNLI-m.tsv",
+        "MNLI-mm.tsv",
+        "RTE.tsv",
+        "STS-B.tsv",
+    ]
     assert f"MNLI inference, mismatched: {folder / 'MNLI-mm.tsv'} for the GLUE benchmark" in out.replace("\n", "")
     predicted = rows_of(folder / "RTE.tsv")
     assert len(predicted) == 6
@@ -176,18 +183,22 @@ def test_the_mismatched_set_is_no_task_to_train(run):
         train.main([f"--data={data}", "--tasks=mnli,mnli-mm"])
 
 
-def test_data_without_the_mismatched_set_trains_without_it(tmp_path):
+def test_data_without_the_mismatched_set_trains_without_it(tmp_path, capsys):
     data = write_glue(tmp_path / "data")
     for split in ("dev", "test"):
         (data / "MNLI" / f"{split}_mismatched.tsv").unlink()
+    (data / "diagnostic" / "diagnostic.tsv").unlink()
     assert train.main([*quick_options(data, tmp_path / "run"), "--tasks=mnli", "--epochs=1"]) == 0
     assert list(Run(tmp_path / "run").summary()["dev"]) == ["mnli", "overall"]
+    assert "mismatched" not in capsys.readouterr().out
+    assert evaluate.main([str(tmp_path / "run"), "--split=test"]) == 0
+    assert "mnli-mm" not in "".join(capsys.readouterr())
 
 
 def test_an_own_task_of_the_name_has_no_further_dev_set():
     own = {**TASKS, "mnli": TASKS["sst"]}
     assert find_tasks(["mnli"], own) == [TASKS["sst"]]
-    assert [task.name for task in find_tasks(["mnli", "rte"])] == ["mnli", "rte", "mnli-mm"]
+    assert [task.name for task in find_tasks(["mnli", "rte"])] == ["mnli", "rte", "mnli-mm", "ax"]
 
 
 def test_cola_is_predicted_from_its_own_files(run):

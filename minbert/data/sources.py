@@ -249,7 +249,7 @@ class HubSource(BuiltInTasks):
     def load(self, task: Task, split: str) -> Examples:
         if split not in self.splits(task):
             raise UserError(
-                f"the hub's {self.name} has no {split} split of {task.name}; it has {', '.join(self._tasks)}"
+                f"the hub's {self.name} has no {split} split of {task.name}; it has {', '.join(self.tasks())}"
             )
         glue, name = self._tasks[task.name], _name_in_glue(task, split, HUB_SPLITS)
         table = self._call(self._datasets.load_dataset, glue.hub, split=name)

@@ -60,7 +60,9 @@ def write_report(run: Run, data: str | None = None, tasks_file: str | None = Non
         phases=training_history.phases(records),
         options=training_history.options(config),
         kernels={backend: [op for op in backends if backends[op] == backend] for backend in backends.values()},
-        sections=[task_section(run, task, source) for task in tasks],
+        sections=[
+            task_section(run, task, source) for task in tasks if not task.head_of or run.predictions(task, SPLIT)
+        ],
         data=data_names(config),
         skipped=[
             (*key, list(rows)) for key, rows in groupby(read_skipped(run.skipped), lambda row: (row.split, row.task))

@@ -75,7 +75,8 @@ def data_lines(config: TrainConfig, data: TrainingData, model: MultitaskModel, s
         truncated = [of[task.name].truncated for of in data.splits.values() if task.name in of]
         sizes = {split: len(of.get(task.name, ())) for split, of in data.splits.items()}
         skipped = sum(len(of.get(task.name, ())) for of in data.skipped.values())
-        rows.append((task, sizes, skipped, sum(truncated)))
+        if any(sizes.values()):  # else a further dev or test set that the data lacks
+            rows.append((task, sizes, skipped, sum(truncated)))
     lines: list[str | Table] = [
         f"data: {data.source.name}; model: {config.model or 'a small encoder from scratch'}",
         method_line(config, model),

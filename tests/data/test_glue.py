@@ -25,6 +25,7 @@ def test_all_nine_tasks_are_found(glue):
     assert glue.tasks() == NINE
     assert all(glue.splits(TASKS[name]) == ["train", "dev", "test"] for name in NINE)
     assert glue.splits(TASKS["mnli-mm"]) == ["dev", "test"]
+    assert glue.splits(TASKS["ax"]) == ["test"]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_texts_and_labels_of_a_training_file(glue, name, texts, labels):
     assert len(glue.load(TASKS[name], "dev")) > 0
 
 
-@pytest.mark.parametrize("name", [*NINE, "mnli-mm"])
+@pytest.mark.parametrize("name", [*NINE, "mnli-mm", "ax"])
 def test_test_files_have_no_labels_and_their_own_indices(glue, name):
     test = glue.load(TASKS[name], "test")
     assert test.labels is None
@@ -128,6 +129,7 @@ HUB = {
     "qnli": (["question", "sentence"], ["entailment", "not_entailment"]),
     "rte": (["sentence1", "sentence2"], ["entailment", "not_entailment"]),
     "wnli": (["sentence1", "sentence2"], ["not_entailment", "entailment"]),
+    "ax": (["premise", "hypothesis"], ["entailment", "neutral", "contradiction"]),
 }
 
 
@@ -138,6 +140,8 @@ def hub(monkeypatch):
 
     def names_of_splits(name: str, config: str) -> list[str]:
         sets = ["_matched", "_mismatched"] if config == "mnli" else [""]
+        if config == "ax":
+            return ["test"]
         return ["train", *(f"validation{each}" for each in sets), *(f"test{each}" for each in sets)]
 
     def load_dataset(name: str, config: str, split: str) -> Table:
@@ -150,7 +154,7 @@ def hub(monkeypatch):
         return Table(ClassLabel(*classes) if classes else None, columns)
 
     module.load_dataset, module.get_dataset_split_names = load_dataset, names_of_splits
-    module.get_dataset_config_names = lambda name: ["ax", *HUB]
+    module.get_dataset_config_names = lambda name: list(HUB)
     monkeypatch.setitem(sys.modules, "datasets", module)
     return open_source("nyu-mll/glue")
 
@@ -166,6 +170,12 @@ def test_the_hubs_numbers_are_the_classes_in_order(hub, name):
     assert "train" not in hub.splits(task) or len(hub.load(task, "train")) == len(dev)
     genres = {"mnli": "validation_matched ", "mnli-mm": "validation_mismatched "}.get(name, "validation ")
     assert all(text.startswith(genres) for text in dev.texts)
+
+
+def test_the_diagnostic_set_is_a_test_split_alone(hub):
+    assert hub.splits(TASKS["ax"]) == ["test"]
+    test = hub.load(TASKS["ax"], "test")
+    assert (test.labels, test.texts[0], test.pairs[0]) == (None, "test premise 0", "test hypothesis 0")
 
 
 def test_classes_in_another_order_on_the_hub_keep_their_names(hub, monkeypatch):

@@ -126,7 +126,7 @@ def hub(monkeypatch):
     def get_dataset_config_names(name: str) -> list[str]:
         if name != "nyu-mll/glue":
             raise FileNotFoundError(f"Dataset '{name}' doesn't exist on the Hub\nor cannot be accessed")
-        return ["ax", "qqp"]
+        return ["qqp", "other"]
 
     module.load_dataset = load_dataset
     module.get_dataset_config_names = get_dataset_config_names

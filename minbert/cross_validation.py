@@ -140,18 +140,17 @@ def summarize(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Names of columns, and rows: one for each fold, and the mean with the deviation."""
-    columns = [(split, *key) for split in SPLITS if split in record for key in dict(_flat(record["runs"][0][split]))]
-    names = ["", *(" ".join(filter(None, column)) for column in columns)]
+    """Names of columns, the folds and the mean with the deviation; and rows, one for each split, task and metric."""
+    runs = record["runs"]
     rows = []
-    for run in record["runs"]:
-        scores = {split: dict(_flat(run[split])) for split in SPLITS if split in record}
-        rows.append([f"fold {run['fold']}", *(f"{scores[split][task, metric]:.3f}" for split, task, metric in columns)])
-    last = ["mean ± deviation"]
-    for split, task, metric in columns:
-        found = record[split][task][metric] if metric else record[split][task]
-        last.append(f"{found['mean']:.3f} ± {found['deviation']:.3f}")
-    return names, [*rows, last]
+    for split in (split for split in SPLITS if split in record):
+        scores = [dict(_flat(run[split])) for run in runs]
+        for task, metric in scores[0]:
+            found = record[split][task][metric] if metric else record[split][task]
+            name = " ".join(filter(None, (split, task, metric)))
+            each = [f"{of_run[task, metric]:.3f}" for of_run in scores]
+            rows.append([name, *each, f"{found['mean']:.3f} ± {found['deviation']:.3f}"])
+    return ["", *(f"fold {run['fold']}" for run in runs), "mean ± deviation"], rows
 
 
 def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

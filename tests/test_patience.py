@@ -46,7 +46,8 @@ def test_training_stops_after_so_many_epochs_without_improvement(patience, epoch
     assert epochs_of(tmp_path / "run") == epochs
     summary = Run(tmp_path / "run").summary()
     assert (summary["stopped_early"], summary["steps"]) == (epochs < 6, 2 * epochs)
-    line = f"the overall dev score has not improved for {patience} epochs: training stops after step {2 * epochs} of 12"
+    waited = "1 epoch" if patience == 1 else f"{patience} epochs"
+    line = f"the overall dev score has not improved for {waited}: training stops after step {2 * epochs} of 12"
     assert (line in capsys.readouterr().out) == (epochs < 6)
 
 

@@ -201,8 +201,9 @@ class TrainingRun:
         config, data, directory, progress, group = self.config, self.data, self.directory, self.progress, self.group
         stopped_early = progress.step < self.plan.steps
         if stopped_early:
+            waited = progress.scores.epochs_since_best
             self.console.print(
-                f"the overall dev score has not improved for {progress.scores.epochs_since_best} epochs: training stops"
+                f"the overall dev score has not improved for {waited} epoch{'' if waited == 1 else 's'}: training stops"
                 f" after step {progress.step} of {self.plan.steps} (--patience {config.patience})"
             )
         group.broadcast_object("saved")

@@ -129,8 +129,8 @@ class OwnTasks:
         if not shared.any():
             return []
         return [
-            f"{one_line(dev.file)}: {shared.sum()} of the {len(dev)} dev examples have a text that is also trained on,"
-            f" the first on {dev.unit} {dev.lines[np.argmax(shared)]}"
+            f"{one_line(dev.file)}: texts of {shared.sum()} of the {len(dev)} dev examples are also trained on, the"
+            f" first on {dev.unit} {dev.lines[np.argmax(shared)]}"
         ]
 
     def _train(self, task: Task) -> Examples:

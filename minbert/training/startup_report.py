@@ -82,6 +82,7 @@ def data_lines(config: TrainConfig, data: TrainingData, model: MultitaskModel, s
         method_line(config, model),
         data_table(rows),
     ]
+    lines += [f"warning: {note}" for task in data.tasks for note in data.source.warnings(task)]
     for split, by_task in data.splits.items():
         for name, encoded in by_task.items():
             lines += skipped_lines(data.skipped[split][name], skipped_file)

@@ -211,7 +211,7 @@ def test_texts_of_a_dev_file_that_are_trained_on_are_counted(directory):
     task = source.complete(record)
     assert [source.load(task, split).file for split in ("train", "dev")] == [record.train, record.dev]
     (line,) = source.warnings(task)
-    assert line.endswith("dev.csv: 2 of the 3 dev examples have a text that is also trained on, the first on line 3")
+    assert line.endswith("dev.csv: texts of 2 of the 3 dev examples are also trained on, the first on line 3")
 
 
 def test_a_separator_that_never_occurs_is_told(directory):

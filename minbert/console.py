@@ -97,16 +97,18 @@ def score_table(title: str, rows: Sequence[tuple[str, Mapping[str, Mapping[str, 
         for name, score in scores.items():
             of_task[name] = list(dict.fromkeys([*of_task.get(name, ()), *score]))
     shown = [(name, metric) for name, metrics in of_task.items() for metric in metrics]
-    lines = [[label for label, *_ in rows]]
-    for name, metric in shown:
-        values = [scores.get(name, {}).get(metric) for _, scores, _ in rows]
-        lines.append([f"{name} {metric}", *("–" if value is None else f"{value:.3f}" for value in values)])
-    lines.append(["overall", *(f"{overall:.3f}" for *_, overall in rows)])
-    lines[0].insert(0, "")
+    labels = [label for label, *_ in rows]
+    cells = [
+        ["–" if value is None else f"{value:.3f}" for value in (*(scores.get(n, {}).get(m) for n, m in shown), overall)]
+        for _, scores, overall in rows
+    ]
     if len(shown) <= MOST_SCORES or len(rows) > len(shown):
-        lines = list(map(list, zip(*lines, strict=True)))
-    for column in lines[0][1:]:
-        table.add_column(column, justify="right")
-    for line in lines[1:]:
-        table.add_row(*line)
+        columns = [*(f"{name}\n{metric}" for name, metric in shown), "overall"]
+    else:
+        columns, labels = labels, [*(f"{name} {metric}" for name, metric in shown), "overall"]
+        cells = list(map(list, zip(*cells, strict=True)))
+    for column in columns:
+        table.add_column(column, justify="right", vertical="bottom")
+    for label, line in zip(labels, cells, strict=True):
+        table.add_row(label, *line)
     return table

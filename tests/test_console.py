@@ -36,6 +36,31 @@ def test_cells_and_titles_of_tables_are_text(text, capsys):
     assert text in capsys.readouterr().out
 
 
+def lines_of(table, capsys) -> list[list[str]]:
+    Terminal().print(table)
+    return [line.split() for line in capsys.readouterr().out.splitlines() if line.strip(" ─")]
+
+
+def test_scores_are_columns_or_with_many_of_them_rows(capsys):
+    first = {"sst": {"accuracy": 0.5}, "sts": {"pearson": 0.25}}
+    second = {"sst": {"accuracy": 0.6}, "sts": {"pearson": 0.75, "spearman": 0.7}}
+    few = score_table("", [("one", first, 0.5), ("two", second, 0.6)])
+    assert lines_of(few, capsys) == [
+        ["sst", "sts", "sts"],
+        ["accuracy", "pearson", "spearman", "overall"],
+        ["one", "0.500", "0.250", "–", "0.500"],
+        ["two", "0.600", "0.750", "0.700", "0.600"],
+    ]
+    many = {f"t{number}": {"accuracy": number / 10} for number in range(9)}
+    assert lines_of(score_table("", [("one", many, 0.4), ("two", first, 0.5)]), capsys) == [
+        ["one", "two"],
+        *([f"t{number}", "accuracy", f"0.{number}00", "–"] for number in range(9)),
+        ["sst", "accuracy", "–", "0.500"],
+        ["sts", "pearson", "–", "0.250"],
+        ["overall", "0.400", "0.500"],
+    ]
+
+
 def test_control_characters_are_shown_and_not_obeyed(capsys):
     Terminal().print("a\x1b[2Jb\rc\x07d\u202ee\x9bf\ng")
     assert capsys.readouterr().out == "a\\x1b[2Jb\\rc\\x07d\\u202ee\\x9bf\ng\n"

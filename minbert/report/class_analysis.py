@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class ClassScores:
         support: examples that have it.
         predicted: examples that are predicted to have it.
         threshold: of a multi-label task, the probability above which it is predicted.
+        average_precision: of a multi-label task, whatever the threshold; None of a class that no example has.
     """
 
     number: int
@@ -33,37 +35,70 @@ class ClassScores:
     recall: float | None  # None of a class that no example has
     f1: float
     threshold: float | None = None
+    average_precision: float | None = None
 
 
 def class_scores(task: Task, examples: Sequence[Example]) -> list[ClassScores]:
-    """Precision, recall and F1 of every class, in the task's order."""
-    support, predicted, both = (np.zeros(task.num_classes, np.int64) for _ in range(3))
-    for example in examples:
-        true, found = classes_of(task, example.label), classes_of(task, example.predicted)
-        support[true] += 1
-        predicted[found] += 1
-        both[[number for number in found if number in true]] += 1
-    thresholds = task.thresholds or [THRESHOLD] * task.num_classes
+    """Precision, recall and F1 of every class, in the task's order, by scikit-learn."""
+    from sklearn import metrics  # it takes a second to import
+
+    numbers = range(task.num_classes)
+    labels, predicted = (_indicators(task, [getattr(each, of) for each in examples]) for of in ("label", "predicted"))
+    precision, recall, f1, support = metrics.precision_recall_fscore_support(
+        labels, predicted, labels=numbers, average=None, zero_division=np.nan
+    )
+    thresholds, ranking = _decisions(task, examples, labels) if task.is_multilabel else ({}, {})
     return [
         ClassScores(
             number,
             int(support[number]),
-            int(predicted[number]),
-            float(both[number] / predicted[number]) if predicted[number] else None,
-            float(both[number] / support[number]) if support[number] else None,
-            float(2 * both[number] / max(1, support[number] + predicted[number])),
-            thresholds[number] if task.is_multilabel else None,
+            int(predicted[:, number].sum()),
+            _defined(precision[number]),
+            _defined(recall[number]),
+            _defined(f1[number]) or 0.0,
+            thresholds.get(number),
+            ranking.get(number),
         )
-        for number in range(task.num_classes)
+        for number in numbers
     ]
+
+
+def _indicators(task: Task, labels: Sequence[Any]) -> np.ndarray:
+    """0 and 1 by example and class, int8 [n, C]."""
+    if task.is_multilabel:
+        return np.array(labels, np.int8)
+    found = np.zeros((len(labels), task.num_classes), np.int8)
+    found[np.arange(len(labels)), np.array(labels, np.int64)] = 1
+    return found
+
+
+def _decisions(
+    task: Task, examples: Sequence[Example], labels: np.ndarray
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Of a multi-label task, by class: the threshold, and the average precision where it is defined."""
+    from sklearn import metrics
+
+    thresholds = dict(enumerate(task.thresholds or [THRESHOLD] * task.num_classes))
+    classes = [example.prediction.probabilities for example in examples]
+    if None in classes:
+        return thresholds, {}
+    present = np.flatnonzero(labels.any(axis=0))
+    ranked = np.array(classes)
+    return thresholds, {
+        int(number): float(metrics.average_precision_score(labels[:, number], ranked[:, number])) for number in present
+    }
+
+
+def _defined(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def confusion(task: Task, examples: Sequence[Example]) -> np.ndarray:
     """How many examples of each class (row) are predicted to be of each class (column), int64 [C, C]."""
-    counts = np.zeros((task.num_classes, task.num_classes), np.int64)
-    for example in examples:
-        counts[int(example.label), int(example.predicted)] += 1
-    return counts
+    from sklearn import metrics
+
+    labels, predicted = ([int(getattr(example, of)) for example in examples] for of in ("label", "predicted"))
+    return metrics.confusion_matrix(labels, predicted, labels=range(task.num_classes))
 
 
 @dataclass(frozen=True)

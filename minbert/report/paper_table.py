@@ -13,9 +13,7 @@ from rich.table import Table
 from minbert.files.atomic import write_atomically, write_json
 from minbert.recipes import Paper, Row
 from minbert.report import comparison_report
-from minbert.report.training_history import flat_scores
 from minbert.runs.run_directory import Run
-from minbert.tasks import TASKS
 
 HOURS = "hours an epoch"
 
@@ -29,14 +27,15 @@ class RowResult:
     failures: list[str] = field(default_factory=list)  # one for each other seed
 
     def found(self) -> dict[str, list[float]]:
-        """Our scores by column, as `columns` names them: one for each seed."""
+        """Our scores, one for each seed: by column, as `columns` names them, and further metrics as "dev sst f1"."""
         found: dict[str, list[float]] = {}
-        for summary in (run.summary() for run in self.runs):
-            for split in ("dev", "test"):
-                scores = flat_scores(summary.get(split, {}))
-                if len(scores) > 1:
-                    scores["overall"] = summary[split]["overall"]
-                for name, score in scores.items():
+        for run in self.runs:
+            summary = run.summary()
+            single = [split for split in ("dev", "test") if len(summary.get(split, {})) <= 2]  # the overall is its one
+            for name, score in comparison_report.our_scores(run).items():
+                split = "test" if name.endswith(" test") else "dev"
+                name = name.removesuffix(" test")
+                if name != "overall" or split not in single:
                     found.setdefault(f"{split} {name}", []).append(score)
             found.setdefault(HOURS, []).append(
                 summary["seconds"] / summary["steps"] * summary["steps_per_epoch"] / 3600
@@ -50,11 +49,12 @@ class RowResult:
 
 
 def columns(results: Sequence[RowResult]) -> list[str]:
-    """Names of the columns: dev scores, then test scores and hours where the paper has them."""
+    """Names of the columns: each task's first metric on dev, then test scores and hours where the paper has them."""
     present = {name for result in results for name in (*result.published(), *result.found())}
     if not any(HOURS in result.published() for result in results):
         present.discard(HOURS)
-    order = [f"{split} {name}" for split in ("dev", "test") for name in (*TASKS, "overall")]
+    tasks = comparison_report.tasks_of(run for result in results for run in result.runs)
+    order = [f"{split} {name}" for split in ("dev", "test") for name in (*tasks, "overall")]
     return [name for name in (*order, HOURS) if name in present]
 
 

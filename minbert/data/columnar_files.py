@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from minbert.data.examples import Row
@@ -23,17 +24,14 @@ def parquet_rows(file: OwnFile) -> Iterator[Row]:
         UserError: pyarrow is not installed, the file is damaged, or a column is missing.
     """
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError:
         raise UserError(f"{file.named}: a Parquet file; {EXTRA}") from None
-    try:
-        with parquet.ParquetFile(file.path) as table:
-            names = table.schema_arrow.names
-            columns = find_columns(file.named, names, file.task, file.labels)
-            wanted = list(dict.fromkeys(names[number] for number in columns.all))
-            yield from _rows(names, columns, (batch.to_pydict() for batch in table.iter_batches(BATCH, columns=wanted)))
-    except (OSError, ArrowException) as error:
-        raise UserError(f"{file.named}: cannot be read as Parquet ({_reason(error)}); write it again") from None
+    with _one_line(f"{file.named}: cannot be read as Parquet"), parquet.ParquetFile(file.path) as table:
+        names = table.schema_arrow.names
+        columns = find_columns(file.named, names, file.task, file.labels)
+        wanted = list(dict.fromkeys(names[number] for number in columns.all))
+        yield from _rows(names, columns, (batch.to_pydict() for batch in table.iter_batches(BATCH, columns=wanted)))
 
 
 def directory_rows(file: OwnFile, split: str) -> Iterator[Row]:
@@ -53,10 +51,8 @@ def directory_rows(file: OwnFile, split: str) -> Iterator[Row]:
     if not (path / "state.json").exists():
         raise UserError(f"{file.named}: a directory without a data set; expected one that save_to_disk wrote")
     datasets = _datasets(file)
-    try:
+    with _one_line(f"{file.named}: cannot be read by datasets"):
         yield from _dataset_rows(file, datasets.load_from_disk(os.fspath(path)))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file.named}: cannot be read by datasets ({_reason(error)})") from None
 
 
 def hub_rows(name: str, file: OwnFile) -> Iterator[Row]:
@@ -80,12 +76,8 @@ def hub_rows(name: str, file: OwnFile) -> Iterator[Row]:
         except Exception as error:  # no such data set, split, permission or network: the libraries' errors vary
             errors.append(_reason(error))
             continue
-        try:
+        with _one_line(f"{file.named}: cannot be read from the hub"):
             yield from _dataset_rows(file, table)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{file.named}: cannot be read from the hub: {_reason(error)}") from None
         return
     raise UserError(f"{file.named}: cannot be read from the hub: {errors[0]}")
 
@@ -135,6 +127,17 @@ def _rows(names: Sequence[str], columns: Found, batches: Iterable[Mapping[str, S
         for row_texts, row_label, row_id in zip(of_texts, labels, ids, strict=True):
             number += 1
             yield Row(number + 1, str(number), "" if row_id is None else str(row_id), row_texts, row_label)
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turn an error of pyarrow or datasets, of whatever type, into one line that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:

@@ -198,7 +198,7 @@ def _separated(found: str, expected: str) -> str:
 def names_of_table(line: str, texts: tuple[str, ...]) -> str:
     """The delimiter of a line that is the header of a table with one of the text columns, or ""."""
     for delimiter in DELIMITERS:
-        names = [name.strip().strip('"') for name in next(csv.reader([line], delimiter=delimiter), [])]
+        names = [name.strip().strip('"') for name in line.split(delimiter)]
         if len(names) > 1 and not set(names).isdisjoint(texts):
             return delimiter
     return ""

@@ -111,6 +111,8 @@ def _json_rows(file: OwnFile) -> Iterator[Row]:
         raise UserError(f"{file.named} is empty; expected a JSON object on each line")
     if line.lstrip().startswith("["):
         raise UserError(f"{where}: a JSON list; write each object on a line of its own (JSON lines)")
+    if line.strip() == "{":
+        raise UserError(f"{where}: a JSON object over several lines; write each object on one line (JSON lines)")
     delimiter = "" if line.lstrip().startswith("{") else names_of_table(line, file.task.text)
     if delimiter:
         suffix = ".tsv" if delimiter == "\t" else ".csv"

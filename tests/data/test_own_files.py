@@ -188,6 +188,8 @@ def test_columns_are_found_by_name(file):
         ("a.jsonl", "message,topic\na,b\n", "line 1: a table's header, not a JSON object; give the file a name that"
          " ends in .csv"),
         ("a.json", '[{"message": "a", "topic": "b"}]', "line 1: a JSON list; write each object on a line of its own"),
+        ("a.json", '{\n "message": "a",\n "topic": "b"\n}', "line 1: a JSON object over several lines; write each"),
+        ("a.jsonl", 'a\r"b\n{}', ": none of its 2 rows is usable; line 1: not JSON"),
         ("a.csv", b"PAR1\0\0", "not CSV, as its name says, but a Parquet file; give it a name that ends in .parquet"),
         ("a.csv", gzip.compress(b"message,topic\n"), "not CSV, as its name says, but a gzip file: unpack it"),
         ("a.csv", "message,topic\na,b\n".encode("utf-16"), "but UTF-16 text: convert it to UTF-8"),
@@ -205,6 +207,21 @@ def test_a_file_in_another_format_is_named(file, name, content, said):
     if name.endswith(".parquet"):
         pytest.importorskip("pyarrow")
     assert said in refusal(file(name, content))
+
+
+def test_a_parquet_file_of_other_texts_than_utf_8_is_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = pyarrow.array([b"caf\xe9"]).cast(pyarrow.string(), safe=False)
+    parquet.write_table(pyarrow.table({"message": texts, "topic": ["a"]}), tmp_path / "a.parquet")
+    assert "cannot be read as Parquet ('utf-8' codec can't decode" in refusal(tmp_path / "a.parquet")
+
+
+def test_a_damaged_directory_is_refused(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "state.json").write_text("{}")
+    assert "cannot be read by datasets (" in refusal(tmp_path)
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path):

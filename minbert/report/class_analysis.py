@@ -45,7 +45,11 @@ def class_scores(task: Task, examples: Sequence[Example]) -> list[ClassScores]:
     numbers = range(task.num_classes)
     labels, predicted = (_indicators(task, [getattr(each, of) for each in examples]) for of in ("label", "predicted"))
     precision, recall, f1, support = metrics.precision_recall_fscore_support(
-        labels, predicted, labels=numbers, average=None, zero_division=np.nan
+        labels,
+        predicted,
+        labels=[1] if len(numbers) == 1 else numbers,  # it takes a single column for one of two classes
+        average=None,
+        zero_division=np.nan,
     )
     thresholds, ranking = _decisions(task, examples, labels) if task.is_multilabel else ({}, {})
     return [

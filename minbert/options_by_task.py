@@ -26,25 +26,27 @@ def with_head_and_loss(task: Task, heads: Mapping[str, str], losses: Mapping[str
     """
     name = task.head_of or task.name
     task = replace(task, head=heads.get(name, task.head), loss=losses.get(name, task.loss))
-    require_known(f"--heads.{name}: unknown head", task.head, HEADS)
+    head_key = f"--heads.{name}" if name in heads else f"task {name}: head"  # where it stands
+    loss_key = f"--losses.{name}" if name in losses else f"task {name}: loss"
+    require_known(f"{head_key}: unknown head", task.head, HEADS)
     encodable = [head for head in HEADS if task.is_pair or HEADS[head].pair_encoding == "cross-encoder"]
     if task.head not in encodable:
         raise UserError(
-            f"--heads.{name} {task.head}: reads pairs of sentences, and {task.title} has single ones;"
+            f"{head_key} {task.head}: reads pairs of sentences, and {task.title} has single ones;"
             f" expected {' or '.join(encodable)}"
         )
     if not task.loss:
         return task
-    require_known(f"--losses.{name}: unknown loss", task.loss, LOSSES)
+    require_known(f"{loss_key}: unknown loss", task.loss, LOSSES)
     if task.loss not in losses_for(task):
         fitting = losses_for(task)
         raise UserError(
-            f"--losses.{name} {task.loss}: does not fit the labels of {task.title}; expected {' or '.join(fitting)}"
+            f"{loss_key} {task.loss}: does not fit the labels of {task.title}; expected {' or '.join(fitting)}"
         )
     if task.loss not in HEADS[task.head].losses_for(task):
         fitting = [head for head in encodable if task.loss in HEADS[head].losses_for(task)]
         raise UserError(
-            f"--losses.{name} {task.loss}: does not fit the outputs of head {task.head};"
+            f"{loss_key} {task.loss}: does not fit the outputs of head {task.head};"
             f" expected --heads.{name} {' or '.join(fitting)}"
         )
     return task

@@ -252,9 +252,16 @@ def test_bad_input_is_one_line(tickets, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             main(arguments)
+    files = {"train": str(tmp_path / "train.csv"), "dev": 0.5}
+    single = {"text": "the message", "label": "topic", "type": "classification", "head": "cosine", **files}
+    with pytest.raises(UserError, match="task own: head cosine: reads pairs of sentences, and own has single ones"):
+        main([write_tasks(tmp_path, own=single)])
+    with pytest.raises(UserError, match="task own: loss: unknown loss 'cross'; known: cross_entropy, "):
+        main([write_tasks(tmp_path, own={**single, "head": "linear", "loss": "cross"})])
     (tmp_path / "dev.csv").unlink()
-    with pytest.raises(UserError, match=r"dev\.csv"):
-        main([tickets])
+    files["dev"] = "dev.csv"
+    with pytest.raises(UserError, match=r"task own: dev: .*dev\.csv cannot be read"):
+        main([write_tasks(tmp_path, own={**single, "head": "linear", **files})])
 
 
 def test_the_command_runs(tickets, tmp_path):

@@ -97,7 +97,7 @@ def test_what_depends_on_the_classes_is_checked_once_they_are_known() -> None:
     assert (task.head, task.loss) == ("cosine", "")
     two, three = (dataclasses.replace(task, classes=classes) for classes in (("x", "y"), ("x", "y", "z")))
     assert with_head_and_loss(two, {"own": "cosine"}, {}).loss == "binary_cross_entropy"
-    with pytest.raises(UserError, match=r"--losses.own cross_entropy: does not fit the outputs of head cosine"):
+    with pytest.raises(UserError, match=r"task own: loss cross_entropy: does not fit the outputs of head cosine"):
         with_head_and_loss(three, {"own": "cosine"}, {})
     chosen = {"own": "binary_cross_entropy"}
     assert with_head_and_loss(unknown, {}, chosen).loss == "binary_cross_entropy"

@@ -87,8 +87,8 @@ def data_table(rows: Sequence[tuple[Task, Mapping[str, int], int, int]]) -> Tabl
 def score_table(title: str, rows: Sequence[tuple[str, Mapping[str, Mapping[str, float]], float]]) -> Table:
     """Scores by task and overall, a row per epoch or split: (label, scores of each task, overall score).
 
-    Many scores make columns of the epochs or splits, and rows of the scores. A score that is not there is a dash, such
-    as one of an epoch of an earlier minbert.
+    Many scores make columns of the epochs or splits, and rows of the scores; of many epochs it is each task's first
+    metric. A score that is not there is a dash, such as one of an epoch of an earlier minbert.
     """
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     table.add_column("")
@@ -97,6 +97,8 @@ def score_table(title: str, rows: Sequence[tuple[str, Mapping[str, Mapping[str, 
         for name, score in scores.items():
             of_task[name] = list(dict.fromkeys([*of_task.get(name, ()), *score]))
     shown = [(name, metric) for name, metrics in of_task.items() for metric in metrics]
+    if min(len(shown), len(rows)) > MOST_SCORES:
+        shown = [(name, metrics[0]) for name, metrics in of_task.items()]
     labels = [label for label, *_ in rows]
     cells = [
         ["–" if value is None else f"{value:.3f}" for value in (*(scores.get(n, {}).get(m) for n, m in shown), overall)]

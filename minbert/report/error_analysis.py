@@ -261,18 +261,16 @@ def facts(task: Task, examples: Sequence[Example]) -> dict[str, str]:
     off_by = np.array([example.off_by for example in examples])
     if task.is_regression:
         places = decimals(task)
-        return {
-            "mean absolute error": f"{np.mean(np.abs(off_by)):.{places}f}",
-            "mean error": f"{np.mean(off_by):.{places}f}".replace("-", "−"),
-            "over-scored": f"{np.mean(off_by > 0):.0%}",
-        }
+        found = {} if "mae" in task.metrics else {"mean absolute error": f"{np.mean(np.abs(off_by)):.{places}f}"}
+        found["mean error"] = f"{np.mean(off_by):.{places}f}".replace("-", "−")
+        return found | {"over-scored": f"{np.mean(off_by > 0):.0%}"}
     if task.is_multilabel:
         labels, predicted = (np.array([getattr(each, of) for each in examples]) for of in ("label", "predicted"))
-        return {
-            "all classes right": f"{np.mean(off_by == 0):.1%}",
+        found = {} if "accuracy" in task.metrics else {"all classes right": f"{np.mean(off_by == 0):.1%}"}
+        return found | {
             "classes of an example": f"{labels.sum(1).mean():.2f}",
-            "predicted": f"{predicted.sum(1).mean():.2f}",
-            "never predicted": _listed(task, [number for number, any_ in enumerate(predicted.any(0)) if not any_]),
+            "classes predicted": f"{predicted.sum(1).mean():.2f}",
+            "never predicted": _listed(task, np.flatnonzero(predicted.sum(0) == 0).tolist()),
         }
     labels, predicted = (np.array([int(getattr(each, of)) for each in examples]) for of in ("label", "predicted"))
     found = {"by the commonest class alone": f"{np.bincount(labels).max() / len(labels):.3f}"}

@@ -74,11 +74,11 @@ def score(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}".replace("-", "−")
 
 
-def signed(value: float | None) -> str:
-    """Three decimals and a sign: +0.012, −0.100, ±0.000; a dash for None."""
+def signed(value: float | None, decimals: int = 3) -> str:
+    """Decimals and a sign: +0.012, −0.100, ±0.000; a dash for None."""
     if value is None:
         return "–"
-    text = f"{value:+.3f}"
+    text = f"{value:+.{decimals}f}"
     return f"±{text[1:]}" if float(text) == 0 else text.replace("-", "−")
 
 

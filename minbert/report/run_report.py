@@ -28,6 +28,7 @@ SHOWN = 200  # mistakes of a task at most
 MOST_IN_TABLE = 10  # classes of a confusion matrix with numbers in its cells
 MOST_IN_MAP = 200  # of one without; of more classes the confused pairs are listed alone
 MOST_CLASSES = 500  # rows of the table of classes: the most frequent ones
+LONG = 20  # characters of a class for which the tables of classes are as wide as the page
 MEAN = {"classification": "mean label", "regression": "mean label", "multilabel": "classes of an example"}
 
 
@@ -127,7 +128,9 @@ def task_section(run: Run, task: Task, source: Source | str) -> dict[str, Any]:
     properties = error_analysis.properties(task, with_texts=bool(texts))
     mistakes = error_analysis.mistakes(task, examples)
     scores = error_analysis.scores(task, examples)
-    section = dict.fromkeys(("scatter", "labels", "class_names", "classes", "pairs", "confusion", "map", "numbered"))
+    section = dict.fromkeys(
+        ("scatter", "labels", "class_names", "classes", "pairs", "confusion", "map", "numbered", "wide")
+    )
     if not task.is_regression:
         section |= _of_classes(task, examples)
     if task.is_regression:
@@ -162,6 +165,7 @@ def _of_classes(task: Task, examples: Sequence[Example]) -> dict[str, Any]:
     section: dict[str, Any] = {
         "labels": labels,
         "class_names": task.class_names,
+        "wide": task.is_multilabel or max(map(len, names)) > LONG,
         "classes": sorted(rows, key=lambda row: -row.support)[:MOST_CLASSES] if len(rows) > MOST_CLASSES else rows,
         "pairs": class_analysis.confused_pairs(task, examples) if task.is_multilabel or task.num_classes > 2 else [],
     }

@@ -88,7 +88,7 @@ def confusion_map(title: str, counts: np.ndarray, names: Sequence[str], note: st
         counts: by true class (row) and predicted class (column), [C, C].
         names: of the classes; up to `NAMED` classes are named beside their rows, more are numbered from 1.
     """
-    size, count = 620.0, len(names)
+    size, count = 440.0, len(names)
     cell = size / count
     named = count <= NAMED
     left = 8 + 6.4 * max(map(len, names)) if named else 34.0
@@ -155,7 +155,8 @@ class Axes:
             SubElement(svg, "path", {"class": "grid", "d": f"M{LEFT:g} {self.up(tick):.1f}H{WIDTH - RIGHT:g}"})
             _text(svg, LEFT - 6, self.up(tick), shown, "end", "tick")
         for tick, shown in _ticks(*self.xs, whole=whole):
-            _text(svg, self.across(tick), self.height - BOTTOM + 14, shown, "middle", "tick")
+            across = min(self.across(tick), WIDTH - 2 - 3.2 * len(shown))  # within the picture
+            _text(svg, across, self.height - BOTTOM + 14, shown, "middle", "tick")
         _text(svg, (LEFT + WIDTH - RIGHT) / 2, self.height - 6, x, "middle", "label")
 
 

@@ -96,8 +96,8 @@ def format_predictions(task: Task, ids: Sequence[str], outputs: np.ndarray) -> I
 
 def _csv_line(fields: Sequence[str]) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(fields)
-    return line.getvalue()
+    csv.writer(line).writerow(fields)  # it quotes a carriage return only if its lines end with one
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _field(task: Task, label: Label | list[Label]) -> str:
@@ -137,9 +137,9 @@ def _format_details(task: Task, examples: Encoded, outputs: np.ndarray) -> Itera
 
 
 def _decimals(task: Task) -> int:
-    """Decimals of a score that float32 keeps: four of a scale such as 0 to 5, more of a smaller one."""
+    """Decimals of a score that float32 keeps: six of a scale such as 0 to 5, fewer of a larger one."""
     low, high = task.scale
-    return max(0, 4 - math.floor(math.log10(high - low)))
+    return max(0, 6 - math.floor(math.log10(high - low)))
 
 
 def read_predictions(directory: Path, task: Task, split: str, remedy: str) -> list[Prediction] | None:

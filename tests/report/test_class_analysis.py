@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_fscore_support
 
 from minbert.report.class_analysis import PAIRS, class_scores, confused_pairs, confusion
 from minbert.report.error_analysis import Example, facts, groups, is_ordered, mistakes, properties, scores, shown
@@ -42,8 +42,19 @@ def test_scores_of_several_labels_are_scikit_learns(classes):
     task = own_task("multilabel", classes, thresholds=tuple(np.linspace(0.1, 0.9, classes)))
     rows = class_scores(task, examples(predicted.astype(int).tolist(), labels.astype(int).tolist()))
     assert [row.threshold for row in rows] == list(task.thresholds)
+    assert {row.average_precision for row in rows} == {None}  # without probabilities
     for number, row in enumerate(rows):
         check_scores([row], labels[:, number], predicted[:, number], labels_of=[1])
+
+
+def test_the_average_precision_of_a_class_is_scikit_learns():
+    generator = np.random.default_rng(0)
+    labels, shares = generator.random((60, 3)) < (0.5, 0.1, 0.0), generator.random((60, 3))
+    found = examples((shares > 0.5).astype(int).tolist(), labels.astype(int).tolist(), shares.tolist())
+    first, second, absent = class_scores(own_task("multilabel", 3), found)
+    for number, row in enumerate((first, second)):
+        assert row.average_precision == pytest.approx(average_precision_score(labels[:, number], shares[:, number]))
+    assert (absent.average_precision, absent.recall) == (None, None)
 
 
 def check_scores(rows, labels, predicted, labels_of):

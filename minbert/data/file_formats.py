@@ -78,7 +78,7 @@ def read_own_rows(
     if own.path.is_dir():
         return columnar_files.directory_rows(own, split), "row"
     kind = FORMATS.get(own.path.suffix.lower(), "")
-    if not kind:
+    if not kind and own.path.exists():
         raise UserError(
             f"{named}: its name ends in none of {', '.join(FORMATS)}; give it the ending of its format, or a directory"
             " of datasets, or hub:NAME/CONFIG/SPLIT"

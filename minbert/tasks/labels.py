@@ -19,13 +19,17 @@ from minbert.tasks.task import SCORE_TOP, Label, Task
 
 NUMBER = re.compile(r"[-+]?((\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|nan|inf|infinity)", re.IGNORECASE)
 _CANONICAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")  # a text that is a number and looks like one: not 007
+_BOOLEANS = {form for word in ("true", "false") for form in (word, word.capitalize(), word.upper())}
 
 
 def class_key(label: object) -> str:
-    """What two labels of one class have in common: 1, 1.0 and the texts "1" and " 1.0 " are one class."""
-    if isinstance(label, bool):
-        return str(label).lower()
+    """What two labels of one class have in common.
+
+    1, 1.0 and the texts "1" and " 1.0 " are one class; so are true and the texts "true", "True" and "TRUE".
+    """
     text = str(label).strip()
+    if text in _BOOLEANS:
+        return text.lower()
     if _CANONICAL.fullmatch(text):
         number = float(text)
         return str(int(number)) if number.is_integer() and abs(number) < 2**53 else repr(number)
@@ -42,7 +46,7 @@ def infer_classes(labels: Iterable[object]) -> tuple[Label, ...]:
     if all(_CANONICAL.fullmatch(key) for key in by_key):
         numbers = [float(key) for key in by_key]
         return tuple(sorted(int(number) if number.is_integer() else number for number in numbers))
-    return tuple(sorted(by_key))
+    return tuple(sorted(str(label).strip() if key in _BOOLEANS else key for key, label in by_key.items()))
 
 
 class LabelEncoder:
@@ -51,7 +55,7 @@ class LabelEncoder:
     def __init__(self, task: Task) -> None:
         self.task = task
         self._index = {class_key(label): number for number, label in enumerate(task.classes or ())}
-        self._is_range = list(task.classes or ()) == list(range(len(task.classes or ())))
+        self._is_range = list(map(repr, task.classes or ())) == list(map(str, range(len(task.classes or ()))))
 
     def __call__(self, label: object) -> float | list[float]:
         """A label as a float, or for a multi-label task a row of 0 and 1.

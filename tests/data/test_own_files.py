@@ -225,7 +225,8 @@ def test_a_damaged_directory_is_refused(tmp_path):
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
-    assert "cannot be read (No such file or directory)" in refusal(tmp_path / "a.csv")
+    for name in ("a.csv", "a", "a.parquet"):
+        assert "cannot be read (No such file or directory)" in refusal(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,21 @@ def test_classes_are_the_sorted_labels_of_the_training_file(directory, name, lab
     ]
 
 
+def test_booleans_are_the_same_in_every_format(directory):
+    write(directory / "dev.csv", ["True", "FALSE", "true"])
+    source, task = opened(directory, [True, False], "train.jsonl", dev="dev.csv")
+    assert source.load(task, "dev").labels.tolist() == [1, 0, 1]
+    write(directory / "dev.jsonl", [True, False])
+    for classes in (None, [False, True]):
+        source, task = opened(directory, ["False", "True"], dev="dev.jsonl", classes=classes)
+        assert task.classes == (("False", "True") if classes is None else (False, True))
+        assert source.load(task, "dev").labels.tolist() == [1, 0]
+    write(directory / "dev.csv", ["yes"])
+    source, task = opened(directory, [True, False], "train.jsonl", dev="dev.csv")
+    with pytest.raises(UserError, match="line 2: label 'yes' is none of the classes false, true"):
+        source.load(task, "dev")
+
+
 def test_labels_of_several_are_between_separators_or_in_lists(directory):
     for name, labels in [("train.csv", ["a;b", "", " b ; c"]), ("train.jsonl", [["b", "a"], None, ["b", "c"]])]:
         source, task = opened(directory, labels, name, type="multilabel", dev=name)

@@ -10,10 +10,10 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 
 from minbert.config import TrainConfig
-from minbert.data import Encoded
+from minbert.data import Encoded, open_source
 from minbert.errors import UserError
 from minbert.methods.losses import LOSSES
-from minbert.tasks import TASKS, Task
+from minbert.tasks import TASKS, Task, read_tasks
 from minbert.training.loss_options import class_weights, loss_options
 
 TOPICS = Task("topics", ("text",), "topic", classes=("bug", "billing", "other"), class_weights="balanced")
@@ -53,6 +53,23 @@ def test_given_weights_go_to_their_classes():
     assert class_weights(given, LABELS).tolist() == [0.5, 1.0, 3.0]
     numbers = dataclasses.replace(TOPICS, classes=(1, 2, 3), class_weights={"3": 2.0, "1.0": 4.0})
     assert class_weights(numbers, LABELS).tolist() == [4.0, 1.0, 2.0]
+
+
+def test_weights_of_numbers_and_booleans_in_a_tasks_file_reach_their_classes(tmp_path):
+    record = "text: t, label: l, type: classification, train: train.csv, dev: 0.5"
+    weights = {"numbers": "{2: 3.0}", "booleans": "{true: 3.0}"}
+    lines = [
+        f"  {name}: {{{record.replace('train.csv', name + '.csv')}, class_weights: {of}}}"
+        for name, of in weights.items()
+    ]
+    (tmp_path / "tasks.yaml").write_text("\n".join(["tasks:", *lines]))
+    for name, labels in (("numbers", "12"), ("booleans", ("false", "true"))):
+        rows = [f"text {number},{labels[number % 2]}" for number in range(8)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["t,l", *rows]) + "\n")
+    source = open_source(None, read_tasks(tmp_path / "tasks.yaml"))
+    for task in read_tasks(tmp_path / "tasks.yaml").values():
+        complete = source.complete(task)
+        assert class_weights(complete, LABELS).tolist() == [1.0, 3.0], complete.classes
 
 
 def test_a_weight_of_no_class_is_one_line():

@@ -10,7 +10,9 @@ import pytest
 import torch
 from small_trainer import examples, parts, trainer
 from test_cuda_graphs import Captures
+from test_step import Waits
 
+from minbert.methods.divergences import DIVERGENCES
 from minbert.methods.losses import LOSSES
 from minbert.tasks import Task
 from minbert.training.loop import training_step
@@ -95,6 +97,17 @@ def test_what_is_set_changes_the_step(name):
     one, other = steps_of(sample=sampled), steps_of(sample=sampled, loss_options=left_out)
     with_it, without = (training_step(steps, 0, 0.0).result().loss for steps in (one, other))
     assert [task for task in with_it if with_it[task] != without[task]] == ["topics", "tags", "yes"]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_no_loss_waits_for_a_number(task):
+    outputs = torch.randn((8, task.num_outputs) if task.num_outputs > 1 else 8, requires_grad=True)
+    labels = torch.from_numpy(DATA[task.name].labels[:8])
+    with Waits():
+        loss = LOSSES[task.loss](outputs, labels, task.max_label, **OPTIONS[task.name])
+        divergence = DIVERGENCES[task.loss](outputs, outputs.detach() + 1)
+        (loss + divergence).backward()
+    assert outputs.grad.abs().sum() > 0
 
 
 def gradients(**options) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from minbert.data.source import SPLITS
 from minbert.errors import UserError, did_you_mean, one_line
 from minbert.files.json_yaml import short
 from minbert.tasks import Task
-from minbert.tasks.labels import decode_labels, infer_classes, split_labels
+from minbert.tasks.labels import class_key, decode_labels, infer_classes, split_labels
 from minbert.tasks.tasks_file import MOST_CLASSES
 
 SHOWN = 8  # classes that a message names
@@ -60,9 +60,9 @@ class OwnTasks:
                 " (scores are type: regression)"
             )
         if isinstance(task.class_weights, Mapping):
-            known = [str(each) for each in classes]
+            known = [class_key(each) for each in classes]
             for name in task.class_weights:
-                if name not in known:
+                if class_key(name) not in known:
                     guess = did_you_mean(name, known)
                     raise UserError(f"task {task.name}: class_weights: no class {short(name)}{guess} in {rows.file}")
         return replace(task, classes=classes)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from minbert.errors import UserError, one_line, require_known
 from minbert.files.json_yaml import dump_yaml, parse_yaml, read_text, short, yaml_lines
 from minbert.files.schema_checks import build, without_format
+from minbert.tasks.labels import class_key
 from minbert.tasks.task import METRICS_OF, Course, Glue, Label, Task
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -110,6 +111,7 @@ def parse_tasks(text: str, where: str, directory: Path, *, built_in: bool = Fals
             _check_name(name)
             if not isinstance(record, dict):
                 raise UserError(f"task {name}: expected a record, got {short(record)}")
+        record = _with_text_keys(record)
         for key in record:
             with _located(where, lines, "tasks", name, key):
                 known = [each.name for each in fields(Record) if built_in or each.name not in INTERNAL]
@@ -119,6 +121,14 @@ def parse_tasks(text: str, where: str, directory: Path, *, built_in: bool = Fals
             built = build(Record, record, f"task {name}")
         tasks[name] = _task(name, built, where, lines, directory, built_in)
     return tasks
+
+
+def _with_text_keys(record: dict[Any, Any]) -> dict[Any, Any]:
+    """The record with the classes of class_weights as texts: for YAML, 1 is a number and true a boolean."""
+    weights = record.get("class_weights")
+    if not isinstance(weights, dict):
+        return record
+    return {**record, "class_weights": {class_key(label): weight for label, weight in weights.items()}}
 
 
 def _least(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,7 +199,7 @@ def _task(
         check("metrics", metric not in record.metrics[:number], "different metrics", f"{metric} twice")
     if isinstance(record.class_weights, dict):
         for key, weight in record.class_weights.items():
-            known = classes is None or key in map(str, classes)
+            known = classes is None or key in map(class_key, classes)
             check("class_weights", known, f"a weight for any of {_listed(classes)}", short(key))
             check("class_weights", 0 < weight < float("inf"), "weights above 0", f"{weight:g} for {short(key)}")
     if not built_in:

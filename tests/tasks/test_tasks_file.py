@@ -116,6 +116,15 @@ def test_a_wrong_record_is_one_line_with_file_and_line(tmp_path, text, expected)
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("classes", ["", "    classes: [0, 1.5, true, x]\n"])
+def test_weights_of_classes_that_are_numbers_or_booleans_are_by_their_texts(tmp_path, classes):
+    path = tmp_path / "tasks.yaml"
+    path.write_text(f"{ONE}{classes}    class_weights: {{0: 2, 1.5: 3, true: 4, x: 5}}\n")
+    task = read_tasks(path)["a"]
+    assert task.class_weights == {"0": 2.0, "1.5": 3.0, "true": 4.0, "x": 5.0}
+    assert parse_tasks(tasks_to_yaml({"a": task}), "again", tmp_path)["a"] == task
+
+
 def test_a_head_and_a_loss_are_checked_by_the_config(tmp_path):
     path = tmp_path / "tasks.yaml"
     for key, wrong in (

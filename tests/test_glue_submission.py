@@ -82,6 +82,7 @@ def test_only_files_of_glue_are_submitted():
     assert is_of_glue(TASKS["qqp"], examples("data/QQP/test.tsv"))
     assert is_of_glue(TASKS["qqp"], examples("nyu-mll/glue/qqp/test"))
     assert not is_of_glue(TASKS["qqp"], examples("data/quora-test-student.csv"))
+    assert not is_of_glue(TASKS["qqp"], examples("QQP/quora-test-student.csv"))
     assert not is_of_glue(TASKS["sst"], examples("data/SST/test.tsv"))
 
 

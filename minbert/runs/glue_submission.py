@@ -17,7 +17,10 @@ SHOWN = 5  # indices that a warning names
 
 def is_of_glue(task: Task, examples: Examples) -> bool:
     """Whether examples were read from GLUE's folder of a task, or from its configuration on the hub."""
-    return task.glue is not None and Path(examples.file).parent.name in (task.glue.folder, task.glue.hub)
+    file = Path(examples.file)
+    if task.glue is None or (task.course and file.name in task.course.files.values()):
+        return False
+    return file.parent.name in (task.glue.folder, task.glue.hub)
 
 
 def write_submission(directory: Path, task: Task, examples: Examples, outputs: np.ndarray) -> tuple[Path, list[str]]:

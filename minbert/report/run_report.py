@@ -29,7 +29,7 @@ MOST_IN_TABLE = 10  # classes of a confusion matrix with numbers in its cells
 MOST_IN_MAP = 200  # of one without; of more classes the confused pairs are listed alone
 MOST_CLASSES = 500  # rows of the table of classes: the most frequent ones
 LONG = 20  # characters of a class for which the tables of classes are as wide as the page
-MEAN = {"classification": "mean label", "regression": "mean label", "multilabel": "classes of an example"}
+MEAN = {"classification": "mean label", "regression": "mean label", "multilabel": "mean classes"}
 
 
 def write_report(run: Run, data: str | None = None, tasks_file: str | None = None) -> Path:

@@ -18,6 +18,7 @@ from minbert.files.json_yaml import short
 from minbert.tasks.task import SCORE_TOP, Label, Task
 
 NUMBER = re.compile(r"[-+]?((\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|nan|inf|infinity)", re.IGNORECASE)
+MOST_DIGITS = 18  # of a class that is a number; longer ones are identifiers
 _CANONICAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")  # a text that is a number and looks like one: not 007
 _BOOLEANS = {form for word in ("true", "false") for form in (word, word.capitalize(), word.upper())}
 
@@ -31,8 +32,10 @@ def class_key(label: object) -> str:
     if text in _BOOLEANS:
         return text.lower()
     if _CANONICAL.fullmatch(text):
-        number = float(text)
-        return str(int(number)) if number.is_integer() and abs(number) < 2**53 else repr(number)
+        whole, _, fraction = text.partition(".")
+        if fraction.strip("0"):
+            return repr(float(text))
+        return "0" if whole == "-0" else whole  # with all of its digits: it may be a long identifier
     return text
 
 
@@ -43,9 +46,8 @@ def infer_classes(labels: Iterable[object]) -> tuple[Label, ...]:
         by_key.setdefault(class_key(label), label)
     if by_key and all(isinstance(label, bool) for label in by_key.values()):
         return tuple(sorted(by_key.values()))
-    if all(_CANONICAL.fullmatch(key) for key in by_key):
-        numbers = [float(key) for key in by_key]
-        return tuple(sorted(int(number) if number.is_integer() else number for number in numbers))
+    if all(_CANONICAL.fullmatch(key) and len(key.partition(".")[0]) <= MOST_DIGITS for key in by_key):
+        return tuple(sorted(float(key) if "." in key else int(key) for key in by_key))
     return tuple(sorted(str(label).strip() if key in _BOOLEANS else key for key, label in by_key.items()))
 
 

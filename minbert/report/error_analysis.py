@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from minbert.errors import one_line
-from minbert.runs.predictions import Prediction
+from minbert.runs.predictions import Prediction, label_text
 from minbert.tasks import Task, metrics
-from minbert.tasks.labels import class_key
 from minbert.tasks.task import SCORE_TOP
 
 PRONOUN = re.compile(
@@ -289,7 +288,7 @@ def facts(task: Task, examples: Sequence[Example]) -> dict[str, str]:
 
 def _listed(task: Task, numbers: Sequence[int]) -> str:
     """Classes by number, a few of them."""
-    names = [shown(class_key((task.classes or ())[number])) for number in numbers]
+    names = [shown(label_text((task.classes or ())[number])) for number in numbers]
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more or "no class"
 

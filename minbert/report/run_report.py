@@ -19,9 +19,9 @@ from minbert.report.svg_charts import NAMED, confusion_map, scatter
 from minbert.report.training_charts import gradient_figures, palette, training_figures
 from minbert.report.training_history import Record
 from minbert.runs.checkpoint import load_tasks
+from minbert.runs.predictions import label_text
 from minbert.runs.run_directory import Run
 from minbert.tasks import Task
-from minbert.tasks.labels import class_key
 
 SPLIT = "dev"
 SHOWN = 200  # mistakes of a task at most
@@ -157,7 +157,7 @@ def task_section(run: Run, task: Task, source: Source | str) -> dict[str, Any]:
 
 def _of_classes(task: Task, examples: Sequence[Example]) -> dict[str, Any]:
     """What the section of a task with classes shows of them."""
-    labels = [class_key(label) for label in task.classes or ()]
+    labels = [label_text(label) for label in task.classes or ()]
     names = [
         shown(f"{label} {name}") for label, name in zip(labels, task.class_names or [""] * len(labels), strict=True)
     ]

@@ -87,7 +87,7 @@ def format_predictions(task: Task, ids: Sequence[str], outputs: np.ndarray) -> I
         yield from (f"{identifier} , {label} \n" for identifier, label in zip(ids, labels, strict=True))
         return
     classes = probabilities(task, outputs)
-    columns = [] if classes is None else [f"probability of {_text(label)}" for label in task.classes or ()]
+    columns = [] if classes is None else [f"probability of {label_text(label)}" for label in task.classes or ()]
     yield _csv_line(["id", "prediction", *columns])
     for number, (identifier, label) in enumerate(zip(ids, labels, strict=True)):
         values = [] if classes is None else [f"{value:.6f}" for value in classes[number]]
@@ -103,13 +103,14 @@ def _csv_line(fields: Sequence[str]) -> str:
 def _field(task: Task, label: Label | list[Label]) -> str:
     """A label as a field; several ones joined by the separator, or as a JSON list where a class contains it."""
     if not isinstance(label, list):
-        return _text(label)
-    if any(task.separator in _text(each) for each in task.classes or ()):
+        return label_text(label)
+    if any(task.separator in label_text(each) for each in task.classes or ()):
         return json.dumps(label, ensure_ascii=False)
-    return task.separator.join(map(_text, label))
+    return task.separator.join(map(label_text, label))
 
 
-def _text(label: Label) -> str:
+def label_text(label: Label) -> str:
+    """A class as the users' files and the reports have it; booleans are true and false."""
     return str(label).lower() if isinstance(label, bool) else str(label)
 
 

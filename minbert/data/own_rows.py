@@ -71,9 +71,10 @@ class OwnRows:
         if not all(str(label).strip() in HIDDEN_LABELS for label in self.labels):
             return False
         try:
-            return not self.labels or LabelEncoder(task)(-1) is None
+            LabelEncoder(task)(-1)
         except ValueError:
             return True
+        return not self.labels
 
     def examples(self, task: Task, labels: Labels) -> Examples:
         """The rows as examples.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from own_task import own_task
 
-from minbert.data import Examples, joined, read_augmented, read_examples, swapped
+from minbert.data import Examples, TextColumn, joined, open_source, read_augmented, read_examples, swapped
 from minbert.errors import UserError
 from minbert.tasks import TASKS
 
@@ -128,3 +130,33 @@ def test_the_training_file_itself_adds_nothing(course_data):
     path = course_data / "ids-sst-train.csv"
     with pytest.raises(UserError, match="no example that is not in the training data"):
         read_augmented(path, SST, read_examples(path, SST))
+
+
+def test_files_of_own_tasks_are_read_in_the_format_of_their_name(tmp_path):
+    record = own_task(tmp_path, type="multilabel", classes=["x", "y"], separator="|")
+    write(tmp_path / "train.csv", "id,message,topic", '1,"a\nb",x|y', "2,c,", "3,d,y")
+    originals = open_source(None, {"topics": record}).load(replace(record, dev=None), "train")
+    file = write(tmp_path / "more.csv", "id,message,topic", '1,"a, b",', "2,cc,", "3,dd,y", '1,"a\nb",', "9,new,x")
+    more = read_augmented(file, record, originals)
+    assert (more.ids, more.texts) == (["1", "2", "3", "9"], ["a, b", "cc", "dd", "new"])
+    assert more.labels.tolist() == [[1, 1], [0, 0], [0, 1], [1, 0]]
+    assert [(row.line, row.reason) for row in more.skipped] == [(5, "the same as its original")]
+    both = joined(originals, more)
+    assert isinstance(both.texts, TextColumn)
+    assert list(both.texts) == [*originals.texts, *more.texts]
+    assert (both.ids, both.labels.shape) == ([*originals.ids, *more.ids], (7, 2))
+    with pytest.raises(UserError, match=r"line 2: label 'x' differs from its original's, 'y' \(id 3\)"):
+        read_augmented(write(file, "id,message,topic", "3,dd,x"), record, originals)
+    lines = write(tmp_path / "more.jsonl", '{"id": 3, "message": 5}')
+    with pytest.raises(UserError, match=r"more\.jsonl, line 1: expected text, got a number"):
+        read_augmented(lines, record, originals)
+
+
+def test_pairs_on_disk_are_swapped_and_joined(tmp_path):
+    record = own_task(tmp_path, text=["one", "other"])
+    write(tmp_path / "train.csv", "one,other,topic", "a,b,x", "c,d,y")
+    source = open_source(None, {"topics": record})
+    examples = source.load(replace(source.complete(record), dev=None), "train")
+    both = joined(examples, swapped(examples))
+    assert (list(both.texts), list(both.pairs)) == (["a", "c", "b", "d"], ["b", "d", "a", "c"])
+    assert both.labels.tolist() == [0, 1, 0, 1]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from own_task import own_task
 
-from minbert.data import Examples, TextColumn, encode, open_source
+from minbert.data import Examples, TextColumn, encode, open_source, read_file
 from minbert.data.own_tasks import OwnTasks
 from minbert.data.tokenizer import Tokenizer
 from minbert.errors import UserError
@@ -245,6 +245,19 @@ def test_a_scale_of_which_most_is_unused_gets_a_hint(directory):
         " learn better"
     ]
     assert warnings_of(directory, [1, 2, 3], scale=[0, 4], **scores) == []
+
+
+def test_inputs_of_a_prediction_are_read_like_the_training_file(directory):
+    task = own_task(directory, text=["message", "answer"], classes=["a", "b"])
+    content = 'answer,message,topic\n"yes, it\nis",Why?,unknown\n'
+    (directory / "input.csv").write_text(content)
+    examples = read_file(directory / "input.csv", task, labels="ignored", bare=True, option="--input")
+    assert (list(examples.texts), list(examples.pairs), examples.labels) == (["Why?"], ["yes, it\nis"], None)
+    (directory / "input").write_text("Why?\tyes\n")
+    examples = read_file(directory / "input", task, labels="ignored", bare=True)
+    assert (examples.texts, examples.pairs) == (["Why?"], ["yes"])
+    with pytest.raises(UserError, match=r"--input .*none\.csv cannot be read \(No such file or directory\)"):
+        read_file(directory / "none.csv", task, labels="ignored", bare=True, option="--input")
 
 
 def test_own_tasks_take_the_place_of_built_in_ones(directory, course_data):

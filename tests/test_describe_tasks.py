@@ -205,12 +205,12 @@ def test_skipped_rows_and_warnings_are_shown(tmp_path, capsys):
 def test_hints():
     few = pairs(44, [0] * 42 + [1] * 2)
     counts = count_tokens(task_of(), {"train": few, "dev": pairs(1, [0])}, None)
-    splits = {"train": few, "dev": pairs(1, [0])}
+    splits = {"train": few, "dev": pairs(1, [0]), "test": pairs(2, [0, 1])}
     found = hints(task_of(), splits, counts, 512)
     assert found[0] == "1 of 2 classes have fewer than 5 training examples"
     assert found[1].startswith("class 'x' has 21 times as many training examples as 'y': `class_weights: balanced`")
     assert found[2] == "dev has 1 example: a score of so few is a rough one"
-    assert found[3].startswith("dev: 1 example with texts that are in train too")
+    assert found[3].startswith("test: 2 examples with texts that are in train too")
     assert len(found) == 4
     weighted = hints(task_of(class_weights="balanced"), {"train": few}, counts, 512)
     assert weighted == found[:1]

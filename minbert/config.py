@@ -14,32 +14,9 @@ from minbert.files.schema_checks import FORMAT, build, without_format
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import check_surgery, needs_task_gradients
 from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
-from minbert.options_by_task import of_task, smoothing_of, with_head_and_loss
+from minbert.model.scratch_config import ScratchConfig
+from minbert.options_by_task import of_task, smoothing_of, task_groups, with_head_and_loss
 from minbert.tasks import TASKS, Task, find_tasks, read_tasks
-
-
-@dataclass(frozen=True)
-class ScratchConfig:
-    """The encoder built when no pretrained model is given.
-
-    Args:
-        vocab_size: WordPiece vocabulary learned from the training texts, at most this many pieces.
-        hidden_size: width of the token stream.
-        num_hidden_layers: transformer layers.
-        num_attention_heads: attention heads; must divide hidden_size.
-        intermediate_size: width of the feed-forward layers.
-    """
-
-    vocab_size: int = 8000
-    hidden_size: int = 128
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    intermediate_size: int = 512
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            require(value > 0, f"scratch.{name}", "positive", value)
-
 
 TASKS_FILE = "tasks.yaml"  # in a run directory: the records of its own tasks
 INFINITE = float("inf")
@@ -374,22 +351,3 @@ class TrainConfig:
         if values.get("tasks_file") is not None:  # the run's records, whose classes are known
             values["tasks_file"] = str(path.with_name(TASKS_FILE))
         return build(cls, values, str(path))
-
-
-def task_groups(tasks: Sequence[Task], groups: Sequence[str] | None) -> list[list[Task]]:
-    """The tasks with heads of their own by --surgery-groups, in its order; each its own group without it.
-
-    Raises:
-        UserError: a group names an unknown task, a task is in two groups, or one is in none.
-    """
-    if groups is None:
-        return [[task] for task in tasks if not task.head_of]
-    by_name = {task.name: task for task in tasks if not task.head_of}
-    names = [group.split("+") for group in groups]
-    flat = [name for group in names for name in group]
-    if sorted(flat) != sorted(by_name):
-        raise UserError(
-            f"--surgery-groups must hold each of the tasks {', '.join(by_name)} once, joined by +;"
-            f" got {', '.join(groups)}"
-        )
-    return [[by_name[name] for name in group] for group in names]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -68,3 +68,22 @@ def smoothing_of(task: Task, option: float | Mapping[str, float]) -> float:
 def of_task(option: Value | Mapping[str, Value], task: str, otherwise: Value) -> Value:
     """A task's value of an option that has one for all tasks, or one for some of them."""
     return option.get(task, otherwise) if isinstance(option, Mapping) else option
+
+
+def task_groups(tasks: Sequence[Task], groups: Sequence[str] | None) -> list[list[Task]]:
+    """The tasks with heads of their own by --surgery-groups, in its order; each its own group without it.
+
+    Raises:
+        UserError: a group names an unknown task, a task is in two groups, or one is in none.
+    """
+    if groups is None:
+        return [[task] for task in tasks if not task.head_of]
+    by_name = {task.name: task for task in tasks if not task.head_of}
+    names = [group.split("+") for group in groups]
+    flat = [name for group in names for name in group]
+    if sorted(flat) != sorted(by_name):
+        raise UserError(
+            f"--surgery-groups must hold each of the tasks {', '.join(by_name)} once, joined by +;"
+            f" got {', '.join(groups)}"
+        )
+    return [[by_name[name] for name in group] for group in names]

@@ -14,7 +14,7 @@ from minbert.config import TrainConfig
 from minbert.errors import UserError
 from minbert.model import EncoderConfig
 from minbert.runs.run_directory import Run
-from minbert.training.setup import choose_matmul
+from minbert.training.arithmetic import choose_matmul
 
 libraries = importlib.import_module("minbert.kernels.matmul_library")  # its name in the package is the function's
 

@@ -20,15 +20,14 @@ from minbert.runs.progress_counters import Progress
 from minbert.runs.resume import check_length, check_records
 from minbert.runs.run_directory import Run
 from minbert.seeds import derive_seed
+from minbert.training.arithmetic import choose_matmul, fit_for_smart
 from minbert.training.schedule import learning_rate_factor
 from minbert.training.setup import (
     build_data,
     build_model,
     build_plan,
     build_trainer,
-    choose_matmul,
     default_learning_rate,
-    fit_for_smart,
 )
 from minbert.training.startup_report import data_lines, device_lines, kernels_line
 from minbert.training.step_result import PendingStep, PendingUpdate, PhaseTimer

@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from minbert import kernels
-from minbert.config import TrainConfig, task_groups
+from minbert.config import TrainConfig
 from minbert.data import (
     Encoded,
     Examples,
@@ -36,12 +34,11 @@ from minbert.distributed.sharded_parameters import ShardedParameters
 from minbert.distributed.unsharded_parameters import UnshardedParameters
 from minbert.errors import UserError
 from minbert.files.hub import WEIGHTS, checkpoint_directory
-from minbert.methods.smart import rounds_away
 from minbert.methods.surgery import Surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel, pair_encoding
 from minbert.model.weights import check_shapes
-from minbert.options_by_task import of_task, with_head_and_loss
+from minbert.options_by_task import of_task, task_groups, with_head_and_loss
 from minbert.runs.checkpoint import check_fits
 from minbert.seeds import derive_seed
 from minbert.tasks import Task
@@ -238,43 +235,6 @@ def build_model(
                 f" give another --heads.{task.name}, or {instead}"
             )
     return model
-
-
-def fit_for_smart(model: MultitaskModel, config: TrainConfig, precision: str, console: Console) -> str:
-    """Give the encoder a precision that does not round SMART's perturbations away, and return its name.
-
-    A warning says so where --smart.precision allows none.
-    """
-    encoder, smart = model.encoder, config.smart
-    if not smart.on or not rounds_away(model, smart, encoder.compute_dtype):
-        return precision
-    reason = f"--smart.epsilon {smart.epsilon:g} lies below what {precision} rounds the embeddings by"
-    if precision == "bf16" and smart.precision == "auto":
-        encoder.compute_dtype = torch.float32
-        console.print(f"{reason}: the steps run in fp32 (--smart.precision same keeps {precision})")
-        return "fp32"
-    console.print(f"warning: {reason}: SMART will do nothing")
-    return precision
-
-
-def choose_matmul(config: TrainConfig, encoder: EncoderConfig, group: ProcessGroup) -> str:
-    """Choose the library of float32 products: on all ranks the one that is faster on the first. Returns its name.
-
-    Raises:
-        UserError: torch was built without the library that --matmul names.
-    """
-    name: str = config.matmul
-    if name == "auto":
-        measures = (
-            group.is_main and group.device.type == "cpu" and (config.precision, config.backend) == ("fp32", "auto")
-        )
-        found = kernels.faster_matmul(encoder.hidden_size, encoder.intermediate_size) if measures else "blas"
-        name = group.broadcast_object(found)
-    try:
-        kernels.set_matmul(name)
-    except ValueError as error:
-        raise UserError(f"--matmul {name}: {error}") from None
-    return name
 
 
 # Optimizer --------------------------------------------------------------------------------------------------------

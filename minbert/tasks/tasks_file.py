@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from minbert.errors import UserError, one_line, require_known
 from minbert.files.json_yaml import dump_yaml, parse_yaml, read_text, short, yaml_lines
-from minbert.files.schema_checks import build, without_format
+from minbert.files.schema_checks import FORMAT, build, without_format
 from minbert.tasks.labels import class_key
 from minbert.tasks.task import METRICS_OF, Course, Glue, Label, Task
 
@@ -248,7 +248,7 @@ def tasks_to_yaml(tasks: Mapping[str, Task]) -> str:
         if task.is_regression:
             record["scale"] = list(task.scale)
         records[name] = record
-    return dump_yaml({"format": 1, "tasks": records})
+    return dump_yaml({"format": FORMAT, "tasks": records})
 
 
 def shown(text: object) -> str:

@@ -25,8 +25,8 @@ def dev_rows(examples: Examples, task: Task, share: float) -> np.ndarray:
     """The indices of the examples to hold out for dev, sorted, int64.
 
     That share of each stratum is held out, up to rounding. A stratum is a class, the rarest label of an example of a
-    multi-label task, or one of `BINS` ranges of a regression's labels. The last text of a stratum stays in training,
-    and so does the last example of a label.
+    multi-label task, or one of `BINS` ranges of a regression's labels. The last text of a class stays in training, and
+    so does the last example of a label.
 
     Args:
         share: between 0 and 1.
@@ -37,8 +37,11 @@ def dev_rows(examples: Examples, task: Task, share: float) -> np.ndarray:
     members = np.split(by_stratum, np.cumsum(np.bincount(of_groups))[:-1])
     members = [each for each in members if len(each)]
     held = np.zeros(len(sizes), bool)
-    for each, target in zip(members, _targets(members, sizes, share), strict=True):
-        held[_filled(each, sizes[each], target)] = True
+    kept = 0 if task.is_regression else 1
+    for each, target in zip(members, _targets(members, sizes, share, kept), strict=True):
+        held[_filled(each, sizes[each], target, kept)] = True
+    if held.all():
+        held[0] = False
     if examples.labels is not None and not task.is_regression:
         _return_last_of_labels(held, groups, _label_rows(examples.labels, task))
     return np.flatnonzero(held[groups])
@@ -148,26 +151,31 @@ def _strata(examples: Examples, task: Task) -> np.ndarray:
     return strata
 
 
-def _targets(members: Sequence[np.ndarray], sizes: np.ndarray, share: float) -> list[int]:
-    """How many examples of each stratum to hold out: rounded so that their sum is the share of all."""
+def _targets(members: Sequence[np.ndarray], sizes: np.ndarray, share: float, kept: int) -> list[int]:
+    """How many examples of each stratum to hold out: rounded so that their sum is the share of all.
+
+    Args:
+        kept: groups of each stratum that stay in training.
+    """
     counts = np.array([sizes[each].sum() for each in members])
     wanted = counts * share
     targets = np.floor(wanted).astype(np.int64)
     missing = int(np.floor(counts.sum() * share + 0.5)) - int(targets.sum())
     largest_remainder = np.lexsort([np.array([each[0] for each in members]), targets - wanted])
-    room = [number for number in largest_remainder if targets[number] < len(members[number]) - 1]
+    room = [number for number in largest_remainder if targets[number] < len(members[number]) - kept]
     targets[room[: max(0, missing)]] += 1
     return targets.tolist()
 
 
-def _filled(members: np.ndarray, sizes: np.ndarray, target: int) -> np.ndarray:
-    """Groups whose sizes sum up to about `target`: never all."""
+def _filled(members: np.ndarray, sizes: np.ndarray, target: int, kept: int) -> np.ndarray:
+    """Groups whose sizes sum up to about `target`: all but `kept` at most."""
+    most = len(members) - kept
     if (sizes == 1).all():
-        return members[: min(target, len(members) - 1)]
+        return members[: min(target, most)]
     chosen: list[int] = []
     count = 0
     for member, size in zip(members.tolist(), sizes.tolist(), strict=True):
-        if count >= target or len(chosen) == len(members) - 1:
+        if count >= target or len(chosen) == most:
             break
         if 2 * (target - count) >= size:
             chosen.append(member)

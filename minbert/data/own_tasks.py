@@ -81,9 +81,11 @@ class OwnTasks:
             examples = self._train(task)
             held = self._held_out(task, examples, record.dev)
             if not len(held):
+                few = record.dev * len(examples) < 0.5
+                reason = "is less than half an example" if few else "is none, as each class keeps one to train on"
                 raise UserError(
-                    f"{one_line(examples.file)}: dev: {record.dev:g} of its {len(examples)} examples of"
-                    f" {task.name} holds none out, as each class keeps one to train on; give a larger share, or a file"
+                    f"{one_line(examples.file)}: dev: {record.dev:g} of its {len(examples)} examples of {task.name}"
+                    f" {reason}; give a larger share, or a file"
                 )
             return examples.select(held)
         if split == "train":

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from own_task import own_task
 
 from minbert.data import Examples, Folds, dev_rows, fold_numbers, open_source
+from minbert.data.own_tasks import OwnTasks
 from minbert.errors import UserError
 from minbert.tasks import TASKS, Task
 
@@ -83,6 +84,30 @@ def test_scores_are_held_out_over_the_whole_scale():
     held = scores[dev_rows(examples(scores), STARS, 0.1)]
     counts, _ = np.histogram(held, bins=10, range=(0, 5))
     assert counts.tolist() == [10] * 10
+
+
+@given(scores=st.lists(st.floats(0, 5), min_size=2, max_size=50), share=SHARES)
+def test_the_share_of_scores_is_held_out_of_few_examples_too(scores, share):
+    held = dev_rows(examples(scores), STARS, share)
+    assert len(held) < len(scores)
+    assert abs(len(held) - share * len(scores)) <= (0.5 + 1e-9 if share * len(scores) < len(scores) - 1 else 1)
+
+
+def test_tasks_without_a_dev_split_are_not_folded():
+    class Auxiliary(OwnTasks):
+        def __init__(self, split: str) -> None:
+            self.name, self.split = "some source", split
+
+        def splits(self, task):
+            return [self.split]
+
+        def load(self, task, split):
+            return examples([0, 1])
+
+    for split, task in [("train", replace(TOPICS, evaluated=False)), ("dev", TOPICS)]:
+        folds = Folds(Auxiliary(split), 2, 0)
+        assert folds.splits(task) == [split]
+        assert len(folds.load(task, split)) == 2
 
 
 def test_sets_of_labels_are_held_out_by_their_rarest():

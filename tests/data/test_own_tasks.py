@@ -205,7 +205,10 @@ def test_labels_unknown_in_training_are_refused_with_their_line(directory):
 
 def test_a_share_that_holds_nothing_out_is_refused(directory):
     said = refusal(directory, [f"class {number}" for number in range(40)], "dev", dev=0.1)
-    assert said.startswith("DIR/train.csv: dev: 0.1 of its 40 examples of topics holds none out, as each class keeps")
+    assert said.startswith("DIR/train.csv: dev: 0.1 of its 40 examples of topics is none, as each class keeps one")
+    scores = {"type": "regression", "scale": [0, 5], "dev": 0.1}
+    said = refusal(directory, [1, 2, 3, 4], "dev", **scores)
+    assert said.startswith("DIR/train.csv: dev: 0.1 of its 4 examples of topics is less than half an example; give")
 
 
 def test_classes_without_an_example_are_named(directory):

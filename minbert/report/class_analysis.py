@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from minbert.report.error_analysis import Example
 from minbert.tasks import Task
@@ -43,20 +42,21 @@ def class_scores(task: Task, examples: Sequence[Example]) -> list[ClassScores]:
     from sklearn import metrics  # it takes a second to import
 
     numbers = range(task.num_classes)
-    labels, predicted = (_indicators(task, [getattr(each, of) for each in examples]) for of in ("label", "predicted"))
+    labels, predicted = _arrays(task, examples)
     precision, recall, f1, support = metrics.precision_recall_fscore_support(
         labels,
         predicted,
-        labels=[1] if len(numbers) == 1 else numbers,  # it takes a single column for one of two classes
+        labels=[1] if labels.shape[1:] == (1,) else numbers,  # it takes a single column for one of two classes
         average=None,
         zero_division=np.nan,
     )
+    found = predicted.sum(axis=0) if task.is_multilabel else np.bincount(predicted, minlength=len(numbers))
     thresholds, ranking = _decisions(task, examples, labels) if task.is_multilabel else ({}, {})
     return [
         ClassScores(
             number,
             int(support[number]),
-            int(predicted[:, number].sum()),
+            int(found[number]),
             _defined(precision[number]),
             _defined(recall[number]),
             _defined(f1[number]) or 0.0,
@@ -67,13 +67,12 @@ def class_scores(task: Task, examples: Sequence[Example]) -> list[ClassScores]:
     ]
 
 
-def _indicators(task: Task, labels: Sequence[Any]) -> np.ndarray:
-    """0 and 1 by example and class, int8 [n, C]."""
-    if task.is_multilabel:
-        return np.array(labels, np.int8)
-    found = np.zeros((len(labels), task.num_classes), np.int8)
-    found[np.arange(len(labels)), np.array(labels, np.int64)] = 1
-    return found
+def _arrays(task: Task, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and predictions: classes [n], or of a multi-label task 0 and 1 [n, C]."""
+    labels, predicted = (
+        np.array([getattr(example, of) for example in examples]).astype(np.int64) for of in ("label", "predicted")
+    )
+    return labels, predicted
 
 
 def _decisions(
@@ -101,8 +100,7 @@ def confusion(task: Task, examples: Sequence[Example]) -> np.ndarray:
     """How many examples of each class (row) are predicted to be of each class (column), int64 [C, C]."""
     from sklearn import metrics
 
-    labels, predicted = ([int(getattr(example, of)) for example in examples] for of in ("label", "predicted"))
-    return metrics.confusion_matrix(labels, predicted, labels=range(task.num_classes))
+    return metrics.confusion_matrix(*_arrays(task, examples), labels=range(task.num_classes))
 
 
 @dataclass(frozen=True)
@@ -120,19 +118,19 @@ def confused_pairs(task: Task, examples: Sequence[Example]) -> list[ConfusedPair
 
     Of a multi-label task an example counts for each pair of a class that it lacks and one that is wrongly predicted.
     """
-    pairs: Counter[tuple[int, int]] = Counter()
-    support: Counter[int] = Counter()
-    for example in examples:
-        true, predicted = classes_of(task, example.label), classes_of(task, example.predicted)
-        support.update(true)
-        pairs.update((one, other) for one in true if one not in predicted for other in predicted if other not in true)
-    ranked = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:PAIRS]
-    return [ConfusedPair(true, predicted, count, count / support[true]) for (true, predicted), count in ranked]
+    labels, predicted = (_sparse(task, each) for each in _arrays(task, examples))
+    missed, wrong = (labels - labels.multiply(predicted), predicted - labels.multiply(predicted))
+    counts = (missed.T @ wrong).tocoo()
+    support = labels.sum(axis=0)
+    found = np.flatnonzero(counts.data)
+    ranked = found[np.lexsort((counts.col[found], counts.row[found], -counts.data[found]))][:PAIRS]
+    triples = ((int(counts.row[at]), int(counts.col[at]), int(counts.data[at])) for at in ranked)
+    return [ConfusedPair(true, other, count, float(count / support[true])) for true, other, count in triples]
 
 
-def classes_of(task: Task, label: object) -> list[int]:
-    """The numbers of the classes in a label or a prediction, in the task's order."""
+def _sparse(task: Task, labels: np.ndarray) -> sparse.csr_array:
+    """0 and 1 by example and class, [n, C]."""
     if task.is_multilabel:
-        assert isinstance(label, list)
-        return [number for number, each in enumerate(label) if each]
-    return [int(label)]  # type: ignore[call-overload]
+        return sparse.csr_array(labels)
+    rows = np.arange(len(labels))
+    return sparse.csr_array((np.ones_like(rows), (rows, labels)), shape=(len(rows), task.num_classes))

@@ -28,6 +28,7 @@ SHOWN = 200  # mistakes of a task at most
 MOST_IN_TABLE = 10  # classes of a confusion matrix with numbers in its cells
 MOST_IN_MAP = 200  # of one without; of more classes the confused pairs are listed alone
 MOST_CLASSES = 500  # rows of the table of classes: the most frequent ones
+SOME = 12  # labels of a mistake at most
 LONG = 20  # characters of a class for which the tables of classes are as wide as the page
 MEAN = {"classification": "mean label", "regression": "mean label", "multilabel": "mean classes"}
 
@@ -129,7 +130,19 @@ def task_section(run: Run, task: Task, source: Source | str) -> dict[str, Any]:
     mistakes = error_analysis.mistakes(task, examples)
     scores = error_analysis.scores(task, examples)
     section = dict.fromkeys(
-        ("scatter", "labels", "class_names", "classes", "pairs", "confusion", "map", "numbered", "wide")
+        (
+            "scatter",
+            "labels",
+            "class_names",
+            "classes",
+            "pairs",
+            "confusion",
+            "map",
+            "numbered",
+            "wide",
+            "cell",
+            "matrix_width",
+        )
     )
     if not task.is_regression:
         section |= _of_classes(task, examples)
@@ -149,7 +162,10 @@ def task_section(run: Run, task: Task, source: Source | str) -> dict[str, Any]:
         "decimals": error_analysis.decimals(task),
         "groups": error_analysis.groups(task, examples, properties),
         "properties": properties,
-        "mistakes": [(example, [each.cell(example) for each in properties]) for example in mistakes[:SHOWN]],
+        "mistakes": [
+            (example, [each.cell(example) for each in properties], _several(task, example))
+            for example in mistakes[:SHOWN]
+        ],
         "wrong": len(mistakes),
         "texts_missing": texts_missing,
     }
@@ -171,12 +187,35 @@ def _of_classes(task: Task, examples: Sequence[Example]) -> dict[str, Any]:
     }
     if not task.is_multilabel and task.num_classes <= MOST_IN_TABLE:
         section["confusion"] = class_analysis.confusion(task, examples).tolist()
+        longest = max(len(word) for name in names for word in name.split() or [""])
+        section["cell"] = min(max(3.6, 0.8 + 0.55 * longest), 8.0)  # rem, by the longest word of a class
+        section["matrix_width"] = 7 + section["cell"] * (task.num_classes + 1)
     elif not task.is_multilabel and task.num_classes <= MOST_IN_MAP:
         note = "Each row is a true class; a cell's strength is its share of the row. The pointer over a cell names it."
         counts = class_analysis.confusion(task, examples)
         section["map"] = confusion_map("Confusion matrix", counts, [name.strip() for name in names], note)
         section["numbered"] = task.num_classes > NAMED
     return section
+
+
+@dataclass(frozen=True)
+class Several:
+    """Labels of a multi-label example, or what is predicted for it: classes and whether each is wrong."""
+
+    shown: list[tuple[int, bool]]  # the wrong ones and as many others as there is room for, in the task's order
+    left_out: int
+
+
+def _several(task: Task, example: Example) -> list[Several]:
+    """The true and the predicted labels of a multi-label example; nothing of another task."""
+    if not task.is_multilabel:
+        return []
+    found = []
+    for these, those in ((example.label, example.predicted), (example.predicted, example.label)):
+        labels = [(number, not those[number]) for number, each in enumerate(these) if each]
+        some = sorted(sorted(labels, key=lambda label: not label[1])[:SOME])
+        found.append(Several(some, len(labels) - len(some)))
+    return found
 
 
 def _opened(run: Run, config: TrainConfig, data: str | None, tasks_file: str | None) -> Source | str:

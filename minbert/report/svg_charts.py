@@ -15,6 +15,7 @@ WIDTH, HEIGHT = 420.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 34.0  # margins around what is drawn
 SCATTERED = 2000  # points of a scatter plot at most
 NAMED = 30  # classes that a confusion map names
+CELLS = 4000  # cells of a confusion map at most
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def heat_map(title: str, grid: Grid, *, signed: bool, note: str = "") -> Figure:
 def confusion_map(title: str, counts: np.ndarray, names: Sequence[str], note: str = "") -> Figure:
     """A confusion matrix of many classes: the darker a cell, the larger its share of the true class (row).
 
+    Of more than `CELLS` cells that are not 0, those with the most examples are drawn, and the note says so.
+
     Args:
         counts: by true class (row) and predicted class (column), [C, C].
         names: of the classes; up to `NAMED` classes are named beside their rows, more are numbered from 1.
@@ -98,7 +101,11 @@ def confusion_map(title: str, counts: np.ndarray, names: Sequence[str], note: st
     frame = {**_xy(left, TOP), "width": f"{size:g}", "height": f"{size:g}"}
     SubElement(svg, "rect", {"class": "frame", **frame})
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    for true, predicted in zip(*np.nonzero(counts), strict=True):
+    cells = np.argwhere(counts)
+    if len(cells) > CELLS:
+        note += f" Of {len(cells)} cells the {CELLS} with the most examples are drawn."
+        cells = cells[np.argsort(-counts[counts > 0], kind="stable")[:CELLS]]
+    for true, predicted in cells:
         colour = "agree" if true == predicted else "conflict"
         x, y = left + cell * predicted, TOP + cell * true
         position = {**_xy(x, y), "width": f"{cell + 0.1:.1f}", "height": f"{cell + 0.1:.1f}"}
@@ -170,7 +177,11 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[tuple[float, st
     """A few round numbers between them, and how they are written: with as many decimals as the one that needs most."""
     from matplotlib.ticker import MaxNLocator
 
-    ticks = [float(tick) for tick in MaxNLocator(5, integer=whole).tick_values(low, high) if low <= tick <= high]
+    ticks = [
+        float(tick)
+        for tick in MaxNLocator(5, steps=[1, 2, 5, 10], integer=whole).tick_values(low, high)
+        if low <= tick <= high
+    ]
     plain = [f"{tick:.6g}" for tick in ticks]
     decimals = max((len(text.partition(".")[2]) for text in plain), default=0)
     small = any("e" in text for text in plain)

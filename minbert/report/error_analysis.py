@@ -179,8 +179,10 @@ def is_ordered(task: Task) -> bool:
     """Whether the difference of two labels means something: scores, or a few classes that are numbers."""
     if task.is_regression:
         return True
-    numbers = [isinstance(each, int | float) and not isinstance(each, bool) for each in task.classes or ()]
-    return task.type == "classification" and len(numbers) <= MOST_ORDERED and all(numbers)
+    classes = task.classes or ()
+    if task.is_multilabel or len(classes) > MOST_ORDERED:
+        return False
+    return all(isinstance(each, int | float) and not isinstance(each, bool) for each in classes)
 
 
 def value(task: Task, label: Any) -> float:

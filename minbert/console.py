@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +18,7 @@ from minbert.errors import one_line
 from minbert.tasks import Task
 
 SECONDS_BETWEEN_LINES = 10.0
+WIDEST = 10_000  # characters of a line, where a table is measured
 MOST_SCORES = 7  # columns of a table of scores that a terminal has room for
 
 
@@ -84,14 +87,12 @@ def data_table(rows: Sequence[tuple[Task, Mapping[str, int], int, int]]) -> Tabl
     return table
 
 
-def score_table(title: str, rows: Sequence[tuple[str, Mapping[str, Mapping[str, float]], float]]) -> Table:
+def score_table(title: str, rows: Sequence[tuple[str, Mapping[str, Mapping[str, float]], float]]) -> NarrowTables:
     """Scores by task and overall, a row per epoch or split: (label, scores of each task, overall score).
 
     Many scores make columns of the epochs or splits, and rows of the scores; of many epochs it is each task's first
     metric. A score that is not there is a dash, such as one of an epoch of an earlier minbert.
     """
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    table.add_column("")
     of_task: dict[str, list[str]] = {}
     for _, scores, _ in rows:
         for name, score in scores.items():
@@ -106,11 +107,42 @@ def score_table(title: str, rows: Sequence[tuple[str, Mapping[str, Mapping[str, 
     ]
     if len(shown) <= MOST_SCORES or len(rows) > len(shown):
         columns = [*(f"{name}\n{metric}" for name, metric in shown), "overall"]
-    else:
-        columns, labels = labels, [*(f"{name} {metric}" for name, metric in shown), "overall"]
-        cells = list(map(list, zip(*cells, strict=True)))
-    for column in columns:
-        table.add_column(column, justify="right", vertical="bottom")
-    for label, line in zip(labels, cells, strict=True):
-        table.add_row(label, *line)
-    return table
+        return NarrowTables(title, columns, labels, list(map(list, zip(*cells, strict=True))))
+    return NarrowTables(title, labels, [*(f"{name} {metric}" for name, metric in shown), "overall"], cells)
+
+
+@dataclass(frozen=True)
+class NarrowTables:
+    """A table whose cells are never cut: columns for which a line has no room are in further tables below it.
+
+    Args:
+        columns: their headers, of one line or several.
+        labels: of the rows.
+        cells: by column and row.
+    """
+
+    title: str
+    columns: Sequence[str]
+    labels: Sequence[str]
+    cells: Sequence[Sequence[str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        title, first = self.title, 0
+        while first < len(self.columns):
+            table, count = self._table(title, first, len(self.columns)), len(self.columns) - first
+            while (
+                count > 1 and Measurement.get(console, options.update(width=WIDEST), table).maximum > options.max_width
+            ):
+                count -= 1
+                table = self._table(title, first, first + count)
+            yield table
+            title, first = "", first + count
+
+    def _table(self, title: str, first: int, end: int) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold")
+        table.add_column("", max_width=28, overflow="fold")
+        for column in self.columns[first:end]:
+            table.add_column(column, max_width=17, overflow="fold", justify="right", vertical="bottom")
+        for label, *line in zip(self.labels, *self.cells[first:end], strict=True):
+            table.add_row(label, *line)
+        return table

@@ -61,6 +61,27 @@ def test_scores_are_columns_or_with_many_of_them_rows(capsys):
     ]
 
 
+@pytest.mark.parametrize("epochs", [1, 5, 20])
+def test_tables_of_scores_are_as_narrow_as_a_terminal_and_complete(epochs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"task{number}-{'ab' * 4 * number}" for number in range(8)]
+    rows = [
+        (f"dev, epoch {epoch}", {name: {"f1": epoch + i / 100, "mae": 0.5} for i, name in enumerate(names)}, 0.25)
+        for epoch in range(epochs)
+    ]
+    Terminal().print(score_table("all epochs", rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+    numbers = [float(word) for line in lines for word in re.findall(r"\d+\.\d{3}", line)]
+    further = epochs if epochs <= 7 else 0
+    assert sorted(numbers) == sorted(
+        [epoch + i / 100 for epoch in range(epochs) for i in range(8)] + [0.5] * 8 * further + [0.25] * epochs
+    )
+    assert all(any(f"dev, epoch {epoch}" in line for line in lines) for epoch in range(epochs))
+    assert lines.count("all epochs") == 1
+
+
 def test_control_characters_are_shown_and_not_obeyed(capsys):
     Terminal().print("a\x1b[2Jb\rc\x07d\u202ee\x9bf\ng")
     assert capsys.readouterr().out == "a\\x1b[2Jb\\rc\\x07d\\u202ee\\x9bf\ng\n"

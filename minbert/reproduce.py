@@ -15,7 +15,9 @@ from rich.console import Console
 
 from minbert import cli
 from minbert.console import Terminal
+from minbert.errors import UserError
 from minbert.files.atomic import writing
+from minbert.files.json_yaml import read_yaml
 from minbert.recipes import Paper, Row, paper
 from minbert.report.paper_table import RowResult, terminal_table, write_tables
 from minbert.runs.run_directory import Run
@@ -65,6 +67,8 @@ def main(arguments: Sequence[str]) -> int:
             console.print(f"{row.name}: {row.title}")
         return 0
     rows = [found.row(name) for name in options.rows or found.rows]
+    if options.options is not None and read_yaml(Path(options.options)).get("folds") is not None:
+        raise UserError(f"--options {options.options}: folds makes several runs of a row; leave it out")
     out = Path(options.out or f"runs/{found.number}")
     with writing(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)

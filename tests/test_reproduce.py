@@ -252,3 +252,10 @@ def test_a_recipe_of_a_paper_is_named_whole():
 def test_the_names_of_the_rows_can_be_listed(capsys):
     assert reproduce.main(["004", "--rows=list"]) == 0
     assert "smart-gse: SMART Loss w/ GSE" in capsys.readouterr().out
+
+
+def test_folds_are_refused_for_a_table(tmp_path):
+    (tmp_path / "options.yaml").write_text("folds: 3\n")
+    with pytest.raises(UserError, match="folds makes several runs of a row; leave it out"):
+        reproduce.main(["000", f"--options={tmp_path / 'options.yaml'}", f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()

@@ -198,12 +198,25 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
+class _CoreLoader(_Loader):
+    """Booleans are true and false alone, as in YAML 1.2: yes, no, on and off are texts."""
+
+
+_CoreLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_CoreLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes the texts that `_Loader` would read as numbers."""
 
 
 _FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-for _class in (_Loader, _Dumper):
+for _class in (_Loader, _CoreLoader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
@@ -229,14 +242,17 @@ def read_yaml(path: Path, remedy: str = REMEDY, *, regular: bool = True) -> dict
     return value or {}
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, *, core: bool = False) -> Any:
     """The value of a YAML text.
+
+    Args:
+        core: read yes, no, on and off as texts (YAML 1.2), which may be labels; else they are booleans.
 
     Raises:
         ValueError: it is not YAML, or is refused; the message is one line.
     """
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _CoreLoader if core else _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -248,14 +264,14 @@ def parse_yaml(text: str) -> Any:
 
 
 def yaml_lines(text: str) -> dict[tuple[object, ...], int]:
-    """The line, from 1, of every key of the mappings of a YAML text that `parse_yaml` reads, by the path to the key."""
+    """The line, from 1, of every key of the mappings of a YAML text, by the path to the key, as `core` has it."""
     lines: dict[tuple[object, ...], int] = {}
-    pending: list[tuple[tuple[object, ...], Any]] = [((), yaml.compose(text, _Loader))]
+    pending: list[tuple[tuple[object, ...], Any]] = [((), yaml.compose(text, _CoreLoader))]
     while pending:
         path, node = pending.pop()
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                name = (*path, parse_yaml(key.value) if key.style is None else key.value)
+                name = (*path, parse_yaml(key.value, core=True) if key.style is None else key.value)
                 lines[name] = key.start_mark.line + 1
                 pending.append((name, value))
     return lines

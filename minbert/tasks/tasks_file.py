@@ -96,7 +96,7 @@ def parse_tasks(text: str, where: str, directory: Path, *, built_in: bool = Fals
         UserError: the text is not YAML, or a record is wrong.
     """
     try:
-        values, lines = parse_yaml(text), yaml_lines(text)
+        values, lines = parse_yaml(text, core=True), yaml_lines(text)
     except ValueError as error:
         raise UserError(f"{where}: not valid YAML ({error}); {REMEDY}") from None
     values = without_format(values, where) if isinstance(values, dict) else values

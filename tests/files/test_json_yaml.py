@@ -113,3 +113,10 @@ def test_data_may_hold_numbers_and_texts_that_files_of_a_run_may_not():
 @example({"0E0": ["2020-01-01", "=", "<<", "yes", "0x1F", "1_000", "12:30"]})
 def test_what_dump_yaml_writes_is_what_parse_yaml_reads(value):
     assert parse_yaml(dump_yaml(value)) == value
+    assert parse_yaml(dump_yaml(value), core=True) == value
+
+
+def test_only_true_and_false_are_booleans_of_the_core_schema():
+    text = "[yes, No, on, OFF, y, true, False, 'true']"
+    assert parse_yaml(text) == [True, False, True, False, "y", True, False, "true"]
+    assert parse_yaml(text, core=True) == ["yes", "No", "on", "OFF", "y", True, False, "true"]

@@ -154,6 +154,14 @@ def test_own_tasks_join_the_built_in_ones_and_may_take_their_place(tmp_path):
         TrainConfig(tasks=["support"])
 
 
+def test_yes_and_no_are_texts(tmp_path):
+    """As a class, a column or a task's name."""
+    path = tmp_path / "tasks.yaml"
+    path.write_text(ONE.replace("  a:", "  no:").replace("label: l", "label: No") + "    classes: [yes, no]\n")
+    (task,) = read_tasks(path).values()
+    assert (task.name, task.label, task.classes) == ("no", "No", ("yes", "no"))
+
+
 def test_a_file_that_changes_is_read_again(tmp_path):
     path = tmp_path / "tasks.yaml"
     path.write_text(ONE)

@@ -21,14 +21,18 @@ from minbert.runs.run_directory import Run
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Predict one task for a file of texts: CSV with id, prediction and probabilities.
+    """Predict one task for a file of texts.
+
+    The output of a task of the CS224N project is in the project's format (`id , prediction`); of any other task it is
+    CSV with id, prediction, and the probability of each class.
 
     Args:
         run: run directory.
         task: a task of the run, such as sst, qqp, sts or cfimdb.
-        input: file of the course or of GLUE (tab-separated with a header), JSON objects on lines, or text with a
-            sentence or a tab-separated pair on each line, whose id is the line's number, from 0; - is standard input.
-            Names, headers and fields are read as in training (minbert/data/formats.py).
+        input: file of the course or of GLUE (tab-separated with a header), JSON objects on lines, for own tasks any
+            file that they are trained on with their text columns, or text with a sentence or a tab-separated pair on
+            each line, whose id is the line's number, from 0; - is standard input. Names, headers and fields are read
+            as in training (minbert/data/formats.py).
         output: file to write; standard output by default.
         skipped: file for a list of all rows that cannot be used, with line, id and reason; standard error names the
             first few.

@@ -82,6 +82,18 @@ def test_tables_of_scores_are_as_narrow_as_a_terminal_and_complete(epochs, capsy
     assert lines.count("all epochs") == 1
 
 
+def test_many_epochs_of_many_scores_show_the_first_metric_of_each_task(capsys):
+    scores = {f"t{number}": {"f1": number / 10, "accuracy": 0.9} for number in range(5)}
+    rows = [(f"epoch{epoch}", scores, 0.5) for epoch in range(9)]
+    assert lines_of(score_table("", rows), capsys) == [
+        [f"t{number}" for number in range(5)],
+        [*["f1"] * 5, "overall"],
+        *([f"epoch{epoch}", *(f"0.{number}00" for number in range(5)), "0.500"] for epoch in range(9)),
+    ]
+    few = "\n".join(map(" ".join, lines_of(score_table("", rows[:7]), capsys)))
+    assert few.count("accuracy") == 5
+
+
 def test_control_characters_are_shown_and_not_obeyed(capsys):
     Terminal().print("a\x1b[2Jb\rc\x07d\u202ee\x9bf\ng")
     assert capsys.readouterr().out == "a\\x1b[2Jb\\rc\\x07d\\u202ee\\x9bf\ng\n"

@@ -76,7 +76,8 @@ def main(arguments: Sequence[str]) -> int:
     present = [task for task in tasks if options.split in source.splits(task)]
     if not present:
         names = ", ".join(task.name for task in tasks)
-        raise UserError(f"{source.name} has no {options.split} split of {names}; --split and --data choose another")
+        other = "--tasks-file" if config.data is None and config.own_tasks else "--data"
+        raise UserError(f"{source.name} has no {options.split} split of {names}; --split and {other} choose another")
     examples = {task.name: source.load(task, options.split) for task in present}
     skipped = [row for each in examples.values() for row in each.skipped]
     if options.strict:

@@ -75,6 +75,8 @@ def test_several_labels_are_joined_and_a_label_with_the_separator_is_kept_whole(
 def test_a_score_is_on_the_users_scale():
     task = own_task("regression", scale=(-100.0, 1000.0))
     assert rows_of(task, ["a", "b"], np.array([0.0, 2.5])) == [["id", "prediction"], ["a", "-100.0"], ["b", "450.0"]]
+    ((_, value),) = rows_of(task, ["a"], np.array([1 / 3], np.float32))[1:]
+    assert value == "-26.667"  # the digits that float32 keeps
 
 
 def draws(task: Task, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -93,6 +93,11 @@ def test_predict_uses_them(run, tmp_path, capsys):
     assert rows == [["0", classes[1]], ["1", classes[1]]]
 
 
+def test_a_split_that_own_tasks_lack_is_refused_with_what_helps(run):
+    with pytest.raises(UserError, match=r"no test split of tags, topics; --split and --tasks-file choose another$"):
+        evaluate.main([str(run.path), "--split=test"])
+
+
 def test_a_changed_tasks_file_of_a_checkpoint_is_refused(run, tmp_path):
     path = run.best / "tasks.yaml"
     kept = path.read_text(encoding="utf-8")

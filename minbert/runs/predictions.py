@@ -86,6 +86,8 @@ def format_predictions(task: Task, ids: Sequence[str], outputs: np.ndarray) -> I
         yield f"id \t {task.course.column} \n"
         yield from (f"{identifier} , {label} \n" for identifier, label in zip(ids, labels, strict=True))
         return
+    if task.is_regression:
+        labels = [round(label, _decimals(task)) for label in labels]
     classes = probabilities(task, outputs)
     columns = [] if classes is None else [f"probability of {label_text(label)}" for label in task.classes or ()]
     yield _csv_line(["id", "prediction", *columns])

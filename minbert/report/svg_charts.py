@@ -91,9 +91,10 @@ def confusion_map(title: str, counts: np.ndarray, names: Sequence[str], note: st
         counts: by true class (row) and predicted class (column), [C, C].
         names: of the classes; up to `NAMED` classes are named beside their rows, more are numbered from 1.
     """
-    size, count = 440.0, len(names)
-    cell = size / count
+    count = len(names)
     named = count <= NAMED
+    size = 340.0 if named else 440.0  # the names have their room beside it
+    cell = size / count
     left = 8 + 6.4 * max(map(len, names)) if named else 34.0
     right = int(np.trace(counts))
     label = f"{title}: of {counts.sum()} examples of {count} classes {right} are on the diagonal."

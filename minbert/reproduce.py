@@ -8,6 +8,7 @@ fails. A run with other options in the same directory is an error, and stays as 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
             console.print(f"{row.name}: {row.title}")
         return 0
     rows = [found.row(name) for name in options.rows or found.rows]
-    if options.options is not None and read_yaml(Path(options.options)).get("folds") is not None:
+    if options.options is not None and names_folds(Path(options.options)):
         raise UserError(f"--options {options.options}: folds makes several runs of a row; leave it out")
     out = Path(options.out or f"runs/{found.number}")
     with writing(out, "choose another --out"):
@@ -78,6 +79,13 @@ def main(arguments: Sequence[str]) -> int:
     except Stopped as stopped:
         console.print(f"stopped; the same command goes on with what {out} holds")
         return 128 + stopped.number
+
+
+def names_folds(options: Path) -> bool:
+    """Whether a file of options asks for cross-validation; not of a file that cannot be read, which a row reports."""
+    with suppress(UserError):
+        return read_yaml(options).get("folds") is not None
+    return False
 
 
 def sweep(found: Paper, rows: Sequence[Row], out: Path, options: ReproduceConfig, console: Console) -> int:

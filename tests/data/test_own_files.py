@@ -191,7 +191,7 @@ def test_columns_are_found_by_name(file):
         ("a.json", '{\n "message": "a",\n "topic": "b"\n}', "line 1: a JSON object over several lines; write each"),
         ("a.jsonl", 'a\r"b\n{}', ": none of its 2 rows is usable; line 1: not JSON"),
         ("a.csv", b"PAR1\0\0", "not CSV, as its name says, but a Parquet file; give it a name that ends in .parquet"),
-        ("a.csv", gzip.compress(b"message,topic\n"), "not CSV, as its name says, but a gzip file: unpack it"),
+        ("a.csv", gzip.compress(b"message,topic\n", mtime=0), "not CSV, as its name says, but a gzip file: unpack it"),
         ("a.csv", "message,topic\na,b\n".encode("utf-16"), "but UTF-16 text: convert it to UTF-8"),
         ("a.parquet", "message,topic\na,b\n", "not a Parquet file, as its name says, but another format"),
         ("a.parquet", b"PAR1 and no more", "cannot be read as Parquet"),

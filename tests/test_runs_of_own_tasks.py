@@ -94,7 +94,7 @@ def test_so_do_the_real_ones(tmp_path):
     data = os.environ["MINBERT_TEST_DATA"]
     (tmp_path / "tasks.yaml").write_text(COURSE.format(Path(data).resolve()))
     shared = [f"--model={os.environ['MINBERT_TEST_MODEL']}", "--steps=2", "--epoch-length=2", "--batch-size=8"]
-    shared += ["--precision=fp32", "--matmul=blas"]
+    shared += ["--precision=fp32", "--matmul=blas", "--max-length=12"]
     assert train.main([*shared, f"--data={data}", "--tasks=sst,sts", f"--out={tmp_path / 'built-in'}"]) == 0
     assert train.main([*shared, f"--tasks-file={tmp_path / 'tasks.yaml'}", f"--out={tmp_path / 'own'}"]) == 0
     assert_equal_runs(tmp_path / "built-in", tmp_path / "own")

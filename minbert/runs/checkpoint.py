@@ -69,7 +69,7 @@ def _without_files(tasks: Mapping[str, Task]) -> dict[str, Task]:
 
 
 def load_tasks(path: Path, tasks: Sequence[Task]) -> list[Task]:
-    """The tasks with the classes, heads, losses and thresholds that a checkpoint has for them.
+    """The tasks with the classes and thresholds that a checkpoint has for them; their heads and losses are the run's.
 
     A checkpoint of minbert 0.1.0 has none: its tasks are the built-in ones.
 
@@ -90,7 +90,7 @@ def load_tasks(path: Path, tasks: Sequence[Task]) -> list[Task]:
         thresholds = same.thresholds or ()
         if thresholds and (len(thresholds) != same.num_classes or not all(0 <= each <= 1 for each in thresholds)):
             raise UserError(f"{file}: task {task.name}: expected thresholds of its classes between 0 and 1")
-    names = ("classes", "head", "loss", "thresholds")
+    names = ("classes", "thresholds")
     return [replace(task, **{name: getattr(saved.get(task.name, task), name) for name in names}) for task in tasks]
 
 

@@ -20,7 +20,8 @@ from minbert.errors import UserError, first_line, require
 from minbert.files.atomic import writing
 from minbert.files.json_yaml import parse_object
 from minbert.seeds import derive_seed
-from minbert.tasks import Task, find_tasks
+from minbert.tasks import TASKS, Task, find_tasks, read_tasks
+from minbert.tasks.labels import decode_labels
 
 NEEDS = "python -m minbert.augment needs transformers and sentencepiece: pip install 'minbert[augment]'"
 
@@ -36,6 +37,7 @@ class AugmentConfig:
         back_model: model that translates back, such as Helsinki-NLP/opus-mt-de-en; without one, --model is a
             paraphraser.
         data: directory of CS224N files or GLUE folders, or a hub name; by default the built-in demo corpus.
+        tasks_file: YAML file of records of your own tasks, as for minbert.train.
         task: the task of the training sentences; of pairs both are translated.
         batch_size: sentences in a batch.
         beams: width of the beam search.
@@ -50,6 +52,7 @@ class AugmentConfig:
     out: str
     back_model: str | None = None
     data: str | None = None
+    tasks_file: str | None = None
     task: str = "sst"
     batch_size: int = 32
     beams: int = 4
@@ -113,8 +116,11 @@ def main(arguments: Sequence[str]) -> int:
     Batches hold sentences of similar length. Each is written at once, so a stopped command loses at most one batch.
     """
     config, console = cli.parse("augment", AugmentConfig, arguments), Terminal()
-    (task,) = find_tasks([config.task])
-    examples = open_source(config.data).load(task, "train")
+    own = {} if config.tasks_file is None else read_tasks(config.tasks_file)
+    task, *_ = find_tasks([config.task], {**TASKS, **own})
+    source = open_source(config.data, own)
+    task = source.complete(task)
+    examples = source.load(task, "train")
     if config.strict:
         refuse_skipped(examples.skipped)
     for line in skipped_lines(examples.skipped, "minbert.train lists all of them in its run"):
@@ -192,10 +198,11 @@ def finished(out: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -> t
 def _row(task: Task, examples: Examples, index: int, origin: str) -> dict[str, Any]:
     """An example as a row of the file, by its columns' names."""
     assert examples.labels is not None, "training examples have labels"
-    label = float(examples.labels[index])
+    (label,) = decode_labels(task, examples.labels[index : index + 1])
     texts = (examples.texts[index], *([examples.pairs[index]] if examples.pairs else []))
-    columns = dict(zip(task.text, texts, strict=True))
-    return {"id": examples.ids[index], **columns, task.label: int(label) if label.is_integer() else label, "by": origin}
+    columns = {task.id or "id": examples.ids[index], **dict(zip(task.text, texts, strict=True))}
+    label = int(label) if isinstance(label, float) and label.is_integer() else label
+    return {"id": examples.ids[index], **columns, task.label: label, "by": origin}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from groups import quick_options
 
 from minbert import augment, train
 from minbert.data import read_augmented, read_examples
@@ -76,6 +77,23 @@ def test_both_sentences_of_a_pair_are_written_anew(options, course_data, tmp_pat
     examples = read_augmented(tmp_path / "more.jsonl", TASKS["sts"], originals)
     assert set(examples.texts).isdisjoint(originals.texts)
     assert set(examples.pairs).isdisjoint(originals.pairs)
+
+
+def test_own_tasks_keep_their_columns_and_labels(options, tmp_path):
+    """Of several labels a list, which trains as the texts with a separator do."""
+    (tmp_path / "data.csv").write_text(
+        "nr,a text,tags\n" + "".join(f"n{i},the film {i},x;{'yz'[i % 2]}\n" for i in range(8))
+    )
+    (tmp_path / "tasks.yaml").write_text(
+        "tasks: {own: {text: a text, label: tags, type: multilabel, id: nr, train: data.csv, dev: 0.25}}\n"
+    )
+    assert augment.main([*options[1:], f"--tasks-file={tmp_path / 'tasks.yaml'}", "--task=own"]) == 0
+    found = rows(tmp_path / "more.jsonl")
+    assert {tuple(row["tags"]) for row in found} <= {("x", "y"), ("x", "z")}
+    assert {row["nr"] for row in found} == {row["id"] for row in found} <= {f"n{i}" for i in range(8)}
+    own = [f"--tasks-file={tmp_path / 'tasks.yaml'}", f"--augmented.own={tmp_path / 'more.jsonl'}"]
+    quick = [option for option in quick_options(Path(), tmp_path / "run") if not option.startswith("--data")]
+    assert train.main([*quick, *own, "--batch-size=2", "--steps=2"]) == 0
 
 
 @pytest.mark.parametrize("cut", [0, 5, 700])  # bytes of the next batch that a crash left: none, part of a line, lines

@@ -135,6 +135,7 @@ OPTIONS = {
         "out": REQUIRED,
         "back_model": None,
         "data": None,
+        "tasks_file": None,
         "task": "sst",
         "batch_size": 32,
         "beams": 4,

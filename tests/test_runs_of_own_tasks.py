@@ -119,7 +119,7 @@ def test_a_run_has_its_records_scores_and_predictions_in_the_users_labels(three)
     assert {name: [*scores] for name, scores in summary["dev"].items() if name != "overall"} == {
         "topic": ["f1", "accuracy"],
         "stars": ["pearson"],
-        "tags": ["f1_micro"],
+        "tags": ["accuracy", "f1_micro"],
     }
     assert list(summary["test"]) == ["topic", "overall"]
     saved = read_checkpoint_tasks(run / "best")

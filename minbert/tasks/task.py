@@ -11,10 +11,15 @@ Label = str | int | float | bool  # as the user's files have it
 SCORE_TOP = 5  # the largest score of STS-B, to which every regression's scale is brought
 CORRELATIONS = ("mcc", "pearson", "spearman")  # in [-1, 1]
 ERRORS = ("mse", "mae")  # smaller is better; they are in no overall score
-METRICS_OF = {  # by type of task; the first one is the default
+METRICS_OF = {  # by type of task
     "classification": ("accuracy", "f1", "f1_micro", "f1_macro", "mcc", "roc_auc", "average_precision"),
     "regression": ("pearson", "spearman", *ERRORS),
-    "multilabel": ("f1_micro", "f1_macro", "f1", "accuracy", "roc_auc", "average_precision"),
+    "multilabel": ("accuracy", "f1_micro", "f1_macro", "f1", "roc_auc", "average_precision"),
+}
+DEFAULT_METRICS = {
+    "classification": ("accuracy",),
+    "regression": ("pearson",),
+    "multilabel": ("accuracy", "f1_micro"),  # all labels of an example right; and one by one
 }
 METRICS = tuple(dict.fromkeys(name for names in METRICS_OF.values() for name in names))
 
@@ -111,7 +116,7 @@ class Task:
     thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        defaults = {"title": self.name, "metrics": METRICS_OF[self.type][:1], "loss": self.usual_loss}
+        defaults = {"title": self.name, "metrics": DEFAULT_METRICS[self.type], "loss": self.usual_loss}
         for name, value in defaults.items():
             object.__setattr__(self, name, getattr(self, name) or value)
 

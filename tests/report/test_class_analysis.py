@@ -122,7 +122,7 @@ def test_areas_are_of_the_probabilities():
 
 
 def test_mistakes_of_several_labels_start_with_the_surest():
-    task = own_task("multilabel", 2)
+    task = own_task("multilabel", 2, metrics=("f1_micro",))
     found = examples(
         [[1, 0], [1, 1], [0, 0], [0, 1]],
         [[0, 0], [0, 0], [1, 0], [0, 1]],

@@ -47,7 +47,7 @@ def test_the_records_of_the_design_are_read(tmp_path):
     assert (support.loss, support.num_outputs, support.metric) == ("cross_entropy", 3, "f1")
     assert (satisfaction.is_pair, satisfaction.scale, satisfaction.metrics) == (True, (1.0, 5.0), ("pearson",))
     assert (satisfaction.loss, satisfaction.num_outputs, satisfaction.max_label) == ("mean_squared_error", 1, 5)
-    assert (tags.train, tags.separator, tags.metrics) == ("hub:owner/name/config/train", "|", ("f1_micro",))
+    assert (tags.train, tags.separator, tags.metrics) == ("hub:owner/name/config/train", "|", ("accuracy", "f1_micro"))
     assert (tags.classes, tags.loss) == (None, "binary_cross_entropy")
 
 

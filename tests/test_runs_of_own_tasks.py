@@ -106,6 +106,10 @@ def test_own_and_built_in_tasks_train_together(course_data, three, tmp_path):
         train.main(options(tasks_file, tmp_path / "run", f"--data={course_data}", "--tasks=tags,sst", "--steps=2")) == 0
     )
     assert list(Run(tmp_path / "run").summary()["dev"]) == ["tags", "sst", "overall"]
+    further = [f"--data={course_data}", "--tasks=sst", "--steps=2"]  # none of the file
+    assert train.main(options(tasks_file, tmp_path / "built-in", *further, "--heads.stars=linear")) == 0
+    assert list(read_tasks(tmp_path / "built-in" / "tasks.yaml")) == ["topic", "stars", "tags"]
+    assert evaluate.main([str(tmp_path / "built-in")]) == 0
     with pytest.raises(UserError, match="sst"):
         train.main(options(tasks_file, tmp_path / "other", "--tasks=tags,sst"))
 

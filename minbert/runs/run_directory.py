@@ -25,12 +25,8 @@ from minbert.runs.scores import read_summary
 from minbert.tasks import Task, read_tasks, tasks_to_yaml
 from minbert.tasks.tasks_file import HUB
 
-BEFORE_A_RUN = (
-    LOCK,
-    ".config.yaml.tmp",
-    TASKS_FILE,
-    f".{TASKS_FILE}.tmp",
-)  # what a run that was killed at its start may leave
+# What a run that was killed at its start may leave.
+BEFORE_A_RUN = (LOCK, ".config.yaml.tmp", TASKS_FILE, f".{TASKS_FILE}.tmp")
 
 
 class Run:
@@ -128,7 +124,7 @@ class Run:
                 write_atomically(self.path / "config.yaml", config.replace(resume=False).to_yaml())
 
     def write_tasks(self, tasks: Sequence[Task]) -> None:
-        """Write tasks.yaml: the records of the run's own tasks, with their classes.
+        """Write tasks.yaml: the records of the tasks file, with the classes of the tasks that are trained.
 
         Raises:
             UserError: the disk refuses it.
@@ -173,7 +169,7 @@ class Run:
             raise UserError(f"{self.path}/config.yaml names the data {config.data} of the hub; {remedy}")
         own = config.own_tasks
         if tasks_file is None:
-            for task in own.values():
+            for task in (task for name, task in own.items() if name in (config.tasks or own)):
                 for file in (task.train, task.dev, task.test):
                     if isinstance(file, str) and file.startswith(HUB):
                         remedy = "give --tasks-file FILE to fetch it"

@@ -219,7 +219,8 @@ def record_start(run: TrainingRun) -> None:
             console.print(line)
     own = config.own_tasks
     if own:
-        directory.write_tasks([task for task in run.data.tasks if task.name in own])
+        completed = {task.name: task for task in run.data.tasks}
+        directory.write_tasks([completed.get(name, record) for name, record in own.items()])
     directory.write_options(config)
     run.group.broadcast_object("begun")
     directory.check_seen()

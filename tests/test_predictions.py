@@ -13,7 +13,7 @@ from minbert.data import Encoded
 from minbert.errors import UserError
 from minbert.runs.predictions import format_predictions, read_predictions, write_predictions
 from minbert.tasks import TASKS, Task
-from minbert.tasks.labels import encode_labels
+from minbert.tasks.labels import LabelEncoder
 from minbert.tasks.metrics import probabilities
 
 HOSTILE = ("two\nlines", 'say "it", now', "a\rreturn", "<script>", "مرحبا", "=1+1", "x" * 200, ";", "tab\tbed")
@@ -134,7 +134,7 @@ def test_what_is_written_is_read(task, tmp_path):
     (lines,) = tmp_path.glob("*-dev.jsonl")
     shown = [json.loads(line)["label"] for line in lines.read_text(encoding="utf-8").splitlines()]
     if not task.is_regression:
-        assert (encode_labels(task, shown) == labels).all()
+        assert (np.array([LabelEncoder(task)(label) for label in shown], np.float32) == labels).all()
         flat = [each for label in shown for each in (label if task.is_multilabel else [label])]
         assert all(any(type(each) is type(one) and each == one for one in task.classes) for each in flat)
 

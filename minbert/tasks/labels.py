@@ -9,7 +9,7 @@ learning rates and the shares of several tasks in one update hold for it then, w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -120,13 +120,6 @@ def split_labels(label: object, separator: str) -> list[object]:
     if isinstance(label, list | tuple):
         return list(label)
     return [part.strip() for part in str(label).split(separator) if part.strip()]
-
-
-def encode_labels(task: Task, labels: Sequence[object]) -> np.ndarray:
-    """float32 [n], or [n, C] of a multi-label task; a ValueError for a label that the task does not have."""
-    encoder = LabelEncoder(task)
-    shape = (len(labels), task.num_classes) if task.is_multilabel else (len(labels),)
-    return np.array([encoder(label) for label in labels], np.float32).reshape(shape)
 
 
 def decode_labels(task: Task, values: np.ndarray) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minbert.tasks import Task, parse_tasks, tasks_to_yaml
-from minbert.tasks.labels import LabelEncoder, class_key, decode_labels, encode_labels, infer_classes, split_labels
+from minbert.tasks.labels import LabelEncoder, class_key, decode_labels, infer_classes, split_labels
+
+
+def encode_labels(task: Task, labels: Sequence[object]) -> np.ndarray:
+    """float32 [n], or [n, C] of a multi-label task."""
+    encoder = LabelEncoder(task)
+    shape = (len(labels), task.num_classes) if task.is_multilabel else (len(labels),)
+    return np.array([encoder(label) for label in labels], np.float32).reshape(shape)
 
 
 def own_task(type_: str = "classification", classes: tuple | None = None, **fields) -> Task:

@@ -53,7 +53,7 @@ namespace {
 // Instruction sets ----------------------------------------------------------------------------------------------------
 
 constexpr std::pair<const char*, Isa> kIsaNames[] = {
-    {"portable", Isa::portable}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}};
+    {"portable", Isa::portable}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}, {"avx512bf16", Isa::avx512bf16}};
 
 Isa current_isa = best_isa();
 

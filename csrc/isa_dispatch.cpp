@@ -1,4 +1,6 @@
 // Detects the instruction sets of this processor and selects the kernels compiled for one of them.
+#include <initializer_list>
+
 #include "kernels.h"
 
 namespace minbert {
@@ -11,6 +13,9 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512bf16 {
 extern const Kernels kernels;
 }
 #endif
@@ -29,15 +34,19 @@ CpuFeatures cpu_features() noexcept {
 
 bool supports(Isa isa) noexcept {
   const CpuFeatures found = cpu_features();
-  return isa == Isa::portable || (isa == Isa::avx2 && found.avx2) || (isa == Isa::avx512 && found.avx512);
+  return isa == Isa::portable || (isa == Isa::avx2 && found.avx2) || (isa == Isa::avx512 && found.avx512) ||
+         (isa == Isa::avx512bf16 && found.avx512_bf16);
 }
 
 Isa best_isa() noexcept {
-  return supports(Isa::avx512) ? Isa::avx512 : supports(Isa::avx2) ? Isa::avx2 : Isa::portable;
+  for (const Isa isa : {Isa::avx512bf16, Isa::avx512, Isa::avx2})
+    if (supports(isa)) return isa;
+  return Isa::portable;
 }
 
 const Kernels& kernels(Isa isa) noexcept {
 #ifdef MINBERT_X86
+  if (isa == Isa::avx512bf16) return avx512bf16::kernels;
   if (isa == Isa::avx512) return avx512::kernels;
   if (isa == Isa::avx2) return avx2::kernels;
 #endif

@@ -233,7 +233,7 @@ struct Kernels {
 #undef MINBERT_FIELD
 };
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 
 struct CpuFeatures {
   bool avx2, avx512, avx512_bf16, amx_bf16;

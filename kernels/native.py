@@ -10,7 +10,7 @@ from types import ModuleType
 import torch  # noqa: F401  must come first: the extension takes its OpenMP symbols from the runtime that torch loads
 
 INTERFACE = 6  # csrc/kernels.h's kInterface
-ISAS = ("portable", "avx2", "avx512")  # the instruction sets of csrc/bindings.cpp, narrowest first
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # the instruction sets of csrc/bindings.cpp, narrowest first
 _NAME = "minbert.kernels._native"
 _BUILD = "to build it, run `pip install -e . -v` with a C++17 compiler at hand"
 
@@ -98,6 +98,6 @@ def cpu_features() -> dict[str, bool]:
     All are False without the extension and for the portable instruction set.
     """
     level = ISAS.index(isa() or "portable")
-    needed = {"avx2": 1, "avx512": 2, "avx512_bf16": 2, "amx_bf16": 2}
+    needed = {"avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx_bf16": 3}
     found = library().cpu_features() if available() else {}
     return {feature: level >= least and found[feature] for feature, least in needed.items()}

@@ -32,7 +32,7 @@ namespace {
   } while (false)
 
 [[maybe_unused]] const int kThreadCounts[] = {1, 3};
-[[maybe_unused]] const char* const kIsaNames[] = {"portable", "avx2", "avx512"};
+[[maybe_unused]] const char* const kIsaNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
 
 inline double number(uint64_t i) {  // in [-1, 1), different for every i
   const Words4 words = philox({{static_cast<uint32_t>(i), 0, 0, 0}}, 7);

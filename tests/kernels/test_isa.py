@@ -77,7 +77,7 @@ def test_the_set_that_is_named_runs_and_its_ops_agree_with_float64(wanted: str, 
     isa, precision, line, errors = json.loads(result.stdout)
     assert isa == wanted
     assert line.startswith(f"kernels ({wanted}): native: ")
-    assert wanted == "avx512" or precision == "fp32"
+    assert wanted == "avx512bf16" or precision == "fp32"
     assert max(errors.values()) < 1e-6, errors
 
 
@@ -144,11 +144,11 @@ cli.run(train.main)
     assert (result.stdout, result.stderr, result.returncode) == (line, f"error: {line}", 2)
 
 
-@pytest.mark.parametrize(("isa", "allowed"), [("portable", 0), ("avx2", 1), ("avx512", 4)])
+@pytest.mark.parametrize(("isa", "allowed"), [("portable", 0), ("avx2", 1), ("avx512", 2), ("avx512bf16", 4)])
 def test_features_and_precision_follow_the_set_that_runs(isa: str, allowed: int, monkeypatch) -> None:
     processor(monkeypatch, *native.ISAS).set_isa(isa)
     assert native.cpu_features() == {name: i < allowed for i, name in enumerate(EVERYTHING)}
-    assert resolve_precision("auto", CPU) == ("bf16" if isa == "avx512" else "fp32")
+    assert resolve_precision("auto", CPU) == ("bf16" if isa == "avx512bf16" else "fp32")
     assert kernels_line(CPU).startswith(f"kernels ({isa}): native: ")
 
 

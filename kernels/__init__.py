@@ -18,6 +18,7 @@ if __name__ == "minbert.kernels":
     from .layer_norm import dropout_add_layer_norm
     from .linear import linear
     from .matmul_library import faster_matmul, matmul, set_matmul, use_matmul
+    from .packed_weight import PackedWeight, pack_weight
     from .smart import smart_ascend, smart_init
     from .surgery import clip_weights, combine, gram, surgery_weights
 elif "transformers" not in sys.modules:  # it imports `kernels` to see whether that package is there; to it we are empty
@@ -29,6 +30,7 @@ elif "transformers" not in sys.modules:  # it imports `kernels` to see whether t
 __all__ = [
     "AttentionPlan",
     "BackendChoice",
+    "PackedWeight",
     "adamw_",
     "attention",
     "attention_dropout_mask",
@@ -47,6 +49,7 @@ __all__ = [
     "linear",
     "matmul",
     "native",
+    "pack_weight",
     "reference",
     "set_backend",
     "set_matmul",

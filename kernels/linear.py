@@ -14,6 +14,7 @@ from . import checks, task_views
 from .autograd import first_order_only
 from .dispatch import choice
 from .matmul_library import product
+from .packed_weight import PackedWeight
 
 
 @torch.library.custom_op("minbert::linear", mutates_args=())
@@ -82,7 +83,7 @@ first_order_only(_linear_backward, "linear")
 
 def linear(
     x: Tensor,
-    weight: task_views.Parameter,
+    weight: task_views.Parameter | PackedWeight,
     bias: task_views.Parameter | None = None,
     *,
     bounds: Sequence[int] | None = None,
@@ -91,7 +92,8 @@ def linear(
 
     Args:
         x: [N, inputs], any dtype that torch multiplies.
-        weight: [outputs, inputs], or T views of it, of x's dtype or float32; a float32 one is cast to x's.
+        weight: [outputs, inputs], or T views of it, of x's dtype or float32; a float32 one is cast to x's. A
+            `PackedWeight` of x's dtype where no gradient is needed.
         bias: [outputs], or T views of it, likewise.
         bounds: T + 1 numbers: view t gets the gradient of rows bounds[t] to bounds[t + 1].
 
@@ -102,6 +104,8 @@ def linear(
         ValueError, TypeError: an argument is not as described.
     """
     op = "linear"
+    if isinstance(weight, PackedWeight):
+        return weight.linear(x, None if bias is None else task_views.first(bias))
     checks.tensor(op, "x", x, ["N", "inputs"], checks.FLOATS, contiguous=False)
     given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     (weights, *rest), bounds = task_views.views(op, x.shape[0], bounds, **given)

@@ -23,7 +23,7 @@ from minbert.data import (
     skipped_rows,
     update_skipped,
 )
-from minbert.device import describe, resolve_device
+from minbert.device import describe, keep_freed_memory, resolve_device
 from minbert.errors import UserError
 from minbert.files.atomic import writing
 from minbert.inference import choose_kernels, evaluate, load_model, run_tasks, with_thresholds_of
@@ -89,6 +89,8 @@ def main(arguments: Sequence[str]) -> int:
         warnings.print(line)
 
     device = resolve_device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     choose_kernels(config, warnings)
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)
     console.print(f"{run.path}/{options.checkpoint} on {describe(device, config.precision)}")

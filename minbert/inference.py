@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from minbert import kernels
 from minbert.config import TrainConfig
@@ -18,6 +21,7 @@ from minbert.device import resolve_precision
 from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.files.atomic import readable, verify
+from minbert.methods.task_gradients import substituted
 from minbert.model import Encoder, MultitaskModel, load_heads
 from minbert.runs.checkpoint import check_fits, load_tasks
 from minbert.runs.scores import Scores
@@ -25,6 +29,25 @@ from minbert.tasks import Task
 from minbert.tasks.metrics import predictions, probabilities, score, with_thresholds
 
 TOKENS_PER_BATCH = 8192
+
+
+@contextmanager
+def prepared(model: MultitaskModel) -> Iterator[None]:
+    """Let the forwards in this block, all without gradients, read weights that are cast to the compute dtype once.
+
+    Outside it each product casts its weight. Where the library of matrix products allows, the weights are packed for it
+    too (`kernels.pack_weight`). A change of the parameters in the block may not be seen in it.
+    """
+    encoder: Any = model.encoder
+    dtype = encoder.compute_dtype
+    read: dict[Tensor, Any] = {}
+    for layer in encoder.layers:
+        for projection in (layer.qkv, layer.attention_output, layer.intermediate, layer.output):
+            read[projection.weight] = kernels.pack_weight(projection.weight, dtype)
+        for projection in (layer.qkv, layer.attention_output, layer.output):  # bias_gelu reads the other in float32
+            read[projection.bias] = projection.bias.detach().to(dtype)
+    with substituted(encoder, lambda param: read.get(param, param)):
+        yield
 
 
 @torch.inference_mode()
@@ -68,9 +91,11 @@ def evaluate(
     """
     scores: Scores = {}
     outputs = {}
+    with prepared(model):
+        for task in tasks:
+            outputs[task.name] = head_outputs(model, task, encoded[task.name], device, group)
     for task in tasks:
         examples = encoded[task.name]
-        outputs[task.name] = head_outputs(model, task, examples, device, group)
         if examples.labels is not None:
             own = with_thresholds_of(model, task)
             if choose_thresholds and own.is_multilabel:

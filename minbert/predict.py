@@ -11,7 +11,7 @@ from typing import Literal
 from minbert import cli
 from minbert.console import Terminal
 from minbert.data import encode, read_file, refuse_skipped, skipped_lines, skipped_rows, write_skipped
-from minbert.device import resolve_device
+from minbert.device import keep_freed_memory, resolve_device
 from minbert.files.atomic import write_atomically, writing
 from minbert.inference import choose_kernels, head_outputs, load_model, run_tasks, with_thresholds_of
 from minbert.model import pair_encoding
@@ -62,6 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     for line in skipped_lines(examples.skipped, options.skipped or "--skipped FILE lists all of them"):
         console.print(line)
     device = resolve_device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     choose_kernels(config, console)
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)
     limit = config.max_length or model.encoder.config.max_position_embeddings

@@ -126,15 +126,17 @@ template <>
 struct Argument<Ascent> : RecordArgument<Ascent, Address, Address, Address, Address, DType, Address, int64_t, int64_t,
                                          int64_t, float, float, Address, bool, bool> {};
 
-// `seed` points to int64 [2], the seed and the number of the op's first row; `row` is row 0's index in the op.
-Dropout dropout(Address seed, uint32_t threshold, uint32_t stream_id, float scale = 1, int64_t row = 0) {
+// `seed` points to int64 [2], the seed and the number of the op's first row; `row` is row 0's index in the op. `rows`
+// are the rows' indices where they are not consecutive.
+Dropout dropout(Address seed, uint32_t threshold, uint32_t stream_id, float scale = 1, int64_t row = 0,
+                Address rows = {0}) {
   const int64_t* const pair = seed;
   if (!pair) return {0, 0, stream_id, scale};
-  return {pair[0], threshold, stream_id, scale, static_cast<uint32_t>(pair[1]) + static_cast<uint32_t>(row)};
+  return {pair[0], threshold, stream_id, scale, static_cast<uint32_t>(pair[1]) + static_cast<uint32_t>(row), rows};
 }
 template <>
 struct Argument<Dropout> {
-  using Python = std::tuple<Address, uint32_t, uint32_t, float, int64_t>;  // seed, threshold, stream_id, scale, row
+  using Python = std::tuple<Address, uint32_t, uint32_t, float, int64_t, Address>;
   static Dropout native(const Python& fields) { return std::apply(dropout, fields); }
 };
 
@@ -297,8 +299,27 @@ PYBIND11_MODULE(_native, module) {
         return AttentionProblem{dtype, cu_seqlens, sequences, tokens,           max_seqlen,
                                 heads, head_dim,   scale,     of_probabilities, keep_scale};
       }))
-      .def("scratch", call(&Kernels::attention_scratch));
+      .def("scratch", call(&Kernels::attention_scratch))
+      .def("first_token_scratch", [](const AttentionProblem& problem) {
+        return first_token_scratch(problem.tokens, problem.sequences, problem.head_dim);
+      });
   using Strides = std::vector<int64_t>;
+  module.def(
+      "first_token_attention",
+      [](const AttentionProblem& problem, Address queries, Address keys_values, Address out, Address scratch,
+         int threads) {
+        return kernels(current_isa).first_token_attention(problem, queries, keys_values, out, scratch, threads);
+      },
+      Unlocked());
+  module.def(
+      "first_token_attention_backward",
+      [](const AttentionProblem& problem, Address grad_out, Address queries, Address keys_values, Address grad_queries,
+         Address grad_keys_values, Address scratch, int threads) {
+        return kernels(current_isa)
+            .first_token_attention_backward(problem, grad_out, queries, keys_values, grad_queries, grad_keys_values,
+                                            scratch, threads);
+      },
+      Unlocked());
   module.def(
       "attention",
       [](const AttentionProblem& problem, Address qkv, const Strides& strides, Address out, Address scratch,

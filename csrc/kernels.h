@@ -10,7 +10,7 @@
 namespace minbert {
 
 // Increases with every change of the binding's arguments: Python refuses a binary built from another checkout.
-constexpr int kInterface = 6;
+constexpr int kInterface = 7;
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };  // float16: only on CUDA devices
 
@@ -33,7 +33,11 @@ struct Dropout {
   uint32_t threshold, stream_id;
   float scale = 1;         // multiplies the kept elements: 1 / (1 - p)
   uint32_t first_row = 0;  // the number of row 0 in a larger activation; counters number rows modulo 2^32
+  const int32_t* rows = nullptr;  // the rows' numbers, counted from first_row; null: consecutive
 };
+static inline constexpr uint32_t row_number(const Dropout& dropout, int64_t row) {
+  return dropout.first_row + static_cast<uint32_t>(dropout.rows ? dropout.rows[row] : row);
+}
 
 // gram [T, T]: entry (i, j) is the inner product of g_i and g_j in float64, summed in the order of gram_summation.h.
 // partials: scratch, [chunks, T, T], on a CUDA device [chunks, kChunkParts, T, T].
@@ -122,6 +126,10 @@ struct Ascent {
 };
 using SmartAscend = void(const Ascent&, int threads) noexcept;
 
+// Rows in scratch memory are padded to whole registers.
+constexpr int64_t kPadding = 32;
+static inline constexpr int64_t padded(int64_t columns) { return (columns + kPadding - 1) / kPadding * kPadding; }
+
 // Attention within each sequence of a packed stream. Tensors are float32 or bfloat16, with contiguous heads; the other
 // strides are arbitrary, in elements.
 struct AttentionProblem {
@@ -152,6 +160,19 @@ using AttentionBackward = bool(const AttentionProblem&, HeadRows grad_out, Queri
 
 using AttentionScratch = int64_t(const AttentionProblem&, bool backward, int threads) noexcept;
 
+// Attention of each sequence's first token alone: queries, out and their gradients [S, H, d], keys_values and
+// grad_keys_values [N, 2, H, d], all contiguous. scratch: first_token_scratch floats. Returns as `Attention` does.
+using FirstTokenAttention = bool(const AttentionProblem&, const void* queries, const void* keys_values, void* out,
+                                 float* scratch, int threads) noexcept;
+using FirstTokenAttentionBackward = bool(const AttentionProblem&, const void* grad_out, const void* queries,
+                                         const void* keys_values, void* grad_queries, void* grad_keys_values,
+                                         float* scratch, int threads) noexcept;
+// For each sequence: a head's scores, their gradients, and the masks of four heads in bytes, as long as the sequence and
+// padded; and two rows of a head.
+static inline constexpr int64_t first_token_scratch(int64_t tokens, int64_t sequences, int64_t head_dim) {
+  return 3 * (tokens + sequences * kPadding) + 2 * sequences * padded(head_dim);
+}
+
 // An activation [N, D], float32 or bfloat16.
 struct Activation {
   int64_t rows, columns;
@@ -161,8 +182,7 @@ struct Activation {
 // The row-wise kernels work in chunks of this many rows. Sums over rows are formed within each chunk and then over the
 // chunks in order, so that no result depends on the thread count. Each chunk has scratch memory: kScratchRows rows,
 // padded to whole registers.
-constexpr int64_t kChunkRows = 32, kScratchRows = 7, kPadding = 32;
-static inline constexpr int64_t padded(int64_t columns) { return (columns + kPadding - 1) / kPadding * kPadding; }
+constexpr int64_t kChunkRows = 32, kScratchRows = 7;
 static inline constexpr int64_t row_chunks(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
 static inline constexpr int64_t row_scratch(int64_t rows, int64_t columns) {  // in floats
   return row_chunks(rows) * kScratchRows * padded(columns);
@@ -218,6 +238,9 @@ using EmbeddingBackward = void(Activation, const Embeddings&, const void* d_y, c
   KERNEL(Attention, attention)                         \
   KERNEL(AttentionBackward, attention_backward)        \
   KERNEL(AttentionScratch, attention_scratch)          \
+  KERNEL(FirstTokenAttention, first_token_attention)   \
+  KERNEL(FirstTokenAttentionBackward,                  \
+         first_token_attention_backward)               \
   KERNEL(DropoutForward, dropout_forward)              \
   KERNEL(LayerNormForward, layer_norm_forward)         \
   KERNEL(LayerNormBackward, layer_norm_backward)       \

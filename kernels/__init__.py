@@ -14,6 +14,7 @@ if __name__ == "minbert.kernels":
     from .dispatch import BackendChoice, backends, set_backend, use_backend
     from .dropout import attention_dropout_mask, dropout, dropout_mask
     from .embedding import embedding
+    from .first_token_attention import first_token_attention
     from .gelu import bias_gelu
     from .layer_norm import dropout_add_layer_norm
     from .linear import linear
@@ -45,6 +46,7 @@ __all__ = [
     "dropout_mask",
     "embedding",
     "faster_matmul",
+    "first_token_attention",
     "gram",
     "linear",
     "matmul",

@@ -15,25 +15,6 @@ from .dropout import attention_dropout_mask
 from .native import library
 
 
-def _native(problem: AttentionProblem) -> Any:
-    qkv, drop = problem.qkv, native_calls.dropout(problem.dropout_p, problem.seed, problem.stream_id)
-    seed, threshold, stream_id, keep_scale, _ = drop
-    return library().AttentionProblem(
-        native_calls.DTYPE_CODES[qkv.dtype],
-        problem.cu_seqlens.data_ptr(),
-        problem.cu_seqlens.shape[0] - 1,
-        qkv.shape[0],
-        problem.max_seqlen,
-        qkv.shape[2],
-        qkv.shape[3],
-        problem.scale,
-        seed,
-        threshold,
-        stream_id,
-        keep_scale,
-    )
-
-
 def _scratch(native: Any, backward: bool, threads: int) -> Tensor:
     return torch.empty(native.scratch(backward, threads), dtype=torch.uint8)
 
@@ -54,7 +35,7 @@ _PROBLEM = (  # AttentionProblem
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The result, and on GPUs a number for each token and head that the backward reads."""
     problem = AttentionProblem(*arguments)
-    qkv, native, threads = problem.qkv, _native(problem), torch.get_num_threads()
+    qkv, native, threads = problem.qkv, native_calls.attention_problem(problem), torch.get_num_threads()
     out = qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
     scratch = _scratch(native, False, threads)
     if not library().attention(native, qkv.data_ptr(), qkv.stride(), out.data_ptr(), scratch.data_ptr(), threads):
@@ -84,7 +65,7 @@ def _(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 )
 def _attention_backward(grad_out: Tensor, *arguments: Any) -> Tensor:
     problem = AttentionProblem(*arguments[:-2])
-    qkv, native, threads = problem.qkv, _native(problem), torch.get_num_threads()
+    qkv, native, threads = problem.qkv, native_calls.attention_problem(problem), torch.get_num_threads()
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     if grad_out.stride(2) != 1:
         grad_out = grad_out.contiguous()

@@ -17,9 +17,9 @@ class AttentionPlan(NamedTuple):
 
 
 class AttentionProblem(NamedTuple):
-    """The arguments of the attention ops, described in `attention`."""
+    """The arguments of the attention ops, described in `attention` and `first_token_attention`."""
 
-    qkv: Tensor  # [N, 3, H, d]
+    qkv: Tensor  # [N, 3, H, d]; of first tokens the keys and values, [N, 2, H, d]
     cu_seqlens: Tensor  # int32 [S + 1]
     max_seqlen: int
     dropout_p: float

@@ -40,6 +40,7 @@ _COMPILED = {
     "dropout_add_layer_norm": _Compiled("native", "triton", _HALF_AND_SINGLE, rows_in_registers=True),
     "dropout_mask": _Compiled("native", "native", _ANY),
     "embedding": _Compiled("native", "triton", _HALF_AND_SINGLE, rows_in_registers=True),
+    "first_token_attention": _Compiled("native", "triton", _HALF_AND_SINGLE),
     "gram": _Compiled("native", "native", _GRADIENTS),
     "smart_ascend": _Compiled("native", "native", _HALF_AND_SINGLE),
     "smart_init": _Compiled("native", "native", _HALF_AND_SINGLE),
@@ -120,7 +121,7 @@ def reasons(
             found.append(f"takes {names(known)}, not {names([dtype])}")
     if kind == "cuda" and code.rows_in_registers and columns is not None and columns > WIDEST_ROW:
         found.append(f"takes rows of up to {WIDEST_ROW} elements, not {columns}")
-    if op == "attention" and head_dim is not None and (head_dim % 8 != 0 or head_dim > WIDEST_HEAD):
+    if op.endswith("attention") and head_dim is not None and (head_dim % 8 != 0 or head_dim > WIDEST_HEAD):
         found.append(f"takes heads of 8, 16, 24, ... or {WIDEST_HEAD} elements, not {head_dim}")
     return found
 

@@ -116,9 +116,14 @@ def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tenso
     return reference.attention_dropout_mask(cu_seqlens, heads, p, seed, stream_id)
 
 
-def mask_like(x: Tensor, p: float, seed: Tensor | None, stream_id: int) -> Tensor | None:
-    """The mask for an activation [N, D], or None without a seed; the arguments have been checked."""
-    return None if seed is None else dropout_mask(x.shape[0], x.shape[1], p, seed, stream_id)
+def mask_like(x: Tensor, p: float, seed: Tensor | None, stream_id: int, rows: Tensor | None = None) -> Tensor | None:
+    """The mask for an activation [N, D], or for rows of one with these numbers, int32 [N]; None without a seed.
+
+    The arguments have been checked.
+    """
+    if seed is None or rows is None:
+        return None if seed is None else dropout_mask(x.shape[0], x.shape[1], p, seed, stream_id)
+    return reference.dropout_mask(rows, x.shape[1], p, seed, stream_id)
 
 
 def dropout(x: Tensor, *, p: float, seed: Tensor | None, stream_id: int) -> Tensor:

@@ -26,6 +26,7 @@ def _layer_norm(
     p: float,
     seed: Tensor | None,
     stream_id: int,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     y, scratch = torch.empty_like(x), native_calls.row_scratch(*x.shape)
     mean_rstd = torch.empty(x.shape[0], 2, dtype=torch.float32)
@@ -36,7 +37,7 @@ def _layer_norm(
         weights[0].data_ptr(),
         biases[0].data_ptr(),
         eps,
-        native_calls.dropout(p, seed, stream_id),
+        native_calls.dropout(p, seed, stream_id, rows=dropout_rows),
         y.data_ptr(),
         mean_rstd.data_ptr(),
         scratch.data_ptr(),
@@ -71,6 +72,7 @@ def _layer_norm_backward(
     p: float,
     seed: Tensor | None,
     stream_id: int,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, of residual, and of the T weights and biases, [T, 2, D].
 
@@ -88,7 +90,7 @@ def _layer_norm_backward(
             residual[rows].data_ptr(),
             weight.data_ptr(),
             mean_rstd[rows].data_ptr(),
-            native_calls.dropout(p, seed, stream_id, rows.start),
+            native_calls.dropout(p, seed, stream_id, rows.start, dropout_rows),
             d_x[rows].data_ptr(),
             d_residual[rows].data_ptr(),
             d_params[t, 0].data_ptr(),
@@ -123,19 +125,19 @@ def _(
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, residual, weights, _, ctx.bounds, _, ctx.p, seed, ctx.stream_id = inputs
+    x, residual, weights, _, ctx.bounds, _, ctx.p, seed, ctx.stream_id, dropout_rows = inputs
     mean_rstd = output[1]
     ctx.mark_non_differentiable(mean_rstd)
-    ctx.save_for_backward(x, residual, weights[0], mean_rstd, seed)
+    ctx.save_for_backward(x, residual, weights[0], mean_rstd, seed, dropout_rows)
 
 
 def _gradients(ctx, d_y: Tensor, *_: Tensor) -> tuple:
-    x, residual, weight, mean_rstd, seed = ctx.saved_tensors
+    x, residual, weight, mean_rstd, seed, dropout_rows = ctx.saved_tensors
     d_x, d_residual, d_params = _layer_norm_backward(
-        d_y.contiguous(), x, residual, weight, mean_rstd, ctx.bounds, ctx.p, seed, ctx.stream_id
+        d_y.contiguous(), x, residual, weight, mean_rstd, ctx.bounds, ctx.p, seed, ctx.stream_id, dropout_rows
     )
     d_weights, d_biases = (list(of_param.unbind()) for of_param in d_params.unbind(1))
-    return d_x if d_x.numel() else d_residual, d_residual, d_weights, d_biases, None, None, None, None, None
+    return d_x if d_x.numel() else d_residual, d_residual, d_weights, d_biases, *(None,) * 6
 
 
 _layer_norm.register_autograd(_gradients, setup_context=_save)
@@ -153,6 +155,7 @@ def dropout_add_layer_norm(
     seed: Tensor | None = None,
     stream_id: int = 0,
     bounds: Sequence[int] | None = None,
+    dropout_rows: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x)) over the last dimension.
 
@@ -162,6 +165,7 @@ def dropout_add_layer_norm(
         eps: added to the variance.
         dropout_p, seed, stream_id: as for `dropout_mask`; `seed` is needed when dropout_p > 0.
         bounds: T + 1 numbers: view t gets the gradient of rows bounds[t] to bounds[t + 1].
+        dropout_rows: int32 [N], for some rows of a larger activation: their numbers in it, of which their masks depend.
 
     Returns:
         [N, D], of x's dtype.
@@ -176,10 +180,12 @@ def dropout_add_layer_norm(
     checks.tensor(op, "weight", weights[0], x.shape[1:], checks.FLOATS, like=x)
     checks.tensor(op, "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
     seed = checks.dropout(op, dropout_p, seed, stream_id, x.device)
+    if dropout_rows is not None:
+        checks.tensor(op, "dropout_rows", dropout_rows, x.shape[:1], [torch.int32], like=x)
     if is_compiled(op, x.device, x.dtype, columns=x.shape[1]):
         wide = [[view.float() for view in views] for views in (weights, biases)]
-        return _layer_norm(x, residual, *wide, bounds, eps, dropout_p, seed, stream_id)[0]
-    keep = mask_like(x, dropout_p, seed, stream_id)
+        return _layer_norm(x, residual, *wide, bounds, eps, dropout_p, seed, stream_id, dropout_rows)[0]
+    keep = mask_like(x, dropout_p, seed, stream_id, dropout_rows)
 
     def of_task(t: int, rows: slice) -> Tensor:
         kept = None if keep is None else keep[rows]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .attention_plan import AttentionProblem
 from .native import library
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.float16: 3}  # csrc/kernels.h's DType
@@ -33,12 +34,39 @@ def activation(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], DTYPE_CODES[x.dtype]
 
 
-def dropout(p: float, seed: Tensor | None, stream_id: int, first_row: int = 0) -> tuple[int, int, int, float, int]:
-    """The seed's address, threshold, stream id, the scale of kept elements, and the op's row that is row 0 here.
+def dropout(
+    p: float, seed: Tensor | None, stream_id: int, first_row: int = 0, rows: Tensor | None = None
+) -> tuple[int, int, int, float, int, int]:
+    """The seed's address, threshold, stream id, the scale of kept elements, and which rows of the op these are.
 
     A threshold of 0 drops nothing.
+
+    Args:
+        first_row: the op's row that is row 0 here.
+        rows: int32, the numbers of the op's rows where they are not consecutive: row i has that of first_row + i.
     """
-    return address(seed), reference.drop_threshold(p), stream_id, 1 / (1 - p), first_row
+    numbered = (first_row, 0) if rows is None else (0, rows.data_ptr() + first_row * rows.element_size())
+    return address(seed), reference.drop_threshold(p), stream_id, 1 / (1 - p), *numbered
+
+
+def attention_problem(problem: AttentionProblem) -> Any:
+    """The native AttentionProblem; a problem's keys and values alone stand for its queries too."""
+    qkv, drop = problem.qkv, dropout(problem.dropout_p, problem.seed, problem.stream_id)
+    seed, threshold, stream_id, keep_scale, *_ = drop
+    return library().AttentionProblem(
+        DTYPE_CODES[qkv.dtype],
+        problem.cu_seqlens.data_ptr(),
+        problem.cu_seqlens.shape[0] - 1,
+        qkv.shape[0],
+        problem.max_seqlen,
+        qkv.shape[2],
+        qkv.shape[3],
+        problem.scale,
+        seed,
+        threshold,
+        stream_id,
+        keep_scale,
+    )
 
 
 def row_scratch(rows: int, columns: int) -> Tensor:

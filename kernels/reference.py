@@ -62,15 +62,16 @@ def drop_threshold(p: float) -> int:
     return int(p * 2**32)
 
 
-def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, stream_id: int) -> Tensor:
-    """Which elements of a [rows, columns] activation dropout keeps, as bool.
+def dropout_mask(rows: int | Tensor, columns: int, p: float, seed: Tensor, stream_id: int) -> Tensor:
+    """Which elements of a [rows, columns] activation dropout keeps, as bool; or of those rows of one, int32 [n].
 
     Element (row, column) reads word `column % 4` of counter (column // 4, row, 0, stream_id), rows `numbered`.
     """
     group = torch.arange(-(-columns // 4), device=seed.device)[None, :]
-    row = numbered(torch.arange(rows, device=seed.device)[:, None], seed)
+    of_rows = torch.arange(rows, device=seed.device) if isinstance(rows, int) else rows.long()
+    row = numbered(of_rows[:, None], seed)
     words = philox((group, row, torch.zeros_like(row), torch.full_like(row, stream_id)), seed[0])
-    return (torch.stack(words, dim=-1).reshape(rows, -1)[:, :columns] >= drop_threshold(p)).contiguous()
+    return (torch.stack(words, dim=-1).reshape(len(of_rows), -1)[:, :columns] >= drop_threshold(p)).contiguous()
 
 
 def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tensor, stream_id: int) -> Tensor:
@@ -119,6 +120,32 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, keep: Tensor | None, p: float, sc
             probabilities = dropout(probabilities, mask.view_as(probabilities), p)
         outputs.append((probabilities @ v).transpose(0, 1))
     return torch.cat(outputs).to(qkv.dtype)
+
+
+def first_token_attention(
+    queries: Tensor, keys_values: Tensor, cu_seqlens: Tensor, keep: Tensor | None, p: float, scale: float
+) -> Tensor:
+    """The rows of `attention` for the first token of each sequence.
+
+    Args:
+        queries: [S, H, d].
+        keys_values: [N, 2, H, d].
+        cu_seqlens: [S + 1].
+        keep: `attention_dropout_mask`, of all queries, or None without dropout.
+
+    Returns:
+        [S, H, d].
+    """
+    heads, lengths = queries.shape[1], cu_seqlens.diff().tolist()
+    masks = keep.split([heads * n * n for n in lengths]) if keep is not None else [None] * len(lengths)
+    outputs = []
+    for query, sequence, mask in zip(_wide(queries), _wide(keys_values).split(lengths), masks, strict=True):
+        k, v = sequence.permute(1, 2, 0, 3)  # each [H, length, d]
+        probabilities = torch.softmax(query[:, None] @ k.transpose(1, 2) * scale, dim=-1)
+        if mask is not None:
+            probabilities = dropout(probabilities, mask.view(heads, k.shape[1], -1)[:, :1], p)
+        outputs.append((probabilities @ v).squeeze(1))
+    return torch.stack(outputs).to(queries.dtype)
 
 
 def dropout_add_layer_norm(

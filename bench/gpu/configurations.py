@@ -11,7 +11,16 @@ import torch
 
 from minbert.kernels.attention_plan import tile_rows
 from minbert.kernels.reference import drop_threshold
-from minbert.kernels.triton import attention, dropout, embedding, gelu, layer_norm, row_tiles, segment_sums
+from minbert.kernels.triton import (
+    attention,
+    dropout,
+    embedding,
+    first_token_attention,
+    gelu,
+    layer_norm,
+    row_tiles,
+    segment_sums,
+)
 
 ARCHITECTURES = (80, 90, 100)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -49,7 +58,9 @@ class Compilation:
 def compilations() -> list[Compilation]:
     """All of them; a compilation that several launches share is listed once."""
     found: list[Compilation] = []
-    for each in (*_attention(), *_dropout(), *_embedding(), *_gelu(), *_layer_norm(), *_segment_sums()):
+    attention_kernels = (*_attention(), *_first_token_attention())
+    row_wise = (*_dropout(), *_embedding(), *_gelu(), *_layer_norm(), *_segment_sums())
+    for each in (*attention_kernels, *row_wise):
         if each not in found:
             found.append(each)
     return found
@@ -121,6 +132,33 @@ def _attention_launch(
     )
 
 
+def _first_token_attention() -> Iterator[Compilation]:
+    for dtype, head_dim, drops in [
+        *((torch.bfloat16, head_dim, True) for head_dim in (32, 40, 64, 128)),
+        *((dtype, 64, drops) for dtype in (torch.float16, torch.float32) for drops in (True, False)),
+    ]:
+        for kernel in (first_token_attention.forward_kernel, first_token_attention.backward_kernel):
+            names = [name for name in kernel.arg_names if name.islower() and (drops or name != "seed")]
+            types = {"cu_seqlens": "*i32", "seed": "*i64", "keep_scale": "fp32", "scale": "fp32"}
+            types |= dict.fromkeys(("stream_id", "threshold", "heads"), "i32")
+            constants: dict[str, Any] = {"D": head_dim, "PAD": first_token_attention.padded(head_dim)}
+            constants |= {"KEYS": first_token_attention.KEYS, "DROPOUT": drops} | ({} if drops else {"seed": None})
+            signature = {name: types.get(name, POINTERS[dtype]) for name in names}
+            way = kernel.fn.__name__.removesuffix("_kernel")
+            options = dict(first_token_attention.OPTIONS)
+            yield Compilation(
+                f"first token attention {way}, {POINTERS[dtype][1:]}, head dim {head_dim}"
+                f"{', dropout' if drops else ''}",
+                kernel,
+                signature,
+                constants,
+                tuple(name for name, kind in signature.items() if kind.startswith("*")),
+                options.pop("num_warps"),
+                options.pop("num_stages"),
+                options=options,
+            )
+
+
 # Row-wise ops ----------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +190,8 @@ def _row_wise(
     """
     types = {**dict.fromkeys(activations, POINTERS[dtype]), **others}
     constants: dict[str, Any] = {"SHAPE": shape}
+    if "numbers" in kernel.arg_names and "numbers" not in types:
+        constants["numbers"] = None
     title = f"{name}, {POINTERS[dtype][1:]}, {shape.columns} columns"
     if p is not None:
         title += ", dropout" if p else ""
@@ -179,9 +219,13 @@ def _layer_norm() -> Iterator[Compilation]:
     sums = dict.fromkeys(("weight", "mean_rstd", "partials"), "*fp32") | CHUNKS
     for columns, dtype, p in _cases():
         case = row_tiles.whole(columns), dtype
-        yield _row_wise(f"{name} forward", forward, *case, ("x", "residual", "y"), vectors, p=p)
-        activations = ("d_y", "d_x", "x", "residual", "d_residual")
-        yield _row_wise(f"{name} backward", backward, *case, activations, sums, p=p, options=row_tiles.ROOMY)
+        for numbers in (None, "*i32") if p else (None,):
+            title = f"{name}{' of numbered rows' if numbers else ''}"
+            given = {"numbers": numbers} if numbers else {}
+            yield _row_wise(f"{title} forward", forward, *case, ("x", "residual", "y"), vectors | given, p=p)
+            activations = ("d_y", "d_x", "x", "residual", "d_residual")
+            roomy = row_tiles.ROOMY
+            yield _row_wise(f"{title} backward", backward, *case, activations, sums | given, p=p, options=roomy)
 
 
 def _gelu() -> Iterator[Compilation]:

@@ -55,8 +55,9 @@ void over_rows(int64_t begin, int64_t end, int64_t columns, const Dropout& dropo
   const Keys keys(dropout.seed);
   const int64_t width = padded(columns);
   for (int64_t first = begin; first < end; first += kRowsAtOnce) {
+    const auto number_of = [&](int64_t i) { return row_number(dropout, smaller(first + i, end - 1)); };
     if (dropped)
-      philox_rows(even_lanes_first(), dropout.first_row + first, columns, 0, dropout.stream_id, keys,
+      philox_rows(even_lanes_first(), number_of, columns, 0, dropout.stream_id, keys,
                   [&](int64_t row, int64_t column, const Words* word) {
                     prefetch_inputs(first + row, column);
                     store_multipliers(space + row * width + column, word, dropout);

@@ -14,7 +14,7 @@ void dropout_mask(uint8_t* keep, int64_t rows, int64_t columns, Dropout dropout,
   parallel(threads, (rows + kRows - 1) / kRows, kWorkPerByte * rows * columns, [&](int64_t index) {
     const int64_t end = smaller(rows, (index + 1) * kRows);
     for (int64_t first = index * kRows; first < end; first += kRowsAtOnce)
-      philox_rows(in_order(), dropout.first_row + first, columns, 0, dropout.stream_id, keys,
+      philox_rows(in_order(), RowsFrom{row_number(dropout, first)}, columns, 0, dropout.stream_id, keys,
                   [&](int64_t row, int64_t column, const Words* word) {
                     if (first + row >= end) return;
                     const auto bytes = keep_bytes(word[0], word[1], word[2], word[3], dropout.threshold);

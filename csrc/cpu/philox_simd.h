@@ -69,16 +69,23 @@ inline Words even_lanes_first() {
 
 constexpr int kRowsAtOnce = 4;  // enough to hide the latency of the products
 
-// use(i, column, words): the four words of the counters (column / 4 + lanes, first_row + i, word2, word3), for
+// Numbers of consecutive rows.
+struct RowsFrom {
+  uint32_t first;
+
+  uint32_t operator()(int64_t i) const { return first + static_cast<uint32_t>(i); }
+};
+
+// use(i, column, words): the four words of the counters (column / 4 + lanes, number_of(i), word2, word3), for
 // kRowsAtOnce rows and every kCounters-th multiple of 4 below `columns`. Shares between the rows whatever depends on
 // the column alone: in the first three rounds, all products but one.
-template <class Use>
-inline void philox_rows(const Words& lanes, int64_t first_row, int64_t columns, uint32_t word2, uint32_t word3,
+template <class NumberOf, class Use>
+inline void philox_rows(const Words& lanes, const NumberOf& number_of, int64_t columns, uint32_t word2, uint32_t word3,
                         const Keys& keys, const Use& use) {
   const uint64_t product = uint64_t{kPhiloxMultiplier1} * word2;  // round 1's, the same for all counters
   Words of_row[kRowsAtOnce][2];                                   // the row's share of words 2 and 3 after round 2
   for (int i = 0; i < kRowsAtOnce; ++i) {
-    const Words word0 = all(static_cast<uint32_t>(first_row + i) ^ product >> 32) ^ keys.key[0][0];
+    const Words word0 = all(number_of(i) ^ product >> 32) ^ keys.key[0][0];
     const Words product0 = widening_product(word0, kPhiloxMultiplier0);
     of_row[i][0] = (product0 >> 32) ^ keys.key[1][1];
     of_row[i][1] = product0 ^ keys.key[2][1];

@@ -7,10 +7,10 @@ namespace {
 
 // out = x + noise for `rows` rows, at most kRowsAtOnce; first_row is the number of the first one.
 template <class Element>
-void add_noise(const Element* x, Element* out, int64_t first_row, int64_t rows, int64_t columns, float sigma,
+void add_noise(const Element* x, Element* out, uint32_t first_row, int64_t rows, int64_t columns, float sigma,
                const Keys& keys, uint32_t stream_id, bool streamed) {
   Polar noise[kRowsAtOnce];
-  philox_rows(even_lanes_first(), first_row, columns, 1, stream_id, keys,
+  philox_rows(even_lanes_first(), RowsFrom{first_row}, columns, 1, stream_id, keys,
               [&](int64_t i, int64_t column, const Words* word) {
                 noise[i] = polar(word);
                 if (i + 1 < kRowsAtOnce) return;
@@ -169,8 +169,8 @@ void smart_init(const NormalStart& start, int threads) noexcept {
       const int64_t end = smaller(rows, (index + 1) * kRows);
       for (int64_t row = index * kRows; row < end; row += kRowsAtOnce)
         add_noise(static_cast<const Element*>(start.x) + row * columns,
-                  static_cast<Element*>(start.out) + row * columns, first_row + row, smaller(kRowsAtOnce, end - row),
-                  columns, sigma, keys, start.stream_id, streamed);
+                  static_cast<Element*>(start.out) + row * columns, first_row + static_cast<uint32_t>(row),
+                  smaller(kRowsAtOnce, end - row), columns, sigma, keys, start.stream_id, streamed);
       end_streams();
     });
   });

@@ -9,6 +9,7 @@ dropout), and memory bounds both: 8192 tokens are 38 and 63 MB, at least 11 and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -121,11 +122,12 @@ def forward_kernel(
     seed,
     scale,
     stream_id,
+    numbers,
     THRESHOLD: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
     row = tl.program_id(0) * SHAPE.rows
-    kept = row_tiles.keep(seed, stream_id, row, THRESHOLD, SHAPE)
+    kept = row_tiles.keep(seed, stream_id, row, THRESHOLD, SHAPE, numbers, end)
     total = _total(x, residual, kept, scale, row, end, SHAPE)
     mean, rstd = mean_and_rstd(total, eps, SHAPE)
     store_mean_rstd(mean_rstd, mean, rstd, row, end, SHAPE)
@@ -147,6 +149,7 @@ def backward_kernel(
     seed,
     scale,
     stream_id,
+    numbers,
     THRESHOLD: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
@@ -154,25 +157,41 @@ def backward_kernel(
     d_weight, d_bias = row_tiles.zeros(SHAPE), row_tiles.zeros(SHAPE)
     row = start
     while row < end:
-        total = _total(x, residual, row_tiles.keep(seed, stream_id, row, THRESHOLD, SHAPE), scale, row, end, SHAPE)
+        kept = row_tiles.keep(seed, stream_id, row, THRESHOLD, SHAPE, numbers, end)
+        total = _total(x, residual, kept, scale, row, end, SHAPE)
         mean, rstd = load_mean_rstd(mean_rstd, row, end, SHAPE)
         d_output, normed = row_tiles.load(d_y, row, end, SHAPE), normalise(total, mean, rstd)
         d_total, d_weight, d_bias = gradient(d_output, normed, rstd, weight, d_weight, d_bias, SHAPE)
         row_tiles.store(d_residual, d_total, row, end, SHAPE)
         if THRESHOLD > 0:
-            kept = row_tiles.keep(seed, stream_id, row, THRESHOLD, SHAPE)  # drawn anew: to keep it takes 40 registers
-            row_tiles.store(d_x, row_tiles.dropout(d_total, kept, scale), row, end, SHAPE)
+            again = row_tiles.keep(
+                seed, stream_id, row, THRESHOLD, SHAPE, numbers, end
+            )  # to keep it takes 40 registers
+            row_tiles.store(d_x, row_tiles.dropout(d_total, again, scale), row, end, SHAPE)
         row += SHAPE.rows
     store_sums(partials, d_weight, d_bias, SHAPE)
 
 
+def _dropout_arguments(p: float, seed: Tensor | None, stream_id: int, rows: Tensor | None) -> dict[str, Any]:
+    drop = row_tiles.dropout_arguments(p, seed, stream_id)
+    return {**drop, "numbers": rows if drop["THRESHOLD"] else None}
+
+
 def forward(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, seed: Tensor | None, stream_id: int
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    stream_id: int,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and each row's mean and 1 / standard deviation, float32 [N, 2]."""
     y, mean_rstd = torch.empty_like(x), torch.empty(x.shape[0], 2, dtype=torch.float32, device=x.device)
     shape = row_tiles.whole(x.shape[1])
-    drop = row_tiles.dropout_arguments(p, seed, stream_id)
+    drop = _dropout_arguments(p, seed, stream_id, dropout_rows)
     grid = (triton.cdiv(x.shape[0], shape.rows),)
     forward_kernel[grid](
         x, residual, weight, bias, y, mean_rstd, x.shape[0], eps, **drop, SHAPE=shape, **row_tiles.launch(shape)
@@ -190,10 +209,11 @@ def backward(
     p: float,
     seed: Tensor | None,
     stream_id: int,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x (empty without dropout, for it is the residual's), of residual, and of T weights and biases,
     float32 [T, 2, D]."""
-    shape, drop = row_tiles.whole(x.shape[1]), row_tiles.dropout_arguments(p, seed, stream_id)
+    shape, drop = row_tiles.whole(x.shape[1]), _dropout_arguments(p, seed, stream_id, dropout_rows)
     d_x = torch.empty_like(x) if drop["THRESHOLD"] else x.new_empty(0)
     d_residual = torch.empty_like(x)
     chunk = segment_sums.chunk_rows(bounds, shape.rows, PROGRAMS)

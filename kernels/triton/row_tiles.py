@@ -133,14 +133,18 @@ def sum_of_rows(tile):
 
 
 @triton.jit
-def keep(seed, stream_id, row, THRESHOLD: tl.constexpr, SHAPE: tl.constexpr):
+def keep(seed, stream_id, row, THRESHOLD: tl.constexpr, SHAPE: tl.constexpr, numbers=None, end=0):
     """Which elements of a tile dropout keeps; nothing where it keeps all.
 
-    Element (row, column) has word column % 4 of counter (column / 4, row, 0, stream_id); philox.py numbers rows.
+    Element (row, column) has word column % 4 of counter (column / 4, row, 0, stream_id); philox.py numbers rows. Given
+    `numbers`, those of the rows up to `end`, they take the place of consecutive ones.
     """
     kept = ()
     if THRESHOLD > 0:
-        key, number = philox.seeded(seed, row + tl.arange(0, SHAPE.rows)[:, None])
+        rows = row + tl.arange(0, SHAPE.rows)[:, None]
+        if numbers is not None:
+            rows = tl.load(numbers + rows, mask=rows < end, other=0)
+        key, number = philox.seeded(seed, rows)
         for part in tl.static_range(tl.constexpr(SHAPE.parts)):
             group = part * (SHAPE.block // 4) + tl.arange(0, SHAPE.block // 4)[None, :]
             w0, w1, w2, w3 = philox.words(key, group, number, 0, stream_id)

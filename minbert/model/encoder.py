@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from minbert import kernels
 from minbert.data.packing import Packed
 from minbert.files.hub import WEIGHTS, checkpoint_directory
+from minbert.kernels.task_views import Parameter
 from minbert.model.config import EncoderConfig
-from minbert.model.pooling import pool
+from minbert.model.pooling import at_least_float32, pool
 from minbert.model.weights import check_shapes, has_pooler, load_weights, save_weights
 
 STREAM_IDS_PER_LAYER = 3  # places of dropout: attention probabilities, attention output, feed-forward output
@@ -81,7 +83,49 @@ class Layer(nn.Module):
         self.first_stream_id = first_stream_id
 
     def forward(self, hidden: Tensor, packed: Packed, seed: Tensor | None) -> Tensor:
-        bounds = packed.token_bounds
+        """[N, D] to [N, D]."""
+        qkv = kernels.linear(hidden, self.qkv.weight, self.qkv.bias, bounds=packed.token_bounds)
+        context = kernels.attention(
+            qkv.unflatten(1, (3, self.heads, -1)),
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            **self._attention_dropout(seed),
+            plan=packed.attention_plan,
+        )
+        return self._after_attention(context, hidden, seed, packed.token_bounds)
+
+    def first_tokens(self, hidden: Tensor, packed: Packed, seed: Tensor | None) -> Tensor:
+        """The rows of `forward` for each sequence's first token, [N, D] to [S, D].
+
+        Keys and values are computed for all tokens, everything else for the first ones alone.
+        """
+        rows, bounds = packed.cu_seqlens[:-1], packed.sequence_bounds
+        first = hidden.index_select(0, rows)
+        sizes = hidden.shape[1], 2 * hidden.shape[1]
+        weights, biases = (_split(param, sizes) for param in (self.qkv.weight, self.qkv.bias))
+        queries = kernels.linear(first, weights[0], biases[0], bounds=bounds)
+        keys_values = kernels.linear(hidden, weights[1], biases[1], bounds=packed.token_bounds)
+        context = kernels.first_token_attention(
+            queries.unflatten(1, (self.heads, -1)),
+            keys_values.unflatten(1, (2, self.heads, -1)),
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            **self._attention_dropout(seed),
+        )
+        return self._after_attention(context, first, seed, bounds, rows)
+
+    def _attention_dropout(self, seed: Tensor | None) -> dict[str, Any]:
+        p = self.attention_dropout_p if self.training else 0.0
+        return {"dropout_p": p, "seed": seed, "stream_id": self.first_stream_id}
+
+    def _after_attention(
+        self,
+        context: Tensor,
+        hidden: Tensor,
+        seed: Tensor | None,
+        bounds: Sequence[int] | None,
+        dropout_rows: Tensor | None = None,
+    ) -> Tensor:
         linear = partial(kernels.linear, bounds=bounds)
         add_norm = partial(
             kernels.dropout_add_layer_norm,
@@ -89,16 +133,7 @@ class Layer(nn.Module):
             dropout_p=self.hidden_dropout_p if self.training else 0.0,
             seed=seed,
             bounds=bounds,
-        )
-        qkv = linear(hidden, self.qkv.weight, self.qkv.bias).unflatten(1, (3, self.heads, -1))
-        context = kernels.attention(
-            qkv,
-            packed.cu_seqlens,
-            packed.max_seqlen,
-            dropout_p=self.attention_dropout_p if self.training else 0.0,
-            seed=seed,
-            stream_id=self.first_stream_id,
-            plan=packed.attention_plan,
+            dropout_rows=dropout_rows,
         )
         mixed = linear(context.flatten(1), self.attention_output.weight, self.attention_output.bias)
         norm, stream_id = self.attention_norm, self.first_stream_id + 1
@@ -107,6 +142,13 @@ class Layer(nn.Module):
         mixed = linear(inner, self.output.weight, self.output.bias)
         norm, stream_id = self.output_norm, self.first_stream_id + 2
         return add_norm(mixed, attended, norm.weight, norm.bias, stream_id=stream_id)
+
+
+def _split(param: Parameter, sizes: Sequence[int]) -> list[Parameter]:
+    """Parts of a parameter, or of each of its views, along the first dimension."""
+    if isinstance(param, Tensor):
+        return list(param.split(sizes))
+    return [list(part) for part in zip(*(view.split(sizes) for view in param), strict=True)]
 
 
 class Encoder(nn.Module):
@@ -259,17 +301,39 @@ class Encoder(nn.Module):
             hidden = layer(hidden, packed, seed)
         return hidden
 
+    def encode_first_tokens(self, embedded: Tensor, packed: Packed, seed: Tensor | None = None) -> Tensor:
+        """The rows of `encode` for each sequence's first token, [N, D] to [S, D], equal to rounding.
+
+        The last layer computes no more than these rows depend on. What dropout drops is the same.
+        """
+        seed = self._seed(seed)
+        hidden = embedded.to(self.compute_dtype)
+        *layers, last = self.layers
+        for layer in layers:
+            hidden = layer(hidden, packed, seed)
+        return last.first_tokens(hidden, packed, seed)  # type: ignore[operator, no-any-return]
+
     def pool(self, hidden: Tensor, packed: Packed, how: str = "cls") -> Tensor:
         """One vector per sequence, [S, D] in float32 at least: `cls`, `mean`, `max` (`minbert.model.pool`) or `pooler`.
 
         Raises:
             ValueError: unknown `how`, or `pooler` in an encoder without one.
         """
-        if how != "pooler":
-            return pool(hidden, packed, how)
+        if how == "pooler":
+            return self.pool_first_tokens(hidden.index_select(0, packed.cu_seqlens[:-1]), packed, how)
+        return pool(hidden, packed, how)
+
+    def pool_first_tokens(self, first: Tensor, packed: Packed, how: str = "cls") -> Tensor:
+        """`pool` of the hidden states of the first tokens [S, D], by one of `FIRST_TOKEN_POOLINGS`.
+
+        Raises:
+            ValueError: `pooler` in an encoder without one.
+        """
+        first = at_least_float32(first)
+        if how == "cls":
+            return first
         if self.pooler is None:
             raise ValueError("this encoder has no pooler; pool with 'cls', or load it with pooler=True")
-        first = pool(hidden, packed, "cls")
         pooled = kernels.linear(first, self.pooler.weight, self.pooler.bias, bounds=packed.sequence_bounds)
         return torch.tanh(pooled)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from minbert.files.atomic import write_tensors
 from minbert.model.encoder import Encoder, draw_seed
 from minbert.model.heads import HEADS, sequences_of
 from minbert.model.layers import SHARED_LAYERS, view_of
-from minbert.model.pooling import check_pooling
+from minbert.model.pooling import FIRST_TOKEN_POOLINGS, check_pooling
 from minbert.model.weights import fitting, open_safetensors
 from minbert.tasks import Task
 
@@ -129,8 +129,7 @@ class MultitaskModel(nn.Module):
             bounds: `Packed.sequence_bounds` of the whole batch, if it is larger than `packed`.
         """
         seed = self._seed(seed)
-        hidden = self.encoder.encode(embedded, packed, seed)
-        pooled = {how: self.encoder.pool(hidden, packed, how) for how in dict.fromkeys(map(self._pooling_of, counts))}
+        pooled = self._pooled(embedded, packed, dict.fromkeys(map(self._pooling_of, counts)), seed)
         if all_gather is not None:
             pooled = {how: all_gather(vectors) for how, vectors in pooled.items()}
         sizes = self._sizes(counts, packed.padding)
@@ -152,6 +151,15 @@ class MultitaskModel(nn.Module):
         starts = list(accumulate(self._sizes(counts, padding), initial=0))[:-1:2]
         firsts = (bounds or (0, 0))[:-1]
         return {name: bisect_right(firsts, start) - 1 for name, start in zip(counts, starts, strict=True)}
+
+    def _pooled(self, embedded: Tensor, packed: Packed, hows: Iterable[str], seed: Tensor | None) -> dict[str, Tensor]:
+        """By pooling, one vector per sequence; where all read first tokens alone, nothing else is computed."""
+        encoder = self.encoder
+        if set(hows) <= set(FIRST_TOKEN_POOLINGS):
+            first = encoder.encode_first_tokens(embedded, packed, seed)
+            return {how: encoder.pool_first_tokens(first, packed, how) for how in hows}
+        hidden = encoder.encode(embedded, packed, seed)
+        return {how: encoder.pool(hidden, packed, how) for how in hows}
 
     def _pooling_of(self, task: str) -> str:
         return self.pooling if isinstance(self.pooling, str) else self.pooling.get(task, "cls")

@@ -8,6 +8,7 @@ from torch import Tensor
 from minbert.data.packing import Packed
 from minbert.errors import did_you_mean
 
+FIRST_TOKEN_POOLINGS = ("cls", "pooler")  # those that read the first token's vector alone
 POOLINGS = ("cls", "mean", "max", "pooler")
 
 
@@ -37,11 +38,11 @@ def pool(hidden: Tensor, packed: Packed, how: str) -> Tensor:
     """
     check_pooling(how)
     if how == "cls":
-        return _at_least_float32(hidden.index_select(0, packed.cu_seqlens[:-1]))
+        return at_least_float32(hidden.index_select(0, packed.cu_seqlens[:-1]))
     if how == "pooler":
         raise ValueError("pooling 'pooler' needs the encoder's own weights; call Encoder.pool")
-    return torch.segment_reduce(_at_least_float32(hidden), how, offsets=packed.cu_seqlens, axis=0, unsafe=True)
+    return torch.segment_reduce(at_least_float32(hidden), how, offsets=packed.cu_seqlens, axis=0, unsafe=True)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()

@@ -73,6 +73,15 @@ def calls(device: torch.device | str, copies: int = 1) -> dict[str, Call]:
             )
             qkv = randn(sum(sequences), 3, HEADS, HIDDEN // HEADS, dtype=dtype)
             found[f"attention, {kind}, {name}"] = both_ways(attention, [], qkv)
+            first = functools.partial(
+                lambda queries, keys_values, cu_seqlens, longest: kernels.first_token_attention(
+                    queries, keys_values, cu_seqlens, longest, dropout_p=P, seed=seed, stream_id=STREAM_ID
+                ),
+                cu_seqlens=stream(sequences),
+                longest=max(sequences),
+            )
+            queries = qkv[: len(sequences), 0].contiguous()
+            found[f"first_token_attention, {kind}, {name}"] = both_ways(first, [], queries, qkv[:, 1:].contiguous())
         activation = functools.partial(randn, rows, dtype=dtype)
         add_norm = functools.partial(
             kernels.dropout_add_layer_norm, eps=EPS, dropout_p=P, seed=seed, stream_id=STREAM_ID, bounds=bounds

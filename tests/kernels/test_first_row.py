@@ -10,7 +10,7 @@ from minbert import kernels
 from minbert.kernels import use_backend
 
 MASKS = ("dropout_mask", "attention_dropout_mask")
-OPS = (*MASKS, "smart_init", "dropout", "dropout_add_layer_norm", "embedding", "attention")
+OPS = (*MASKS, "smart_init", "dropout", "dropout_add_layer_norm", "embedding", "attention", "first_token_attention")
 DTYPES = (torch.float32, torch.bfloat16)
 SEED, STREAM_ID, P, EPS = -(2**41) + 5, 9, 0.3, 1e-12
 BOUNDS = [0, 23, 63, 74, 131]  # of the sequences of the whole stream
@@ -59,6 +59,12 @@ def results(op: str, dtype: torch.dtype, seed: Tensor, sequences: slice) -> list
     elif op == "attention":
         own, grad = inputs(3, HEADS, 16)[:1], inputs(HEADS, 16)[2]
         y = kernels.attention(*own, cu_seqlens, max(lengths), dropout_p=P, **drop)
+    elif op == "first_token_attention":
+        tokens, grad = inputs(3, HEADS, 16)[0], inputs(HEADS, 16)[2][cu_seqlens[:-1].long()]
+        of_firsts, keys_values = tokens[cu_seqlens[:-1].long(), 0], tokens[:, 1:]
+        y = kernels.first_token_attention(of_firsts, keys_values, cu_seqlens, max(lengths), dropout_p=P, **drop)
+        gradients = torch.autograd.grad(y, [of_firsts, keys_values], grad)
+        return list(zip(y.detach(), gradients[0], gradients[1].split(lengths), strict=True))
     elif op == "dropout_add_layer_norm":
         own, views = [x, other], params((COLUMNS,), (COLUMNS,))
         y = kernels.dropout_add_layer_norm(*own, *views, eps=EPS, dropout_p=P, bounds=bounds, **drop)

@@ -30,6 +30,8 @@ def views(*shape: int) -> list[torch.Tensor]:
 
 
 BOUNDS = [0, 1, 1, 4]  # the second task has no rows
+ROWS = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
+FIRST_TOKENS = (CU_SEQLENS, 3, 0.3, SEED, 1, 0.5)
 IDS = [torch.tensor([0, 2, 2, 1]), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])]
 
 CALLS = {
@@ -50,10 +52,12 @@ CALLS = {
     "dropout": lambda: (leaf(4, 9), 0.3, SEED, 1),
     "bias_gelu": lambda: (leaf(4, 9), views(9), BOUNDS),
     "bias_gelu_backward": lambda: (randn(4, 9), randn(4, 9), randn(9), BOUNDS),
-    "dropout_add_layer_norm": lambda: (leaf(4, 9), leaf(4, 9), views(9), views(9), BOUNDS, 1e-5, 0.3, SEED, 1),
+    "first_token_attention": lambda: (leaf(2, 2, 8), leaf(4, 2, 2, 8), *FIRST_TOKENS),
+    "first_token_attention_backward": lambda: (randn(2, 2, 8), randn(2, 2, 8), randn(4, 2, 2, 8), *FIRST_TOKENS),
+    "dropout_add_layer_norm": lambda: (leaf(4, 9), leaf(4, 9), views(9), views(9), BOUNDS, 1e-5, 0.3, SEED, 1, ROWS),
     "dropout_add_layer_norm_backward": lambda: (
         *(randn(4, 9) for _ in range(3)),
-        *(randn(9), randn(4, 2), BOUNDS, 0.3, SEED, 1),
+        *(randn(9), randn(4, 2), BOUNDS, 0.3, SEED, 1, ROWS),
     ),
     "embedding": lambda: (
         IDS,
@@ -93,6 +97,14 @@ def layer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return kernels.dropout(kernels.bias_gelu(hidden, bias), p=0.2, seed=SEED[0], stream_id=4)
 
 
+def first_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    queries, keys_values = a[:2].unflatten(1, (2, 8)), torch.stack((a, b), 1)[:4].unflatten(2, (2, 8))
+    drop = {"dropout_p": 0.2, "seed": SEED, "stream_id": 3}
+    context = kernels.first_token_attention(queries, keys_values, CU_SEQLENS, 3, **drop).flatten(1)
+    rows = CU_SEQLENS[:-1]
+    return kernels.dropout_add_layer_norm(context, a[:2], b[0], b[1], eps=1e-5, dropout_rows=rows, **drop)
+
+
 def embedded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     ids = torch.arange(6).repeat(2)
     drop = {"dropout_p": 0.2, "seed": SEED, "stream_id": 3, "dtype": torch.bfloat16}
@@ -126,7 +138,7 @@ def ascent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return kernels.smart_ascend(start, a, b, cu_seqlens, eta=0.1, epsilon=0.05, norm="2", per="sequence")
 
 
-FUNCTIONS = [surgery, surgery_in_place, layer, embedded, update, fused_update, clipped, ascent]
+FUNCTIONS = [surgery, surgery_in_place, layer, first_tokens, embedded, update, fused_update, clipped, ascent]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

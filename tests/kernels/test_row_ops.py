@@ -65,6 +65,26 @@ def error(got: Tensor, exact: Tensor) -> float:
     return (got.double() - exact).norm().item()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbered_rows_drop_what_they_drop_in_the_whole(isa: str, dtype: torch.dtype, backend: str) -> None:
+    """Rows in any order, of two tasks: results, and gradients of inputs, are the whole's to the bit."""
+    columns, rows = 50, torch.tensor([40, 3, 4, 70, 0, 99, 12], dtype=torch.int32)
+    (x, residual, weight, bias), whole = case("dropout_add_layer_norm", 100, columns, dtype, p=0.4)
+    grad = randn(100, columns, seed=99, dtype=torch.bfloat16).to(dtype)
+    views = [[param.detach().requires_grad_() for _ in range(2)] for param in (weight, bias)]
+    with use_backend(backend):
+        given = [tensor.requires_grad_() for tensor in (x, residual)]
+        y = whole(*given, weight, bias)
+        wanted = [y.detach(), *torch.autograd.grad(y, given, grad)]
+        part = [tensor.detach()[rows].requires_grad_() for tensor in given]
+        drop = {"dropout_p": 0.4, "seed": SEED, "stream_id": STREAM_ID, "dropout_rows": rows, "bounds": [0, 3, 7]}
+        y = kernels.dropout_add_layer_norm(*part, *views, eps=EPS, **drop)
+        got = [y.detach(), *torch.autograd.grad(y, part, grad[rows])]
+    for some, all_rows in zip(got, wanted, strict=True):
+        assert torch.equal(some, all_rows[rows])
+
+
 def assert_as_near_to_float64_as_the_reference(
     inputs: list[Tensor], function: Callable[..., Tensor], luck: float = 0.0
 ) -> None:

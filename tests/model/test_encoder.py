@@ -16,6 +16,8 @@ from torch import Tensor
 from minbert import kernels
 from minbert.data.packing import Packed, pack
 from minbert.data.tokenizer import Tokenizer
+from minbert.kernels import use_backend
+from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig
 
 
@@ -136,6 +138,44 @@ def test_hidden_states_and_gradients_are_as_near_to_float64_as_transformers(
 def test_embed_then_encode_is_forward_to_the_bit(tiny_config: EncoderConfig, packed: Packed) -> None:
     encoder, seed = Encoder(tiny_config).train(), torch.tensor(3)
     assert torch.equal(encoder.encode(encoder.embed(packed, seed), packed, seed), encoder(packed, seed=seed))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_first_tokens_are_those_of_all_tokens_with_their_gradients(
+    tiny_config: EncoderConfig, packed: Packed, dtype: torch.dtype, backend: str
+) -> None:
+    """Under dropout, for two tasks; nothing but rounding differs."""
+    config = replace(tiny_config, hidden_dropout_prob=0.4, attention_probs_dropout_prob=0.4)
+    encoder, seed = Encoder(config).double().train(), torch.tensor([3, 2**32 - 5])
+    if dtype != torch.float64:
+        encoder.float().compute_dtype = dtype
+    sequences = len(packed.cu_seqlens) - 1
+    packed = packed.by_task([1, sequences - 1])
+    direction = torch.randn(sequences, config.hidden_size, generator=torch.Generator().manual_seed(1))
+
+    def first(some: Encoder) -> Tensor:
+        return some.encode_first_tokens(some.embed(packed, seed), packed, seed)
+
+    def rows_of_all(some: Encoder) -> Tensor:
+        return some.encode(some.embed(packed, seed), packed, seed)[packed.cu_seqlens[:-1]]
+
+    def results(some: Encoder, function) -> list[Tensor]:
+        gradients = TaskGradients(some, 2)
+        with gradients.attached():
+            out = function(some)
+        out.backward(direction.to(out.dtype))
+        flat = [torch.cat([grad.flatten() for grad in row if grad is not None]) for row in gradients.rows]
+        return [out.detach(), *flat]
+
+    with use_backend(backend):
+        got, wanted = results(encoder, first), results(encoder, rows_of_all)
+    encoder.double().compute_dtype = torch.float64
+    exact = results(encoder, rows_of_all)
+    for some, others, true in zip(got, wanted, exact, strict=True):
+        assert some.dtype == others.dtype
+        bound = 1e-13 if dtype == torch.float64 else 2 * relative_error(others, true) + 1e-6
+        assert relative_error(some, true) <= bound
 
 
 def test_dropout_follows_the_seed(tiny_config: EncoderConfig, packed: Packed) -> None:

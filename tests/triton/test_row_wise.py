@@ -67,8 +67,8 @@ def by_kernels(op: str, case, grad: Tensor, bounds: list[int], p: float, device,
     elif op == "bias_gelu":
         found = [gelu.forward(*inputs, *params), *gelu.backward(grad, *inputs, *params, bounds)]
     elif op == "dropout_add_layer_norm":
-        y, mean_rstd = layer_norm.forward(*inputs, *params, EPS, *drop)
-        d_x, d_residual, d_params = layer_norm.backward(grad, *inputs, params[0], mean_rstd, bounds, *drop)
+        y, mean_rstd = layer_norm.forward(*inputs, *params, EPS, *drop, None)
+        d_x, d_residual, d_params = layer_norm.backward(grad, *inputs, params[0], mean_rstd, bounds, *drop, None)
         found = [y, d_x if p else d_residual, d_residual, *d_params.unbind(1)]
     else:
         *tables, weight, bias = params
@@ -100,6 +100,21 @@ def by_reference(op: str, case, grad: Tensor, bounds: list[int], p: float) -> li
         torch.stack([torch.zeros_like(v) if v.grad is None else v.grad for v in each]).detach() for each in views
     ]
     return [y.detach(), *(tensor.grad for tensor in inputs), *of_views]
+
+
+@pytest.mark.parametrize("columns", [64, 770])
+def test_numbered_rows_drop_what_they_drop_in_the_whole(columns, device):
+    rows = torch.tensor([9, 3, 4, 0, 12], dtype=torch.int32, device=device)
+    _, (x, residual), (weight, bias) = ([t.to(device) for t in part] for part in case(OPS[2], 13, columns, HALF))
+    grad = randn(13, columns, seed=99, dtype=HALF).to(device)
+    found = []
+    for of_rows, numbers, bounds in ((slice(None), None, [0, 13]), (rows.long(), rows, [0, 2, 5])):
+        drop = (0.4, torch.tensor(SEED, device=device), STREAM_ID, numbers)
+        y, mean_rstd = layer_norm.forward(x[of_rows], residual[of_rows], weight, bias, EPS, *drop)
+        tensors = grad[of_rows], x[of_rows], residual[of_rows], weight, mean_rstd
+        found.append([y, *layer_norm.backward(*tensors, bounds, *drop)[:2]])
+    for of_all, of_some in zip(*found, strict=True):
+        assert torch.equal(of_all[rows.long()], of_some)
 
 
 def wide(case):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from minbert import kernels
 from minbert.data.packing import Packed
 from minbert.files.hub import WEIGHTS, checkpoint_directory
-from minbert.kernels.task_views import Parameter
 from minbert.model.config import EncoderConfig
 from minbert.model.pooling import at_least_float32, pool
 from minbert.model.weights import check_shapes, has_pooler, load_weights, save_weights
@@ -144,11 +143,11 @@ class Layer(nn.Module):
         return add_norm(mixed, attended, norm.weight, norm.bias, stream_id=stream_id)
 
 
-def _split(param: Parameter, sizes: Sequence[int]) -> list[Parameter]:
+def _split(param: Any, sizes: Sequence[int]) -> list[Any]:
     """Parts of a parameter, or of each of its views, along the first dimension."""
-    if isinstance(param, Tensor):
-        return list(param.split(sizes))
-    return [list(part) for part in zip(*(view.split(sizes) for view in param), strict=True)]
+    if isinstance(param, (list, tuple)):
+        return [list(part) for part in zip(*(view.split(sizes) for view in param), strict=True)]
+    return list(param.split(sizes))
 
 
 class Encoder(nn.Module):

@@ -77,6 +77,57 @@ class TrainingProgress:
             )
 
 
+class InferenceProgress:
+    """Shows how far predicting is: a line that is written over on a terminal, else one every ten seconds.
+
+    Args:
+        total: examples, if it is known.
+        live: whether a terminal shows a line that is written over.
+    """
+
+    def __init__(self, console: Console, total: int | None = None, *, live: bool = True) -> None:
+        self.console, self.total = console, total
+        self.examples = self.tokens = 0
+        self.started = time.monotonic()
+        self.next_line = self.started + SECONDS_BETWEEN_LINES
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            disable=not (live and console.is_terminal),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self.task = self.bar.add_task("")
+
+    def __enter__(self) -> InferenceProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def add(self, examples: int, tokens: int) -> None:
+        """Count the examples and tokens of a batch."""
+        self.examples += examples
+        self.tokens += tokens
+        now = time.monotonic()
+        if self.bar.disable and now < self.next_line:
+            return
+        self.next_line = now + SECONDS_BETWEEN_LINES
+        self.bar.update(self.task, description=str(self))
+        if self.bar.disable:
+            self.console.print(str(self))
+
+    def __str__(self) -> str:
+        """Examples so far, with the throughput since the beginning."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        of_all = "" if self.total in (None, self.examples) else f" of {self.total}"
+        examples = f"{self.examples}{of_all} example{'s' * (self.examples != 1)}"
+        rates = f"{self.examples / seconds:.0f} examples/s, {self.tokens / seconds:.0f} tokens/s"
+        return f"{examples}, {self.tokens} tokens in {seconds:.1f} s: {rates}"
+
+
 def data_table(rows: Sequence[tuple[Task, Mapping[str, int], int, int]]) -> Table:
     """Examples to train on and to score, rows of all splits that are skipped or truncated; a row per task."""
     table = Table(box=box.SIMPLE_HEAD)

@@ -14,7 +14,7 @@ import numpy as np
 
 from minbert import cli
 from minbert.config import TrainConfig
-from minbert.console import Terminal, score_table
+from minbert.console import InferenceProgress, Terminal, score_table
 from minbert.data import (
     Examples,
     encode,
@@ -101,7 +101,9 @@ def main(arguments: Sequence[str]) -> int:
     for task in present:
         for line in encoded[task.name].warnings(limit):
             warnings.print(f"warning: {task.title}, {options.split}: {line}")
-    scores, outputs = evaluate(model, present, encoded, device)
+    with InferenceProgress(console, sum(map(len, encoded.values()))) as progress:
+        scores, outputs = evaluate(model, present, encoded, device, count=progress.add)
+    console.print(str(progress))
     files = {(task.name, examples[task.name].file) for task in present}
     rows = [row for task in present for row in skipped_rows(options.split, task.name, examples[task.name].skipped)]
     with writing(skipped_file, "free some space and run minbert.evaluate"):

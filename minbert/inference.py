@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +14,24 @@ from rich.console import Console
 from torch import Tensor
 
 from minbert import kernels
-from minbert.config import TrainConfig
+from minbert.config import TASKS_FILE, TrainConfig
 from minbert.data import Encoded, token_budget_batches
 from minbert.data.tokenizer import Tokenizer
 from minbert.device import resolve_precision
 from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.files.atomic import readable, verify
+from minbert.files.hub import TOKENIZER
 from minbert.methods.task_gradients import substituted
 from minbert.model import Encoder, MultitaskModel, load_heads
-from minbert.runs.checkpoint import check_fits, load_tasks
+from minbert.model.weights import WEIGHTS_FILE
+from minbert.runs.checkpoint import HEADS_FILE, check_fits, load_tasks
 from minbert.runs.scores import Scores
 from minbert.tasks import Task
 from minbert.tasks.metrics import predictions, probabilities, score, with_thresholds
 
 TOKENS_PER_BATCH = 8192
+READ = (WEIGHTS_FILE, HEADS_FILE, TASKS_FILE, *TOKENIZER)  # of a checkpoint
 
 
 @contextmanager
@@ -52,12 +55,18 @@ def prepared(model: MultitaskModel) -> Iterator[None]:
 
 @torch.inference_mode()
 def head_outputs(
-    model: MultitaskModel, task: Task, encoded: Encoded, device: torch.device, group: ProcessGroup | None = None
+    model: MultitaskModel,
+    task: Task,
+    encoded: Encoded,
+    device: torch.device,
+    group: ProcessGroup | None = None,
+    count: Callable[[int, int], object] | None = None,
 ) -> np.ndarray:
     """A task's head outputs for every example in order, float32 [n, C] or [n], in evaluation mode.
 
     Args:
-        ranks: who shares the work, all of them with the same model.
+        group: who shares the work, all of them with the same model.
+        count: called with the numbers of examples and tokens of each batch after it.
     """
     group = group or ProcessGroup()
     training, name = model.training, task.head_of or task.name
@@ -68,6 +77,8 @@ def head_outputs(
         output = model(encoded.pack(indices).to(device), {name: len(indices)})[name]
         outputs.append(output.float().cpu().numpy())
         order.append(indices)
+        if count is not None:
+            count(len(indices), int(encoded.lengths[indices].sum()))
     model.train(training)
     outputs, order = (
         [array for told in group.all_gather_object(arrays) for array in told] for arrays in (outputs, order)
@@ -83,17 +94,19 @@ def evaluate(
     group: ProcessGroup | None = None,
     *,
     choose_thresholds: bool = False,
+    count: Callable[[int, int], object] | None = None,
 ) -> tuple[Scores, dict[str, np.ndarray]]:
     """Scores and head outputs of every task; a task without labels has outputs only.
 
     Args:
         choose_thresholds: choose those of multi-label tasks by these examples, and keep them in the model's tasks.
+        count: as for `head_outputs`.
     """
     scores: Scores = {}
     outputs = {}
     with prepared(model):
         for task in tasks:
-            outputs[task.name] = head_outputs(model, task, encoded[task.name], device, group)
+            outputs[task.name] = head_outputs(model, task, encoded[task.name], device, group, count)
     for task in tasks:
         examples = encoded[task.name]
         if examples.labels is not None:
@@ -112,19 +125,19 @@ def with_thresholds_of(model: MultitaskModel, task: Task) -> Task:
 
 
 def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[MultitaskModel, Tokenizer]:
-    """The model and tokenizer of a checkpoint, after a check of every file.
+    """The model and tokenizer of a checkpoint, after a check of the files that they are read from.
 
     Raises:
         UserError: the checkpoint is missing, damaged, or not of this run.
     """
     path = readable(path)
-    verify(path)
+    verify(path, READ)
     encoder, tokenizer = Encoder.from_pretrained(path), Tokenizer.from_pretrained(path)
     tasks = load_tasks(path, config.chosen_tasks(config.tasks or []))
     check_fits(encoder.config, tokenizer, tasks, config.max_length, path)
     encoder.compute_dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
     model = MultitaskModel(encoder, tasks, pooling=config.pooling, shared_layer=config.shared_layer)
-    load_heads(model, path / "heads.safetensors")
+    load_heads(model, path / HEADS_FILE)
     return model.to(device).eval(), tokenizer
 
 

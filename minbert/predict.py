@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TextIO
 
 from minbert import cli
-from minbert.console import Terminal
-from minbert.data import encode, read_file, refuse_skipped, skipped_lines, skipped_rows, write_skipped
+from minbert.console import InferenceProgress, Terminal
+from minbert.data import Skipped, encode, read_windows, refuse_skipped, skipped_rows
+from minbert.data.encoded import TokenWarnings
+from minbert.data.skipped import SHOWN, format_skipped, skipped_lines_of_file
 from minbert.device import keep_freed_memory, resolve_device
-from minbert.files.atomic import write_atomically, writing
-from minbert.inference import choose_kernels, head_outputs, load_model, run_tasks, with_thresholds_of
+from minbert.files.atomic import replacing, writing
+from minbert.inference import choose_kernels, head_outputs, load_model, prepared, run_tasks, with_thresholds_of
 from minbert.model import pair_encoding
-from minbert.runs.predictions import format_predictions
+from minbert.runs.predictions import format_header, format_rows
 from minbert.runs.run_directory import Run
+
+WINDOW = 2048  # rows that are read, sorted by length and predicted before the next ones
 
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Predict one task for a file of texts.
+    """Predict one task for a file of texts, whose results are written as they come.
 
     The output of a task of the CS224N project is in the project's format (`id , prediction`); of any other task it is
     CSV with id, prediction, and the probability of each class.
@@ -36,7 +42,8 @@ class PredictConfig:
         output: file to write; standard output by default.
         skipped: file for a list of all rows that cannot be used, with line, id and reason; standard error names the
             first few.
-        strict: refuse an input with such a row.
+        strict: refuse an input with such a row: a file before any result is written, standard input and pipes at the
+            row.
         checkpoint: best or last.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -56,35 +63,100 @@ def main(arguments: Sequence[str]) -> int:
     run = Run(options.run)
     config, console = run.config(), Terminal(stderr=True)
     task, *_ = run_tasks(config, [options.task])
-    examples = read_file(options.input, task, labels="ignored", bare=True, option="--input")
-    if options.strict:
-        refuse_skipped(examples.skipped)
-    for line in skipped_lines(examples.skipped, options.skipped or "--skipped FILE lists all of them"):
-        console.print(line)
+    if options.strict and Path(options.input).is_file():  # before a result is written; a pipe is read once
+        for examples in read_windows(options.input, task, WINDOW, option="--input"):
+            refuse_skipped(examples.skipped)
+    windows = read_windows(options.input, task, WINDOW, option="--input")
+    first = next(windows)
     device = resolve_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
     choose_kernels(config, console)
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)
     limit = config.max_length or model.encoder.config.max_position_embeddings
-    encoded = encode(examples, tokenizer, limit, pair_encoding=pair_encoding(task))
-    for line in encoded.warnings(limit):
-        console.print(f"warning: {line}")
-    outputs = head_outputs(model, task, encoded, device)
-    text = "".join(format_predictions(with_thresholds_of(model, task), encoded.ids, outputs))
-    if options.skipped is not None:
-        with writing(Path(options.skipped), "choose another --skipped"):
-            write_skipped(Path(options.skipped), skipped_rows("input", task.name, examples.skipped))
-    if options.output is None:
-        sys.stdout.write(text)
-        return 0
-    path = Path(options.output)
-    with writing(path, "choose another --output"):
-        if path.exists() and not path.is_file():  # a device or a pipe, which must not be replaced
-            path.write_text(text, encoding="utf-8")
-        else:
-            write_atomically(path, text)
+    task = with_thresholds_of(model, task)
+    warnings, skipped, has_header = TokenWarnings(limit), SkippedRows(task.name, options.skipped), False
+    live = options.output is not None or not sys.stdout.isatty()
+    with (
+        skipped,
+        results_file(options.output) as results,
+        prepared(model),
+        InferenceProgress(console, live=live) as progress,
+    ):
+        for examples in itertools.chain([first], windows):
+            skipped.add(examples.skipped)
+            if options.strict:
+                refuse_skipped(examples.skipped)
+            if not len(examples):
+                continue
+            encoded = encode(examples, tokenizer, limit, pair_encoding=pair_encoding(task), cached=False)
+            warnings.add(encoded)
+            outputs = head_outputs(model, task, encoded, device, count=progress.add)
+            header = "" if has_header else format_header(task, outputs)
+            results.write(header + "".join(format_rows(task, encoded.ids, outputs)))
+            results.flush()
+            has_header = True
+    for line in (*skipped.lines(), *(f"warning: {line}" for line in warnings.lines()), str(progress)):
+        console.print(line)
     return 0
+
+
+@contextmanager
+def results_file(output: str | None) -> Iterator[TextIO]:
+    """Where results go: standard output, a device or a pipe, or a file that replaces another one at the end.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if output is None:
+        yield sys.stdout
+        return
+    path = Path(output)
+    with writing(path, "choose another --output"):
+        is_other = path.exists() and not path.is_file()  # a device or a pipe, which must not be replaced
+        with open(path, "w", encoding="utf-8") if is_other else replacing(path) as file:
+            yield file
+
+
+class SkippedRows:
+    """The input's rows that cannot be used: their number, the first of them, and in a file all.
+
+    Args:
+        path: the file, which is written anew; it is removed if there is no such row.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+
+    def __init__(self, task: str, path: str | None) -> None:
+        self._task, self._path = task, path
+        self._stack = ExitStack()
+        self._file: TextIO | None = None
+        self._count, self._first = 0, list[Skipped]()
+
+    def __enter__(self) -> SkippedRows:
+        return self
+
+    def add(self, rows: Sequence[Skipped]) -> None:
+        self._count += len(rows)
+        self._first += rows[: SHOWN - len(self._first)]
+        if rows and self._path is not None:
+            path = Path(self._path)
+            with writing(path, "choose another --skipped"):
+                self._file = self._file or self._stack.enter_context(replacing(path))
+                self._file.writelines(map(format_skipped, skipped_rows("input", self._task, rows)))
+
+    def __exit__(self, kind: type[BaseException] | None, *others: Any) -> bool | None:
+        if self._path is None:
+            return None
+        with writing(Path(self._path), "choose another --skipped"):
+            if kind is None and not self._count:
+                Path(self._path).unlink(missing_ok=True)
+        return self._stack.__exit__(kind, *others)
+
+    def lines(self) -> list[str]:
+        """Their number and the first of them, for the terminal."""
+        return skipped_lines_of_file(self._count, self._first, self._path or "--skipped FILE lists all of them")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from minbert.data.augmentation import joined, read_augmented, swapped
 from minbert.data.encoded import Encoded, encode, pack_batches
 from minbert.data.examples import Examples
-from minbert.data.formats import read_examples, read_file, read_glue
+from minbert.data.formats import read_examples, read_file, read_glue, read_windows
 from minbert.data.held_out import Folds, dev_rows, fold_numbers
 from minbert.data.sampling import Plan, TaskSampler, plan, token_budget_batches
 from minbert.data.skipped import (
@@ -44,6 +44,7 @@ __all__ = [
     "read_file",
     "read_glue",
     "read_skipped",
+    "read_windows",
     "refuse_skipped",
     "skipped_lines",
     "skipped_rows",

@@ -69,19 +69,9 @@ class Encoded:
 
     def warnings(self, max_length: int | None = None) -> list[str]:
         """Warnings about texts without tokens and, if `max_length` is given, about truncated ones."""
-        warnings = []
-        if self.truncated and max_length is not None:
-            unit = "example" if self.width == 1 else "sequence"
-            warnings.append(f"{_counted(self.truncated, unit)} cut to {max_length} tokens")
-        empty = self.without_tokens
-        if len(empty):
-            ids = ", ".join(shorten(self.ids[index]) for index in empty[:SHOWN])
-            more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
-            warnings.append(
-                f"{_counted(len(empty), 'example')} with a text without tokens, such as one of control characters:"
-                f" id {ids}{more}"
-            )
-        return warnings
+        warnings = TokenWarnings(max_length)
+        warnings.add(self)
+        return warnings.lines()
 
     @property
     def checksum(self) -> str:
@@ -99,6 +89,39 @@ class Encoded:
     def pack(self, indices: np.ndarray) -> Packed:
         """The examples at `indices` (int64, at least one), in that order, as one packed stream."""
         return pack_batches([(self, indices)])
+
+
+class TokenWarnings:
+    """Counts the examples of several `Encoded` of a task whose tokens are not those of the whole text.
+
+    Args:
+        max_length: of a sequence; None says nothing of truncated ones.
+    """
+
+    def __init__(self, max_length: int | None) -> None:
+        self._max_length = max_length
+        self._truncated = self._empty = 0
+        self._unit = "example"
+        self._ids: list[str] = []  # of the first examples with a text without tokens
+
+    def add(self, encoded: Encoded) -> None:
+        empty = encoded.without_tokens
+        self._truncated += encoded.truncated
+        self._unit = "example" if encoded.width == 1 else "sequence"
+        self._empty += len(empty)
+        self._ids += [shorten(encoded.ids[index]) for index in empty[: SHOWN - len(self._ids)]]
+
+    def lines(self) -> list[str]:
+        lines = []
+        if self._truncated and self._max_length is not None:
+            lines.append(f"{_counted(self._truncated, self._unit)} cut to {self._max_length} tokens")
+        if self._empty:
+            more = f" and {self._empty - SHOWN} more" if self._empty > SHOWN else ""
+            lines.append(
+                f"{_counted(self._empty, 'example')} with a text without tokens, such as one of control characters:"
+                f" id {', '.join(self._ids)}{more}"
+            )
+        return lines
 
 
 def pack_batches(parts: Sequence[tuple[Encoded, np.ndarray]], bucket_to: int | None = None) -> Packed:
@@ -145,6 +168,7 @@ def encode(
     cache_dir: str | Path | None = None,
     *,
     pair_encoding: str = "cross-encoder",
+    cached: bool = True,
 ) -> Encoded:
     """Tokenize examples, or load their tokens from the cache.
 
@@ -154,16 +178,19 @@ def encode(
         cache_dir: the cache; `minbert.files.cache_directory` gives the default. Without write permission nothing
             is cached, and a damaged file is replaced.
         pair_encoding: of pairs, a key of `PAIR_ENCODINGS`; `cross-encoder` for single texts.
+        cached: whether to use the cache.
     """
     if pair_encoding == "both":
         encodings = ("cross-encoder", "bi-encoder")
-        return _combine(*(encode(examples, tokenizer, max_length, cache_dir, pair_encoding=each) for each in encodings))
+        parts = [encode(examples, tokenizer, max_length, cache_dir, pair_encoding=e, cached=cached) for e in encodings]
+        return _combine(*parts)
     if pair_encoding == "bi-encoder":
         sentences = Alternating(examples.texts, examples.pairs or ())
-        encoded = encode(Examples([""] * len(sentences), sentences, None, None), tokenizer, max_length, cache_dir)
+        singles = Examples([""] * len(sentences), sentences, None, None)
+        encoded = encode(singles, tokenizer, max_length, cache_dir, cached=cached)
         return replace(encoded, labels=examples.labels, ids=examples.ids, width=PAIR_ENCODINGS[pair_encoding])
-    path = _cache_file(examples, tokenizer, max_length, cache_dir)
-    arrays = _load(path)
+    path = _cache_file(examples, tokenizer, max_length, cache_dir) if cached else None
+    arrays = None if path is None else _load(path)
     if arrays is None:
         ids, types, lengths, truncated = tokenizer.encode_batch(examples.texts, examples.pairs, max_length)
         arrays = {
@@ -172,7 +199,8 @@ def encode(
             "offsets": _offsets(lengths),
             "truncated": np.array([truncated], np.int64),
         }
-        _store(path, arrays)
+        if path is not None:
+            _store(path, arrays)
     return Encoded(
         arrays["token_ids"],
         arrays["token_type_ids"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -102,10 +102,7 @@ def collect(where: str, rows: Iterable[Row], task: Task, labels: Labels) -> Exam
         except ValueError as error:
             skipped.append(Skipped(where, row.line, one_line(str(error)), row.id or row.number))
     if not kept:
-        if not skipped:
-            raise UserError(f"{where} has no rows under its header; expected examples of {task.title}")
-        first = skipped[0]
-        raise UserError(f"{where}: none of its {len(skipped)} rows is usable; line {first.line}: {first.reason}")
+        refuse_unusable(where, len(skipped), skipped[0] if skipped else None, task)
     return Examples(
         [row.id or row.number for row in kept],
         [row.texts[0] for row in kept],
@@ -115,6 +112,20 @@ def collect(where: str, rows: Iterable[Row], task: Task, labels: Labels) -> Exam
         where,
         np.array([row.line for row in kept], np.int64),
     )
+
+
+def refuse_unusable(where: str, rows: int, first: Skipped | None, task: Task, unit: str = "") -> NoReturn:
+    """Refuse an input without a usable row.
+
+    Args:
+        rows: the number of skipped rows.
+        first: of them.
+        unit: what `Skipped.line` counts in a user's file: line or row.
+    """
+    if first is None:
+        header = "" if unit else " under its header"
+        raise UserError(f"{where} has no rows{header}; expected examples of {task.title}")
+    raise UserError(f"{where}: none of its {rows} rows is usable; {unit or 'line'} {first.line}: {first.reason}")
 
 
 def check_row(row: Row) -> Row:

@@ -23,14 +23,19 @@ row is skipped and recorded with its line, its id and the reason; a bad file is 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from minbert.data.examples import Columns, Examples, Labels, Row, collect, row_of_record
+import numpy as np
+
+from minbert.data.examples import Columns, Examples, Labels, Row, check_row, collect, refuse_unusable, row_of_record
 from minbert.data.file_formats import is_own_format, read_own_rows
-from minbert.data.line_reader import read_lines, shorten, split_quoted
-from minbert.data.own_rows import read_own_examples
+from minbert.data.line_reader import STANDARD_INPUT, Pipe, pipe_of, read_lines, shorten, split_quoted
+from minbert.data.own_rows import check_own_row, read_own_examples
+from minbert.data.skipped import Skipped
 from minbert.errors import UserError, one_line
 from minbert.files.json_yaml import name_of_type, parse_object
 from minbert.tasks import Task
@@ -38,6 +43,57 @@ from minbert.tasks import Task
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 IDS = ("id", "index")  # names of the id column; the first one present is used
 Split = Callable[[str], tuple[list[str], str]]
+
+
+def read_windows(path: str | Path, task: Task, size: int, *, option: str = "") -> Iterator[Examples]:
+    """The examples of an input of `predict` as it comes, in its order: `read_file` with bare lines and without labels.
+
+    Args:
+        path: a file, a pipe, or `-` for standard input.
+        size: rows of a window. One of standard input ends earlier where no further row is there yet.
+        option: the option that named the file, for messages.
+
+    Yields:
+        windows of at least one row; all rows of one may be skipped.
+
+    Raises:
+        UserError: as `read_file`, when the rows are read; that no row is usable, at the end.
+    """
+    pipe = pipe_of(path)
+    named = "standard input" if str(path) == STANDARD_INPUT else str(path)
+    unit, check = "", check_row
+    if _is_own(path, task):
+        rows, unit = read_own_rows(str(path), task, "ignored", option=option)
+        check = partial(check_own_row, task=task)
+    else:
+        rows = iter(read_rows(path, task, labels="ignored", bare=True, option=option, pipe=pipe))
+    usable, skipped_rows, first = 0, 0, None
+    while window := list(_window(rows, size, pipe)):
+        kept: list[Row] = []
+        skipped: list[Skipped] = []
+        for row in window:
+            try:
+                kept.append(check(row))
+            except ValueError as error:
+                skipped.append(Skipped(named, row.line, one_line(str(error)), row.id or row.number))
+        usable, skipped_rows, first = (
+            usable + len(kept),
+            skipped_rows + len(skipped),
+            first or next(iter(skipped), None),
+        )
+        texts, *pairs = ([row.texts[number] for row in kept] for number in range(len(task.text)))
+        ids, lines = [row.id or row.number for row in kept], np.array([row.line for row in kept], np.int64)
+        yield Examples(ids, texts, pairs[0] if pairs else None, None, skipped, named, lines)
+    if not usable:
+        refuse_unusable(one_line(named) if unit else named, skipped_rows, first, task, unit)
+
+
+def _window(rows: Iterator[Row], size: int, pipe: Pipe | None) -> Iterator[Row]:
+    """The next rows, at most `size`, and of a pipe those that are there after the first."""
+    for number, row in enumerate(rows, 1):
+        yield row
+        if number == size or (pipe is not None and pipe.waits()):
+            return
 
 
 def read_file(
@@ -79,42 +135,48 @@ def read_rows(
     bare: bool = False,
     quoted: bool | None = None,
     option: str = "",
+    pipe: Pipe | None = None,
 ) -> Iterable[Row]:
     """The rows of a file in the format of its name and its first line; arguments as for `read_file`.
 
     Args:
         quoted: if given, the file is a table, with quoted fields or without.
+        pipe: `pipe_of` the path, if the caller asks it whether rows are there.
 
     Raises:
-        UserError: the file cannot be read, is empty, is not UTF-8, or lacks a column.
+        UserError: the file cannot be read, is empty, is not UTF-8, or lacks a column; some of it when the rows are
+            read.
     """
     if quoted is None and _is_own(path, task):
         return map(_of_texts, read_own_rows(str(path), task, labels, option=option)[0])
     shape = f"{'pair of sentences separated by a tab' if task.is_pair else 'sentence'} per line"
     expected = f"a header and rows, or a {shape}" if bare else "a tab-separated file"
-    lines = list(read_lines(path, expected, option=option, pipes=bare))
-    start = next((number for number, line in enumerate(lines) if line.strip()), None)
-    if start is None:
+    lines = read_lines(path, expected, option=option, pipes=bare, pipe=pipe)
+    start, first = next(((number, line) for number, line in enumerate(lines) if line.strip()), (0, None))
+    if first is None:
         raise UserError(
             f"{f'{option} ' if option else ''}{path} is empty; expected a {shape if bare else 'header and rows'}"
         )
-    if quoted is None and (Path(path).suffix.lower() in JSON_SUFFIXES or _is_object(lines[start])):
-        return (_json_row(number, line, task) for number, line in enumerate(lines) if line.strip())
+    lines = itertools.chain([first], lines)
+    if quoted is None and (Path(path).suffix.lower() in JSON_SUFFIXES or _is_object(first)):
+        return (_json_row(number, line, task) for number, line in enumerate(lines, start) if line.strip())
     where = f"{'standard input' if bare and str(path) == '-' else path}, line {start + 1}"
-    names = _names(lines[start])
+    names = _names(first)
     fixed = task.glue.without_header if task.glue else []
-    if not (quoted or _is_header(names, task)) and len(_split_plain(lines[start])[0]) == len(fixed):
-        return _table_rows(fixed, _columns(where, fixed, task, False, labels), _split_plain, lines, start - 1)
+    if not (quoted or _is_header(names, task)) and len(_split_plain(first)[0]) == len(fixed):
+        return _table_rows(fixed, _columns(where, fixed, task, False, labels), _split_plain, lines, start)
     if not _is_header(names, task):
-        _refuse_other_delimiters(where, lines[start], task)
+        _refuse_other_delimiters(where, first, task)
     if bare and not _is_header(names, task):
-        return (_bare_row(number, line, task) for number, line in enumerate(lines))
+        blank = itertools.repeat("", start)  # lines, each of which is an empty text
+        return (_bare_row(number, line, task) for number, line in enumerate(itertools.chain(blank, lines)))
     if quoted is None:
         quoted = not _is_glue(Path(path).suffix.lower(), names, task)
-    if quoted and split_quoted(lines[start])[1]:
-        raise UserError(f"{where}: cannot read the header: {split_quoted(lines[start])[1]}")
+    if quoted and split_quoted(first)[1]:
+        raise UserError(f"{where}: cannot read the header: {split_quoted(first)[1]}")
     columns = _columns(where, names, task, quoted, labels)
-    return _table_rows(names, columns, split_quoted if quoted else _split_plain, lines, start)
+    next(lines)
+    return _table_rows(names, columns, split_quoted if quoted else _split_plain, lines, start + 1)
 
 
 def _is_own(path: str | Path, task: Task) -> bool:
@@ -186,13 +248,13 @@ def _columns(where: str, names: Sequence[str], task: Task, quoted: bool, labels:
 
 
 def _table_rows(
-    names: Sequence[str], columns: Columns, split: Split, lines: Sequence[str], start: int
+    names: Sequence[str], columns: Columns, split: Split, lines: Iterable[str], start: int
 ) -> Iterator[Row]:
-    """The rows under the header, which is line number `start`, from 0; -1 without one."""
+    """The rows of a table without its header; the first one's line is number `start`, from 0."""
     texts = [names.index(name) for name in columns.texts]
     label = names.index(columns.label) if columns.label else None
     id_column = next((names.index(name) for name in IDS if name in names), None)
-    for number, line in enumerate(lines[start + 1 :]):
+    for number, line in enumerate(lines):
         if len(names) > 1 and not line.strip() and "\t" not in line:
             continue
         fields, problem = split(line)
@@ -202,7 +264,7 @@ def _table_rows(
             problem = f"expected {len(names)} fields, found {len(fields)}"
         identifier = fields[id_column].strip() if id_column is not None and id_column < len(fields) else ""
         own_number = "" if problem and id_column is not None else str(number)
-        row = Row(start + number + 2, own_number, identifier, problem=problem)
+        row = Row(start + number + 1, own_number, identifier, problem=problem)
         if not problem:
             row = row._replace(texts=[fields[index] for index in texts], label="" if label is None else fields[label])
         yield row

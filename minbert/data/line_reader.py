@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,9 +16,56 @@ from minbert.errors import UserError
 LONGEST_LINE = 1 << 26  # bytes
 LONGEST_RECORD = 1 << 26  # characters of a quoted field over several lines
 STANDARD_INPUT = "-"
+BLOCK = 1 << 16  # bytes of a pipe that are read at once
 
 
-def read_lines(path: str | Path, expected: str, *, option: str = "", pipes: bool = False) -> Iterator[str]:
+class Pipe:
+    """A pipe or terminal that is read by lines, and tells whether the next line is there."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._read, self._searched = descriptor, bytearray(), 0
+
+    def readline(self, limit: int) -> bytes:
+        """The next line, or its first `limit` bytes; waits until it is there. Empty at the end."""
+        while (size := self._line()) == 0 and len(self._read) < limit:
+            self._searched = len(self._read)
+            block = os.read(self._descriptor, BLOCK)
+            self._read += block
+            if not block:
+                break
+        size = min(size or len(self._read), limit)
+        line = bytes(self._read[:size])
+        del self._read[:size]
+        self._searched = 0
+        return line
+
+    def read(self, size: int) -> bytes:
+        return self.readline(size)
+
+    def waits(self) -> bool:
+        """Whether `readline` would wait for more to come."""
+        return self._line() == 0 and not select.select([self._descriptor], [], [], 0)[0]
+
+    def _line(self) -> int:
+        """The size of the next line, or 0 if its end is not there yet."""
+        return self._read.find(b"\n", self._searched) + 1
+
+
+def pipe_of(path: str | Path) -> Pipe | None:
+    """The pipe or terminal that standard input is, if `path` is `-` and it is one."""
+    if str(path) != STANDARD_INPUT or os.name != "posix":
+        return None
+    try:
+        descriptor = sys.stdin.fileno()
+        mode = os.fstat(descriptor).st_mode
+    except (AttributeError, OSError, ValueError):  # closed, or no file
+        return None
+    return Pipe(descriptor) if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode) else None
+
+
+def read_lines(
+    path: str | Path, expected: str, *, option: str = "", pipes: bool = False, pipe: Pipe | None = None
+) -> Iterator[str]:
     r"""The lines of a UTF-8 text file one by one, without their ends.
 
     A line ends with `\n` or `\r\n`. Every other character is text: a lone `\r`, form feeds, U+0085, U+2028. A byte
@@ -28,6 +76,7 @@ def read_lines(path: str | Path, expected: str, *, option: str = "", pipes: bool
         expected: the content that the file should have, for messages.
         option: the option that named the file, for messages.
         pipes: also read a pipe, or standard input when `path` is `-`.
+        pipe: `pipe_of` the path, if the caller asks it whether lines are there.
 
     Raises:
         UserError: the file cannot be read, is not UTF-8, has a line of more than 64 MiB, or ends its lines with `\r`
@@ -35,7 +84,7 @@ def read_lines(path: str | Path, expected: str, *, option: str = "", pipes: bool
     """
     named = "standard input" if pipes and str(path) == STANDARD_INPUT else str(path)
     try:
-        with _opened(path, pipes) as file:
+        with nullcontext(pipe) if pipe is not None else _opened(path, pipes) as file:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), file.read(0)), 1):
                 if len(line) > LONGEST_LINE:
                     raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minbert.data.examples import HIDDEN_LABELS, Examples, Labels, Row
+from minbert.data.examples import HIDDEN_LABELS, Examples, Labels, Row, refuse_unusable
 from minbert.data.file_formats import NUL, read_own_rows
 from minbert.data.line_reader import shorten
 from minbert.data.skipped import Skipped
@@ -156,16 +156,10 @@ class _Collector:
 
     def _add(self, row: Row) -> None:
         """Add a row; a ValueError if it cannot be used."""
-        if row.problem:
-            raise ValueError(row.problem)
-        contents = [
-            self._content(number, text, row.line) if type(text) is not str else _encoded(text.strip())
-            for number, text in enumerate(row.texts)
-        ]
-        if not all(contents):
-            raise ValueError("empty text")
-        if not row.id.isprintable():
-            _check_id(row.id)
+        contents = _contents(row, self.task)
+        for column, text in zip(self.task.text, row.texts, strict=True):
+            if type(text) is not str:
+                self.numbers.setdefault(column, row.line)
         code = self._code(row.label)
         if code < 0 and self.needs_label:
             raise ValueError("no label")
@@ -177,14 +171,6 @@ class _Collector:
         self.ids.append(row.id or row.number)
         self.lines.append(row.line)
         self.codes.append(code)
-
-    def _content(self, number: int, text: object, line: int) -> bytes:
-        """The text of a value that is no string."""
-        column = self.task.text[number]
-        if text is None or isinstance(text, bool) or not isinstance(text, int | float):
-            raise ValueError(f"expected text for {column}, got {name_of_type(text)}")
-        self.numbers.setdefault(column, line)
-        return str(text).encode()
 
     def _code(self, label: Any) -> int:
         """The number of a label; -1 for none."""
@@ -213,13 +199,8 @@ class _Collector:
         return code
 
     def _refuse_empty(self) -> None:
-        if not self.skipped:
-            raise UserError(f"{one_line(self.file)} has no rows; expected examples of {self.task.title}")
-        first = self.skipped[0]
-        raise UserError(
-            f"{one_line(self.file)}: none of its {len(self.skipped)} rows is usable; {self.unit} {first.line}:"
-            f" {first.reason}"
-        )
+        first = self.skipped[0] if self.skipped else None
+        refuse_unusable(one_line(self.file), len(self.skipped), first, self.task, self.unit)
 
     def _warnings(self) -> list[str]:
         where, warnings = one_line(self.file), []
@@ -250,6 +231,37 @@ class _Collector:
             f"{one_line(self.file)}: {self.unit}s {lines[identity]} and {line} have the same id"
             f" {one_line(shorten(identity))}{more}"
         ]
+
+
+def check_own_row(row: Row, task: Task) -> Row:
+    """The row with its texts as training reads them.
+
+    Raises:
+        ValueError: the row's problem, or a text or an id that cannot be used.
+    """
+    return row._replace(texts=[content.decode() for content in _contents(row, task)])
+
+
+def _contents(row: Row, task: Task) -> list[bytes]:
+    """The texts of a row; a ValueError if it cannot be used."""
+    if row.problem:
+        raise ValueError(row.problem)
+    contents = [
+        _encoded(text.strip()) if type(text) is str else _content_of_number(column, text)
+        for column, text in zip(task.text, row.texts, strict=True)
+    ]
+    if not all(contents):
+        raise ValueError("empty text")
+    if not row.id.isprintable():
+        _check_id(row.id)
+    return contents
+
+
+def _content_of_number(column: str, value: object) -> bytes:
+    """The text of a value that is no string."""
+    if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"expected text for {column}, got {name_of_type(value)}")
+    return str(value).encode()
 
 
 def _encoded(text: str) -> bytes:

@@ -40,14 +40,16 @@ def skipped_lines(skipped: Sequence[Skipped], rest: str) -> list[str]:
     by_file: dict[str, list[Skipped]] = {}
     for row in skipped:
         by_file.setdefault(row.file, []).append(row)
-    lines = []
-    for file, rows in by_file.items():
-        count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
-        lines.append(f"warning: {count} of {one_line(file)} left out:")
-        lines += [f"  {row}" for row in rows[:SHOWN]]
-        if len(rows) > SHOWN:
-            lines.append(f"  and {len(rows) - SHOWN} more: {rest}")
-    return lines
+    return [line for rows in by_file.values() for line in skipped_lines_of_file(len(rows), rows[:SHOWN], rest)]
+
+
+def skipped_lines_of_file(count: int, first: Sequence[Skipped], rest: str) -> list[str]:
+    """`skipped_lines` of one file, of whose skipped rows the first few are given."""
+    if not first:
+        return []
+    rows = "1 row" if count == 1 else f"{count} rows"
+    lines = [f"warning: {rows} of {one_line(first[0].file)} left out:", *(f"  {row}" for row in first)]
+    return [*lines, f"  and {count - len(first)} more: {rest}"] if count > len(first) else lines
 
 
 def refuse_skipped(skipped: Sequence[Skipped]) -> None:
@@ -76,11 +78,16 @@ def skipped_rows(split: str, task: str, skipped: Sequence[Skipped]) -> list[Skip
     ]
 
 
+def format_skipped(row: SkippedRow) -> str:
+    """A row as a line of a list."""
+    return json.dumps(asdict(row)) + "\n"
+
+
 def write_skipped(path: Path, rows: Sequence[SkippedRow]) -> None:
     """Write the rows to a file of JSON lines, those of train first; remove the file if there are none."""
     rows = sorted(rows, key=lambda row: (row.split != "train", row.split, row.task, row.file, row.line))
     if rows:
-        write_atomically(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        write_atomically(path, "".join(map(format_skipped, rows)))
     else:
         path.unlink(missing_ok=True)
 

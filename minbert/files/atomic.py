@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -78,9 +78,25 @@ def write_text(path: Path, text: str) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace the content of `path`: after a crash the file is the old one or the new one."""
+    with _replacing(path) as temporary:
+        write_text(temporary, text)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 file to write, which replaces `path` at the end of the block: after an error `path` is the old one."""
+    with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """The name of a temporary file, which is to be written and gets the name of `path`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        write_text(temporary, text)
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -179,8 +195,11 @@ def readable(path: Path) -> Path:
     return path if path.exists() or not _old(path).exists() else _old(path)
 
 
-def verify(directory: Path) -> None:
-    """Check every file of `directory` against its manifest.
+def verify(directory: Path, names: Collection[str] | None = None) -> None:
+    """Check the files of `directory` against its manifest.
+
+    Args:
+        names: those that are to be read; all when left out.
 
     Raises:
         UserError: a file is missing or was altered; it is named.
@@ -193,6 +212,8 @@ def verify(directory: Path) -> None:
             raise UserError(
                 f"{path}: expected names of files in {directory} and checksums, got {short(name)}; {remedy}"
             )
+        if names is not None and name not in names:
+            continue
         file = directory / name
         if not file.is_file():
             raise UserError(f"{file} is missing; {remedy}")

@@ -22,6 +22,7 @@ from minbert.runs.progress_counters import Progress
 from minbert.tasks import Task, parse_tasks, tasks_to_yaml
 from minbert.tasks.tasks_file import LIMIT
 
+HEADS_FILE = "heads.safetensors"
 ENTRIES = ("step", "exp_avg", "exp_avg_sq", "average")  # of an optimizer's state for a parameter, perhaps with @NAME
 
 
@@ -46,7 +47,7 @@ def save(
     def fill(directory: Path) -> None:
         model.encoder.save_pretrained(directory)
         tokenizer.save(directory)
-        save_heads(model, directory / "heads.safetensors")
+        save_heads(model, directory / HEADS_FILE)
         entries = {
             f"{name}.{key}": value
             for name, param in model.named_parameters()

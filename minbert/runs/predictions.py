@@ -76,21 +76,36 @@ def write_predictions(directory: Path, task: Task, split: str, examples: Encoded
 
 
 def format_predictions(task: Task, ids: Sequence[str], outputs: np.ndarray) -> Iterator[str]:
-    """The lines of an output.csv: a header, then id and prediction, and if it is CSV each class's probability.
+    """The lines of an output.csv: `format_header`, then `format_rows`."""
+    yield format_header(task, outputs)
+    yield from format_rows(task, ids, outputs)
+
+
+def format_header(task: Task, outputs: np.ndarray) -> str:
+    """The first line of an output.csv: id and prediction, and if it is CSV each class's probability.
+
+    Args:
+        outputs: the head's for some examples, which say whether classes have probabilities.
+    """
+    if task.course is not None:
+        return f"id \t {task.course.column} \n"
+    classes = () if probabilities(task, outputs) is None else task.classes or ()
+    return _csv_line(["id", "prediction", *(f"probability of {label_text(label)}" for label in classes)])
+
+
+def format_rows(task: Task, ids: Sequence[str], outputs: np.ndarray) -> Iterator[str]:
+    """The other lines of an output.csv.
 
     Args:
         outputs: the head's for every example, [n, C] or [n].
     """
     labels = decode_labels(task, predictions(task, outputs))
     if task.course is not None:
-        yield f"id \t {task.course.column} \n"
         yield from (f"{identifier} , {label} \n" for identifier, label in zip(ids, labels, strict=True))
         return
     if task.is_regression:
         labels = [round(label, _decimals(task)) for label in labels]
     classes = probabilities(task, outputs)
-    columns = [] if classes is None else [f"probability of {label_text(label)}" for label in task.classes or ()]
-    yield _csv_line(["id", "prediction", *columns])
     for number, (identifier, label) in enumerate(zip(ids, labels, strict=True)):
         values = [] if classes is None else [f"{value:.6f}" for value in classes[number]]
         yield _csv_line([identifier, _field(task, label), *values])

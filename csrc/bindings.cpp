@@ -10,22 +10,13 @@
 #include <utility>
 #include <vector>
 
+#include "gradient_parts.h"
 #include "kernels.h"
 #include "philox.h"
 
 namespace py = pybind11;
 
 namespace minbert {
-
-// An address from Python, which converts to a pointer of any type.
-struct Address {
-  uintptr_t value;
-
-  template <class T>
-  operator T*() const {
-    return reinterpret_cast<T*>(value);
-  }
-};
 
 // A type that Python passes as an int.
 template <class T, class Int>
@@ -149,26 +140,10 @@ struct Argument<Embeddings> {
   }
 };
 
-struct Gradients {
-  std::vector<const void*> data;
-  std::vector<int64_t> sizes, first_chunk;
-  std::vector<DType> dtypes;
-  int64_t tasks;
-
-  operator TaskGradients() const {
-    return {tasks, static_cast<int64_t>(sizes.size()), data.data(), dtypes.data(), sizes.data(), first_chunk.data()};
-  }
-};
 template <>
 struct Argument<TaskGradients> {
-  using Python =
-      std::tuple<std::vector<Address>, std::vector<int64_t>, std::vector<DType>, int64_t>;  // [T K], [K], [K], T
-  static Gradients native(const Python& fields) {
-    const auto& [addresses, sizes, dtypes, tasks] = fields;
-    Gradients g{{addresses.begin(), addresses.end()}, sizes, {0}, dtypes, tasks};
-    for (const int64_t size : sizes) g.first_chunk.push_back(g.first_chunk.back() + (size + kChunk - 1) / kChunk);
-    return g;
-  }
+  using Python = GradientArguments;
+  static GradientParts native(const Python& arguments) { return GradientParts(arguments); }
 };
 
 // The fields of SurgeryProblem and SurgeryResult.
@@ -184,10 +159,10 @@ auto with_surgery(const SurgeryArguments& arguments, const Run& run) {
 // and the gate.
 using UpdateArguments = std::tuple<std::vector<std::vector<Address>>, std::vector<double>, Address, bool>;
 template <class Run>
-auto with_update(const UpdateArguments& arguments, const Run& run) {
+auto with_update(const GradientParts& gradients, const UpdateArguments& arguments, const Run& run) {
   const auto& [addresses, s, flag, is_bool] = arguments;
   std::vector<Pointers<void>> tensors;
-  for (const auto& list : addresses) tensors.push_back(Argument<void* const*>::native(list));
+  for (size_t i = 0; i < addresses.size(); ++i) tensors.push_back({gradients.parts_of(addresses[i], i == 4)});
   return run(AdamWState{tensors[0], tensors[1], tensors[2], tensors[3], tensors[4]},
              AdamWStep{s[0], s[1], s[2], s[3], s[4], s[5]}, Gate{flag, is_bool});
 }
@@ -270,8 +245,9 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "combine_adamw",
       [](const PythonOf<TaskGradients>& g, Address weights, const UpdateArguments& arguments, int threads) {
-        with_update(arguments, [&](const auto&... update) {
-          kernels(current_isa).combine_adamw(Argument<TaskGradients>::native(g), weights, update..., threads);
+        const GradientParts gradients(g);
+        with_update(gradients, arguments, [&](const auto&... update) {
+          kernels(current_isa).combine_adamw(gradients, weights, update..., threads);
         });
       },
       Unlocked());
@@ -351,8 +327,9 @@ PYBIND11_MODULE(_native, module) {
   });
   module.def("cuda_combine_adamw", [](const PythonOf<TaskGradients>& g, Address weights,
                                       const UpdateArguments& arguments, Address stream) {
-    with_update(arguments, [&](const auto&... update) {
-      raise_error("combine_adamw_", cuda_combine_adamw(Argument<TaskGradients>::native(g), weights, update..., stream));
+    const GradientParts gradients(g);
+    with_update(gradients, arguments, [&](const auto&... update) {
+      raise_error("combine_adamw_", cuda_combine_adamw(gradients, weights, update..., stream));
     });
   });
 #endif

@@ -10,7 +10,7 @@
 namespace minbert {
 
 // Increases with every change of the binding's arguments: Python refuses a binary built from another checkout.
-constexpr int kInterface = 7;
+constexpr int kInterface = 8;
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };  // float16: only on CUDA devices
 
@@ -18,7 +18,7 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3
 // depend on the thread count. On a CUDA device a block of threads processes one of a chunk's kChunkParts parts.
 constexpr int64_t kChunk = 1 << 16, kChunkParts = 4;
 
-// One gradient per task over K dense tensors.
+// One gradient per task over K dense tensors, which may be parts of larger ones.
 struct TaskGradients {
   int64_t tasks, tensors;
   const void* const* data;     // [T, K]; a null pointer is a gradient of zeros
@@ -83,8 +83,8 @@ struct AdamWStep {
   double momentum = 0;  // average = momentum average + (1 - momentum) param
 };
 
-// One AdamW step, in place, with the gradient sum over t of weights[t] g_t, which is never stored. Every tensor has a
-// gradient in some task.
+// One AdamW step, in place, with the gradient sum over t of weights[t] g_t, which is never stored. A tensor that has no
+// gradient in any task has a gradient of zeros.
 using CombineAdamW = void(const TaskGradients&, const double* weights, AdamWState, AdamWStep, Gate,
                           int threads) noexcept;
 
@@ -219,11 +219,13 @@ struct Embeddings {
 // y = dropout(LayerNorm(sum of the tokens' rows of the three tables)). Activation's dtype is y's.
 using EmbeddingForward = void(Activation, const Embeddings&, const float* weight, const float* bias, float eps, Dropout,
                               void* y, MeanRstd* mean_rstd, float* scratch, int threads) noexcept;
-// d_total: scratch, min(N, kEmbeddingRows) rows. d_tables, shaped like the three tables, must hold zeros.
+// d_total: scratch, min(N, kEmbeddingRows) rows. d_tables: the rows of the three tables' gradients, which must hold
+// zeros; token n's gradient is added to row ids[n] of each, but in the words' to row word_rows[n].
 constexpr int64_t kEmbeddingRows = 64 * kChunkRows;
-using EmbeddingBackward = void(Activation, const Embeddings&, const void* d_y, const float* weight,
-                               const MeanRstd* mean_rstd, Dropout, float* d_total, float* const* d_tables,
-                               float* d_weight, float* d_bias, float* scratch, int threads) noexcept;
+using EmbeddingBackward = void(Activation, const Embeddings&, const int64_t* word_rows, const void* d_y,
+                               const float* weight, const MeanRstd* mean_rstd, Dropout, float* d_total,
+                               float* const* d_tables, float* d_weight, float* d_bias, float* scratch,
+                               int threads) noexcept;
 
 // The list of the CPU kernels: KERNEL(type, name) for each.
 #define MINBERT_KERNELS(KERNEL)                        \

@@ -18,6 +18,8 @@ _CHANGED = ("params", "exp_avgs", "exp_avg_sqs", "ema", "copies")
 @torch.library.custom_op("minbert::combine_adamw_", mutates_args=_CHANGED, device_types=("cpu", "cuda"))
 def _combine_adamw_(
     grads: Sequence[Tensor | None],
+    rows: Sequence[Tensor | None],
+    tables: Sequence[int],
     weights: Tensor,
     params: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -30,7 +32,7 @@ def _combine_adamw_(
     state = [[tensor.data_ptr() for tensor in part] for part in (params, exp_avgs, exp_avg_sqs, ema, copies)]
     gate = native_calls.address(skip_unless), skip_unless is not None and skip_unless.dtype == torch.bool
     update = (state, scalars, *gate)  # csrc/kernels.h's AdamWState, AdamWStep and Gate
-    arguments = native_calls.task_gradients(grads, weights.shape[0])
+    arguments = native_calls.task_gradients(grads, weights.shape[0], rows, tables)
     native_calls.run("combine_adamw", weights.device, arguments, weights.data_ptr(), update)
 
 
@@ -72,6 +74,9 @@ def _check_lists(op: str, step: int, ema_decay: float, **lists: Sequence[object]
 
 
 def _check_like_gradients(op: str, name: str, k: int, value: Tensor | None, column: Tensor, dtype: torch.dtype) -> None:
+    if column.layout != torch.strided:
+        checks.tensor(op, f"{name}[{k}]", value, column.shape, [dtype], like=column)  # type: ignore[arg-type]
+        return
     if not checks.matches(value, column, dtype):  # type: ignore[arg-type]
         checks.tensor(op, f"{name}[{k}]", value, column.shape, [dtype], contiguous=False)  # type: ignore[arg-type]
         checks.alike(op, f"{name}[{k}]", value, column, "the gradients there")  # type: ignore[arg-type]
@@ -145,7 +150,7 @@ def adamw_(
         scalars = _scalars(step, lr, betas, eps, weight_decay, ema_decay)
         weights = torch.ones(1, dtype=torch.float64, device=device)
         state = params, exp_avgs, exp_avg_sqs, ema or [], _filled(copies or [], device)
-        _combine_adamw_(grads, weights, *state, skip_unless, scalars)
+        _combine_adamw_(grads, [], [], weights, *state, skip_unless, scalars)
     else:
         rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         more = {"ema": ema, "ema_decay": ema_decay, "copies": copies, "skip_unless": skip_unless}
@@ -172,7 +177,8 @@ def combine_adamw_(
 ) -> None:
     """One AdamW step with the weighted sum of the task gradients, in one pass over memory: the sum is never stored.
 
-    With `gram` and `surgery_weights`, which clips, a whole update reads every gradient twice.
+    With `gram` and `surgery_weights`, which clips, a whole update reads every gradient twice. Where gradients are
+    sparse, the other rows have a gradient of zeros: their moments decay, and so do the parameters.
 
     Args:
         params, exp_avgs, exp_avg_sqs: one tensor per position, updated in place: float64 for float64 gradients, float32
@@ -186,7 +192,7 @@ def combine_adamw_(
         ValueError, TypeError: an argument is not as described; nothing has been changed.
     """
     op = "combine_adamw_"
-    columns = checks.task_gradients(op, grads)
+    columns = checks.task_gradients(op, grads, sparse=True)
     lists = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if ema is not None:
         lists["ema"] = ema
@@ -208,7 +214,7 @@ def combine_adamw_(
     if dispatch.is_compiled(op, device):
         state = params, exp_avgs, exp_avg_sqs, ema, _filled(copies or [], device)
         _combine_adamw_(
-            [row[k] for row in grads for k in present],
+            *native_calls.sparse_parts(grads, present),
             weights.to(device),
             *([tensors[k] for k in present] if tensors else [] for tensors in state),
             skip_unless,

@@ -163,8 +163,12 @@ def is_dense(value: Tensor) -> bool:
     return True
 
 
-def task_gradients(op: str, grads: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
-    """Check one list of tensors per task, and return one present tensor for each column (None where there is none)."""
+def task_gradients(op: str, grads: Sequence[Sequence[Tensor | None]], *, sparse: bool = False) -> list[Tensor | None]:
+    """Check one list of tensors per task, and return one present tensor for each column (None where there is none).
+
+    Args:
+        sparse: whether those of a column may be sparse (`sparse_rows`).
+    """
     if len(grads) == 0:
         raise ValueError(f"{op}: grads must hold one list of tensors per task, got an empty list")
     for task, row in enumerate(grads):
@@ -193,22 +197,39 @@ def task_gradients(op: str, grads: Sequence[Sequence[Tensor | None]]) -> list[Te
                     raise TypeError(f"{op}: {name} must be {names(GRADIENTS)}, got {names([grad.dtype])}")
                 if grad.device != device:
                     raise ValueError(f"{op}: {name} must be on {device} like the other tensors, got {grad.device}")
-                if not (grad.is_contiguous() or is_dense(grad)):
+                if grad.layout != torch.strided:
+                    sparse_rows(op, name, grad, sparse)
+                elif not (grad.is_contiguous() or is_dense(grad)):
                     raise ValueError(
                         f"{op}: {name} must be dense, got strides {list(grad.stride())} for shape "
                         f"{list(grad.shape)}; call .contiguous() on it"
                     )
             else:
                 same(op, name, grad, first, "its tensor in the other tasks")
+                if grad.layout != torch.strided:
+                    sparse_rows(op, name, grad, sparse)
     return columns
 
 
+def sparse_rows(op: str, name: str, value: Tensor, allowed: bool = True) -> None:
+    """Check that a sparse tensor has some rows of a matrix, each once and in their order; only CPUs take it."""
+    if not allowed or value.device.type != "cpu" or value.layout != torch.sparse_coo:
+        raise ValueError(f"{op}: {name} must be dense, got a sparse tensor on {value.device}; call .to_dense() on it")
+    if (value.sparse_dim(), value.dense_dim()) != (1, 1):
+        raise ValueError(
+            f"{op}: {name} must be dense or have sparse rows (sparse_dim 1 and dense_dim 1), "
+            f"got sparse_dim {value.sparse_dim()} and dense_dim {value.dense_dim()}"
+        )
+    if not value.is_coalesced():
+        raise ValueError(f"{op}: {name} must be coalesced; call .coalesce() on it")
+
+
 def matches(value: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a tensor has this dtype, and device, shape and strides of another: one quick look at each of many."""
+    """Whether a dense tensor has this dtype, and device, shape and strides of another: a quick look at each of many."""
     return (
         isinstance(value, Tensor)
         and value.dtype == dtype
-        and value.layout == other.layout
+        and value.layout == other.layout == torch.strided
         and value.shape == other.shape
         and value.stride() == other.stride()
         and value.device == other.device
@@ -228,7 +249,8 @@ def alike(op: str, name: str, value: Tensor, other: Tensor, what: str) -> None:
         raise ValueError(f"{op}: {name} must have shape {list(other.shape)} like {what}, got {list(value.shape)}")
     if value.device != other.device:
         raise ValueError(f"{op}: {name} must be on {other.device} like {what}, got {value.device}")
-    if value.layout != other.layout or (value.stride() != other.stride() and value.numel() > 1):
+    strided = value.layout == other.layout == torch.strided
+    if value.layout != other.layout or (strided and value.stride() != other.stride() and value.numel() > 1):
         raise ValueError(f"{op}: {name} must be laid out like {what}; call .contiguous() on both")
 
 

@@ -74,14 +74,43 @@ def row_scratch(rows: int, columns: int) -> Tensor:
     return torch.empty(library().row_scratch(rows, columns), dtype=torch.float32)
 
 
+def sparse_parts(
+    rows: Sequence[Sequence[Tensor | None]], columns: Sequence[int]
+) -> tuple[list[Tensor | None], list[Tensor | None], list[int]]:
+    """Some columns of the task gradients as `task_gradients` takes them: its `grads`, `rows` and `tables`."""
+    grads = [row[k] for row in rows for k in columns]
+    if all(grad is None or grad.layout == torch.strided for grad in grads):
+        return grads, [], []
+    sparse = [grad is not None and grad.layout != torch.strided for grad in grads]
+    parts = list(zip(grads, sparse, strict=True))
+    tables = [any_of(grads[k :: len(columns)]) for k in range(len(columns))]
+    return (
+        [grad.values().contiguous() if of_rows else grad for grad, of_rows in parts],  # type: ignore[union-attr]
+        [grad.indices()[0] if of_rows else None for grad, of_rows in parts],  # type: ignore[union-attr]
+        [0 if table.layout == torch.strided else table.shape[0] for table in tables],
+    )
+
+
 def any_of(grads: Sequence[Tensor | None]) -> Tensor:
     """The first tensor of a list that holds one."""
     return next(grad for grad in grads if grad is not None)
 
 
-def task_gradients(grads: Sequence[Tensor | None], tasks: int) -> tuple[list[int], list[int], list[int], int]:
-    """Addresses [T * K] (0 for a missing tensor), sizes [K], dtype codes [K], T; no column is missing in every task."""
+def task_gradients(
+    grads: Sequence[Tensor | None], tasks: int, rows: Sequence[Tensor | None] = (), tables: Sequence[int] = ()
+) -> tuple[Any, ...]:
+    """csrc/gradient_parts.h's GradientArguments for T K gradients (None for a missing one), K of each task.
+
+    Args:
+        grads: no column is missing in every task. Of a sparse gradient, its values.
+        rows: of sparse gradients, their sorted row numbers [T K]; empty where all are dense.
+        tables: for each column the rows of its sparse gradients' tensors, 0 for dense gradients [K]; empty likewise.
+    """
     count = len(grads) // tasks
     columns = [any_of(grads[k::count]) for k in range(count)]
     codes = [DTYPE_CODES[column.dtype] for column in columns]
-    return [address(grad) for grad in grads], [column.numel() for column in columns], codes, tasks
+    rows, tables = rows or [None] * len(grads), tables or [0] * count
+    widths = [column.shape[1] if table else 0 for column, table in zip(columns, tables, strict=True)]
+    sizes = [table * width or column.numel() for column, table, width in zip(columns, tables, widths, strict=True)]
+    counts = [0 if ids is None else len(ids) for ids in rows]
+    return [address(grad) for grad in grads], sizes, codes, tasks, widths, [address(ids) for ids in rows], counts

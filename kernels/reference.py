@@ -179,9 +179,14 @@ def embedding(
     p: float,
     eps: float,
     dtype: torch.dtype,
+    sparse: bool = False,
 ) -> Tensor:
-    """BERT's embedding block: dropout(LayerNorm(word + token type + position)), [N, D] (Devlin et al. 2019)."""
-    total = F.embedding(token_ids, word) + F.embedding(token_type_ids, token_type) + F.embedding(position_ids, position)
+    """BERT's embedding block: dropout(LayerNorm(word + token type + position)), [N, D] (Devlin et al. 2019).
+
+    The word table's gradient is a sparse tensor where `sparse` says so.
+    """
+    words = F.embedding(token_ids, word, sparse=sparse)
+    total = words + F.embedding(token_type_ids, token_type) + F.embedding(position_ids, position)
     wide = _wide(total)
     normed = F.layer_norm(wide, wide.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps)
     return dropout(normed, keep, p).to(dtype)
@@ -193,14 +198,14 @@ def embedding(
 def gram(grads: Sequence[Sequence[Tensor | None]]) -> Tensor:
     """Gram matrix of the task gradients, float64 [T, T]: entry (i, j) is the sum over all elements of g_i g_j.
 
-    A missing tensor (None) counts as zeros.
+    A missing tensor (None) counts as zeros. Sparse gradients are what they are as dense ones.
     """
     tasks = len(grads)
     total = torch.zeros(tasks, tasks, dtype=torch.float64)
     for row in zip(*grads, strict=True):
         present = [t for t in range(tasks) if row[t] is not None]
         if present:
-            flat = torch.stack([row[t].reshape(-1).double() for t in present])  # type: ignore[union-attr]
+            flat = torch.stack([row[t].to_dense().reshape(-1).double() for t in present])  # type: ignore[union-attr]
             total = total.to(flat.device)
             total[torch.tensor(present)[:, None], torch.tensor(present)] += flat @ flat.T
     return total
@@ -333,7 +338,7 @@ def combine_adamw_(
 
     Parameters whose gradient is missing in every task stay as they are.
     """
-    wide = [[None if grad is None else _wide(grad) for grad in row] for row in grads]
+    wide = [[None if grad is None else _wide(grad.to_dense()) for grad in row] for row in grads]
     summed = {k: grad for k, grad in enumerate(combine(wide, weights)) if grad is not None}
     state = ([tensors[k] for k in summed] for tensors in (exp_avgs, exp_avg_sqs))
     more = (None if tensors is None else [tensors[k] for k in summed] for tensors in (ema, copies))

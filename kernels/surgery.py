@@ -14,10 +14,11 @@ from .native import library
 
 
 @torch.library.custom_op("minbert::gram", mutates_args=(), device_types=("cpu", "cuda"))
-def _gram(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
-    arguments, device = native_calls.task_gradients(grads, tasks), native_calls.any_of(grads).device
+def _gram(grads: Sequence[Tensor | None], rows: Sequence[Tensor | None], tables: Sequence[int], tasks: int) -> Tensor:
+    arguments, device = native_calls.task_gradients(grads, tasks, rows, tables), native_calls.any_of(grads).device
     parts = library().CHUNK_PARTS if device.type == "cuda" else 1
     chunks = sum(-(-size // library().CHUNK) for size in arguments[1])
+    chunks += 2 * sum(len(ids) for ids in rows if ids is not None)  # each row is a part, and those between two rows are
     partials = torch.empty(chunks, parts, tasks, tasks, dtype=torch.float64, device=device)
     gram = torch.empty(tasks, tasks, dtype=torch.float64, device=device)
     native_calls.run("gram", device, arguments, partials.data_ptr(), gram.data_ptr())
@@ -25,7 +26,7 @@ def _gram(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
 
 
 @_gram.register_fake
-def _(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
+def _(grads: Sequence[Tensor | None], rows: Sequence[Tensor | None], tables: Sequence[int], tasks: int) -> Tensor:
     return torch.empty(tasks, tasks, dtype=torch.float64, device=native_calls.any_of(grads).device)
 
 
@@ -66,7 +67,8 @@ def gram(grads: Sequence[Sequence[Tensor | None]]) -> Tensor:
 
     Args:
         grads: for each of T tasks one list of tensors (float32, bfloat16 or float64). None stands for zeros. The
-            tensors at one position agree in shape, dtype and layout over the tasks, and are dense.
+            tensors at one position agree in shape, dtype and layout over the tasks, and are dense; or, on the CPU, all
+            are sparse with some rows of a matrix: COO, coalesced, with one sparse dimension and one dense.
 
     Returns:
         float64 [T, T]: entry (i, j) is the sum over all elements of g_i g_j, accumulated in float64. The same bits for
@@ -75,13 +77,13 @@ def gram(grads: Sequence[Sequence[Tensor | None]]) -> Tensor:
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
-    columns = checks.task_gradients("gram", grads)
+    columns = checks.task_gradients("gram", grads, sparse=True)
     present = [k for k, column in enumerate(columns) if column is not None]
     if not present:
         return torch.zeros(len(grads), len(grads), dtype=torch.float64)
     device = columns[present[0]].device  # type: ignore[union-attr]
     if is_compiled("gram", device):
-        return _gram([row[k] for row in grads for k in present], len(grads))
+        return _gram(*native_calls.sparse_parts(grads, present), len(grads))
     return reference.gram(grads)
 
 
@@ -91,7 +93,7 @@ def combine(
     """The weighted sum of the task gradients, tensor by tensor, in one pass over memory.
 
     Args:
-        grads: as for `gram`.
+        grads: as for `gram`, all dense.
         weights: float64 [T].
         out: where to write, one tensor per position, shaped and laid out like the gradients there; new tensors when
             left out. A tensor of `out` may be one task's gradient at the same position (and may not overlap another).

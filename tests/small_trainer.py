@@ -50,6 +50,7 @@ def trainer(
     capture=None,
     dtype: torch.dtype = torch.float32,
     freeze: int = 0,
+    sparse: bool = True,
     tasks: Sequence[Task] = TASKS,
     data: Mapping[str, Encoded] = DATA,
     loss_options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -60,6 +61,7 @@ def trainer(
     model = MultitaskModel(Encoder(config), tasks, head_dropout=dropout).train()
     model.encoder.compute_dtype = dtype
     model.freeze_layers(freeze)
+    model.encoder.embeddings.sparse_gradient = sparse
     parameters = UnshardedParameters(model.heads, model.encoder.copies() if copied else {})
     groups = parameters.param_groups(model.parameter_groups(0.01))
     optimizer = AdamW(groups, lr=1e-2, ema_decay=0.9 if mu else None, copies=parameters.copies)

@@ -126,6 +126,32 @@ def test_a_row_on_its_own_adds_to_that_row_only():
     assert all(grad is None for row in gradients.rows for grad in row)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_sparse_gradients_of_the_word_table_add_up_as_dense_ones(mixed):
+    """Over two backwards of other tokens; where one task's loss has the table's norm in it, all are dense."""
+    model, found = model_of(torch.float32), []
+    (number,) = (i for i, param in enumerate(model.encoder.parameters()) if param is model.encoder.embeddings.word)
+    for sparse in (False, True):
+        model.encoder.embeddings.sparse_gradient = sparse
+        gradients = TaskGradients(model.encoder, 2)
+        for task, shift in ((0, 0), (1, 0), (1, 7)):
+            packed, labels = batch()
+            packed.token_ids.add_(shift).remainder_(model.encoder.config.vocab_size)
+            with gradients.attached(task):
+                loss = torch.stack(list(losses_of(model, packed, labels).values())).sum()
+                if mixed and task == 1:
+                    loss = loss + torch.linalg.vector_norm(model.encoder.embeddings.word)
+            loss.backward()
+            tokens = len(packed.token_ids)
+        words = [row[number] for row in gradients.rows]
+        assert [grad.is_sparse for grad in words] == [sparse and not mixed] * 2
+        assert not sparse or mixed or (words[0].is_coalesced() and words[0]._nnz() <= tokens)
+        found.append([[grad.to_dense() for grad in row] for row in gradients.rows])
+    for one, other in zip(*found, strict=True):
+        for dense, sparse in zip(one, other, strict=True):
+            torch.testing.assert_close(sparse, dense, rtol=1e-6, atol=1e-9)
+
+
 def test_views_follow_the_parameters():
     """An update in place is what the next forward reads."""
     model = model_of(torch.float32)

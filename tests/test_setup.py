@@ -101,6 +101,14 @@ def test_an_optimizer_has_all_parameters_once_and_the_heads_rate(course_data, da
     assert not parameters.copies
 
 
+def test_one_process_on_the_cpu_has_sparse_gradients_of_the_word_table(course_data, data):
+    config = config_of(course_data)
+    model = build_model(config, data)
+    assert not model.encoder.embeddings.sparse_gradient
+    build_optimizer(config, model, 3, ProcessGroup())
+    assert model.encoder.embeddings.sparse_gradient
+
+
 def test_matrices_have_copies_in_half_precision_where_one_backward_gives_the_gradient(course_data, data):
     for options, expected in (({}, 4), ({"accumulate": 2}, 0), ({"low_memory": True}, 4)):
         config = config_of(course_data, precision="bf16", **options)

@@ -68,10 +68,10 @@ void add_to(float* to, const float* from, int64_t count) {
   });
 }
 
-// Adds the gradients of tokens [begin, end) to their rows of the three tables. Each work item owns rows of the word or
-// the position table, or columns of the token type table, which has few rows, and visits the tokens in order. So no two
+// Adds the gradients of tokens [begin, end) to their rows of the three tables' gradients. Each work item owns rows of the
+// words' or the positions', or columns of the token types', which are few rows, and visits the tokens in order. So no two
 // items write the same element, and the order of every sum is independent of the thread count.
-void scatter(int64_t begin, int64_t end, int64_t columns, const Embeddings& e, const float* d_total,
+void scatter(int64_t begin, int64_t end, int64_t columns, const int64_t* const (&rows)[3], const float* d_total,
              float* const* d_tables, int threads) {
   constexpr int64_t kItems = 16;  // of each table
   const int64_t width = padded((columns + kItems - 1) / kItems);
@@ -81,9 +81,9 @@ void scatter(int64_t begin, int64_t end, int64_t columns, const Embeddings& e, c
     const bool by_column = table == 1;
     const int64_t first = by_column ? item * width : 0, last = by_column ? smaller(columns, first + width) : columns;
     for (int64_t token = begin; token < end; ++token) {
-      const int64_t id = e.ids[table][token];
-      if (by_column ? first < last : id % kItems == item)
-        add_to(d_tables[table] + id * columns + first, d_total + (token - begin) * columns + first, last - first);
+      const int64_t row = rows[table][token];
+      if (by_column ? first < last : row % kItems == item)
+        add_to(d_tables[table] + row * columns + first, d_total + (token - begin) * columns + first, last - first);
     }
   });
 }
@@ -103,9 +103,10 @@ void embedding_forward(Activation a, const Embeddings& e, const float* weight, c
   });
 }
 
-void embedding_backward(Activation a, const Embeddings& e, const void* d_y, const float* weight,
-                        const MeanRstd* mean_rstd, Dropout dropout, float* d_total, float* const* d_tables,
-                        float* d_weight, float* d_bias, float* scratch, int threads) noexcept {
+void embedding_backward(Activation a, const Embeddings& e, const int64_t* word_rows, const void* d_y,
+                        const float* weight, const MeanRstd* mean_rstd, Dropout dropout, float* d_total,
+                        float* const* d_tables, float* d_weight, float* d_bias, float* scratch, int threads) noexcept {
+  const int64_t* const table_rows[] = {word_rows, e.ids[1], e.ids[2]};
   for (int64_t first = 0; first < a.rows; first += kEmbeddingRows) {
     const int64_t last = smaller(a.rows, first + kEmbeddingRows);
     with_rows(a, dropout, nullptr, [&](auto element, auto dropped, auto) {
@@ -118,7 +119,7 @@ void embedding_backward(Activation a, const Embeddings& e, const void* d_y, cons
                     });
       });
     });
-    scatter(first, last, a.columns, e, d_total, d_tables, threads);
+    scatter(first, last, a.columns, table_rows, d_total, d_tables, threads);
   }
   add_chunks<2>(threads, a.rows, a.columns, scratch, {d_weight, d_bias});
 }

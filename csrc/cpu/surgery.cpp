@@ -58,6 +58,9 @@ void gram_of_chunk(const TaskGradients& g, const Chunk& chunk, double* gram) {
   static const Element zeros[kBlock] = {};
   const int64_t tasks = g.tasks;
   std::memset(gram, 0, tasks * tasks * sizeof(double));
+  int64_t present = 0;
+  for (int64_t task = 0; task < tasks; ++task) present += gradient<Element>(g, task, chunk) != nullptr;
+  if (present == 0) return;
   for (int64_t begin = 0; begin < chunk.length; begin += kBlock) {
     const int64_t length = smaller(kBlock, chunk.length - begin);
     const auto read_tile = [&](int64_t first, const Element** rows) {

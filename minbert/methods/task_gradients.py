@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
@@ -25,7 +26,8 @@ class TaskGradients:
     Attributes:
         params: the parameters, K of them.
         rows: for each of T tasks its K gradients, in the dtypes of what forwards read; None where its loss reached
-            nothing. Backward passes add to them until `clear`.
+            nothing. Backward passes add to them until `clear`. Where all gradients of a parameter are sparse they are
+            coalesced, else all are dense.
     """
 
     def __init__(self, module: nn.Module, tasks: int, copies: Mapping[Tensor, Tensor] | None = None) -> None:
@@ -36,7 +38,8 @@ class TaskGradients:
 
     @property
     def rows(self) -> list[list[Tensor | None]]:
-        return [[view.grad for view in row] for row in self._views]
+        columns = [_alike(views) for views in zip(*self._views, strict=True)]
+        return [[column[t] for column in columns] for t in range(len(self._views))]
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -65,6 +68,25 @@ class TaskGradients:
         """Forget all gradients."""
         for leaf in self.leaves:
             leaf.grad = None
+
+
+def _alike(views: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of a parameter's views: all dense, or all sparse and coalesced."""
+    grads = [view.grad for view in views if view.grad is not None]
+    if any(grad.is_sparse for grad in grads):
+        dense = not all(grad.is_sparse for grad in grads)
+        for view in views:
+            if view.grad is not None:
+                view.grad = view.grad.to_dense() if dense else _coalesced(view.grad)
+    return [view.grad for view in views]
+
+
+def _coalesced(grad: Tensor) -> Tensor:
+    """A sparse gradient with each row once. Those of one backward are so, which autograd does not record."""
+    rows = grad._indices()
+    if grad.is_coalesced() or not (rows.diff() > 0).all():
+        return grad.coalesce()
+    return torch.sparse_coo_tensor(rows, grad._values(), grad.shape, check_invariants=False, is_coalesced=True)
 
 
 @contextmanager

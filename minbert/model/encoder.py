@@ -35,7 +35,11 @@ class Projection(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """dropout(LayerNorm(word + token type + position)), at dropout stream 0."""
+    """dropout(LayerNorm(word + token type + position)), at dropout stream 0.
+
+    Attributes:
+        sparse_gradient: whether the word table gets a sparse gradient (`kernels.embedding`).
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -44,6 +48,7 @@ class Embeddings(nn.Module):
         self.token_type = nn.Parameter(torch.empty(config.type_vocab_size, config.hidden_size))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout_p = config.hidden_dropout_prob
+        self.sparse_gradient = False
 
     def forward(self, packed: Packed, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
         return kernels.embedding(
@@ -61,6 +66,7 @@ class Embeddings(nn.Module):
             stream_id=0,
             dtype=dtype,
             bounds=packed.token_bounds,
+            sparse=self.sparse_gradient,
         )
 
 

@@ -282,6 +282,7 @@ def build_optimizer(
     if config.bregman.mu:
         parameters.keep_ema(optimizer)
     parameters.register_hooks(TaskGradients(model.trunk, rows, copies))
+    model.encoder.embeddings.sparse_gradient = group.world_size == 1 and group.device.type == "cpu"
     return optimizer, parameters
 
 

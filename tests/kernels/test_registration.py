@@ -34,14 +34,20 @@ ROWS = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
 FIRST_TOKENS = (CU_SEQLENS, 3, 0.3, SEED, 1, 0.5)
 IDS = [torch.tensor([0, 2, 2, 1]), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])]
 
+
+def partly_sparse() -> tuple[list[torch.Tensor | None], list[torch.Tensor | None], list[int]]:
+    """Gradients of two tasks: for the first tensor, rows of a matrix [4, 2], of which the second task has none."""
+    return [randn(2, 2), None, randn(0, 2), randn(3)], [torch.tensor([0, 3]), None, torch.arange(0), None], [4, 0]
+
+
 CALLS = {
     "dropout_mask": lambda: (4, 9, 1 << 30, SEED, 1),
     "attention_dropout_mask": lambda: (torch.tensor([0, 5, 9], dtype=torch.int32), 3, 1 << 30, SEED, 1),
-    "gram": lambda: ([randn(4), None, randn(4), randn(3)], 2),
+    "gram": lambda: (*partly_sparse(), 2),
     "combine_adamw_": lambda: (
-        [randn(4), None, randn(4), randn(3)],
+        *partly_sparse(),
         WEIGHTS,
-        *([randn(4), randn(3)] for _ in range(4)),
+        *([randn(4, 2), randn(3)] for _ in range(4)),
         [torch.empty(0, dtype=torch.bfloat16), torch.empty(3, dtype=torch.bfloat16)],
         WEIGHTS[0],
         [0.99, 0.9, 0.999, 1e-8, 0.1, 0.5],
@@ -62,13 +68,13 @@ CALLS = {
     "embedding": lambda: (
         IDS,
         *(views(3, 9), views(2, 9), views(2, 9), views(9), views(9)),
-        *(BOUNDS, 1e-5, 0.3, SEED, 1, torch.bfloat16),
+        *(BOUNDS, 1e-5, 0.3, SEED, 1, torch.bfloat16, False),
     ),
     "embedding_backward": lambda: (
         randn(4, 9),
         IDS,
         [randn(3, 9), randn(2, 9), randn(2, 9)],
-        *(randn(9), randn(4, 2), BOUNDS, 0.3, SEED, 1),
+        *(randn(9), randn(4, 2), BOUNDS, 0.3, SEED, 1, torch.tensor([0, 1, 1, 0]), [1, 0, 2]),
     ),
     "combine_": lambda: ([randn(4), None, randn(4), randn(3)], WEIGHTS, [torch.empty(4), torch.empty(3)]),
 }

@@ -30,7 +30,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def state_for(shapes: list[tuple[int, ...]], dtypes: list[torch.dtype]) -> list[list[Tensor]]:
-    """Parameters, first moments and second moments in the middle of a training."""
+    """Parameters, first moments and second moments in the middle of a training: no step is far longer than the rate."""
     params, exp_avgs, exp_avg_sqs = (
         [
             randn(*shape, seed=100 * i + k, dtype=state_dtype(dtype))
@@ -38,7 +38,7 @@ def state_for(shapes: list[tuple[int, ...]], dtypes: list[torch.dtype]) -> list[
         ]
         for i in range(3)
     )
-    return [params, exp_avgs, [tensor.square() for tensor in exp_avg_sqs]]
+    return [params, exp_avgs, [a.square() + b.square() for a, b in zip(exp_avgs, exp_avg_sqs, strict=True)]]
 
 
 def flat(lists: list[list[Tensor]]) -> list[Tensor]:

@@ -59,7 +59,7 @@ def ours(
         parameters = ShardedParameters(list(model.heads.parameters()), list(model.trunk.parameters()), rows, group)
     optimizer = AdamW(parameters.param_groups(model.parameter_groups(0.01)), lr=1e-5)
     parameters.register_hooks(TaskGradients(model.encoder, rows))
-    model.encoder.embeddings.sparse_gradient = group.world_size == 1 and device == "cpu"
+    model.encoder.embeddings.sparse_gradient = device == "cpu"
     smart = SmartConfig(lambda_s=weight)
     data = {name: encoded(name, 100 * i, batch_size, sizes["vocab_size"]) for i, name in enumerate(DECILES)}
     batch = [(task, np.arange(batch_size)) for task in TASKS]

@@ -101,7 +101,7 @@ def test_an_optimizer_has_all_parameters_once_and_the_heads_rate(course_data, da
     assert not parameters.copies
 
 
-def test_one_process_on_the_cpu_has_sparse_gradients_of_the_word_table(course_data, data):
+def test_the_word_table_has_sparse_gradients_on_the_cpu(course_data, data):
     config = config_of(course_data)
     model = build_model(config, data)
     assert not model.encoder.embeddings.sparse_gradient

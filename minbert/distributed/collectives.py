@@ -44,6 +44,44 @@ def all_gather(output: Tensor, input: Tensor, backend: str, tag: int) -> Wait:
     return lambda: deque(arrivals, maxlen=0)
 
 
+def reduce_scatter_rows(matrix: Tensor, size: int, tags: Sequence[int]) -> tuple[Tensor, Wait, int]:
+    """Start to sum all ranks' sparse matrices, over gloo: of this rank's rows each other rank gets those of its shard.
+
+    Args:
+        matrix: coalesced, with one sparse dimension; all ranks' have the same shape.
+        size: of a shard, in elements of the flattened matrix, which may be cut within a row.
+        tags: three, as for `reduce_scatter`.
+
+    Returns:
+        this rank's shard of the sum, dense and flat [size], which is complete after the wait; and how many bytes this
+        rank sends.
+    """
+    rank, ranks, (rows, columns) = dist.get_rank(), range(dist.get_world_size()), matrix.shape
+    ids, values = matrix.indices()[0], matrix.values()
+    firsts = [min(rows, shard * size // columns) for shard in ranks]
+    ends = [-(-(shard + 1) * size // columns) for shard in ranks]
+    cuts = [slice(*torch.searchsorted(ids, torch.tensor(pair)).tolist()) for pair in zip(firsts, ends, strict=True)]
+    sent = [torch.tensor([cut.stop - cut.start]) for cut in cuts]
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in ranks]
+    deque(_exchange(sent, counts, tags[0]), maxlen=0)
+    received_ids = [ids.new_empty(int(count)) for count in counts]
+    received = [values.new_empty(int(count), columns) for count in counts]
+    arrivals = _exchange([ids[cut] for cut in cuts], received_ids, tags[1])
+    arrivals_of_values = _exchange([values[cut] for cut in cuts], received, tags[2])
+    start = firsts[rank]
+    total = values.new_zeros(ends[rank] - start, columns)
+    total[ids[cuts[rank]] - start] = values[cuts[rank]]
+
+    def wait() -> None:
+        deque(arrivals, maxlen=0)
+        for source in arrivals_of_values:
+            total[received_ids[source] - start] += received[source]  # each row once
+
+    others = [shard for shard in ranks if shard != rank]
+    nbytes = sum(tensor.nbytes for shard in others for tensor in (sent[shard], ids[cuts[shard]], values[cuts[shard]]))
+    return total.view(-1)[rank * size - start * columns :][:size], wait, nbytes
+
+
 def _exchange(send: Sequence[Tensor], receive: Sequence[Tensor], tag: int) -> Iterator[int]:
     """Start to send `send[r]` to each other rank r and to receive `receive[r]`; yield the ranks of tensors received."""
     rank, world_size = dist.get_rank(), dist.get_world_size()

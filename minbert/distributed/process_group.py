@@ -129,6 +129,22 @@ class ProcessGroup:
         """Start to write this rank's shard of the sum of all ranks' `input` [world_size * n] to `output` [n]."""
         return self._start(collectives.reduce_scatter, output, input, full=input)
 
+    def reduce_scatter_rows(self, matrix: Tensor, size: int) -> tuple[Tensor, PendingCollective]:
+        """Start to write this rank's shard [size] of the sum of all ranks' sparse matrices; over gloo.
+
+        Args:
+            matrix: coalesced, with one sparse dimension and one dense.
+
+        Returns:
+            the shard of the flattened sum, a dense tensor.
+        """
+        self._collectives += 3
+        tags = range(self._collectives - 2, self._collectives + 1)
+        with self.liveness.detect_lost_ranks():
+            shard, wait, nbytes = collectives.reduce_scatter_rows(matrix, size, tags)
+        self.bytes_sent += nbytes
+        return shard, PendingCollective(self.liveness, wait, matrix)
+
     def all_gather(self, full: Tensor) -> PendingCollective:
         """Start to fill `full` [world_size * n], which has this rank's shard, with the other ranks' shards."""
         return self._start(collectives.all_gather, full, self.shard(full), full=full)

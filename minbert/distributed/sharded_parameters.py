@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minbert.distributed.process_group import PendingCollective, ProcessGroup
-from minbert.methods.task_gradients import TaskGradients
+from minbert.methods.task_gradients import TaskGradients, coalesced
 
 BUCKET_ELEMENTS = 8 << 20  # 32 MiB of float32
 ALIGNMENT = 16  # elements; kernels read fast from parameters that begin at multiples of it
@@ -84,6 +84,7 @@ class ShardedParameters:
         shared: parameters with one gradient per task, in the leaves of the `TaskGradients` of `register_hooks`.
         tasks: number of gradients of a shared parameter.
         copies: by parameter, its half-precision copy, which every all-gather of parameters refreshes.
+        table: a shared parameter whose gradients may be sparse: then only their rows are sent. It has its own bucket.
 
     Attributes:
         gradients: those of `register_hooks`.
@@ -97,12 +98,16 @@ class ShardedParameters:
         tasks: int,
         group: ProcessGroup,
         copies: Mapping[Tensor, Tensor] | None = None,
+        table: Tensor | None = None,
     ) -> None:
         self.group, self.copies = group, copies or {}
         self.optimizer_copies: Mapping[Tensor, Tensor] = {}  # the optimizer writes none
         self.gradients: TaskGradients
         self.buckets = [Bucket(params, 1, group) for params in _bucketed(own)]
-        self.buckets += [Bucket(params, tasks, group) for params in _bucketed(list(reversed(shared)))]
+        dense, tables = (
+            [param for param in reversed(shared) if (param is table) == wanted] for wanted in (False, True)
+        )
+        self.buckets += [Bucket(params, tasks, group) for params in (*_bucketed(dense), *_bucketed(tables))]
         self.shards = [shard for bucket in self.buckets for shard in bucket.shards]
         self.ema: dict[Tensor, Tensor] = {}
         self._all_gathered = [bucket.flat for bucket in self.buckets]
@@ -182,6 +187,12 @@ class ShardedParameters:
         if len(self._in_flight) == MAX_IN_FLIGHT:
             self._in_flight.popleft().wait()
         bucket = gradient.bucket
+        if (grad := gradient.leaves[0].grad) is not None and grad.is_sparse and len(bucket.params) == 1:
+            gradient.leaves[0].grad, gradient.reached = None, {bucket.params[0]}
+            size = self.group.shard(bucket.flat).numel()
+            gradient.shard, pending = self.group.reduce_scatter_rows(coalesced(grad), size)
+            self._in_flight.append(pending)
+            return
         flat = torch.empty_like(bucket.flat)
         gradient.reached = set()
         for param, leaf, view in zip(bucket.params, gradient.leaves, bucket.views(flat), strict=True):
@@ -189,7 +200,7 @@ class ShardedParameters:
                 view.zero_()
                 continue
             gradient.reached.add(param)
-            view.copy_(leaf.grad)
+            view.copy_(leaf.grad.to_dense())
             leaf.grad = None
         gradient.shard = torch.empty_like(self.group.shard(flat))
         self._in_flight.append(self.group.reduce_scatter(gradient.shard, flat))
@@ -217,7 +228,8 @@ class ShardedParameters:
         """Bytes that this rank sends in reduce-scatters and all-gathers of an update.
 
         With P shared parameters, H others and T tasks: 4 (T P + P + 2 H) (world_size - 1) / world_size, and
-        4 (P + H) (world_size - 1) / world_size more for the EMA; P and H are rounded up to whole shards.
+        4 (P + H) (world_size - 1) / world_size more for the EMA; P and H are rounded up to whole shards. Less where
+        gradients are sparse: of those, what their rows have.
         """
         all_gathers = 2 if ema else 1
         total = sum((bucket.tasks + all_gathers) * bucket.flat.nbytes for bucket in self.buckets)

@@ -77,11 +77,11 @@ def _alike(views: Sequence[Tensor]) -> list[Tensor | None]:
         dense = not all(grad.is_sparse for grad in grads)
         for view in views:
             if view.grad is not None:
-                view.grad = view.grad.to_dense() if dense else _coalesced(view.grad)
+                view.grad = view.grad.to_dense() if dense else coalesced(view.grad)
     return [view.grad for view in views]
 
 
-def _coalesced(grad: Tensor) -> Tensor:
+def coalesced(grad: Tensor) -> Tensor:
     """A sparse gradient with each row once. Those of one backward are so, which autograd does not record."""
     rows = grad._indices()
     if grad.is_coalesced() or not (rows.diff() > 0).all():

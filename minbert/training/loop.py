@@ -201,7 +201,7 @@ def start(config: TrainConfig, directory: Run, console: Console, group: ProcessG
     trainer = build_trainer(config, data, plan, model, surgeries, group)
     if group.world_size > 1:
         sent = len(surgeries) * trainer.parameters.bytes_per_update(ema=bool(config.bregman.mu))
-        console.print(f"each process sends {sent / 1e6:.1f} MB a step")
+        console.print(f"each process sends at most {sent / 1e6:.1f} MB a step")
     run = TrainingRun(config, data, plan, trainer, directory, console, Progress())
     if directory.record is not None:
         check_records(directory.record, data.tasks, directory.path)

@@ -270,7 +270,9 @@ def build_optimizer(
     parameters: UnshardedParameters | ShardedParameters = UnshardedParameters(model.heads, copies)
     if group.world_size > 1:
         trunk = [param for param in model.trunk.parameters() if param.requires_grad]
-        parameters = ShardedParameters(list(model.heads.parameters()), trunk, rows, group, copies)
+        parameters = ShardedParameters(
+            list(model.heads.parameters()), trunk, rows, group, copies, model.encoder.embeddings.word
+        )
         parameters.all_gather()  # every rank starts with the same parameters
     optimizer = AdamW(
         parameters.param_groups(param_groups),
@@ -282,7 +284,7 @@ def build_optimizer(
     if config.bregman.mu:
         parameters.keep_ema(optimizer)
     parameters.register_hooks(TaskGradients(model.trunk, rows, copies))
-    model.encoder.embeddings.sparse_gradient = group.world_size == 1 and group.device.type == "cpu"
+    model.encoder.embeddings.sparse_gradient = group.device.type == "cpu" and group.backend == "gloo"
     return optimizer, parameters
 
 

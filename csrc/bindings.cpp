@@ -233,6 +233,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("dropout_forward", call(&Kernels::dropout_forward), Unlocked());
   module.def("layer_norm_forward", call(&Kernels::layer_norm_forward), Unlocked());
   module.def("layer_norm_backward", call(&Kernels::layer_norm_backward), Unlocked());
+  module.def("sums_of_rows", call(&Kernels::sums_of_rows), Unlocked());
   module.def("gelu_forward", call(&Kernels::gelu_forward), Unlocked());
   module.def("gelu_backward", call(&Kernels::gelu_backward), Unlocked());
   module.def("embedding_forward", call(&Kernels::embedding_forward), Unlocked());

@@ -204,6 +204,9 @@ using LayerNormBackward = void(Activation, const void* d_y, const void* x, const
                                const MeanRstd* mean_rstd, Dropout, void* d_x, void* d_residual, float* d_weight,
                                float* d_bias, float* scratch, int threads) noexcept;
 
+// sums [D] = the sums of x over the rows.
+using SumsOfRows = void(Activation, const void* x, float* sums, float* scratch, int threads) noexcept;
+
 // y = GELU(x + bias).
 using GeluForward = void(Activation, const void* x, const float* bias, void* y, int threads) noexcept;
 using GeluBackward = void(Activation, const void* d_y, const void* x, const float* bias, void* d_x, float* d_bias,
@@ -246,6 +249,7 @@ using EmbeddingBackward = void(Activation, const Embeddings&, const int64_t* wor
   KERNEL(DropoutForward, dropout_forward)              \
   KERNEL(LayerNormForward, layer_norm_forward)         \
   KERNEL(LayerNormBackward, layer_norm_backward)       \
+  KERNEL(SumsOfRows, sums_of_rows)                     \
   KERNEL(GeluForward, gelu_forward)                    \
   KERNEL(GeluBackward, gelu_backward)                  \
   KERNEL(EmbeddingForward, embedding_forward)          \

@@ -19,7 +19,7 @@ if __name__ == "minbert.kernels":
     from .layer_norm import dropout_add_layer_norm
     from .linear import linear
     from .matmul_library import faster_matmul, matmul, set_matmul, use_matmul
-    from .packed_weight import PackedWeight, pack_weight
+    from .packed_weight import PackedWeight, pack_weight, weights_packed_once
     from .smart import smart_ascend, smart_init
     from .surgery import clip_weights, combine, gram, surgery_weights
 elif "transformers" not in sys.modules:  # it imports `kernels` to see whether that package is there; to it we are empty
@@ -60,4 +60,5 @@ __all__ = [
     "surgery_weights",
     "use_backend",
     "use_matmul",
+    "weights_packed_once",
 ]

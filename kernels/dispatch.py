@@ -44,9 +44,10 @@ _COMPILED = {
     "gram": _Compiled("native", "native", _GRADIENTS),
     "smart_ascend": _Compiled("native", "native", _HALF_AND_SINGLE),
     "smart_init": _Compiled("native", "native", _HALF_AND_SINGLE),
+    "sums_of_rows": _Compiled("native", None, _HALF_AND_SINGLE),  # the gradient of a bias, within `linear`
     "surgery_weights": _Compiled("native", "native", _ANY),
 }
-OPS = (*_COMPILED, "linear")
+OPS = (*(op for op in _COMPILED if op != "sums_of_rows"), "linear")
 
 _choice = "auto"
 

@@ -1,4 +1,4 @@
-"""Linear layers; in float32 on CPUs by the library that `set_matmul` chooses."""
+"""Linear layers; on CPUs by the library that `matmul_library` chooses."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, task_views
+from . import checks, native_calls, task_views
 from .autograd import first_order_only
-from .dispatch import choice
-from .matmul_library import product
-from .packed_weight import PackedWeight
+from .dispatch import choice, is_compiled
+from .matmul_library import by_onednn, product
+from .packed_weight import PackedWeight, as_multiplied
 
 
 @torch.library.custom_op("minbert::linear", mutates_args=())
 def _linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
-    return product(x, weights[0].to(x.dtype), biases[0].to(x.dtype) if biases else None)
+    return _product(x, as_multiplied(weights[0], x.dtype), biases[0].to(x.dtype) if biases else None)
+
+
+def _product(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, PackedWeight):
+        return by_onednn(x, weight.packed, bias)
+    return product(x, weight, bias)
 
 
 @_linear.register_fake
@@ -38,11 +44,24 @@ def _linear_backward(
     bias: torch.dtype | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The gradients of x, of each view of the weight and of each of the bias in its dtype; empty if not needed."""
-    d_x = product(grad, weight.to(grad.dtype).t()) if for_x else grad.new_empty(0)
+    d_x = _product(grad, as_multiplied(weight, grad.dtype, transposed=True)) if for_x else grad.new_empty(0)
     parts = [slice(start, end) for start, end in pairwise(bounds)]
     d_weights = [F.linear(grad[rows].t(), x[rows].t()).to(weight.dtype) for rows in parts] if for_weights else []
-    d_biases = [grad[rows].sum(0, dtype=bias) for rows in parts] if bias else []
-    return d_x, d_weights, d_biases
+    return d_x, d_weights, _sums_of_rows(grad, parts, bias) if bias else []
+
+
+def _sums_of_rows(grad: Tensor, parts: Sequence[slice], dtype: torch.dtype) -> list[Tensor]:
+    """Over each of the parts, [outputs]."""
+    if not is_compiled("sums_of_rows", grad.device, grad.dtype):
+        return [grad[rows].sum(0, dtype=dtype) for rows in parts]
+    grad = grad.contiguous()
+    sums = [torch.zeros(grad.shape[1]) for _ in parts]
+    scratch = native_calls.row_scratch(max(rows.stop - rows.start for rows in parts), grad.shape[1])
+    for rows, of_part in zip(parts, sums, strict=True):
+        if rows.stop > rows.start:
+            addresses = grad[rows].data_ptr(), of_part.data_ptr(), scratch.data_ptr()
+            native_calls.run("sums_of_rows", grad.device, native_calls.activation(grad[rows]), *addresses)
+    return [of_part.to(dtype) for of_part in sums]
 
 
 @_linear_backward.register_fake

@@ -6,11 +6,13 @@ import datetime
 import math
 import time
 from collections import deque
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from rich.console import Console
 
+from minbert import kernels
 from minbert.config import TrainConfig
 from minbert.console import TrainingProgress
 from minbert.device import resolve_device, resolve_precision, settings
@@ -52,18 +54,19 @@ def training_step(trainer: Trainer, step: int, progress: float) -> PendingStep:
         gradients.clear()
         optimizer.zero_grad(set_to_none=True)
         streams, losses = batches.streams(sampled, step, number), []
-        for stream in streams:  # one; several for accumulated batches, or task after task in low memory
-            batch = batches.pack(stream, progress)
-            timer.end("batch")
-            if stream is streams[-1]:
-                trainer.parameters.reduce_next_backward()
-            if trainer.graphs is None:
-                tracked = partial(gradients.attached, stream.row)  # the forward reads per-task views of parameters
-                losses.append(trainer.objective(batch.to(group.device), tracked, on_phase=timer.end))
-                (losses[-1].total / (len(sampled) * group.world_size)).backward()
-            else:
-                losses.append(trainer.graphs(batch))  # the same forward and backward as a CUDA graph
-            timer.end("backward")
+        with kernels.weights_packed_once() if trainer.packs_weights else nullcontext():
+            for stream in streams:  # one; several for accumulated batches, or task after task in low memory
+                batch = batches.pack(stream, progress)
+                timer.end("batch")
+                if stream is streams[-1]:
+                    trainer.parameters.reduce_next_backward()
+                if trainer.graphs is None:
+                    tracked = partial(gradients.attached, stream.row)  # the forward reads per-task views of parameters
+                    losses.append(trainer.objective(batch.to(group.device), tracked, on_phase=timer.end))
+                    (losses[-1].total / (len(sampled) * group.world_size)).backward()
+                else:
+                    losses.append(trainer.graphs(batch))  # the same forward and backward as a CUDA graph
+                timer.end("backward")
 
         shared, own = trainer.parameters.wait_for_gradients()  # one gradient per task of shared parameters
         products = gradient_products(len(gradients.rows), shared, own, losses, group)  # the Gram matrix

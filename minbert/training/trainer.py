@@ -58,6 +58,11 @@ class Trainer:
         return self.parameters.gradients
 
     @property
+    def packs_weights(self) -> bool:
+        """Whether an update packs the weights of its products once, as pays with SMART, which reads them three times."""
+        return self.objective.smart.on and not self.batches.low_memory and self.group.device.type == "cpu"
+
+    @property
     def group(self) -> ProcessGroup:
         return self.batches.group
 

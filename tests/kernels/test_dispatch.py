@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -122,11 +124,17 @@ def test_all_reasons_are_given(needs_native: None, cuda: None) -> None:
 
 
 def test_one_dnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = importlib.import_module("minbert.kernels.matmul_library")
     assert against("linear", "cpu") == ['set_matmul("blas") is in effect']
     if torch.backends.mkldnn.is_available():
         with use_matmul("onednn"):
             assert backends("cpu", explain=True)["linear"] == ("oneDNN", {})
-            assert against("linear", "cpu", dtype=torch.bfloat16) == ["takes float32, not bfloat16"]
+            assert against("linear", "cpu", dtype=torch.float64) == ["takes float32 or bfloat16, not float64"]
+        monkeypatch.setattr(library, "multiplies_bfloat16", lambda: True)
+        assert backends("cpu", explain=True, dtype=torch.bfloat16)["linear"] == ("oneDNN", {})
+        monkeypatch.setattr(library, "multiplies_bfloat16", lambda: False)
+        reasons = ["this processor, or oneDNN on it, multiplies no bfloat16"]
+        assert against("linear", "cpu", dtype=torch.bfloat16) == reasons
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert "torch was built without oneDNN" in against("linear", "cpu")
 
@@ -193,5 +201,5 @@ def test_calls_of_the_reference_compile_into_one_graph(op: str) -> None:
 def test_every_public_op_is_listed() -> None:
     computed_by_torch = {"clip_weights", "attention_plan"}
     public = {name for name in kernels.__all__ if callable(getattr(kernels, name)) and not name[0].isupper()}
-    settings = {name for name in public if "backend" in name or "matmul" in name}
+    settings = {name for name in public if "backend" in name or "matmul" in name or "pack" in name}
     assert public - settings - computed_by_torch == set(dispatch.OPS)

@@ -19,6 +19,7 @@ from minbert.kernels import use_backend, use_matmul
 
 module = importlib.import_module("minbert.kernels.linear")  # its name in the package is the function's
 libraries = importlib.import_module("minbert.kernels.matmul_library")  # likewise
+packed_weight = importlib.import_module("minbert.kernels.packed_weight")
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "BLAS"])
@@ -70,10 +71,82 @@ def test_the_choice_decides_what_runs(onednn, monkeypatch):
     assert len(calls) == 2 * onednn
 
 
-def test_other_precisions_go_to_torch(onednn, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_precisions_that_onednn_does_not_multiply_go_to_torch(onednn, dtype, monkeypatch):
     monkeypatch.setattr(libraries, "by_onednn", lambda *tensors: pytest.fail("asked oneDNN"))
-    x, weight, bias, _ = (tensor.bfloat16() for tensor in inputs(5, 8, 3))
+    monkeypatch.setattr(libraries, "multiplies_bfloat16", lambda: False)
+    x, weight, bias, _ = (tensor.to(dtype) for tensor in inputs(5, 8, 3))
     assert torch.equal(kernels.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.skipif(not libraries.multiplies_bfloat16(), reason="this processor multiplies no bfloat16")
+def test_bfloat16_is_onednns_whatever_is_chosen_for_float32(onednn, monkeypatch):
+    by_onednn, calls = libraries.by_onednn, []
+    monkeypatch.setattr(libraries, "by_onednn", lambda *tensors: calls.append(tensors) or by_onednn(*tensors))
+    x, weight, bias, _ = (tensor.bfloat16() for tensor in inputs(5, 8, 3))
+    kernels.linear(x, weight, bias)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_weights_packed_once_give_the_same_products(onednn, dtype, tasks):
+    """Views of a weight, parts of it and casts of it, read several times; afterwards it may change."""
+    x, weight, bias, grad = inputs(50, 48, 32)
+    x, grad, bounds = x.to(dtype), grad.to(dtype), [0, 20, 20, 50] if tasks > 1 else [0, 50]
+
+    def results():
+        views = [[param.detach().requires_grad_() for _ in bounds[1:]] for param in (weight, bias)]
+        found = []
+        for parts in [slice(None), slice(8, 32)]:
+            leaf = x.detach().requires_grad_()
+            given = [[view[parts] for view in each] for each in views]
+            y = kernels.linear(leaf, *given, bounds=bounds)
+            found += [y.detach(), *torch.autograd.grad(y, [leaf, *views[0], *views[1]], grad[:, parts])]
+        return found
+
+    def near(some, others):
+        unit = 4 * torch.finfo(dtype).eps
+        return all((one - other).norm() <= unit * other.norm() for one, other in zip(some, others, strict=True))
+
+    apart = results()
+    with kernels.weights_packed_once():
+        assert near(results(), apart)
+        assert near(results(), apart)
+    weight.neg_()
+    with kernels.weights_packed_once():
+        assert not near(results(), apart)
+        changed = results()
+    assert near(changed, results())
+
+
+def test_weights_are_packed_once(onednn, monkeypatch):
+    packs, pack = [], packed_weight.pack_weight
+    monkeypatch.setattr(packed_weight, "pack_weight", lambda *arguments: packs.append(arguments) or pack(*arguments))
+    x, weight, bias, _ = inputs(5, 8, 3)
+    for _ in range(2):
+        packs.clear()
+        with kernels.weights_packed_once():
+            for _ in range(3):
+                kernels.linear(x.requires_grad_(), weight, bias).sum().backward()
+        assert len(packs) == 2  # the weight and its transpose
+    kernels.linear(x, weight, bias)
+    assert len(packs) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_rows_are_as_exact_as_torchs(isa, dtype):
+    """The gradient of a bias, for any thread count."""
+    grad = torch.randn(300, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+    parts = [slice(0, 33), slice(33, 33), slice(33, 300)]
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(module._sums_of_rows(grad, parts, torch.float32))
+    for one, other, rows in zip(*found, parts, strict=True):
+        exact, theirs = grad[rows].double().sum(0), grad[rows].sum(0, dtype=torch.float32)
+        assert torch.equal(one, other)
+        assert (one - exact).norm() <= 2 * (theirs - exact).norm() + 1e-6 * exact.norm()
 
 
 def test_float32_parameters_are_cast_to_the_precision_of_x(onednn):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minbert import kernels
-from minbert.device import resolve_precision
 from minbert.kernels import PackedWeight, pack_weight, use_backend, use_matmul
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
-BF16 = resolve_precision("auto", torch.device("cpu")) == "bf16"  # this processor multiplies bf16 matrices
+libraries = importlib.import_module("minbert.kernels.matmul_library")  # its name in the package is the function's
+BF16 = libraries.multiplies_bfloat16()
 
 
 def inputs(rows: int, columns: int, outputs: int) -> list[torch.Tensor]:
@@ -83,7 +85,7 @@ def test_where_linear_does_not_use_onednn_a_weight_is_cast_alone(monkeypatch):
     for dtype in (torch.float64, torch.float16):
         assert pack_weight(weight, dtype).dtype == dtype
     assert pack_weight(weight.to("meta"), torch.bfloat16).dtype == torch.bfloat16
-    monkeypatch.setattr("minbert.kernels.native.cpu_features", lambda: {"avx512_bf16": False, "amx_bf16": False})
+    monkeypatch.setattr(libraries, "multiplies_bfloat16", lambda: False)
     assert isinstance(pack_weight(weight, torch.bfloat16), torch.Tensor)
     if torch.backends.mkldnn.is_available():
         with use_matmul("onednn"):

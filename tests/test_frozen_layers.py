@@ -18,7 +18,7 @@ from minbert.tasks import find_tasks
 from minbert.training.loop import training_step
 from minbert.training.setup import build_data, build_model, build_optimizer
 
-LAYERS, PRODUCTS = 2, 4  # layers of the small trainer's encoder, and products of each
+LAYERS = 2  # of the small trainer's encoder
 METHODS = [
     {"surgery": "sum", "weight": 0.0},
     {"surgery": "pcgrad"},
@@ -42,6 +42,11 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def products(layers: int) -> int:
+    """Of so many layers from the top: the last one computes its queries by themselves."""
+    return 4 * layers + (layers > 0)
+
+
 def calls(**options) -> Counter[str]:
     steps = trainer(**options)
     with Calls() as counted:
@@ -54,8 +59,9 @@ def calls(**options) -> Counter[str]:
 def test_no_backward_goes_through_what_is_frozen(surgery, frozen):
     found = calls(surgery=surgery, weight=0.0, freeze=frozen)
     trained = LAYERS - frozen
-    assert found["linear_backward"] == found["weights"] == PRODUCTS * trained
-    assert found["attention_backward"] == trained
+    assert found["linear_backward"] == found["weights"] == products(trained)
+    assert found["attention_backward"] == max(trained - 1, 0)
+    assert found["first_token_attention_backward"] == (trained > 0)
     assert found["embedding_backward"] == 0
     assert calls(surgery=surgery, weight=0.0)["embedding_backward"] == 1
 
@@ -64,8 +70,8 @@ def test_no_backward_goes_through_what_is_frozen(surgery, frozen):
 def test_smart_goes_through_frozen_layers_in_its_search_alone(frozen):
     found = calls(freeze=frozen)
     trained = LAYERS - frozen
-    assert found["weights"] == 2 * PRODUCTS * trained  # of the clean pass and the perturbed one
-    assert found["linear_backward"] == PRODUCTS * (LAYERS + 2 * trained)
+    assert found["weights"] == 2 * products(trained)  # of the clean pass and the perturbed one
+    assert found["linear_backward"] == products(LAYERS) + 2 * products(trained)
     assert found["embedding_backward"] == (frozen == 0)
 
 

@@ -26,7 +26,8 @@ from minbert.training.objective import Objective
 from minbert.training.step_result import PendingUpdate
 
 STEP_OPS = {
-    *("embedding", "linear", "attention", "dropout_add_layer_norm", "bias_gelu", "dropout"),
+    *("embedding", "linear", "attention", "first_token_attention"),
+    *("dropout_add_layer_norm", "bias_gelu", "dropout"),
     *("smart_init", "smart_ascend", "gram", "surgery_weights", "combine_adamw_"),
 }
 

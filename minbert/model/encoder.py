@@ -87,50 +87,39 @@ class Layer(nn.Module):
         self.hidden_dropout_p = config.hidden_dropout_prob
         self.first_stream_id = first_stream_id
 
-    def forward(self, hidden: Tensor, packed: Packed, seed: Tensor | None) -> Tensor:
-        """[N, D] to [N, D]."""
-        qkv = kernels.linear(hidden, self.qkv.weight, self.qkv.bias, bounds=packed.token_bounds)
-        context = kernels.attention(
-            qkv.unflatten(1, (3, self.heads, -1)),
-            packed.cu_seqlens,
-            packed.max_seqlen,
-            **self._attention_dropout(seed),
-            plan=packed.attention_plan,
-        )
-        return self._after_attention(context, hidden, seed, packed.token_bounds)
+    def forward(self, hidden: Tensor, packed: Packed, seed: Tensor | None, *, first_tokens: bool = False) -> Tensor:
+        """[N, D] to [N, D]; with `first_tokens` the rows of each sequence's first token alone, [S, D].
 
-    def first_tokens(self, hidden: Tensor, packed: Packed, seed: Tensor | None) -> Tensor:
-        """The rows of `forward` for each sequence's first token, [N, D] to [S, D].
-
-        Keys and values are computed for all tokens, everything else for the first ones alone.
+        For these, keys and values are computed of all tokens and everything else of the first ones.
         """
-        rows, bounds = packed.cu_seqlens[:-1], packed.sequence_bounds
-        first = hidden.index_select(0, rows)
-        sizes = hidden.shape[1], 2 * hidden.shape[1]
-        weights, biases = (_split(param, sizes) for param in (self.qkv.weight, self.qkv.bias))
-        queries = kernels.linear(first, weights[0], biases[0], bounds=bounds)
-        keys_values = kernels.linear(hidden, weights[1], biases[1], bounds=packed.token_bounds)
-        context = kernels.first_token_attention(
-            queries.unflatten(1, (self.heads, -1)),
-            keys_values.unflatten(1, (2, self.heads, -1)),
-            packed.cu_seqlens,
-            packed.max_seqlen,
-            **self._attention_dropout(seed),
-        )
-        return self._after_attention(context, first, seed, bounds, rows)
-
-    def _attention_dropout(self, seed: Tensor | None) -> dict[str, Any]:
-        p = self.attention_dropout_p if self.training else 0.0
-        return {"dropout_p": p, "seed": seed, "stream_id": self.first_stream_id}
-
-    def _after_attention(
-        self,
-        context: Tensor,
-        hidden: Tensor,
-        seed: Tensor | None,
-        bounds: Sequence[int] | None,
-        dropout_rows: Tensor | None = None,
-    ) -> Tensor:
+        bounds, dropout_rows, weights, biases = packed.token_bounds, None, self.qkv.weight, self.qkv.bias
+        attention_dropout: dict[str, Any] = {
+            "dropout_p": self.attention_dropout_p if self.training else 0.0,
+            "seed": seed,
+            "stream_id": self.first_stream_id,
+        }
+        if first_tokens:
+            (of_queries, weights), (query_bias, biases) = (
+                _split(param, (hidden.shape[1], 2 * hidden.shape[1])) for param in (weights, biases)
+            )
+            keys_values = kernels.linear(hidden, weights, biases, bounds=bounds)
+            bounds, dropout_rows = packed.sequence_bounds, packed.cu_seqlens[:-1]
+            hidden = hidden.index_select(0, dropout_rows)
+            context = kernels.first_token_attention(
+                kernels.linear(hidden, of_queries, query_bias, bounds=bounds).unflatten(1, (self.heads, -1)),
+                keys_values.unflatten(1, (2, self.heads, -1)),
+                packed.cu_seqlens,
+                packed.max_seqlen,
+                **attention_dropout,
+            )
+        else:
+            context = kernels.attention(
+                kernels.linear(hidden, weights, biases, bounds=bounds).unflatten(1, (3, self.heads, -1)),
+                packed.cu_seqlens,
+                packed.max_seqlen,
+                **attention_dropout,
+                plan=packed.attention_plan,
+            )
         linear = partial(kernels.linear, bounds=bounds)
         add_norm = partial(
             kernels.dropout_add_layer_norm,
@@ -298,25 +287,21 @@ class Encoder(nn.Module):
         seed = self._seed(seed)
         return self.embeddings(packed, seed, self.compute_dtype)
 
-    def encode(self, embedded: Tensor, packed: Packed, seed: Tensor | None = None) -> Tensor:
-        """The layers over an embedding block's output, [N, D] to [N, D]."""
-        seed = self._seed(seed)
-        hidden = embedded.to(self.compute_dtype)
-        for layer in self.layers:
-            hidden = layer(hidden, packed, seed)
-        return hidden
+    def encode(
+        self, embedded: Tensor, packed: Packed, seed: Tensor | None = None, *, first_tokens: bool = False
+    ) -> Tensor:
+        """The layers over an embedding block's output, [N, D] to [N, D].
 
-    def encode_first_tokens(self, embedded: Tensor, packed: Packed, seed: Tensor | None = None) -> Tensor:
-        """The rows of `encode` for each sequence's first token, [N, D] to [S, D], equal to rounding.
-
-        The last layer computes no more than these rows depend on. What dropout drops is the same.
+        Args:
+            first_tokens: return the rows of each sequence's first token alone, [S, D], equal to rounding and under the
+                same dropout: the last layer computes no more than they depend on.
         """
         seed = self._seed(seed)
         hidden = embedded.to(self.compute_dtype)
         *layers, last = self.layers
         for layer in layers:
             hidden = layer(hidden, packed, seed)
-        return last.first_tokens(hidden, packed, seed)  # type: ignore[operator, no-any-return]
+        return last(hidden, packed, seed, first_tokens=first_tokens)  # type: ignore[no-any-return]
 
     def pool(self, hidden: Tensor, packed: Packed, how: str = "cls") -> Tensor:
         """One vector per sequence, [S, D] in float32 at least: `cls`, `mean`, `max` (`minbert.model.pool`) or `pooler`.

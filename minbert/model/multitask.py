@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,11 @@ class MultitaskModel(nn.Module):
             bounds: `Packed.sequence_bounds` of the whole batch, if it is larger than `packed`.
         """
         seed = self._seed(seed)
-        pooled = self._pooled(embedded, packed, dict.fromkeys(map(self._pooling_of, counts)), seed)
+        hows = dict.fromkeys(map(self._pooling_of, counts))
+        first_tokens = set(hows) <= set(FIRST_TOKEN_POOLINGS)
+        hidden = self.encoder.encode(embedded, packed, seed, first_tokens=first_tokens)
+        pool = self.encoder.pool_first_tokens if first_tokens else self.encoder.pool
+        pooled = {how: pool(hidden, packed, how) for how in hows}
         if all_gather is not None:
             pooled = {how: all_gather(vectors) for how, vectors in pooled.items()}
         sizes = self._sizes(counts, packed.padding)
@@ -151,15 +155,6 @@ class MultitaskModel(nn.Module):
         starts = list(accumulate(self._sizes(counts, padding), initial=0))[:-1:2]
         firsts = (bounds or (0, 0))[:-1]
         return {name: bisect_right(firsts, start) - 1 for name, start in zip(counts, starts, strict=True)}
-
-    def _pooled(self, embedded: Tensor, packed: Packed, hows: Iterable[str], seed: Tensor | None) -> dict[str, Tensor]:
-        """By pooling, one vector per sequence; where all read first tokens alone, nothing else is computed."""
-        encoder = self.encoder
-        if set(hows) <= set(FIRST_TOKEN_POOLINGS):
-            first = encoder.encode_first_tokens(embedded, packed, seed)
-            return {how: encoder.pool_first_tokens(first, packed, how) for how in hows}
-        hidden = encoder.encode(embedded, packed, seed)
-        return {how: encoder.pool(hidden, packed, how) for how in hows}
 
     def _pooling_of(self, task: str) -> str:
         return self.pooling if isinstance(self.pooling, str) else self.pooling.get(task, "cls")

@@ -59,7 +59,7 @@ class Trainer:
 
     @property
     def packs_weights(self) -> bool:
-        """Whether an update packs the weights of its products once, as pays with SMART, which reads them three times."""
+        """Whether an update packs the weights of its products once: it pays with SMART, which reads them thrice."""
         return self.objective.smart.on and not self.batches.low_memory and self.group.device.type == "cpu"
 
     @property

@@ -155,7 +155,7 @@ def test_first_tokens_are_those_of_all_tokens_with_their_gradients(
     direction = torch.randn(sequences, config.hidden_size, generator=torch.Generator().manual_seed(1))
 
     def first(some: Encoder) -> Tensor:
-        return some.encode_first_tokens(some.embed(packed, seed), packed, seed)
+        return some.encode(some.embed(packed, seed), packed, seed, first_tokens=True)
 
     def rows_of_all(some: Encoder) -> Tensor:
         return some.encode(some.embed(packed, seed), packed, seed)[packed.cu_seqlens[:-1]]

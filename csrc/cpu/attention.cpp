@@ -1,9 +1,9 @@
 // Attention within the sequences of a packed stream, forward and backward. A work item is one sequence and a few heads:
-// it converts its rows to float32, holds whole rows of scores for a block of queries, and writes its part of the result
-// once. No two items write the same output, so that the result does not depend on the thread count.
+// for a block of queries it holds the scores of all keys, transposed, and it writes its part of the result once. No two
+// items write the same output, so that the result does not depend on the thread count.
 #include "cpu/attention_tiles.h"
-#include "cpu/dropout_mask.h"
-#include "cpu/head_matrices.h"
+#include "cpu/keep_bits.h"
+#include "cpu/operands.h"
 #include "cpu/softmax.h"
 
 namespace minbert::MINBERT_ISA {
@@ -11,117 +11,151 @@ namespace {
 
 enum Part { kQueries, kKeys, kValues };
 
-// The rows [row, row + rows) of an item.
+// The rows [row, row + rows) of one of an item's heads.
 template <class Element>
-Heads<const Element> heads_of(const AttentionProblem& p, QueriesKeysValues qkv, Part part, const Item& item,
-                              int64_t row, int64_t rows) {
+Head<const Element> head_of(const AttentionProblem& p, QueriesKeysValues qkv, int part, const Item& item, int64_t head,
+                            int64_t row, int64_t rows) {
   const Element* const data = static_cast<const Element*>(qkv.data) + (item.first_token + row) * qkv.token_stride +
-                              part * qkv.part_stride + item.first_head * qkv.head_stride;
-  return {data, qkv.token_stride, qkv.head_stride, rows, item.heads, p.head_dim};
+                              part * qkv.part_stride + (item.first_head + head) * qkv.head_stride;
+  return {data, qkv.token_stride, rows, p.head_dim};
 }
 
 template <class Element>
-Heads<const Element> heads_of(const AttentionProblem& p, HeadRows x, const Item& item, int64_t row, int64_t rows) {
-  const Element* const data =
-      static_cast<const Element*>(x.data) + (item.first_token + row) * x.token_stride + item.first_head * x.head_stride;
-  return {data, x.token_stride, x.head_stride, rows, item.heads, p.head_dim};
+Head<const Element> head_of(const AttentionProblem& p, HeadRows x, const Item& item, int64_t head, int64_t row,
+                            int64_t rows) {
+  const Element* const data = static_cast<const Element*>(x.data) + (item.first_token + row) * x.token_stride +
+                              (item.first_head + head) * x.head_stride;
+  return {data, x.token_stride, rows, p.head_dim};
 }
 
 // The same rows of a contiguous output [N, parts, H, d].
 template <class Element>
-Heads<Element> heads_of(const AttentionProblem& p, Element* x, int64_t parts, int64_t part, const Item& item,
-                        int64_t row, int64_t rows) {
-  const int64_t token = item.first_token + row, stride = p.heads * p.head_dim;
-  return {x + (token * parts + part) * stride + item.first_head * p.head_dim,
-          parts * stride,
-          p.head_dim,
-          rows,
-          item.heads,
-          p.head_dim};
+Head<Element> head_of(const AttentionProblem& p, Element* x, int64_t parts, int64_t part, const Item& item,
+                      int64_t head, int64_t row, int64_t rows) {
+  const int64_t stride = p.heads * p.head_dim;
+  return {x + ((item.first_token + row) * parts + part) * stride + (item.first_head + head) * p.head_dim,
+          parts * stride, rows, p.head_dim};
 }
 
-void keep_rows(const AttentionProblem& p, const Item& item, int64_t row, int64_t rows, int64_t keys, uint8_t* keep) {
+void keep_block(const AttentionProblem& p, const Item& item, const Queries& queries, KeepBits* keep) {
   const Keys philox_keys(p.dropout.seed);
-  for (int64_t i = 0; i < rows; ++i)
-    keep_query(keep + i * keys, rows * keys, item.first_head, item.heads, keys, item.first_token + row + i, p.dropout,
-               philox_keys);
+  for (int64_t i = 0; i < queries.registers; ++i)
+    keep_queries(keep + i * item.length, queries.registers * item.length, item.first_head, item.heads, item.length,
+                 item.first_token + queries.first + i * kFloats, p.dropout, philox_keys);
 }
 
-template <class Element>
-void attend(const AttentionProblem& p, QueriesKeysValues qkv, Element* out, const Item& item, Allocator& scratch) {
-  const Buffers b(scratch, item.length, p.head_dim, false);
-  const int64_t keys = round_up(item.length, kPanel), columns = round_up(p.head_dim, kFloats);
-  const int64_t blocks = (item.length + kBlockRows - 1) / kBlockRows;
-  float factors[kGroup][kBlockRows];
-  load_heads(heads_of<Element>(p, qkv, kKeys, item, 0, item.length), 1, b.keys, columns);
-  load_heads(heads_of<Element>(p, qkv, kValues, item, 0, item.length), 1, b.values, columns);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t row = item.length * block / blocks, rows = item.length * (block + 1) / blocks - row;
-    load_heads(heads_of<Element>(p, qkv, kQueries, item, row, rows), p.scale, b.queries, columns);
-    if (p.dropout.threshold) keep_rows(p, item, row, rows, keys, b.keep);
+// The scores of one head for a block of queries.
+template <class Unit>
+Block block_of(const AttentionProblem& p, const Item& item, const Queries& queries, int64_t head,
+               const Buffers<Unit>& b) {
+  const KeepBits* const keep = b.keep + head * queries.registers * item.length;
+  return {b.scores, b.grads, queries.registers * kFloats, item.length, p.scale, keep};
+}
+
+template <class Unit, class Element>
+void attend(const AttentionProblem& p, QueriesKeysValues qkv, Element* out, const Item& item, Allocator& scratch,
+            const Item& next) {
+  const Buffers<Unit> b(scratch, item.length, p.head_dim, false);
+  const int64_t columns = round_up(p.head_dim, kFloats), depth = p.head_dim / kDepth<Unit>;
+  const int64_t key_units = (item.length + kDepth<Unit> - 1) / kDepth<Unit>;
+  float factors[kBlockRows];
+  Prefetch prefetch{next.length, next.heads * p.head_dim * static_cast<int64_t>(sizeof(Element))};
+  for (int part = kQueries; part <= kValues; ++part) prefetch.add(head_of<Element>(p, qkv, part, next, 0, 0, 0));
+  prefetch.add(head_of(p, out, 1, 0, next, 0, 0, 0));
+  for (int64_t i = 0; i < Queries::block_count(item.length); ++i) {
+    const Queries queries(item.length, i);
+    if (p.dropout.threshold) keep_block(p, item, queries, b.keep);
     for (int64_t head = 0; head < item.heads; ++head) {
-      if (block == 0) transpose_into_panels(b.keys[head], columns, item.length, p.head_dim, b.keys_transposed[head]);
-      multiply({b.queries[head], columns, false}, {b.keys_transposed[head], kPanel, p.head_dim * kPanel}, rows,
-               p.head_dim, item.length, b.scores, keys);
-      for (int64_t i = 0; i < rows; ++i) {
-        float* const scores = b.scores + i * keys;
-        const uint8_t* const keep = b.keep + (head * rows + i) * keys;
-        factors[head][i] = p.keep_scale / (p.dropout.threshold ? exponentials<true>(scores, item.length, keep)
-                                                               : exponentials<false>(scores, item.length, keep));
+      if (queries.first == 0) {
+        load_rows(head_of<Element>(p, qkv, kKeys, item, head, 0, item.length), b.keys[head]);
+        load_right(head_of<Element>(p, qkv, kValues, item, head, 0, item.length), b.values[head]);
       }
-      multiply({b.scores, keys, false}, {b.values[head], columns, kPanel}, rows, item.length, p.head_dim,
-               b.queries[head], columns);  // overwrites the queries, which are not needed any more
+      load_transposed(head_of<Element>(p, qkv, kQueries, item, head, queries.first, queries.count), b.queries);
+      const Block block = block_of(p, item, queries, head, b);
+      prefetch.step(2 * kGroup);
+      multiply<Unit>({b.keys[head], row_units<Unit>(p.head_dim), false}, {b.queries, kPanel, depth * kPanel},
+                     item.length, depth, queries.count, b.scores, block.stride);
+      p.dropout.threshold ? exponentials<Unit, true>(block, factors) : exponentials<Unit, false>(block, factors);
+      prefetch.step(2 * kGroup);
+      multiply<Unit>({reinterpret_cast<Unit*>(b.scores), block.stride, true}, {b.values[head], columns, kPanel},
+                     queries.count, key_units, p.head_dim, b.rows, columns);
+      store_rows(
+          b.rows, columns, [&](int64_t i) { return factors[i] * p.keep_scale; },
+          head_of(p, out, 1, 0, item, head, queries.first, queries.count));
     }
-    store_heads(
-        b.queries, columns, [&](int64_t head, int64_t i) { return factors[head][i]; },
-        heads_of(p, out, 1, 0, item, row, rows));
   }
 }
 
-template <class Element>
+template <class Unit, class Element>
 void attend_backward(const AttentionProblem& p, HeadRows grad_out, QueriesKeysValues qkv, Element* grad_qkv,
-                     const Item& item, Allocator& scratch) {
-  const Buffers b(scratch, item.length, p.head_dim, true);
-  const int64_t keys = round_up(item.length, kPanel), columns = round_up(p.head_dim, kFloats);
-  const int64_t blocks = (item.length + kBlockRows - 1) / kBlockRows;
-  const auto store = [&](float* const* from, Part part, int64_t row, int64_t rows, float factor) {
-    store_heads(
-        from, columns, [&](int64_t, int64_t) { return factor; }, heads_of(p, grad_qkv, 3, part, item, row, rows));
-  };
-  load_heads(heads_of<Element>(p, qkv, kKeys, item, 0, item.length), 1, b.keys, columns);
-  load_heads(heads_of<Element>(p, qkv, kValues, item, 0, item.length), 1, b.values, columns);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t row = item.length * block / blocks, rows = item.length * (block + 1) / blocks - row;
-    load_heads(heads_of<Element>(p, qkv, kQueries, item, row, rows), p.scale, b.queries, columns);
-    load_heads(heads_of<Element>(p, grad_out, item, row, rows), p.keep_scale, b.grad_out, columns);
-    if (p.dropout.threshold) keep_rows(p, item, row, rows, keys, b.keep);
-    for (int64_t head = 0; head < item.heads; ++head) {
-      if (block == 0) {
-        transpose_into_panels(b.keys[head], columns, item.length, p.head_dim, b.keys_transposed[head]);
-        transpose_into_panels(b.values[head], columns, item.length, p.head_dim, b.values_transposed[head]);
-      }
-      multiply({b.queries[head], columns, false}, {b.keys_transposed[head], kPanel, p.head_dim * kPanel}, rows,
-               p.head_dim, item.length, b.scores, keys);
-      multiply({b.grad_out[head], columns, false}, {b.values_transposed[head], kPanel, p.head_dim * kPanel}, rows,
-               p.head_dim, item.length, b.grad_scores, keys);
-      for (int64_t i = 0; i < rows; ++i) {
-        float *const scores = b.scores + i * keys, *const grads = b.grad_scores + i * keys;
-        const uint8_t* const keep = b.keep + (head * rows + i) * keys;
-        p.dropout.threshold ? softmax_backward<true>(scores, grads, item.length, keep)
-                            : softmax_backward<false>(scores, grads, item.length, keep);
-      }
-      // The gradients overwrite the values and then the queries, which are not needed any more.
-      multiply({b.scores, keys, true}, {b.grad_out[head], columns, kPanel}, item.length, rows, p.head_dim,
-               b.values[head], columns, block > 0);
-      multiply({b.grad_scores, keys, true}, {b.queries[head], columns, kPanel}, item.length, rows, p.head_dim,
-               b.grad_keys[head], columns, block > 0);
-      multiply({b.grad_scores, keys, false}, {b.keys[head], columns, kPanel}, rows, item.length, p.head_dim,
-               b.queries[head], columns);
-    }
-    store(b.queries, kQueries, row, rows, p.scale);
+                     const Item& item, Allocator& scratch, const Item& next) {
+  const Buffers<Unit> b(scratch, item.length, p.head_dim, true);
+  const int64_t columns = round_up(p.head_dim, kFloats), depth = p.head_dim / kDepth<Unit>;
+  const int64_t units = row_units<Unit>(p.head_dim), key_units = (item.length + kDepth<Unit> - 1) / kDepth<Unit>;
+  Prefetch prefetch{next.length, next.heads * p.head_dim * static_cast<int64_t>(sizeof(Element))};
+  for (int part = kQueries; part <= kValues; ++part) {
+    prefetch.add(head_of<Element>(p, qkv, part, next, 0, 0, 0));
+    prefetch.add(head_of(p, grad_qkv, 3, part, next, 0, 0, 0));
   }
-  store(b.grad_keys, kKeys, 0, item.length, 1);
-  store(b.values, kValues, 0, item.length, 1);
+  prefetch.add(head_of<Element>(p, grad_out, next, 0, 0, 0));
+  const auto store = [&](const float* from, Part part, int64_t head, int64_t row, int64_t rows, float factor) {
+    store_rows(from, columns, [&](int64_t) { return factor; }, head_of(p, grad_qkv, 3, part, item, head, row, rows));
+  };
+  for (int64_t i = 0; i < Queries::block_count(item.length); ++i) {
+    const Queries queries(item.length, i);
+    if (p.dropout.threshold) keep_block(p, item, queries, b.keep);
+    const int64_t query_units = (queries.count + kDepth<Unit> - 1) / kDepth<Unit>;
+    for (int64_t head = 0; head < item.heads; ++head) {
+      if (queries.first == 0) {
+        const auto keys = head_of<Element>(p, qkv, kKeys, item, head, 0, item.length);
+        load_rows(keys, b.keys[head]);
+        if (kDepth<Unit> > 1) load_right(keys, b.keys_right[head]);
+        load_rows(head_of<Element>(p, qkv, kValues, item, head, 0, item.length), b.values[head]);
+      }
+      const auto rows = head_of<Element>(p, qkv, kQueries, item, head, queries.first, queries.count);
+      const auto grad_rows = head_of<Element>(p, grad_out, item, head, queries.first, queries.count);
+      load_transposed(rows, b.queries);
+      load_transposed(grad_rows, b.grad_out);
+      load_right(rows, b.queries_right);
+      load_right(grad_rows, b.grad_out_right);
+
+      const Block block = block_of(p, item, queries, head, b);
+      const Left<Unit> probabilities{reinterpret_cast<Unit*>(b.scores), block.stride, false};
+      const Left<Unit> grads{reinterpret_cast<Unit*>(b.grads), block.stride, false};
+      const Left<Unit> grads_transposed{kDepth<Unit> > 1 ? b.grads_along_keys : grads.data, block.stride, true};
+      prefetch.step(5 * kGroup);
+      multiply<Unit>({b.keys[head], units, false}, {b.queries, kPanel, depth * kPanel}, item.length, depth,
+                     queries.count, b.scores, block.stride);
+      prefetch.step(5 * kGroup);
+      multiply<Unit>({b.values[head], units, false}, {b.grad_out, kPanel, depth * kPanel}, item.length, depth,
+                     queries.count, b.grads, block.stride);
+      p.dropout.threshold ? softmax_backward<Unit, true>(block, b.grads_along_keys)
+                          : softmax_backward<Unit, false>(block, b.grads_along_keys);
+      prefetch.step(5 * kGroup);
+      multiply<Unit>(probabilities, {b.grad_out_right, columns, kPanel}, item.length, query_units, p.head_dim,
+                     b.grad_values[head], columns, queries.first > 0);
+      prefetch.step(5 * kGroup);
+      multiply<Unit>(grads, {b.queries_right, columns, kPanel}, item.length, query_units, p.head_dim, b.grad_keys[head],
+                     columns, queries.first > 0);
+      prefetch.step(5 * kGroup);
+      multiply<Unit>(grads_transposed, {b.keys_right[head], columns, kPanel}, queries.count, key_units, p.head_dim,
+                     b.rows, columns);
+      store(b.rows, kQueries, head, queries.first, queries.count, p.scale * p.keep_scale);
+      if (queries.first + queries.count < item.length) continue;
+      store(b.grad_keys[head], kKeys, head, 0, item.length, p.scale * p.keep_scale);
+      store(b.grad_values[head], kValues, head, 0, item.length, p.keep_scale);
+    }
+  }
+}
+
+// Calls run(element, unit) with values of the C++ types of the tensors and of the products' units.
+template <class Run>
+void with_types(const AttentionProblem& p, const Item& item, const Run& run) {
+  with_activation(p.dtype, [&](auto element) {
+    using Unit = typename UnitOf<decltype(element)>::type;
+    const bool pays = item.length > kFewKeys && p.scale != 0 && p.head_dim % (kDepth<Unit> * kFloats) == 0;
+    pays ? run(element, Unit{}) : run(element, 0.0f);
+  });
 }
 
 }  // namespace
@@ -134,9 +168,10 @@ int64_t attention_scratch(const AttentionProblem& p, bool backward, int threads)
 
 bool attention(const AttentionProblem& p, QueriesKeysValues qkv, void* out, void* scratch, int threads) noexcept {
   if (!lengths_are_valid(p)) return false;
-  for_each_item(p, false, scratch, threads, [&](const Item& item, Allocator& allocator) {
-    with_activation(p.dtype,
-                    [&](auto element) { attend(p, qkv, static_cast<decltype(element)*>(out), item, allocator); });
+  for_each_item(p, false, scratch, threads, [&](const Item& item, Allocator& allocator, const Item& next) {
+    with_types(p, item, [&](auto element, auto unit) {
+      attend<decltype(unit)>(p, qkv, static_cast<decltype(element)*>(out), item, allocator, next);
+    });
   });
   return true;
 }
@@ -144,9 +179,10 @@ bool attention(const AttentionProblem& p, QueriesKeysValues qkv, void* out, void
 bool attention_backward(const AttentionProblem& p, HeadRows grad_out, QueriesKeysValues qkv, void* grad_qkv,
                         void* scratch, int threads) noexcept {
   if (!lengths_are_valid(p)) return false;
-  for_each_item(p, true, scratch, threads, [&](const Item& item, Allocator& allocator) {
-    with_activation(p.dtype, [&](auto element) {
-      attend_backward(p, grad_out, qkv, static_cast<decltype(element)*>(grad_qkv), item, allocator);
+  for_each_item(p, true, scratch, threads, [&](const Item& item, Allocator& allocator, const Item& next) {
+    with_types(p, item, [&](auto element, auto unit) {
+      attend_backward<decltype(unit)>(p, grad_out, qkv, static_cast<decltype(element)*>(grad_qkv), item, allocator,
+                                      next);
     });
   });
   return true;

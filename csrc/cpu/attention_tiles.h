@@ -1,13 +1,31 @@
 // The division of attention into work items for the threads, and the scratch memory of an item.
 #pragma once
 
-#include "cpu/matmul.h"
+#include "cpu/keep_bits.h"
+#include "cpu/operands.h"
 
 namespace minbert::MINBERT_ISA {
 namespace {
 
 constexpr int64_t kGroup = 4;       // heads whose random words come from the same counter
 constexpr int64_t kBlockRows = 64;  // queries whose scores are in memory at a time
+// Sequences of up to this many tokens, and those with a scale of 0, are multiplied in float32 even where the processor
+// multiplies bfloat16: the errors of a few rounded probabilities, or of equal ones, do not cancel out.
+constexpr int64_t kFewKeys = 16;
+
+// A block of a sequence's queries. Every block but the last consists of whole registers.
+struct Queries {
+  int64_t first, count, registers;
+
+  Queries(int64_t length, int64_t block) {
+    const int64_t all = (length + kFloats - 1) / kFloats, blocks = block_count(length);
+    first = kFloats * (all * block / blocks);
+    registers = all * (block + 1) / blocks - all * block / blocks;
+    count = smaller(registers * kFloats, length - first);
+  }
+
+  static int64_t block_count(int64_t length) { return (length + kBlockRows - 1) / kBlockRows; }
+};
 
 // Allocates aligned arrays from scratch memory; without a base it only counts their bytes.
 struct Allocator {
@@ -22,41 +40,52 @@ struct Allocator {
   }
 };
 
-// The memory of an item: its heads as matrices, and the scores of a block of queries. In a sequence of several blocks
-// every head has memory for its transposed keys and values, since every block needs them; with a single block, the
-// heads use the same memory in turn.
+// The memory of an item: the operands of its products, and the scores of a block of queries. In a sequence of several
+// blocks every head has memory for what all blocks need; with a single block, the heads use the same memory in turn.
+template <class Unit>
 struct Buffers {
-  float *queries[kGroup], *keys[kGroup], *values[kGroup];
-  float *grad_out[kGroup], *grad_keys[kGroup];  // backward only
-  float *keys_transposed[kGroup], *values_transposed[kGroup];
-  float *scores, *grad_scores;
-  uint8_t* keep;  // [kGroup, rows, keys]
+  Unit *keys[kGroup], *values[kGroup], *keys_right[kGroup];  // rows, or as a right side; keys_right: backward only
+  float *grad_keys[kGroup], *grad_values[kGroup];            // backward only
+  Unit *queries, *grad_out;                                  // transposed
+  Unit *queries_right, *grad_out_right, *grads_along_keys;   // backward only
+  float *rows, *scores, *grads;                              // rows: results of the queries
+  KeepBits* keep;                                            // [kGroup, registers of queries, keys]
 
   Buffers(Allocator& scratch, int64_t length, int64_t head_dim, bool backward) {
-    const int64_t rows = smaller(length, kBlockRows), keys_padded = round_up(length, kPanel);
-    const int64_t columns = round_up(head_dim, kFloats), score_count = rows * keys_padded;
+    const bool paired = kDepth<Unit> > 1;
+    const int64_t lanes = round_up(smaller(length, kBlockRows), kFloats), columns = round_up(head_dim, kFloats);
+    const int64_t keys_units = length * row_units<Unit>(head_dim), right_units = round_up(length, 2) * columns;
+    const int64_t panel_units = round_up(lanes, kPanel) * columns, score_units = round_up(length, 2) * lanes;
     for (int64_t head = 0; head < kGroup; ++head) {
-      const bool separate = head == 0 || length > kBlockRows;
-      queries[head] = scratch.allocate<float>(rows * columns);
-      keys[head] = scratch.allocate<float>(length * columns);
-      values[head] = scratch.allocate<float>(length * columns);
-      keys_transposed[head] = separate ? scratch.allocate<float>(keys_padded * columns) : keys_transposed[0];
-      if (!backward) continue;
-      grad_out[head] = scratch.allocate<float>(rows * columns);
-      grad_keys[head] = scratch.allocate<float>(length * columns);
-      values_transposed[head] = separate ? scratch.allocate<float>(keys_padded * columns) : values_transposed[0];
+      if (head > 0 && length <= kBlockRows) {
+        keys[head] = keys[0], values[head] = values[0], keys_right[head] = keys_right[0];
+        grad_keys[head] = grad_keys[0], grad_values[head] = grad_values[0];
+        continue;
+      }
+      keys[head] = scratch.allocate<Unit>(keys_units);
+      values[head] = scratch.allocate<Unit>(backward ? keys_units : right_units);
+      keys_right[head] = paired ? scratch.allocate<Unit>(backward ? right_units : 0) : keys[head];
+      grad_keys[head] = scratch.allocate<float>(backward ? length * columns : 0);
+      grad_values[head] = scratch.allocate<float>(backward ? length * columns : 0);
     }
-    scores = scratch.allocate<float>(score_count);
-    grad_scores = scratch.allocate<float>(backward ? score_count : 0);
-    keep = scratch.allocate<uint8_t>(kGroup * score_count);
+    queries = scratch.allocate<Unit>(panel_units);
+    grad_out = scratch.allocate<Unit>(backward ? panel_units : 0);
+    queries_right = scratch.allocate<Unit>(backward ? lanes * columns : 0);
+    grad_out_right = scratch.allocate<Unit>(backward ? lanes * columns : 0);
+    rows = scratch.allocate<float>(lanes * columns);
+    scores = scratch.allocate<float>(score_units);
+    grads = scratch.allocate<float>(backward ? score_units : 0);
+    grads_along_keys = paired ? scratch.allocate<Unit>(backward ? score_units : 0) : nullptr;
+    keep = scratch.allocate<KeepBits>(kGroup * lanes / kFloats * length);
   }
 };
 
 int64_t scratch_of_thread(const AttentionProblem& p, bool backward) {
-  const int64_t longest = smaller(p.max_seqlen, p.tokens);
-  Allocator counter{nullptr, 0};
-  Buffers(counter, longest > 0 ? longest : 0, p.head_dim, backward);
-  return counter.used;
+  const int64_t longest = smaller(p.max_seqlen, p.tokens), length = longest > 0 ? longest : 0;
+  Allocator floats{nullptr, 0}, pairs{nullptr, 0};
+  Buffers<float>(floats, length, p.head_dim, backward);
+  Buffers<Pair>(pairs, length, p.head_dim, backward);
+  return floats.used > pairs.used ? floats.used : pairs.used;
 }
 
 struct Item {
@@ -108,18 +137,46 @@ bool lengths_are_valid(const AttentionProblem& p) {
   return true;
 }
 
-// Calls run(item, scratch) for every item; `scratch` allocates memory that no other thread uses meanwhile.
+// Brings rows of several matrices into the L2 cache, some at each call of `step`: what the thread's next item reads and
+// writes. The rows are too far apart for the hardware's prefetcher.
+struct Prefetch {
+  int64_t rows, bytes;
+  const char* first[7] = {};
+  int64_t strides[7] = {}, matrices = 0, done = 0;
+
+  template <class Element>
+  void add(const Head<Element>& head) {
+    first[matrices] = reinterpret_cast<const char*>(head.data);
+    strides[matrices++] = head.stride * sizeof(Element);
+  }
+
+  // One of `steps` equal parts.
+  void step(int64_t steps) {
+    const int64_t end = smaller(rows * matrices, done + (rows * matrices + steps - 1) / steps);
+    for (; done < end; ++done)
+      for (int64_t at = 0; at < bytes; at += 64)
+        __builtin_prefetch(first[done / rows] + done % rows * strides[done / rows] + at, 0, 2);
+  }
+};
+
+// Calls run(item, scratch, next) for every item, with the thread's next item or, at the end, an empty one; `scratch`
+// allocates memory that no other thread uses meanwhile.
 template <class Run>
 void for_each_item(const AttentionProblem& p, bool backward, void* scratch, int threads, const Run& run) {
   Allocator memory{static_cast<char*>(scratch), 0};
   const Plan plan(p, memory.allocate<int32_t>(p.sequences), threads);
   const int64_t bytes = scratch_of_thread(p, backward);
-  int64_t next = 0;
+  int64_t claimed = 0;
+  const auto claim = [&] {
+    const int64_t index = __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED);
+    return index < plan.items ? plan.item(index) : Item{};
+  };
   parallel(threads, threads, (backward ? 3 : 1) * plan.probabilities * p.heads * p.head_dim, [&](int64_t slot) {
     char* const of_thread = memory.base + memory.used + slot * bytes;
-    for (int64_t index; (index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < plan.items;) {
+    for (Item item = claim(), next; item.length > 0; item = next) {
+      next = claim();
       Allocator allocator{of_thread, 0};
-      run(plan.item(index), allocator);
+      run(item, allocator, next);
     }
   });
 }

@@ -97,6 +97,42 @@ def test_pcgrad_update(race, shapes, dtype: torch.dtype) -> None:
     race(f"update, {TASKS} x {elements / 1e6:.1f}M {str(dtype).removeprefix('torch.')}", functions, moved)
 
 
+def in_rows(grads: list[list[Tensor]], words: int) -> list[list[Tensor]]:
+    """The same with sparse gradients of the first tensor, the word table: of `words` rows for each task."""
+    sparse = []
+    for task, (table, *others) in enumerate(grads):
+        rows = torch.randperm(len(table), generator=torch.Generator().manual_seed(task))[:words].sort().values
+        values = table[rows]
+        of_task = torch.sparse_coo_tensor(rows[None], values, table.shape, check_invariants=False, is_coalesced=True)
+        sparse.append([of_task, *others])
+    return sparse
+
+
+def test_sparse_update(race, shapes) -> None:
+    """The word table's gradients as rows of 1,000 words for each task, as of 32 sentences, and as dense tensors."""
+    sparse = in_rows(conflicting_gradients(shapes, torch.float32), min(1000, shapes[0][0] // 2))
+    dense = [[grad.to_dense() for grad in row] for row in sparse]
+    ours, other = Ours(shapes), Ours(shapes)
+    ours.update(sparse)
+    other.update(dense)
+    torch.testing.assert_close(ours.params, other.params)
+    elements = sum(tensor.numel() for tensor in ours.params)
+    read = sum(grad.values().numel() if grad.is_sparse else grad.numel() for row in sparse for grad in row)
+    source, target = torch.zeros(elements), torch.zeros(elements)
+    functions = {
+        "minbert, sparse": lambda: ours.update(sparse),
+        "minbert, dense": lambda: other.update(dense),
+        "copy": lambda: target.copy_(source),
+    }
+    state = 6 * 4 * elements
+    moved = {
+        "minbert, sparse": 2 * 4 * read + state,
+        "minbert, dense": 2 * 4 * TASKS * elements + state,
+        "copy": 8 * elements,
+    }
+    race(f"update with sparse gradients, {TASKS} x {elements / 1e6:.1f}M float32", functions, moved)
+
+
 def test_adamw(race, shapes) -> None:
     ours = Ours(shapes)
     grads = [torch.randn_like(param) for param in ours.params]

@@ -1,10 +1,16 @@
-"""Batches as long as real ones, without the data: sentence lengths drawn from the deciles of the course's files."""
+"""Batches as long as real ones: the course's sentences where they are, else lengths drawn from the files' deciles."""
 
 from __future__ import annotations
 
+import functools
+import os
+
 import numpy as np
 
+from minbert.data import Encoded, encode, open_source
 from minbert.data.packing import Packed, pack
+from minbert.data.tokenizer import Tokenizer
+from minbert.tasks import find_tasks
 
 # Tokens of a training example at the minimum, each decile and the maximum (BERT's uncased vocabulary).
 DECILES = {
@@ -13,18 +19,47 @@ DECILES = {
     "sts": (9, 16, 18, 19, 21, 23, 26, 30, 38, 50, 125),
 }
 TAIL = 4.0  # how much thinner than evenly the last tenth is spread: brings the means to the real 25, 30 and 28
+DATA, MODEL = os.environ.get("MINBERT_TEST_DATA"), os.environ.get("MINBERT_TEST_MODEL")
+MAX_LENGTH = 512
+
+
+@functools.cache
+def _tokenizer() -> Tokenizer:
+    """Of MINBERT_TEST_MODEL, or one learned from the course's SST sentences."""
+    if MODEL:
+        return Tokenizer.from_pretrained(MODEL)
+    return Tokenizer.train(open_source(DATA).load(find_tasks(["sst"])[0], "train").texts, 30522)
+
+
+@functools.cache
+def course(task: str, split: str = "train") -> Encoded | None:
+    """The course's examples of a task, where MINBERT_TEST_DATA is set."""
+    if not DATA:
+        return None
+    (found,) = find_tasks([task])
+    return encode(open_source(DATA).load(found, split), _tokenizer(), MAX_LENGTH)
 
 
 def lengths(task: str, count: int, seed: int = 0) -> np.ndarray:
-    """`count` sequence lengths in tokens, int64."""
+    """`count` sequence lengths in tokens, int64, drawn from the deciles."""
     u = np.random.Generator(np.random.PCG64(seed)).random(count)
     last = np.clip((u - 0.9) * 10, 0, 1)
     u = np.where(u > 0.9, 0.9 + 0.1 * last**TAIL, u)
     return np.interp(u, np.linspace(0, 1, 11), DECILES[task]).astype(np.int64)
 
 
+def drawn(task: str, count: int, vocabulary: int, seed: int = 0, split: str = "train") -> list[list[int]]:
+    """Token ids of `count` of the course's examples, the first of them in dev; without the data, `sequences`."""
+    encoded = course(task, split)
+    if encoded is None:
+        return sequences(task, count, vocabulary, seed)
+    order = np.arange(count) if split != "train" else np.random.default_rng(seed).choice(len(encoded), count, False)
+    rows = (encoded.token_ids[encoded.offsets[i] : encoded.offsets[i + 1]] for i in order)
+    return [np.minimum(row, vocabulary - 1).tolist() for row in rows]
+
+
 def sequences(task: str, count: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
-    """Random token ids of those lengths."""
+    """Random token ids of drawn lengths."""
     generator = np.random.Generator(np.random.PCG64(seed + 1))
     return [generator.integers(1, vocabulary, n).tolist() for n in lengths(task, count, seed)]
 

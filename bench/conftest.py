@@ -1,7 +1,9 @@
 """What the benchmarks share: interleaved races in one process, their table, and their record in bench/results.
 
 pytest bench/ --benchmark-only                      the table
+pytest bench/ --benchmark-only --quick              in minutes: fewer rounds and smaller work
 pytest bench/ --benchmark-only --minbert-results    and a JSON file with machine, versions and commit
+MINBERT_TEST_DATA=DIR pytest bench/ ...             batches drawn from the course's files, in place of drawn lengths
 MINBERT_BENCH_SMOKE=1 pytest bench/ --benchmark-only    every benchmark once on small data, to see that it runs
 pytest bench/bench_gpu_*.py --benchmark-only        those of GPUs; MINBERT_BENCH_DRY_RUN=1: small data, on the CPU
 """
@@ -30,7 +32,17 @@ from minbert.device import keep_freed_memory
 from minbert.kernels import matmul, native, set_matmul
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("minbert", "torch", "triton", "torchjd", "transformers", "flash-attn", "liger-kernel")
+PACKAGES = (
+    "minbert",
+    "torch",
+    "triton",
+    "torchjd",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "flash-attn",
+    "liger-kernel",
+)
 DRY_RUN = os.environ.get("MINBERT_BENCH_DRY_RUN") == "1"
 SMOKE = os.environ.get("MINBERT_BENCH_SMOKE") == "1" or DRY_RUN
 ROUNDS = 1 if SMOKE else 5
@@ -42,6 +54,7 @@ CEILINGS = pytest.StashKey[dict[str, float]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--minbert-results", action="store_true", help="write the results to bench/results as JSON")
+    parser.addoption("--quick", action="store_true", help="fewer rounds and smaller work: minutes for all benchmarks")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,6 +73,12 @@ def smoke() -> bool:
 
 
 @pytest.fixture
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether to do with less work: --quick, or small data."""
+    return SMOKE or request.config.getoption("--quick")
+
+
+@pytest.fixture
 def profiles(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
     """Case -> component -> seconds, to stand beside the results."""
     return request.config.stash[PROFILES]
@@ -72,12 +91,13 @@ def memory(request: pytest.FixtureRequest) -> dict[str, dict[str, int]]:
 
 
 @pytest.fixture
-def race(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str, float]]:
-    """`race(case, {name: function, ...}, bytes_moved={name: ...}, operations={name: ...})`: median seconds, in turns.
+def race(benchmark, quick: bool, request: pytest.FixtureRequest) -> Callable[..., dict[str, float]]:
+    """`race(case, {name: function, ...}, bytes_moved={name: ...}, operations={name: ...}, items=...)`: median seconds.
 
     Each round calls every function once, so that all meet the same state of the machine; the first name is ours and
     the row of pytest-benchmark's own table. `bytes_moved` adds the bandwidth; a function called "copy" makes it a
-    share of the machine's copy bandwidth. `operations` (floating-point additions and multiplications) adds GFLOP/s.
+    share of the machine's copy bandwidth. `operations` (floating-point additions and multiplications) adds GFLOP/s, and
+    `items` (such as the sentences that each function works on) how many a second.
     """
 
     def run(
@@ -85,7 +105,9 @@ def race(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str, f
         functions: Mapping[str, Callable[[], object]],
         bytes_moved: Mapping[str, int] | None = None,
         operations: Mapping[str, int] | None = None,
+        items: int | None = None,
     ) -> dict[str, float]:
+        rounds = min(ROUNDS, 3) if quick else ROUNDS
         seconds: dict[str, list[float]] = {name: [] for name in functions}
 
         def timed(name: str) -> None:
@@ -96,7 +118,7 @@ def race(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str, f
         ours, *others = functions
         for function in functions.values():  # warm up: pages, caches, threads
             function()
-        benchmark.pedantic(timed, args=(ours,), setup=lambda: [timed(name) for name in others] and None, rounds=ROUNDS)
+        benchmark.pedantic(timed, args=(ours,), setup=lambda: [timed(name) for name in others] and None, rounds=rounds)
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         moved = bytes_moved or {}
         copy = moved["copy"] / medians["copy"] if "copy" in moved else None
@@ -112,7 +134,8 @@ def race(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str, f
                     "bytes_per_second": bandwidth,
                     "share_of_copy": bandwidth / copy if bandwidth and copy else None,
                     "operations_per_second": operations[name] / median if operations and name in operations else None,
-                    "rounds": ROUNDS,
+                    "items_per_second": items / median if items else None,
+                    "rounds": rounds,
                 }
             )
         return medians
@@ -249,15 +272,16 @@ def _commit() -> str:
 
 def _cpu_table(terminalreporter: pytest.TerminalReporter, rows: Sequence[dict[str, Any]]) -> None:
     terminalreporter.line(
-        f"{'case':<42} {'who':<30} {'median':>11} {'ratio':>8} {'GB/s':>7} {'of copy':>8} {'GFLOP/s':>8}"
+        f"{'case':<42} {'who':<30} {'median':>11} {'ratio':>8} {'GB/s':>7} {'of copy':>8} {'GFLOP/s':>8} {'items/s':>8}"
     )
     for row in rows:
+        items = f"{row['items_per_second']:8.0f}" if row.get("items_per_second") else ""
         bandwidth = f"{row['bytes_per_second'] / 1e9:7.1f}" if row["bytes_per_second"] else ""
         share = f"{row['share_of_copy']:8.0%}" if row["share_of_copy"] else ""
         speed = f"{row['operations_per_second'] / 1e9:8.0f}" if row["operations_per_second"] else ""
         terminalreporter.line(
             f"{row['case']:<42} {row['name']:<30} {row['seconds'] * 1e3:8.2f} ms {row['ratio']:7.1f}x"
-            f" {bandwidth:>7} {share:>8} {speed:>8}"
+            f" {bandwidth:>7} {share:>8} {speed:>8} {items:>8}"
         )
 
 

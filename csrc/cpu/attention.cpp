@@ -4,7 +4,7 @@
 #include "cpu/attention_tiles.h"
 #include "cpu/keep_bits.h"
 #include "cpu/operands.h"
-#include "cpu/softmax.h"
+#include "cpu/softmax_of_columns.h"
 
 namespace minbert::MINBERT_ISA {
 namespace {

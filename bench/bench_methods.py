@@ -1,41 +1,42 @@
-"""SMART and PCGrad against the same with transformers, Pytorch-PCGrad and smart-pytorch: time and memory of a step."""
+"""SMART and PCGrad against the same with transformers, Pytorch-PCGrad, smart-pytorch and TorchJD: a step's time and
+memory."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from batches import DECILES, sequences
+from batches import BATCHES, DECILES, MAX_LENGTH, drawn
 from peers import TASKS, Padded, labels, shape
 
+from minbert.config import ScratchConfig, TrainConfig
 from minbert.data import Encoded
-from minbert.device import keep_freed_memory
+from minbert.data.sources import DemoSource
+from minbert.device import keep_freed_memory, resolve_precision
 from minbert.distributed.process_group import ProcessGroup
-from minbert.distributed.sharded_parameters import ShardedParameters
-from minbert.distributed.unsharded_parameters import UnshardedParameters
-from minbert.methods.smart import BregmanConfig, SmartConfig
+from minbert.methods.smart import SmartConfig
 from minbert.methods.surgery import find_surgery
-from minbert.methods.task_gradients import TaskGradients
-from minbert.model import Encoder, EncoderConfig, MultitaskModel
-from minbert.training.batches import Batches
+from minbert.tasks import Task
 from minbert.training.loop import training_step
-from minbert.training.objective import Objective
-from minbert.training.optimizer import AdamW
-from minbert.training.trainer import Trainer
+from minbert.training.setup import TrainingData, build_model, build_plan, build_trainer
 
+TORCHJD = "PCGrad by TorchJD's autojac"
 METHODS = {"plain": ("sum", 0.0), "PCGrad": ("pcgrad", 0.0), "SMART": ("sum", 1.0), "SMART + PCGrad": ("pcgrad", 1.0)}
 
 
-def encoded(task: str, seed: int, batch_size: int, vocabulary: int) -> Encoded:
-    rows = sequences(task, batch_size, vocabulary, seed)
+def encoded(task: str, seed: int, batch_size: int, batches: int, vocabulary: int) -> Encoded:
+    rows = [row for turn in range(batches) for row in drawn(task, batch_size, vocabulary, seed + turn)]
     ids, offsets = np.concatenate(rows).astype(np.int32), np.cumsum([0, *map(len, rows)])
-    names = [str(i) for i in range(batch_size)]
-    return Encoded(ids, np.zeros(len(ids), np.uint8), offsets, labels(batch_size)[task].numpy(), names, 0)
+    targets = np.tile(labels(batch_size)[task].numpy(), batches)
+    return Encoded(ids, np.zeros(len(ids), np.uint8), offsets, targets, [str(i) for i in range(len(rows))], 0)
 
 
 def ours(
@@ -45,51 +46,70 @@ def ours(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     group: ProcessGroup | None = None,
+    batches: int = 1,
 ) -> Callable[[], object]:
-    """A step of `minbert.train`, on the sequences that the peers pad."""
-    name, weight = METHODS[method]
-    surgeries = find_surgery(name)
-    torch.manual_seed(0)
-    model = MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS).to(device).train()
-    model.encoder.compute_dtype = dtype
-    rows = len(TASKS) if surgeries[0].per_task else 1
+    """A step of `minbert.train`, set up as it sets its own up, on the batches that the peers pad."""
+    surgery, weight = METHODS[method]
     group = group or ProcessGroup(device=torch.device(device))
-    parameters: UnshardedParameters | ShardedParameters = UnshardedParameters(model.heads)
-    if group.world_size > 1:
-        parameters = ShardedParameters(list(model.heads.parameters()), list(model.trunk.parameters()), rows, group)
-    optimizer = AdamW(parameters.param_groups(model.parameter_groups(0.01)), lr=1e-5)
-    parameters.register_hooks(TaskGradients(model.encoder, rows))
-    model.encoder.embeddings.sparse_gradient = device == "cpu"
-    smart = SmartConfig(lambda_s=weight)
-    data = {name: encoded(name, 100 * i, batch_size, sizes["vocab_size"]) for i, name in enumerate(DECILES)}
-    batch = [(task, np.arange(batch_size)) for task in TASKS]
-    trainer = Trainer(
-        lambda step: [batch],
-        Batches(data, [[task] for task in TASKS], rows > 1, smart, seed=0, group=group),
-        Objective(model, smart, BregmanConfig()),
-        parameters,
-        optimizer,
-        surgeries,
-        clip_norm=1.0,
+    config = TrainConfig(
+        surgery=surgery,
+        smart=SmartConfig(lambda_s=weight),
+        precision="bf16" if dtype == torch.bfloat16 else "fp32",
+        batch_size=batch_size,
+        lr=1e-5,
+        dropout=0.1,
+        scratch=ScratchConfig(**sizes),
     )
-    return lambda: training_step(trainer, 0, 1.0).result()
+    train = {name: encoded(name, 100 * i, batch_size, batches, sizes["vocab_size"]) for i, name in enumerate(DECILES)}
+    tokenizer: Any = SimpleNamespace(vocab_size=sizes["vocab_size"])
+    data = TrainingData(DemoSource(), TASKS, tokenizer, MAX_LENGTH, {"train": train}, {})
+    model = build_model(config, data, device=group.device).train()
+    trainer = build_trainer(config, data, build_plan(config, data), model, find_surgery(surgery), group)
+    numbers = itertools.count()
+
+    def sample(step: int) -> list[list[tuple[Task, np.ndarray]]]:
+        return [[(task, np.arange(batch_size) + step % batches * batch_size) for task in TASKS]]
+
+    trainer.sample = sample
+    return lambda: training_step(trainer, next(numbers), 1.0).result()
 
 
-def theirs(method: str, sizes: dict[str, int], batch_size: int) -> Callable[[], object]:
-    peer = Padded(sizes, batch_size)
+def theirs(
+    method: str,
+    sizes: dict[str, int],
+    batch_size: int,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    batches: int = 1,
+) -> Callable[[], object]:
+    peer = Padded(sizes, batch_size, dtype, attention, batches=batches)
     steps = peer.plain, peer.pcgrad, peer.smart, peer.smart_pcgrad
-    return dict(zip(METHODS, steps, strict=True))[method]
+    return {**dict(zip(METHODS, steps, strict=True)), TORCHJD: peer.torchjd}[method]
 
 
 WHO = {"minbert": ours, "transformers": theirs}
 
 
-def test_methods(race, smoke: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_methods(race, smoke: bool, quick: bool, dtype: torch.dtype) -> None:
+    """Each method by minbert and by the peers' algorithms in transformers' eager and SDPA encoders (bf16: autocast)."""
+    if not smoke and dtype == torch.bfloat16 and resolve_precision("auto", torch.device("cpu")) != "bf16":
+        pytest.skip("this processor multiplies no bf16 matrices: torch would take half a minute for a step")
     sizes, batch_size = shape(smoke), 2 if smoke else 32
-    who = [name for name in WHO if name == "minbert" or importlib.util.find_spec("transformers")]
-    contenders = {f"{name} {method}": WHO[name](method, sizes, batch_size) for name in who for method in METHODS}
-    ordered = {"minbert SMART + PCGrad": contenders["minbert SMART + PCGrad"], **contenders}
-    race(f"step, 3 x {batch_size} sequences, float32", ordered)
+    methods = ["plain", "SMART + PCGrad"] if quick and not smoke else list(METHODS)
+    own = {f"minbert {method}": ours(method, sizes, batch_size, dtype, batches=BATCHES) for method in methods}
+    first = f"minbert {methods[-1]}"
+    contenders = {first: own[first], **own}
+    name = str(dtype).removeprefix("torch.")
+    if importlib.util.find_spec("transformers") is not None:
+        attentions = ["eager"] if quick and not smoke else ["eager", "sdpa"]
+        if importlib.util.find_spec("torchjd") is not None:
+            methods = [*methods, TORCHJD] if smoke or not quick else methods
+        for attention in attentions:
+            for method in methods:
+                step = theirs(method, sizes, batch_size, dtype, attention, BATCHES)
+                contenders[f"transformers {attention} {method}"] = step
+    race(f"step, 3 x {batch_size} sequences, {name}", contenders)
 
 
 def _resident_peak() -> int:

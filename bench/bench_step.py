@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import joint_batch
-from peers import TASKS, Padded, labels, shape
+from bench_methods import ours
+from peers import Padded, shape
 
 from minbert.device import resolve_precision
 from minbert.kernels import use_backend
-from minbert.methods.losses import LOSSES
-from minbert.model import Encoder, EncoderConfig, MultitaskModel
-from minbert.training.optimizer import AdamW
+
+ALONE = "its matrix products alone"
 
 # Whose time an op is, in the profile: the first group that a part of its name belongs to.
 GROUPS = {
@@ -25,79 +25,76 @@ GROUPS = {
     "dropout + residual + LayerNorm": ("minbert::dropout", "layer_norm"),
     "bias + GELU": ("minbert::bias_gelu", "gelu"),
     "embedding": ("minbert::embedding", "embedding"),
-    "optimizer and clipping": ("minbert::adamw", "_foreach", "addcdiv", "addcmul", "lerp", "sqrt"),
+    "optimizer and clipping": ("minbert::adamw", "minbert::combine", "_foreach", "addcdiv", "addcmul", "lerp", "sqrt"),
 }
 
 
-def our_step(sizes: dict[str, int], batch_size: int, dtype: torch.dtype) -> Callable[[], object]:
-    torch.manual_seed(0)
-    encoder = Encoder(EncoderConfig(**sizes))
-    encoder.compute_dtype = dtype
-    model = MultitaskModel(encoder, TASKS)
-    optimizer = AdamW(model.parameter_groups(0.01), lr=1e-5)
-    packed, targets = joint_batch(batch_size, sizes["vocab_size"]), labels(batch_size)
-    counts = {task.name: batch_size for task in TASKS}
-
-    def step() -> None:
-        outputs = model(packed, counts)
-        torch.stack([LOSSES[task.loss](outputs[task.name], targets[task.name]) for task in TASKS]).sum().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+def product_sizes(sizes: dict[str, int], batch_size: int) -> list[tuple[int, int, int]]:
+    """Rows, inputs and outputs of the forward's products: of the last layer, most are of the first tokens alone."""
+    bounds = joint_batch(batch_size, sizes["vocab_size"]).cu_seqlens
+    tokens, first = int(bounds[-1]), len(bounds) - 1
+    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    shapes = ((hidden, 3 * hidden), (hidden, hidden), (hidden, inner), (inner, hidden))
+    layers = [(tokens, *shape) for shape in shapes] * (sizes["num_hidden_layers"] - 1)
+    last = [(tokens, hidden, 2 * hidden), (first, hidden, hidden)]
+    return [*layers, *last, *((first, *shape) for shape in shapes[1:])]
 
 
 def product_seconds(sizes: dict[str, int], batch_size: int, dtype: torch.dtype) -> Callable[[], object]:
     """The step's matrix products and nothing else: forward, and backward for inputs and weights."""
     from minbert.kernels import linear
 
-    rows = int(joint_batch(batch_size, sizes["vocab_size"]).cu_seqlens[-1])
-    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
-    layers = []
-    for inputs, outputs in ((hidden, 3 * hidden), (hidden, hidden), (hidden, inner), (inner, hidden)):
-        layers.append([torch.ones(s, dtype=dtype) for s in ((rows, inputs), (outputs, inputs), (rows, outputs))])
+    order = product_sizes(sizes, batch_size)
+    made = {
+        each: [torch.ones(s, dtype=dtype) for s in ((each[0], each[1]), (each[2], each[1]), (each[0], each[2]))]
+        for each in order
+    }
 
     def products() -> None:
-        for _ in range(sizes["num_hidden_layers"]):
-            for x, weight, grad in layers:
-                linear(x, weight)
-                linear(grad, weight.t())
-                F.linear(grad.t(), x.t())  # by BLAS, as in the step
+        for each in order:
+            x, weight, grad = made[each]
+            linear(x, weight)
+            linear(grad, weight.t())
+            F.linear(grad.t(), x.t())  # by BLAS, as in the step
 
     return products
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_step(race, smoke: bool, dtype: torch.dtype, profiles) -> None:
+def test_step(race, record, smoke: bool, quick: bool, dtype: torch.dtype, profiles) -> None:
     if not smoke and dtype == torch.bfloat16 and resolve_precision("auto", torch.device("cpu")) != "bf16":
         pytest.skip("this processor multiplies no bf16 matrices: torch would take half a minute for a step")
     sizes, batch_size = shape(smoke), 2 if smoke else 32
-    ours = our_step(sizes, batch_size, dtype)
+    step = ours("plain", sizes, batch_size, dtype)
     functions: dict[str, Callable[[], object]] = {
-        "minbert": ours,
-        "its matrix products alone": product_seconds(sizes, batch_size, dtype),
+        "minbert": step,
+        ALONE: product_seconds(sizes, batch_size, dtype),
     }
-    plain = our_step(sizes, batch_size, dtype)
+    plain = ours("plain", sizes, batch_size, dtype)
 
     def reference() -> None:
         with use_backend("reference"):
             plain()
 
-    functions["minbert, reference backend"] = reference
+    if smoke or not quick:
+        functions["minbert, reference backend"] = reference
     if importlib.util.find_spec("transformers") is not None:
-        precisions = dict.fromkeys((torch.float32, dtype))
+        precisions = dict.fromkeys((dtype,) if quick and not smoke else (torch.float32, dtype))
         for precision in precisions:
             name = str(precision).removeprefix("torch.")
             for attention in ("eager", "sdpa"):
                 functions[f"transformers {attention} {name}"] = Padded(sizes, batch_size, precision, attention).plain
-        if not smoke:
+        if not quick:
             functions[f"transformers sdpa {dtype} compiled"] = Padded(
                 sizes, batch_size, dtype, "sdpa", compiled=True
             ).plain
     case = f"plain step, 3 x {batch_size} sequences, {str(dtype).removeprefix('torch.')}"
-    race(case, functions)
-    profiles[case] = profile(ours)
+    operations = 3 * 2 * sum(rows * inputs * outputs for rows, inputs, outputs in product_sizes(sizes, batch_size))
+    medians = race(case, functions, operations={ALONE: operations})
+    profiles[case] = profile(step)
+    inside = profiles[case]["matrix products"]
+    name = "its matrix products, in the step"
+    record(case, name, inside, inside / medians["minbert"], operations_per_second=operations / inside)
 
 
 def profile(step: Callable[[], object]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 import torch.nn.functional as F
-from batches import DECILES, sequences
+from batches import DECILES, drawn
 from torch import Tensor, nn
 
 from minbert.methods.divergences import DIVERGENCES
@@ -70,6 +70,7 @@ class Padded:
         attention: str = "sdpa",
         compiled: bool = False,
         device: torch.device | str = "cpu",
+        batches: int = 1,
     ) -> None:
         import transformers
 
@@ -89,16 +90,25 @@ class Padded:
             else lambda: torch.autocast(self.words.weight.device.type, dtype)
         )
         self.targets = {name: target.to(device) for name, target in labels(batch_size).items()}
-        self.ids, self.masks = {}, {}
-        for i, name in enumerate(DECILES):
-            rows = [torch.tensor(row) for row in sequences(name, batch_size, sizes["vocab_size"], 100 * i)]
-            self.ids[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-            self.masks[name] = (self.ids[name] != 0).long()
+        self.batches: list[dict[str, Tensor]] = []
+        for turn in range(batches):
+            ids = {}
+            for i, name in enumerate(DECILES):
+                rows = map(torch.tensor, drawn(name, batch_size, sizes["vocab_size"], 100 * i + turn))
+                ids[name] = nn.utils.rnn.pad_sequence([*rows], batch_first=True).to(device)
+            self.batches.append(ids)
+        self.steps = 0
+
+    @property
+    def ids(self) -> dict[str, Tensor]:
+        """By task the batch of this step, whose padding is token 0."""
+        return self.batches[self.steps % len(self.batches)]
 
     def output(self, task: Task, words: Tensor) -> Tensor:
         """The task's outputs from its words' embeddings."""
+        mask = (self.ids[task.name] != 0).long()
         with self.autocast():
-            hidden = self.encoder(inputs_embeds=words, attention_mask=self.masks[task.name]).last_hidden_state
+            hidden = self.encoder(inputs_embeds=words, attention_mask=mask).last_hidden_state
             return self.heads[task.name](F.dropout(hidden[:, 0], 0.1)).squeeze(-1).float()
 
     def loss(self, task: Task, smart: bool) -> Tensor:
@@ -135,6 +145,17 @@ class Padded:
         nn.utils.clip_grad_norm_([p for p in self.params if p.grad is not None], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+
+    def torchjd(self, smart: bool = False) -> None:
+        """PCGrad by TorchJD's autojac: the Jacobian of the losses, then its aggregation."""
+        from torchjd.aggregation import PCGrad
+        from torchjd.autojac import backward, jac_to_grad
+
+        losses = [self.loss(task, smart) for task in TASKS]
+        backward(losses, inputs=self.params, parallel_chunk_size=1)
+        jac_to_grad(self.params, PCGrad())
+        self.update()
 
     def plain(self) -> None:
         self.summed(smart=False)

@@ -15,8 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from batches import DECILES, joint_batch
-from batches import lengths as lengths_of
+from batches import DECILES, drawn, joint_batch
 from bench_methods import ours
 from peers import TASKS, labels, shape
 from torch import nn
@@ -77,7 +76,8 @@ def main() -> None:
                 sent[name] = group.bytes_sent - before
         parameters = sum(p.numel() for p in MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS).parameters())
         sent[DDP] = 2 * 4 * parameters * (group.world_size - 1) // group.world_size  # of an all-reduce
-        lengths = np.concatenate([lengths_of(task, batch_size, 100 * i) for i, task in enumerate(DECILES)])
+        rows = [drawn(task, batch_size, sizes["vocab_size"], 100 * i) for i, task in enumerate(DECILES)]
+        lengths = np.array([len(row) for of_task in rows for row in of_task])
         tokens = np.add.reduceat(lengths, split_by_tokens(lengths, group.world_size)[:-1])
         dealt = [
             len(joint_batch(batch_size, sizes["vocab_size"], slice(rank, None, group.world_size)).token_ids)

@@ -76,6 +76,27 @@ class Packed:
         tokens = tuple(self.cu_seqlens[list(bounds)].tolist())
         return replace(self, sequence_bounds=bounds, token_bounds=tokens)
 
+    def part(self, start: int, end: int) -> Packed:
+        """The sequences from `start` to `end` of a CPU batch, as a batch that shares its memory."""
+        first, last = (int(self.cu_seqlens[sequence]) for sequence in (start, end))
+        cu_seqlens = self.cu_seqlens[start : end + 1] - first
+        max_seqlen = int(cu_seqlens.diff().max())
+
+        def clipped(bounds: tuple[int, ...] | None, low: int, high: int) -> tuple[int, ...] | None:
+            return None if bounds is None else tuple(min(max(bound, low), high) - low for bound in bounds)
+
+        return Packed(
+            self.token_ids[first:last],
+            self.token_type_ids[first:last],
+            self.position_ids[first:last],
+            cu_seqlens,
+            max_seqlen,
+            attention_plan(cu_seqlens.numpy(), max_seqlen, fixed_size=self.padding > 0),
+            self.padding,
+            clipped(self.sequence_bounds, start, end),
+            clipped(self.token_bounds, first, last),
+        )
+
 
 def pack(token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None) -> Packed:
     """Lay sequences of token ids end to end.

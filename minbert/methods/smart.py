@@ -66,6 +66,10 @@ class SmartConfig:
     def on(self) -> bool:
         return any(self.lambda_s.values()) if isinstance(self.lambda_s, dict) else self.lambda_s > 0
 
+    def applies_to(self, task: str) -> bool:
+        """Whether a task has the regulariser at some time."""
+        return self.lambda_s.get(task, 0.0) > 0 if isinstance(self.lambda_s, dict) else self.lambda_s > 0
+
     def weight(self, task: str, done: float) -> float:
         """lambda_s of a task when `done` of all steps, from 0 to 1, are."""
         weight = self.lambda_s.get(task, 0.0) if isinstance(self.lambda_s, dict) else self.lambda_s

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,23 @@ class StepSampler:
 
 
 @dataclass(frozen=True)
+class SmartPart:
+    """Consecutive tasks of a batch that have SMART's regulariser: what goes through its passes."""
+
+    packed: Packed  # their sequences
+    tasks: tuple[str, ...]
+    first_token: int  # of theirs in the batch
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The part's rows of an activation [N, D] of the batch."""
+        return x[self.first_token : self.first_token + len(self.packed.token_ids)]
+
+    def seed_of(self, seed: Tensor) -> Tensor:
+        """A seed of the batch, int64 [2], at the part's first row: its rows draw what they draw in the batch."""
+        return torch.cat((seed[:1], seed[1:] + self.first_token)) if self.first_token else seed
+
+
+@dataclass(frozen=True)
 class Batch:
     """Sequences of one or several tasks, task after task in one stream, and what else differs from step to step."""
 
@@ -66,6 +83,7 @@ class Batch:
     seeds: Tensor
     smart_weights: Tensor  # float32 [tasks]: lambda_s of each
     shard: BatchShard | None = None
+    smart_parts: tuple[SmartPart, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -85,14 +103,23 @@ class Batch:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order of `with_tensors`."""
-        return [*self.packed.tensors, *self.labels.values(), self.seeds, self.smart_weights]
+        parts = [
+            tensor for part in self.smart_parts if part.packed is not self.packed for tensor in part.packed.tensors
+        ]
+        return [*self.packed.tensors, *parts, *self.labels.values(), self.seeds, self.smart_weights]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
         """The same batch in other memory, such as another device's."""
         *rest, seeds, smart_weights = tensors
-        cut = len(rest) - len(self.labels)
-        labels = dict(zip(self.labels, rest[cut:], strict=True))
-        return Batch(self.packed.with_tensors(rest[:cut]), labels, seeds, smart_weights, self.shard)
+        cut, at = len(rest) - len(self.labels), len(self.packed.tensors)
+        labels, packed, parts = dict(zip(self.labels, rest[cut:], strict=True)), self.packed.with_tensors(rest[:at]), []
+        for part in self.smart_parts:
+            of_part = packed
+            if part.packed is not self.packed:
+                end = at + len(part.packed.tensors)
+                of_part, at = part.packed.with_tensors(rest[at:end]), end
+            parts.append(replace(part, packed=of_part))
+        return Batch(packed, labels, seeds, smart_weights, self.shard, tuple(parts))
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, copied without waiting for the copy to end."""
@@ -175,7 +202,22 @@ class Batches:
             if shard is not None:
                 shard = replace(shard, bounds=(0, *accumulate(self._sequences(stream.examples))))
         labels = {name: torch.from_numpy(values) for name, values in self._labels(stream.examples)}
-        return make_batch(packed, labels, self.smart, seed=stream.seed, progress=progress, shard=shard)
+        batch = make_batch(packed, labels, self.smart, seed=stream.seed, progress=progress, shard=shard)
+        divisible = self.bucket_to is None and self.group.world_size == 1  # neither for CUDA graphs nor in shards
+        if divisible and len(set(map(self.smart.applies_to, labels))) > 1:
+            batch = replace(batch, smart_parts=tuple(self._smart_parts(batch, own)))
+        return batch
+
+    def _smart_parts(self, batch: Batch, examples: Examples) -> Iterator[SmartPart]:
+        """The runs of tasks with SMART."""
+        packed = batch.packed
+        sizes = [len(indices) * self.data[task.name].width + packed.padding for task, indices in examples]
+        starts = dict(zip(batch.counts, pairwise(accumulate(sizes, initial=0)), strict=True))
+        for applies, run in groupby(batch.counts, self.smart.applies_to):
+            if applies:
+                tasks = tuple(run)
+                start, end = starts[tasks[0]][0], starts[tasks[-1]][1]
+                yield SmartPart(packed.part(start, end), tasks, int(packed.cu_seqlens[start]))
 
     def _labels(self, examples: Examples) -> Iterator[tuple[str, np.ndarray]]:
         for task, indices in examples:
@@ -209,4 +251,5 @@ def make_batch(
     first_row = shard.first_token if shard else 0
     seeds = [(derive_seed(seed, name), first_row) for name in ("dropout", "smart dropout", "smart noise")]
     weights = [smart.weight(name, progress) for name in labels]
-    return Batch(packed, labels, torch.tensor(seeds), torch.tensor(weights, dtype=torch.float32), shard)
+    parts = (SmartPart(packed, tuple(labels), 0),) if any(map(smart.applies_to, labels)) else ()
+    return Batch(packed, labels, torch.tensor(seeds), torch.tensor(weights, dtype=torch.float32), shard, parts)

@@ -93,7 +93,7 @@ class Objective:
             on_phase: called at the end of each phase, "forward" and "smart", with its name.
         """
         model, packed, tasks = self.model, batch.packed, {name: self.model.tasks[name] for name in batch.counts}
-        dropout_seed, other_seed, noise_seed = batch.seeds
+        dropout_seed = batch.seeds[0]
         forward: Forward = partial(model.from_embedded, packed=packed, counts=batch.counts, **batch.of_all_ranks)
         with tracked():
             embedded = model.embed(packed, dropout_seed)
@@ -104,22 +104,29 @@ class Objective:
             for name, of in tasks.items()
         }
         terms = [*(self.weights.get(name, 1.0) * loss for name, loss in task.items()), *norms]
-        smart, smart_terms, bregman, size = {}, [batch.smart_weights.new_zeros(())], {}, None
+        smart, bregman, sizes = dict[str, Tensor](), dict[str, Tensor](), list[Tensor]()
+        smart_terms, size = [batch.smart_weights.new_zeros(())], None
         on_phase("forward")
-        if self.smart.on:
-            seed = dropout_seed if self.smart.masks == "shared" else other_seed
+        for part in batch.smart_parts:  # of the tasks that have the regulariser
+            seeds = [part.seed_of(seed) for seed in batch.seeds]
+            seed = seeds[0] if self.smart.masks == "shared" else seeds[1]
+            counts = {name: batch.counts[name] for name in part.tasks}
+            forward_part: Forward = partial(forward, packed=part.packed, counts=counts, seed=seed)
+            clean, clean_outputs = part.rows_of(embedded), {name: outputs[name] for name in part.tasks}
+            of_part = {name: tasks[name] for name in part.tasks}
             scale = embedding_scale(model) if self.smart.relative else None
-            search = {"noise_seed": noise_seed, "scale": scale}
             with statistics_kept(model), substituted(model, lambda param: self.copies.get(param, param).detach()):
-                perturbed = perturb(
-                    partial(forward, seed=seed), embedded, outputs, tasks, packed.cu_seqlens, self.smart, **search
-                )
+                given = clean, clean_outputs, of_part, part.packed.cu_seqlens, self.smart
+                perturbed = perturb(forward_part, *given, noise_seed=seeds[2], scale=scale)
             with statistics_kept(model), tracked():
-                perturbed_outputs = forward(straight_through(embedded, perturbed), seed=seed)
-            smart = divergences(tasks, perturbed_outputs, outputs)
-            smart_terms = [weight * smart[name] for name, weight in zip(tasks, batch.smart_weights, strict=True)]
-            sizes = (perturbed - embedded.detach()).abs().amax(1).float()
-            size = sizes.sum() / (batch.shard.tokens if batch.shard else len(sizes))
+                perturbed_outputs = forward_part(straight_through(clean, perturbed))
+            smart |= divergences(of_part, perturbed_outputs, clean_outputs)
+            sizes.append((perturbed - clean.detach()).abs().amax(1).float().sum())
+        if batch.smart_parts:
+            weights = dict(zip(tasks, batch.smart_weights, strict=True))
+            smart_terms = [weights[name] * value for name, value in smart.items()]
+            tokens = sum(len(part.packed.token_ids) for part in batch.smart_parts)
+            size = torch.stack(sizes).sum() / (batch.shard.tokens if batch.shard else tokens)
             on_phase("smart")
         if self.bregman.mu:
             bregman = divergences(tasks, outputs, self._teacher_outputs(forward, packed, dropout_seed))

@@ -135,6 +135,10 @@ def attention(
     to 128; the reference runs for others. The backward computes scores and masks again: on a CPU nothing but the
     arguments is kept for it, on a GPU the result and one number for each token and head as well.
 
+    Sums are float32. On a processor that multiplies bfloat16 (`native.isa()` is avx512bf16), the probabilities and the
+    gradients of the scores are rounded to bfloat16 for their products, in sequences of more than 16 tokens whose
+    head dimension is a multiple of 32, unless softmax_scale is 0.
+
     Args:
         qkv: float [N, 3, H, d], the tokens' queries, keys and values; the d elements of a head lie next to each other.
         cu_seqlens: int32 [S + 1], cumulative sequence lengths from 0 to N.

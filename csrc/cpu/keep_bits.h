@@ -75,8 +75,9 @@ inline void keep_queries(KeepBits* keep, int64_t head_stride, int64_t first_head
       counters[odd][3] = share3;
     }
     philox_rounds<3>(counters, philox_keys);
-    for (int64_t head = 0; head < heads; ++head) {
-      const int64_t word = first_head % 4 + head;
+    for (int word = 0; word < 4; ++word) {
+      const int64_t head = word - first_head % 4;
+      if (head < 0 || head >= heads) continue;
       const Bits words = low_halves_in_turns(counters[0][word], counters[1][word]);
       keep[head * head_stride + at] = kept_lanes(words, dropout.threshold);
     }

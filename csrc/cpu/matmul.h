@@ -65,9 +65,7 @@ struct Right {
 template <class Unit, bool transposed, int vectors, int rows>
 void tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t b_stride, int64_t depth, float* c, int64_t c_stride,
           bool accumulate) {
-  Floats sum[rows][vectors];
-  MINBERT_UNROLL for (int i = 0; i < rows; ++i) MINBERT_UNROLL for (int v = 0; v < vectors; ++v) sum[i][v] =
-      accumulate ? load<Floats>(c + i * c_stride + v * kFloats) : Floats{};
+  Floats sum[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Floats right[vectors];
     MINBERT_UNROLL for (int v = 0; v < vectors; ++v) right[v] = load_raw<Floats>(b + k * b_stride + v * kFloats);
@@ -76,8 +74,10 @@ void tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t b_stride, int6
       MINBERT_UNROLL for (int v = 0; v < vectors; ++v) sum[i][v] = multiply_add(sum[i][v], left, right[v]);
     }
   }
-  MINBERT_UNROLL for (int i = 0; i < rows; ++i) MINBERT_UNROLL for (int v = 0; v < vectors; ++v)
-      store_raw(c + i * c_stride + v * kFloats, sum[i][v]);
+  MINBERT_UNROLL for (int i = 0; i < rows; ++i) MINBERT_UNROLL for (int v = 0; v < vectors; ++v) {
+    float* const to = c + i * c_stride + v * kFloats;
+    store_raw(to, accumulate ? load<Floats>(to) + sum[i][v] : sum[i][v]);
+  }
 }
 #undef MINBERT_UNROLL
 

@@ -44,6 +44,13 @@ inline void store_along_keys(Pair* to, const Floats (&v)[2]) {
 }
 #endif
 
+// Calls body(begin, end) for ranges of keys that are summed apart, so that a large term rounds few of the others.
+template <class Body>
+inline void over_ranges(int64_t keys, const Body& body) {
+  constexpr int64_t kRange = 16;
+  for (int64_t begin = 0; begin < keys; begin += kRange) body(begin, smaller(keys, begin + kRange));
+}
+
 // The score of each query whose product with the scale is the largest.
 template <int count>
 inline void largest(const Block& b, int64_t lane, Floats (&most)[count]) {
@@ -64,18 +71,22 @@ template <class Unit, bool dropout, int count>
 inline void exponentials(const Block& b, int64_t lane, float* factors) {
   Floats most[count], sum[count] = {};
   largest(b, lane, most);
-  for (int64_t key = 0; key < b.keys; key += kDepth<Unit>) {
-    Floats e[count][kDepth<Unit>] = {};
-    for (int k = 0; k < smaller(kDepth<Unit>, b.keys - key); ++k)
-      for (int i = 0; i < count; ++i) {
-        const int64_t at = lane + i * kFloats;
-        const Floats v = exp((load<Floats>(b.scores + (key + k) * b.stride + at) - most[i]) * b.scale);
-        sum[i] += v;
-        e[i][k] = b.with_dropout<dropout>(v, key + k, at);
-      }
-    Unit* const to = reinterpret_cast<Unit*>(b.scores) + key / kDepth<Unit> * b.stride + lane;
-    for (int i = 0; i < count; ++i) store_along_keys(to + i * kFloats, e[i]);
-  }
+  over_ranges(b.keys, [&](int64_t begin, int64_t end) {
+    Floats part[count] = {};
+    for (int64_t key = begin; key < end; key += kDepth<Unit>) {
+      Floats e[count][kDepth<Unit>] = {};
+      for (int k = 0; k < smaller(kDepth<Unit>, end - key); ++k)
+        for (int i = 0; i < count; ++i) {
+          const int64_t at = lane + i * kFloats;
+          const Floats v = exp((load<Floats>(b.scores + (key + k) * b.stride + at) - most[i]) * b.scale);
+          part[i] += v;
+          e[i][k] = b.with_dropout<dropout>(v, key + k, at);
+        }
+      Unit* const to = reinterpret_cast<Unit*>(b.scores) + key / kDepth<Unit> * b.stride + lane;
+      for (int i = 0; i < count; ++i) store_along_keys(to + i * kFloats, e[i]);
+    }
+    for (int i = 0; i < count; ++i) sum[i] += part[i];
+  });
   for (int i = 0; i < count; ++i) store_raw(factors + lane + i * kFloats, 1.0f / sum[i]);
 }
 
@@ -87,15 +98,22 @@ template <class Unit, bool dropout, int count>
 inline void softmax_backward(const Block& b, int64_t lane, Unit* along_keys) {
   Floats most[count], sum[count] = {}, weighted[count] = {};
   largest(b, lane, most);
-  for (int64_t key = 0; key < b.keys; ++key)
+  over_ranges(b.keys, [&](int64_t begin, int64_t end) {
+    Floats part[count] = {}, weighted_part[count] = {};
+    for (int64_t key = begin; key < end; ++key)
+      for (int i = 0; i < count; ++i) {
+        const int64_t at = lane + i * kFloats;
+        float* const score = b.scores + key * b.stride + at;
+        const Floats e = exp((load<Floats>(score) - most[i]) * b.scale);
+        part[i] += e;
+        weighted_part[i] += e * b.with_dropout<dropout>(load<Floats>(b.grads + key * b.stride + at), key, at);
+        store_raw(score, e);
+      }
     for (int i = 0; i < count; ++i) {
-      const int64_t at = lane + i * kFloats;
-      float* const score = b.scores + key * b.stride + at;
-      const Floats e = exp((load<Floats>(score) - most[i]) * b.scale);
-      sum[i] += e;
-      weighted[i] += e * b.with_dropout<dropout>(load<Floats>(b.grads + key * b.stride + at), key, at);
-      store_raw(score, e);
+      sum[i] += part[i];
+      weighted[i] += weighted_part[i];
     }
+  });
   for (int i = 0; i < count; ++i) {
     sum[i] = 1.0f / sum[i];
     weighted[i] *= sum[i];

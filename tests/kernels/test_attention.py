@@ -337,3 +337,28 @@ def test_isas_agree(needs_native: None) -> None:
         results[name] = run(qkv, [27, 63], grad_out, 0.2)
     for result in results.values():
         torch.testing.assert_close(result, results["portable"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lengths", "head_dim", "scale", "pairs"),
+    [
+        (torch.bfloat16, [17, 3], 32, None, True),
+        (torch.bfloat16, [80], 64, -0.3, True),
+        (torch.bfloat16, [16, 3], 32, None, False),
+        (torch.bfloat16, [40], 40, None, False),
+        (torch.bfloat16, [40], 32, 0.0, False),
+        (torch.float32, [40], 32, None, False),
+    ],
+)
+def test_bfloat16_is_multiplied_in_pairs_where_the_docstring_says(
+    dtype: torch.dtype, lengths: list[int], head_dim: int, scale: float | None, pairs: bool, needs_native: None
+) -> None:
+    """Rounded probabilities tell: elsewhere the products are those of avx512, to the bit."""
+    if "avx512bf16" not in native.library().isas():
+        pytest.skip("this processor has no avx512bf16")
+    qkv, grad_out = randn(sum(lengths), 3, 4, head_dim, dtype=dtype), randn(sum(lengths), 4, head_dim, dtype=dtype)
+    results = []
+    for name in ("avx512", "avx512bf16"):
+        native.library().set_isa(name)
+        results.append(run(qkv, lengths, grad_out, 0.1, softmax_scale=scale))
+    assert [torch.equal(a, b) for a, b in zip(*results, strict=True)] == [not pairs] * 2

@@ -11,7 +11,7 @@ if __name__ == "minbert.kernels":
     from .adamw import adamw_, combine_adamw_
     from .attention import attention
     from .attention_plan import AttentionPlan, attention_plan
-    from .dispatch import BackendChoice, backends, set_backend, use_backend
+    from .dispatch import BackendChoice, backends, set_backend, use_backend, without_dispatcher
     from .dropout import attention_dropout_mask, dropout, dropout_mask
     from .embedding import embedding
     from .first_token_attention import first_token_attention
@@ -61,4 +61,5 @@ __all__ = [
     "use_backend",
     "use_matmul",
     "weights_packed_once",
+    "without_dispatcher",
 ]

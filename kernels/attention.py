@@ -10,7 +10,7 @@ from torch import Tensor
 from . import checks, native_calls, reference
 from .attention_plan import AttentionPlan, AttentionProblem
 from .autograd import first_order_only
-from .dispatch import is_compiled
+from .dispatch import calls_directly, is_compiled
 from .dropout import attention_dropout_mask
 from .native import library
 
@@ -29,10 +29,7 @@ _PROBLEM = (  # AttentionProblem
 )
 
 
-@torch.library.custom_op(
-    "minbert::attention", mutates_args=(), device_types="cpu", schema=f"({_PROBLEM}) -> (Tensor, Tensor)"
-)
-def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The result, and on GPUs a number for each token and head that the backward reads."""
     problem = AttentionProblem(*arguments)
     qkv, native, threads = problem.qkv, native_calls.attention_problem(problem), torch.get_num_threads()
@@ -41,6 +38,11 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     if not library().attention(native, qkv.data_ptr(), qkv.stride(), out.data_ptr(), scratch.data_ptr(), threads):
         _check_lengths(problem)
     return out, qkv.new_empty(0, dtype=torch.float32)
+
+
+_attention = torch.library.custom_op(
+    "minbert::attention", _forward, mutates_args=(), device_types="cpu", schema=f"({_PROBLEM}) -> (Tensor, Tensor)"
+)
 
 
 @_attention.register_kernel("cuda")
@@ -170,7 +172,8 @@ def attention(
         checks.tensor("attention", "plan.starts", plan[1], [qkv.shape[0]], [torch.int32], like=qkv)
     scale = qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     if is_compiled("attention", qkv.device, qkv.dtype, head_dim=qkv.shape[3]):
-        return _attention(qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale, *(plan or (None, None)))[0]
+        call = _forward if calls_directly(qkv.device) else _attention
+        return call(qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale, *(plan or (None, None)))[0]
     checks.cu_seqlens("attention", cu_seqlens, qkv.shape[0], max_seqlen)
     keep = None if seed is None else attention_dropout_mask(cu_seqlens, qkv.shape[2], dropout_p, seed, stream_id)
     return reference.attention(qkv, cu_seqlens, keep, dropout_p, scale)

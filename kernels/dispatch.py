@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ _COMPILED = {
 OPS = (*(op for op in _COMPILED if op != "sums_of_rows"), "linear")
 
 _choice = "auto"
+_thread = threading.local()
 
 
 def choice() -> str:
@@ -67,6 +69,26 @@ def set_backend(name: str) -> None:
     if name not in CHOICES:
         raise ValueError(f"set_backend: name must be one of {', '.join(map(repr, CHOICES))}, got {name!r}")
     _choice = name
+
+
+@contextmanager
+def without_dispatcher() -> Iterator[None]:
+    """Let this thread's ops of a layer call their compiled code on CPUs without torch's dispatcher in the block.
+
+    No gradient goes through them there, and torch.compile does not see them. With the tokens of one sentence the
+    dispatcher takes as long as the code that it calls.
+    """
+    before = getattr(_thread, "calls_directly", False)
+    _thread.calls_directly = True
+    try:
+        yield
+    finally:
+        _thread.calls_directly = before
+
+
+def calls_directly(device: torch.device) -> bool:
+    """Whether `without_dispatcher` is in effect for tensors of this device."""
+    return device.type == "cpu" and getattr(_thread, "calls_directly", False)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def prepared(model: MultitaskModel) -> Iterator[None]:
             read[projection.weight] = kernels.pack_weight(projection.weight, dtype)
         for projection in (layer.qkv, layer.attention_output, layer.output):  # bias_gelu reads the other in float32
             read[projection.bias] = projection.bias.detach().to(dtype)
-    with substituted(encoder, lambda param: read.get(param, param)):
+    with substituted(encoder, lambda param: read.get(param, param)), kernels.without_dispatcher():
         yield
 
 

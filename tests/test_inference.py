@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minbert import inference, kernels
 from minbert.data import Encoded
@@ -77,6 +79,33 @@ def test_the_parameters_come_back_after_an_error(model):
     with pytest.raises(RuntimeError, match="stop"), prepared(model):
         raise RuntimeError("stop")
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+
+
+def test_the_ops_of_a_layer_run_without_the_dispatcher_in_the_block_of_this_thread_alone(model):
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ops.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    packed = examples([3, 5]).pack(np.arange(2))
+    by_dispatcher = {f"minbert::{op}" for op in ("attention", "bias_gelu", "dropout_add_layer_norm")}
+
+    def forward() -> set[str]:
+        with torch.inference_mode(), Record():
+            model(packed, {"sst": 2})
+        return ops & by_dispatcher
+
+    if not kernels.native.available():
+        pytest.skip(kernels.native.missing_reason())
+    ops: set[str] = set()
+    with prepared(model):
+        assert forward() == set()
+        other = threading.Thread(target=forward)
+        other.start()
+        other.join()
+    assert ops & by_dispatcher == by_dispatcher
+    ops.clear()
+    assert forward() == by_dispatcher
 
 
 def test_outputs_follow_the_inputs_order_whatever_the_budget(model):

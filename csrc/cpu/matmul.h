@@ -92,6 +92,9 @@ struct TilesOf<Unit, transposed, vectors, Lanes<row...>> {
 template <class Unit, bool transposed, int vectors>
 using Tiles = TilesOf<Unit, transposed, vectors, typename CountTo<kTileRows>::type>;
 
+// The longest chain of additions, in units: sums over more are sums of such sums, whose rounding errors are smaller.
+constexpr int64_t kChain = 32;
+
 // C [rows, columns] = A [rows, depth] B [depth, columns], or C += A B where `accumulate`; `depth` counts units. Columns
 // are rounded up to whole registers in B and in C.
 template <class Unit>
@@ -106,8 +109,10 @@ void multiply(Left<Unit> a, Right<Unit> b, int64_t rows, int64_t depth, int64_t 
     const Unit* panel = b.data + column / kPanel * b.panel_stride;
     for (int64_t t = 0; t < tiles; ++t) {  // of almost equal height
       const int64_t row = rows * t / tiles, height = rows * (t + 1) / tiles - row;
-      with_rows[height - 1](a.data + row * (a.transposed ? 1 : a.stride), a.stride, panel, b.stride, depth,
-                            c + row * c_stride + column, c_stride, accumulate);
+      for (int64_t k = 0; k < depth; k += kChain)
+        with_rows[height - 1](a.data + (a.transposed ? k * a.stride + row : row * a.stride + k), a.stride,
+                              panel + k * b.stride, b.stride, smaller(kChain, depth - k), c + row * c_stride + column,
+                              c_stride, accumulate || k > 0);
     }
   }
 }

@@ -21,8 +21,20 @@ struct Case {
   Buffer qkv, grad_out;
 };
 
+// Sums, and those of their terms' magnitudes.
+struct Sums {
+  Numbers value, magnitude;
+
+  explicit Sums(int64_t size) : value(size), magnitude(size) {}
+
+  void add(int64_t i, double term) {
+    value[i] += term;
+    magnitude[i] += std::abs(term);
+  }
+};
+
 // The result [N, H, d] and the gradient [N, 3, H, d].
-void attend(Case& c, Numbers& out, Numbers& grad) {
+void attend(Case& c, Sums& out, Sums& grad) {
   const AttentionProblem& p = c.problem;
   const auto at = [&](int64_t part, int64_t token, int64_t head, int64_t i) {
     return c.qkv.get(token * c.strides.token_stride + part * c.strides.part_stride + head * c.strides.head_stride + i);
@@ -30,11 +42,9 @@ void attend(Case& c, Numbers& out, Numbers& grad) {
   const auto grad_at = [&](int64_t token, int64_t head, int64_t i) {
     return c.grad_out.get(token * c.grad_strides.token_stride + head * c.grad_strides.head_stride + i);
   };
-  const auto grad_of = [&](int64_t part, int64_t token, int64_t head, int64_t i) -> double& {
-    return grad[((token * 3 + part) * p.heads + head) * p.head_dim + i];
+  const auto add_to_grad = [&](int64_t part, int64_t token, int64_t head, int64_t i, double term) {
+    grad.add(((token * 3 + part) * p.heads + head) * p.head_dim + i, term);
   };
-  out.assign(p.tokens * p.heads * p.head_dim, 0);
-  grad.assign(3 * out.size(), 0);
   for (int64_t s = 0; s < p.sequences; ++s)
     for (int64_t head = 0; head < p.heads; ++head)
       for (int64_t query = p.cu_seqlens[s]; query < p.cu_seqlens[s + 1]; ++query) {
@@ -51,8 +61,8 @@ void attend(Case& c, Numbers& out, Numbers& grad) {
           probability[key] /= sum;
           const double dropped = probability[key] * scale[key];
           for (int64_t i = 0; i < p.head_dim; ++i) {
-            out[(query * p.heads + head) * p.head_dim + i] += dropped * at(2, first + key, head, i);
-            grad_of(2, first + key, head, i) += dropped * grad_at(query, head, i);
+            out.add((query * p.heads + head) * p.head_dim + i, dropped * at(2, first + key, head, i));
+            add_to_grad(2, first + key, head, i, dropped * grad_at(query, head, i));
             grad_probability[key] += scale[key] * grad_at(query, head, i) * at(2, first + key, head, i);
           }
           mean += probability[key] * grad_probability[key];
@@ -60,20 +70,22 @@ void attend(Case& c, Numbers& out, Numbers& grad) {
         for (int64_t key = 0; key < length; ++key) {
           const double grad_score = p.scale * probability[key] * (grad_probability[key] - mean);
           for (int64_t i = 0; i < p.head_dim; ++i) {
-            grad_of(0, query, head, i) += grad_score * at(1, first + key, head, i);
-            grad_of(1, first + key, head, i) += grad_score * at(0, query, head, i);
+            add_to_grad(0, query, head, i, grad_score * at(1, first + key, head, i));
+            add_to_grad(1, first + key, head, i, grad_score * at(0, query, head, i));
           }
         }
       }
 }
 
-void compare(const char* what, const Case& c, Buffer& got, const Numbers& expected) {
-  const double unit = c.problem.dtype == DType::float32 ? 1e-5 : 8e-3;
-  for (size_t i = 0; i < expected.size(); ++i)
-    CHECK(std::abs(got.get(i) - expected[i]) <= unit * std::abs(expected[i]) + 2e-5,
-          "%s: element %d is %g, expected %g (%d heads of %d, %d tokens)", what, static_cast<int>(i), got.get(i),
-          expected[i], static_cast<int>(c.problem.heads), static_cast<int>(c.problem.head_dim),
-          static_cast<int>(c.problem.tokens));
+// `in_pairs`: each term's probability, or gradient of a score, is rounded to bfloat16, with an error of up to 2^-9.
+void compare(const char* what, const Case& c, Buffer& got, const Sums& expected, bool in_pairs) {
+  const double unit = c.problem.dtype == DType::float32 ? 1e-5 : 8e-3, of_term = in_pairs ? 0x1p-9 : 0;
+  for (size_t i = 0; i < expected.value.size(); ++i) {
+    const double wanted = expected.value[i], bound = unit * std::abs(wanted) + of_term * expected.magnitude[i] + 2e-5;
+    CHECK(std::abs(got.get(i) - wanted) <= bound, "%s: element %d is %g, expected %g (%d heads of %d, %d tokens)", what,
+          static_cast<int>(i), got.get(i), wanted, static_cast<int>(c.problem.heads),
+          static_cast<int>(c.problem.head_dim), static_cast<int>(c.problem.tokens));
+  }
 }
 
 void test_case(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, int64_t head_dim, DType dtype,
@@ -103,9 +115,10 @@ void test_case(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, i
   c.strides.data = c.qkv.data();
   c.grad_strides.data = c.grad_out.data();
 
-  Numbers expected, expected_grad;
-  attend(c, expected, expected_grad);
   const int64_t size = tokens * heads * head_dim;
+  const bool in_pairs = isa == Isa::avx512bf16 && dtype == DType::bfloat16 && head_dim % 32 == 0;
+  Sums expected(size), expected_grad(3 * size);
+  attend(c, expected, expected_grad);
   std::vector<Buffer> first;
   for (const int threads : kThreadCounts) {
     Buffer out = poisoned(dtype, size), grad = poisoned(dtype, 3 * size);
@@ -119,8 +132,8 @@ void test_case(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, i
       CHECK(valid, "attention refuses valid lengths");
       std::free(scratch);
     }
-    compare("attention", c, out, expected);
-    compare("attention's gradient", c, grad, expected_grad);
+    compare("attention", c, out, expected, in_pairs);
+    compare("attention's gradient", c, grad, expected_grad, in_pairs);
     if (first.empty()) first = {out, grad};
     CHECK(std::memcmp(first[0].data(), out.data(), size * width(dtype)) == 0 &&
               std::memcmp(first[1].data(), grad.data(), 3 * size * width(dtype)) == 0,

@@ -88,6 +88,45 @@ void compare(const char* what, const Case& c, Buffer& got, const Sums& expected,
   }
 }
 
+// The same for the first token of each sequence alone: of the others, queries and gradients count for nothing.
+void test_first_tokens(Isa isa, Case& c) {
+  const AttentionProblem& p = c.problem;
+  const int64_t row = p.heads * p.head_dim, s = p.sequences, n = p.tokens;
+  Buffer queries = poisoned(p.dtype, s * row), keys_values = poisoned(p.dtype, 2 * n * row);
+  Buffer grad_out = poisoned(p.dtype, s * row);
+  for (int64_t i = 0; i < 2 * n * row; ++i)
+    keys_values.set(i, c.qkv.get(i / (2 * row) * 3 * row + row + i % (2 * row)));
+  Numbers of_first(n * row);
+  for (int64_t i = 0; i < s * row; ++i) {
+    const int64_t token = p.cu_seqlens[i / row];
+    queries.set(i, c.qkv.get(token * 3 * row + i % row));
+    of_first[token * row + i % row] = c.grad_out.get(token * row + i % row);
+    grad_out.set(i, of_first[token * row + i % row]);
+  }
+  for (int64_t i = 0; i < n * row; ++i) c.grad_out.set(i, of_first[i]);
+  Sums all(n * row), all_grads(3 * n * row), expected(s * row), queries_grad(s * row), others_grad(2 * n * row);
+  attend(c, all, all_grads);
+  for (int64_t i = 0; i < s * row; ++i) {
+    const int64_t token = p.cu_seqlens[i / row];
+    expected.value[i] = all.value[token * row + i % row];
+    queries_grad.value[i] = all_grads.value[token * 3 * row + i % row];
+  }
+  for (int64_t i = 0; i < 2 * n * row; ++i)
+    others_grad.value[i] = all_grads.value[i / (2 * row) * 3 * row + row + i % (2 * row)];
+  for (const int threads : kThreadCounts) {
+    Buffer out = poisoned(p.dtype, s * row), grads[] = {poisoned(p.dtype, s * row), poisoned(p.dtype, 2 * n * row)};
+    std::vector<float> scratch(first_token_scratch(n, s, p.head_dim), NAN);
+    CHECK(kernels(isa).first_token_attention(p, queries.data(), keys_values.data(), out.data(), scratch.data(),
+                                             threads) &&
+              kernels(isa).first_token_attention_backward(p, grad_out.data(), queries.data(), keys_values.data(),
+                                                          grads[0].data(), grads[1].data(), scratch.data(), threads),
+          "attention of first tokens refuses valid lengths");
+    compare("attention of first tokens", c, out, expected, false);
+    compare("its gradient of queries", c, grads[0], queries_grad, false);
+    compare("its gradient of keys and values", c, grads[1], others_grad, false);
+  }
+}
+
 void test_case(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, int64_t head_dim, DType dtype,
                bool dropout, bool views) {
   const int64_t sequences = static_cast<int64_t>(cu_seqlens.size()) - 1, tokens = cu_seqlens.back();
@@ -139,6 +178,7 @@ void test_case(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, i
               std::memcmp(first[1].data(), grad.data(), 3 * size * width(dtype)) == 0,
           "attention differs between thread counts");
   }
+  if (!views) test_first_tokens(isa, c);
 }
 
 void test_bad_lengths(Isa isa) {

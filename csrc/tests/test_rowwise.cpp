@@ -109,6 +109,16 @@ void test_layer_norm(const Setting& s) {
   expect(y, of_x, dtype, "dropout", s.isa);
 }
 
+void test_sums_of_rows(const Setting& s) {
+  const auto [rows, columns, dtype] = s.a;
+  Buffer x = filled(rows * columns, dtype, s.shift, 14), sums(columns, DType::float32, s.shift);
+  std::vector<float> scratch(row_scratch(rows, columns));
+  kernels(s.isa).sums_of_rows(s.a, x.data(), static_cast<float*>(sums.data()), scratch.data(), s.threads);
+  Numbers expected(columns);
+  for (int64_t i = 0; i < rows * columns; ++i) expected[i % columns] += x.get(i);
+  expect(sums, expected, DType::float32, "sums of rows", s.isa);
+}
+
 void test_gelu(const Setting& s) {
   const auto [rows, columns, dtype] = s.a;
   const int64_t size = rows * columns;
@@ -190,6 +200,7 @@ void test_rowwise(Isa isa) {
             const Dropout dropout{-77, threshold, 5, threshold ? 4.0f / 3 : 1.0f, first_row};
             const Setting setting{isa, {rows, columns, dtype}, dropout, columns % 2 ? 3 : 0, threads};
             test_layer_norm(setting);
+            test_sums_of_rows(setting);
             test_gelu(setting);
             test_embedding(setting);
           }

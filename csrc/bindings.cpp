@@ -326,13 +326,13 @@ PYBIND11_MODULE(_native, module) {
       raise_error("surgery_weights", cuda_surgery_weights(problem, result, stream));
     });
   });
-  module.def("cuda_combine_adamw", [](const PythonOf<TaskGradients>& g, Address weights,
-                                      const UpdateArguments& arguments, Address stream) {
-    const GradientParts gradients(g);
-    with_update(gradients, arguments, [&](const auto&... update) {
-      raise_error("combine_adamw_", cuda_combine_adamw(gradients, weights, update..., stream));
-    });
-  });
+  module.def("cuda_combine_adamw",
+             [](const PythonOf<TaskGradients>& g, Address weights, const UpdateArguments& arguments, Address stream) {
+               const GradientParts gradients(g);
+               with_update(gradients, arguments, [&](const auto&... update) {
+                 raise_error("combine_adamw_", cuda_combine_adamw(gradients, weights, update..., stream));
+               });
+             });
 #endif
 }
 

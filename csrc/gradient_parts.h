@@ -69,12 +69,12 @@ class GradientParts {
   }
 
   operator TaskGradients() const {
-    return {tasks_, static_cast<int64_t>(sizes_.size()), data_.data(), dtypes_.data(), sizes_.data(),
-            first_chunk_.data()};
+    return {
+        tasks_, static_cast<int64_t>(sizes_.size()), data_.data(), dtypes_.data(), sizes_.data(), first_chunk_.data()};
   }
 
-  // The parts' addresses in other tensors of these shapes: of bfloat16, or of the dtype of the gradients' parameters. No
-  // addresses, and a null address, stand for no tensors.
+  // The parts' addresses in other tensors of these shapes: of bfloat16, or of the dtype of the gradients' parameters.
+  // No addresses, and a null address, stand for no tensors.
   std::vector<void*> parts_of(const std::vector<Address>& tensors, bool is_bfloat16) const {
     std::vector<void*> parts;
     for (size_t part = 0; part < sizes_.size() && !tensors.empty(); ++part) {
@@ -98,7 +98,8 @@ class GradientParts {
   }
 
   int64_t tasks_;
-  std::vector<int64_t> tensor_, start_, sizes_, first_chunk_{0};  // tensor_ and start_: where a part begins, in elements
+  std::vector<int64_t> tensor_, start_, sizes_,
+      first_chunk_{0};  // tensor_ and start_: where a part begins, in elements
   std::vector<DType> dtypes_;
   std::vector<const void*> by_part_, data_;  // [parts, T] and [T, parts]
 };

@@ -31,8 +31,8 @@ struct TaskGradients {
 struct Dropout {
   int64_t seed;
   uint32_t threshold, stream_id;
-  float scale = 1;         // multiplies the kept elements: 1 / (1 - p)
-  uint32_t first_row = 0;  // the number of row 0 in a larger activation; counters number rows modulo 2^32
+  float scale = 1;                // multiplies the kept elements: 1 / (1 - p)
+  uint32_t first_row = 0;         // the number of row 0 in a larger activation; counters number rows modulo 2^32
   const int32_t* rows = nullptr;  // the rows' numbers, counted from first_row; null: consecutive
 };
 static inline constexpr uint32_t row_number(const Dropout& dropout, int64_t row) {
@@ -167,8 +167,8 @@ using FirstTokenAttention = bool(const AttentionProblem&, const void* queries, c
 using FirstTokenAttentionBackward = bool(const AttentionProblem&, const void* grad_out, const void* queries,
                                          const void* keys_values, void* grad_queries, void* grad_keys_values,
                                          float* scratch, int threads) noexcept;
-// For each sequence: a head's scores, their gradients, and the masks of four heads in bytes, as long as the sequence and
-// padded; and two rows of a head.
+// For each sequence: a head's scores, their gradients, and the masks of four heads in bytes, as long as the sequence
+// and padded; and two rows of a head.
 static inline constexpr int64_t first_token_scratch(int64_t tokens, int64_t sequences, int64_t head_dim) {
   return 3 * (tokens + sequences * kPadding) + 2 * sequences * padded(head_dim);
 }
@@ -231,28 +231,27 @@ using EmbeddingBackward = void(Activation, const Embeddings&, const int64_t* wor
                                int threads) noexcept;
 
 // The list of the CPU kernels: KERNEL(type, name) for each.
-#define MINBERT_KERNELS(KERNEL)                        \
-  KERNEL(Gram, gram)                                   \
-  KERNEL(Combine, combine)                             \
-  KERNEL(DropoutMask, dropout_mask)                    \
-  KERNEL(AttentionDropoutMask, attention_dropout_mask) \
-  KERNEL(SurgeryWeights, surgery_weights)              \
-  KERNEL(CombineAdamW, combine_adamw)                  \
-  KERNEL(SmartInit, smart_init)                        \
-  KERNEL(SmartAscend, smart_ascend)                    \
-  KERNEL(Attention, attention)                         \
-  KERNEL(AttentionBackward, attention_backward)        \
-  KERNEL(AttentionScratch, attention_scratch)          \
-  KERNEL(FirstTokenAttention, first_token_attention)   \
-  KERNEL(FirstTokenAttentionBackward,                  \
-         first_token_attention_backward)               \
-  KERNEL(DropoutForward, dropout_forward)              \
-  KERNEL(LayerNormForward, layer_norm_forward)         \
-  KERNEL(LayerNormBackward, layer_norm_backward)       \
-  KERNEL(SumsOfRows, sums_of_rows)                     \
-  KERNEL(GeluForward, gelu_forward)                    \
-  KERNEL(GeluBackward, gelu_backward)                  \
-  KERNEL(EmbeddingForward, embedding_forward)          \
+#define MINBERT_KERNELS(KERNEL)                                       \
+  KERNEL(Gram, gram)                                                  \
+  KERNEL(Combine, combine)                                            \
+  KERNEL(DropoutMask, dropout_mask)                                   \
+  KERNEL(AttentionDropoutMask, attention_dropout_mask)                \
+  KERNEL(SurgeryWeights, surgery_weights)                             \
+  KERNEL(CombineAdamW, combine_adamw)                                 \
+  KERNEL(SmartInit, smart_init)                                       \
+  KERNEL(SmartAscend, smart_ascend)                                   \
+  KERNEL(Attention, attention)                                        \
+  KERNEL(AttentionBackward, attention_backward)                       \
+  KERNEL(AttentionScratch, attention_scratch)                         \
+  KERNEL(FirstTokenAttention, first_token_attention)                  \
+  KERNEL(FirstTokenAttentionBackward, first_token_attention_backward) \
+  KERNEL(DropoutForward, dropout_forward)                             \
+  KERNEL(LayerNormForward, layer_norm_forward)                        \
+  KERNEL(LayerNormBackward, layer_norm_backward)                      \
+  KERNEL(SumsOfRows, sums_of_rows)                                    \
+  KERNEL(GeluForward, gelu_forward)                                   \
+  KERNEL(GeluBackward, gelu_backward)                                 \
+  KERNEL(EmbeddingForward, embedding_forward)                         \
   KERNEL(EmbeddingBackward, embedding_backward)
 
 // The CPU kernels of one instruction set.

@@ -68,9 +68,9 @@ void add_to(float* to, const float* from, int64_t count) {
   });
 }
 
-// Adds the gradients of tokens [begin, end) to their rows of the three tables' gradients. Each work item owns rows of the
-// words' or the positions', or columns of the token types', which are few rows, and visits the tokens in order. So no two
-// items write the same element, and the order of every sum is independent of the thread count.
+// Adds the gradients of tokens [begin, end) to their rows of the three tables' gradients. Each work item owns rows of
+// the words' or the positions', or columns of the token types', which are few rows, and visits the tokens in order. So
+// no two items write the same element, and the order of every sum is independent of the thread count.
 void scatter(int64_t begin, int64_t end, int64_t columns, const int64_t* const (&rows)[3], const float* d_total,
              float* const* d_tables, int threads) {
   constexpr int64_t kItems = 16;  // of each table

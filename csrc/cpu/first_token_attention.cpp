@@ -41,7 +41,8 @@ struct FirstToken {
 
 template <class Element>
 void load_row(const Element* from, float factor, int64_t columns, float* to) {
-  along_row(columns, [&](int64_t at, int, int64_t count) { store_raw(to + at, load_first(from + at, count) * factor); });
+  along_row(columns,
+            [&](int64_t at, int, int64_t count) { store_raw(to + at, load_first(from + at, count) * factor); });
 }
 
 // to[token] = the inner product of `row` and a token's key or value.
@@ -51,9 +52,8 @@ void inner_products(const FirstToken& s, const float* row, const Element* keys_v
   for (int64_t token = 0; token < s.length; ++token) {
     const Element* const other = keys_values + s.keys_at(token, part, head);
     Floats sum{};
-    along_row(s.p.head_dim, [&](int64_t at, int, int64_t count) {
-      sum += load<Floats>(row + at) * load_first(other + at, count);
-    });
+    along_row(s.p.head_dim,
+              [&](int64_t at, int, int64_t count) { sum += load<Floats>(row + at) * load_first(other + at, count); });
     to[token] = sum_of_lanes(sum)[0];
   }
 }
@@ -139,8 +139,8 @@ bool first_token_attention(const AttentionProblem& p, const void* queries, const
 }
 
 bool first_token_attention_backward(const AttentionProblem& p, const void* grad_out, const void* queries,
-                                    const void* keys_values, void* grad_queries, void* grad_keys_values,
-                                    float* scratch, int threads) noexcept {
+                                    const void* keys_values, void* grad_queries, void* grad_keys_values, float* scratch,
+                                    int threads) noexcept {
   return for_each_sequence(p, scratch, threads, [&](auto element, const FirstToken& s, const Keys& keys) {
     using Element = decltype(element);
     attend_backward(s, static_cast<const Element*>(grad_out), static_cast<const Element*>(queries),

@@ -181,7 +181,8 @@ void test_embedding(const Setting& s) {
   expect(y, expected.y, dtype, "embedding", s.isa);
   for (int part = 0; part < 3; ++part) {
     Numbers wanted(d_tables[part].size());
-    for (int64_t i = 0; i < size; ++i) wanted[gradient_rows[part][i / columns] * columns + i % columns] += expected.d_total[i];
+    for (int64_t i = 0; i < size; ++i)
+      wanted[gradient_rows[part][i / columns] * columns + i % columns] += expected.d_total[i];
     for (size_t i = 0; i < wanted.size(); ++i)
       CHECK(std::abs(d_tables[part][i] - wanted[i]) <= 1e-4 * (1 + std::abs(wanted[i])), "%s: table %d has %g, not %g",
             kIsaNames[static_cast<int>(s.isa)], part, d_tables[part][i], wanted[i]);

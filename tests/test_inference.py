@@ -20,6 +20,8 @@ from minbert.tasks import find_tasks
 SHAPE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 CPU = torch.device("cpu")
 
+OPS_OF_A_LAYER = ("attention", "first_token_attention", "bias_gelu", "dropout_add_layer_norm")
+
 
 @pytest.fixture
 def model() -> MultitaskModel:
@@ -88,7 +90,7 @@ def test_the_ops_of_a_layer_run_without_the_dispatcher_in_the_block_of_this_thre
             return func(*args, **(kwargs or {}))
 
     packed = examples([3, 5]).pack(np.arange(2))
-    by_dispatcher = {f"minbert::{op}" for op in ("attention", "bias_gelu", "dropout_add_layer_norm")}
+    by_dispatcher = {f"minbert::{op}" for op in OPS_OF_A_LAYER}
 
     def forward() -> set[str]:
         with torch.inference_mode(), Record():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,7 +15,8 @@ from . import checks
 from .dispatch import choice
 from .matmul_library import by_onednn, multiplied_by_onednn
 
-_kept: dict[tuple[Any, ...], tuple[Tensor, Tensor | PackedWeight]] | None = None
+_Kept = dict[tuple[Any, ...], tuple[Tensor, "Tensor | PackedWeight"]]
+_thread = threading.local()  # another thread's weights may change meanwhile
 
 
 class PackedWeight:
@@ -80,25 +82,24 @@ def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor | PackedWeight:
 def weights_packed_once() -> Iterator[None]:
     """Let `linear` cast and pack each weight once, at its first use, for all forwards and backwards in this block.
 
-    No weight may change in it. It pays where a weight is read several times, as with SMART three times in each
-    direction: packing takes 5 % of the time of a forward and a backward, and makes them 1.04 (bfloat16) to 1.1 times as
-    fast (Zen 4). It takes the memory of two copies of the weights.
+    It holds for this thread. No weight that the thread reads may change in the block. It pays where a weight is read
+    several times, as with SMART three times in each direction, and takes the memory of two copies of the weights.
     """
-    global _kept
-    before, _kept = _kept, {}
+    before, _thread.kept = getattr(_thread, "kept", None), _Kept()
     try:
         yield
     finally:
-        _kept = before
+        _thread.kept = before
 
 
 def as_multiplied(weight: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Tensor | PackedWeight:
     """The weight, or its transpose, cast to `dtype`; within `weights_packed_once` as `pack_weight` gives it."""
-    if _kept is None:
+    kept: _Kept | None = getattr(_thread, "kept", None)
+    if kept is None:
         cast = weight.to(dtype)
         return cast.t() if transposed else cast
     key = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, dtype, transposed
-    if key not in _kept:
+    if key not in kept:
         packed = pack_weight(weight.t() if transposed else weight, dtype)
-        _kept[key] = weight, packed  # the weight itself too, so that no other gets its address
-    return _kept[key][1]
+        kept[key] = weight, packed  # the weight itself too, so that no other gets its address
+    return kept[key][1]

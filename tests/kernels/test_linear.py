@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -132,6 +133,23 @@ def test_weights_are_packed_once(onednn, monkeypatch):
         assert len(packs) == 2  # the weight and its transpose
     kernels.linear(x, weight, bias)
     assert len(packs) == 2
+
+
+def test_another_thread_packs_nothing_and_sees_its_weights_change(onednn):
+    x, weight, bias, _ = inputs(5, 8, 3)
+    found = []
+
+    def elsewhere():
+        for _ in range(2):
+            found.append(kernels.linear(x, weight, bias))
+            weight.neg_()
+
+    with kernels.weights_packed_once():
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(found[0] - bias, bias - found[1])
+    assert found[0].ne(found[1]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,7 @@ are oneDNN's. Those that give gradients of weights stay BLAS's, which reads thei
 oneDNN copies them first and was 0.8 to 1.0 times as fast (Zen 4 with AVX-512).
 
 bfloat16 is oneDNN's either way. Where the processor multiplies it, outputs come from oneDNN's own linear layer, which
-adds the bias to the float32 sum: torch's copies the bias to the output first, and was 0.92 times as fast (Zen 4).
+adds the bias to the float32 sum: torch's copies the bias to the output first.
 """
 
 from __future__ import annotations

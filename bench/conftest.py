@@ -10,39 +10,22 @@ pytest bench/bench_gpu_*.py --benchmark-only        those of GPUs; MINBERT_BENCH
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from records import machine, write_record
 from roofline import Ceilings, Work
 from timing import Timing, ceilings, measure, measure_wall
 
 from minbert.device import keep_freed_memory
-from minbert.kernels import matmul, native, set_matmul
+from minbert.kernels import set_matmul
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = (
-    "minbert",
-    "torch",
-    "triton",
-    "torchjd",
-    "transformers",
-    "onnx",
-    "onnxruntime",
-    "flash-attn",
-    "liger-kernel",
-)
 DRY_RUN = os.environ.get("MINBERT_BENCH_DRY_RUN") == "1"
 SMOKE = os.environ.get("MINBERT_BENCH_SMOKE") == "1" or DRY_RUN
 ROUNDS = 1 if SMOKE else 5
@@ -242,34 +225,6 @@ def gpu_race(benchmark, device: torch.device, reach: Ceilings, request: pytest.F
 # What is written -----------------------------------------------------------------------------------------------------
 
 
-def _machine() -> dict[str, object]:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "isa": native.isa() or "none",
-        "matmul": matmul(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or os.environ.get("MINBERT_COMMIT", "unknown")  # in a copy without .git
-
-
 def _cpu_table(terminalreporter: pytest.TerminalReporter, rows: Sequence[dict[str, Any]]) -> None:
     terminalreporter.line(
         f"{'case':<42} {'who':<30} {'median':>11} {'ratio':>8} {'GB/s':>7} {'of copy':>8} {'GFLOP/s':>8} {'items/s':>8}"
@@ -302,9 +257,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows, reached = config.stash[ROWS], config.stash[CEILINGS]
     if not rows and not config.stash[MEMORY]:
         return
-    machine = _machine()
+    made_on = machine()
     terminalreporter.section("minbert against its peers")
-    terminalreporter.line(", ".join(f"{key} {value}" for key, value in machine.items()))
+    terminalreporter.line(", ".join(f"{key} {value}" for key, value in made_on.items()))
     if on_cpu := [row for row in rows if "timer" not in row]:
         _cpu_table(terminalreporter, on_cpu)
     for case, components in config.stash[PROFILES].items():
@@ -318,18 +273,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line(", ".join(f"{name} {value / 1e12:.2f} T/s" for name, value in reached.items()))
         _gpu_table(terminalreporter, on_gpu)
     if config.getoption("--minbert-results"):
-        now = datetime.now(timezone.utc)
-        record = {
-            "time": now.isoformat(timespec="seconds"),
-            "commit": _commit(),
-            "machine": machine,
-            "versions": {name: _version(name) for name in PACKAGES},
-            "rows": rows,
-            "profiles": config.stash[PROFILES],
-            "peak_bytes": config.stash[MEMORY],
-            **({"ceilings": reached} if reached else {}),
-        }
-        path = RESULTS / f"{now:%Y-%m-%d-%H%M%S}.json"
-        RESULTS.mkdir(exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        profiles, peaks = config.stash[PROFILES], config.stash[MEMORY]
+        more = {"ceilings": reached} if reached else {}
+        path = write_record(rows, made_on=made_on, profiles=profiles, peak_bytes=peaks, **more)
         terminalreporter.line(f"written: {path}")

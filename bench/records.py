@@ -1,0 +1,86 @@
+"""The form of the records in bench/results: the machine, versions and commit beside the rows of a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minbert.kernels import matmul, native
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = (
+    "minbert",
+    "torch",
+    "triton",
+    "torchjd",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "flash-attn",
+    "liger-kernel",
+)
+
+
+def machine() -> dict[str, object]:
+    """The processor, and what this process uses of it."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "isa": native.isa() or "none",
+        "matmul": matmul(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or os.environ.get("MINBERT_COMMIT", "unknown")  # in a copy without .git
+
+
+def write_record(
+    rows: Sequence[Mapping[str, object]],
+    *,
+    made_on: Mapping[str, object] | None = None,
+    results: Path = RESULTS,
+    **more: Any,
+) -> Path:
+    """Write rows as `results`/TIME.json, with the machine (`machine()` unless given), versions, commit and `more`.
+
+    Returns:
+        the file.
+    """
+    now = datetime.now(timezone.utc)
+    record = {
+        "time": now.isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": made_on or machine(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "rows": rows,
+        **more,
+    }
+    path = results / f"{now:%Y-%m-%d-%H%M%S}.json"
+    results.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path

@@ -118,7 +118,7 @@ def _resident_peak() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def _peak(who: str, method: str, sizes: dict[str, int], batch_size: int, threads: int, answer) -> None:
+def _peak(who: str, method: str, sizes: dict[str, int], batch_size: int, steps: int, threads: int, answer) -> None:
     torch.set_num_threads(threads)
     if who == "minbert":
         keep_freed_memory()  # as minbert.train does
@@ -126,16 +126,20 @@ def _peak(who: str, method: str, sizes: dict[str, int], batch_size: int, threads
         import transformers  # noqa: F401
     before = _resident_peak()
     step = WHO[who](method, sizes, batch_size)
-    for _ in range(3):
+    for _ in range(steps):
         step()
     answer.put(_resident_peak() - before)
 
 
-def peak_memory(who: str, method: str, sizes: dict[str, int], batch_size: int) -> int:
-    """Bytes by which a fresh process grows over three steps: parameters, optimizer state, activations, gradients."""
+def peak_memory(who: str, method: str, sizes: dict[str, int], batch_size: int, steps: int) -> int:
+    """Bytes by which a fresh process grows over its first steps: parameters, optimizer state, activations, gradients.
+
+    Args:
+        steps: at least 2: the optimizer's state is made at the end of the first one.
+    """
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
-    arguments = who, method, sizes, batch_size, torch.get_num_threads(), answer
+    arguments = who, method, sizes, batch_size, steps, torch.get_num_threads(), answer
     process = context.Process(target=_peak, args=arguments)
     process.start()
     size = answer.get(timeout=600)
@@ -144,11 +148,13 @@ def peak_memory(who: str, method: str, sizes: dict[str, int], batch_size: int) -
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers, of the extra [bench]")
-def test_memory(benchmark, memory: dict[str, dict[str, int]], smoke: bool) -> None:
-    sizes, batch_size = shape(smoke), 2 if smoke else 32
-    methods = ["SMART + PCGrad"] if smoke else list(METHODS)
+def test_memory(benchmark, memory: dict[str, dict[str, int]], smoke: bool, quick: bool) -> None:
+    sizes, batch_size, steps = shape(smoke), 2 if smoke else 32, 2 if quick else 3
+    methods = ["SMART + PCGrad"] if quick else list(METHODS)
 
     def measure() -> dict[str, int]:
-        return {f"{who} {method}": peak_memory(who, method, sizes, batch_size) for who in WHO for method in methods}
+        return {
+            f"{who} {method}": peak_memory(who, method, sizes, batch_size, steps) for who in WHO for method in methods
+        }
 
     memory[f"step, 3 x {batch_size} sequences, float32"] = benchmark.pedantic(measure, rounds=1)

@@ -165,6 +165,7 @@ OWN_TASKS = ("topic", "satisfaction", "tags")  # of docs/own-tasks.md
 OTHERS = {  # options of other programs, and of those in bench/ and tests/
     *("--dist", "--durations", "--benchmark-only", "--nproc-per-node", "--max-restarts"),
     *("--count", "--seed", "--only", "--text", "--estimates", "--dry-run", "--help", "--quick", "--minbert-results"),
+    *("--recipes", "--target"),
 }
 
 

@@ -11,7 +11,7 @@ from bench_surgery import TASKS, bert_shapes, conflicting_gradients
 from peers import flattened_pcgrad, seeded
 from torch import Tensor
 
-from minbert.kernels import adamw_, clip_weights, combine_adamw_, gram, reference
+from minbert.kernels import adamw_, clip_weights, combine_adamw_, gram, join_float32, reference, split_float32
 from minbert.methods.surgery import pcgrad_weights
 
 OPTIONS = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -131,6 +131,37 @@ def test_sparse_update(race, shapes) -> None:
         "copy": 8 * elements,
     }
     race(f"update with sparse gradients, {TASKS} x {elements / 1e6:.1f}M float32", functions, moved)
+
+
+def test_split_update(race, shapes) -> None:
+    """Matrices that products read in bfloat16: as split parameters, and as float32 parameters with copies."""
+    matrices = [shape for shape in shapes[3:] if len(shape) == 2]  # of the layers
+    grads, whole = conflicting_gradients(matrices, torch.bfloat16), Ours(matrices)
+    weights, split = pcgrad_weights(gram(grads)), copy.deepcopy(whole)
+    copies = [param.bfloat16() for param in whole.params]
+    split.params, low_bits = map(list, zip(*map(split_float32, split.params), strict=True))
+
+    def update(of: Ours, **options: list[Tensor]) -> None:
+        combine_adamw_(of.params, grads, weights, *of.moments, step=1, **OPTIONS, **options)
+
+    update(whole, copies=copies)
+    update(split, low_bits=low_bits)
+    for param, high, low in zip(whole.params, split.params, low_bits, strict=True):
+        assert torch.equal(join_float32(high, low), param)
+    elements = sum(param.numel() for param in whole.params)
+    source, target = torch.zeros(elements), torch.zeros(elements)
+    functions = {
+        "minbert, split": lambda: update(split, low_bits=low_bits),
+        "minbert, with copies": lambda: update(whole, copies=copies),
+        "copy": lambda: target.copy_(source),
+    }
+    row = 2 * TASKS * elements
+    moved = {
+        "minbert, split": row + 24 * elements,
+        "minbert, with copies": row + 26 * elements,
+        "copy": 8 * elements,
+    }
+    race(f"update of split parameters, {TASKS} x {elements / 1e6:.1f}M bfloat16", functions, moved)
 
 
 def test_adamw(race, shapes) -> None:

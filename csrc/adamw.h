@@ -49,6 +49,20 @@ static inline MINBERT_HOST_DEVICE void adamw(V grad, V& param, V& exp_avg, V& ex
   param = s.keep * param - s.step_size * exp_avg / (root(exp_avg_sq) + s.eps);
 }
 
+// A split float32 parameter is a bfloat16 number, the parameter rounded to nearest with ties away from zero, and an
+// int16 number: bits of the parameter = (bits of the first << 16) + the second. U is uint32_t or a register of them;
+// the int16 numbers are sign-extended to it, or their low 16 bits are what counts of it. A parameter that is NaN
+// becomes kNaN.
+constexpr uint32_t kNaN = 0x7FC00000;
+template <class U>
+static inline MINBERT_HOST_DEVICE U joined_bits(U high, U low) {
+  return (high << 16) + low;
+}
+template <class U>
+static inline MINBERT_HOST_DEVICE U high_bits(U bits) {
+  return (bits + 0x8000) >> 16;
+}
+
 // Whether the update is made.
 static inline MINBERT_HOST_DEVICE bool is_open(Gate gate) {
   if (!gate.flag) return true;

@@ -155,15 +155,19 @@ auto with_surgery(const SurgeryArguments& arguments, const Run& run) {
   return run({tasks, gram, orders, given, own_square, max_norm, mean}, {weights, stats, scratch});
 }
 
-// The addresses of parameters, both moments, averages and copies (the last two may be empty), the scalars of AdamWStep,
-// and the gate.
+// The addresses of parameters, both moments, averages, copies and low bits (the last three may be empty), the scalars
+// of AdamWStep, and the gate.
 using UpdateArguments = std::tuple<std::vector<std::vector<Address>>, std::vector<double>, Address, bool>;
 template <class Run>
 auto with_update(const GradientParts& gradients, const UpdateArguments& arguments, const Run& run) {
   const auto& [addresses, s, flag, is_bool] = arguments;
+  const std::vector<Address>& low_bits = addresses[5];
   std::vector<Pointers<void>> tensors;
-  for (size_t i = 0; i < addresses.size(); ++i) tensors.push_back({gradients.parts_of(addresses[i], i == 4)});
-  return run(AdamWState{tensors[0], tensors[1], tensors[2], tensors[3], tensors[4]},
+  for (size_t i = 0; i < addresses.size(); ++i) {
+    const auto has_two_bytes = [&](int64_t k) { return i >= 4 || (i == 0 && !low_bits.empty() && low_bits[k].value); };
+    tensors.push_back({gradients.parts_of(addresses[i], has_two_bytes)});
+  }
+  return run(AdamWState{tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], tensors[5]},
              AdamWStep{s[0], s[1], s[2], s[3], s[4], s[5]}, Gate{flag, is_bool});
 }
 

@@ -73,13 +73,14 @@ class GradientParts {
         tasks_, static_cast<int64_t>(sizes_.size()), data_.data(), dtypes_.data(), sizes_.data(), first_chunk_.data()};
   }
 
-  // The parts' addresses in other tensors of these shapes: of bfloat16, or of the dtype of the gradients' parameters.
-  // No addresses, and a null address, stand for no tensors.
-  std::vector<void*> parts_of(const std::vector<Address>& tensors, bool is_bfloat16) const {
+  // The parts' addresses in other tensors of these shapes: of two bytes where has_two_bytes(k) says so, else of the
+  // dtype of the gradients' parameters. No addresses, and a null address, stand for no tensors.
+  template <class HasTwoBytes>
+  std::vector<void*> parts_of(const std::vector<Address>& tensors, const HasTwoBytes& has_two_bytes) const {
     std::vector<void*> parts;
     for (size_t part = 0; part < sizes_.size() && !tensors.empty(); ++part) {
       char* const tensor = tensors[tensor_[part]];
-      const int64_t bytes = is_bfloat16 ? 2 : dtypes_[part] == DType::float64 ? 8 : 4;
+      const int64_t bytes = has_two_bytes(tensor_[part]) ? 2 : dtypes_[part] == DType::float64 ? 8 : 4;
       parts.push_back(tensor ? tensor + start_[part] * bytes : nullptr);
     }
     return parts;

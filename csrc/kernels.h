@@ -10,7 +10,7 @@
 namespace minbert {
 
 // Increases with every change of the binding's arguments: Python refuses a binary built from another checkout.
-constexpr int kInterface = 9;
+constexpr int kInterface = 10;
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };  // float16: only on CUDA devices
 
@@ -69,6 +69,9 @@ struct AdamWState {
   void *const *params, *const *exp_avgs, *const *exp_avg_sqs;
   void* const* averages = nullptr;  // [K]: exponential moving averages of the parameters; or null
   void* const* copies = nullptr;    // [K]: bfloat16 copies of the parameters; it, or any of them, may be null
+  // [K]: int16, the low bits of split parameters (adamw.h); it, or any of them, may be null. Such a parameter is
+  // bfloat16, and has no copy.
+  void* const* low_bits = nullptr;
 };
 
 // The update is skipped where the scalar that `flag` points to, a float64 or a bool, is 0.

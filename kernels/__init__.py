@@ -21,6 +21,7 @@ if __name__ == "minbert.kernels":
     from .matmul_library import faster_matmul, matmul, set_matmul, use_matmul
     from .packed_weight import PackedWeight, pack_weight, weights_packed_once
     from .smart import smart_ascend, smart_init
+    from .split_float32 import join_float32, split_float32
     from .surgery import clip_weights, combine, gram, surgery_weights
 elif "transformers" not in sys.modules:  # it imports `kernels` to see whether that package is there; to it we are empty
     raise ImportError(
@@ -48,6 +49,7 @@ __all__ = [
     "faster_matmul",
     "first_token_attention",
     "gram",
+    "join_float32",
     "linear",
     "matmul",
     "native",
@@ -57,6 +59,7 @@ __all__ = [
     "set_matmul",
     "smart_ascend",
     "smart_init",
+    "split_float32",
     "surgery_weights",
     "use_backend",
     "use_matmul",

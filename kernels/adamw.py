@@ -12,7 +12,7 @@ from . import checks, dispatch, native_calls, reference
 
 # The dtype of parameters and moments for gradients of each dtype that native code reads.
 _STATE = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
-_CHANGED = ("params", "exp_avgs", "exp_avg_sqs", "ema", "copies")
+_CHANGED = ("params", "exp_avgs", "exp_avg_sqs", "ema", "copies", "low_bits")
 
 
 @torch.library.custom_op("minbert::combine_adamw_", mutates_args=_CHANGED, device_types=("cpu", "cuda"))
@@ -26,10 +26,12 @@ def _combine_adamw_(
     exp_avg_sqs: Sequence[Tensor],
     ema: Sequence[Tensor],
     copies: Sequence[Tensor],
+    low_bits: Sequence[Tensor],
     skip_unless: Tensor | None,
     scalars: Sequence[float],
 ) -> None:
-    state = [[tensor.data_ptr() for tensor in part] for part in (params, exp_avgs, exp_avg_sqs, ema, copies)]
+    parts = params, exp_avgs, exp_avg_sqs, ema, copies, low_bits
+    state = [[tensor.data_ptr() for tensor in part] for part in parts]
     gate = native_calls.address(skip_unless), skip_unless is not None and skip_unless.dtype == torch.bool
     update = (state, scalars, *gate)  # csrc/kernels.h's AdamWState, AdamWStep and Gate
     arguments = native_calls.task_gradients(grads, weights.shape[0], rows, tables)
@@ -41,15 +43,15 @@ def _(*_: Any) -> None:
     return None
 
 
-def _reasons(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[str]:
-    """Why native code does not run `adamw_` for such parameters and gradients."""
+def _reasons(exp_avgs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[str]:
+    """Why native code does not run `adamw_` for such moments, of the parameters' precision, and gradients."""
     names = checks.names
-    pairs = dict.fromkeys((param.dtype, grad.dtype) for param, grad in zip(params, grads, strict=True))
-    found = dispatch.reasons("adamw_", "native", params[0].device)
+    pairs = dict.fromkeys((moment.dtype, grad.dtype) for moment, grad in zip(exp_avgs, grads, strict=True))
+    found = dispatch.reasons("adamw_", "native", exp_avgs[0].device)
     return found + [
-        f"takes no {names([grad])} gradients of {names([param])} parameters"
-        for param, grad in pairs
-        if _STATE.get(grad) != param
+        f"takes no {names([grad])} gradients of {names([moment])} parameters"
+        for moment, grad in pairs
+        if _STATE.get(grad) != moment
     ]
 
 
@@ -89,9 +91,18 @@ def _check_gate(op: str, skip_unless: Tensor | None, device: torch.device) -> No
             raise ValueError(f"{op}: skip_unless must be on {device} like the other tensors, got {skip_unless.device}")
 
 
-def _filled(copies: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
+def _filled(tensors: Sequence[Tensor | None] | None, device: torch.device) -> list[Tensor]:
     """An empty tensor (address 0) for each None, which torch.compile refuses in a list that an op changes."""
-    return [torch.empty(0, dtype=torch.bfloat16, device=device) if copy is None else copy for copy in copies]
+    return [torch.empty(0, device=device) if tensor is None else tensor for tensor in tensors or []]
+
+
+def _at(tensors: Sequence[Tensor | None] | None, k: int) -> Tensor | None:
+    return None if tensors is None else tensors[k]
+
+
+def _check_not_copied(op: str, k: int, copies: Sequence[Tensor | None] | None) -> None:
+    if _at(copies, k) is not None:
+        raise ValueError(f"{op}: copies[{k}] must be None where low_bits are given: params[{k}] is bfloat16 itself")
 
 
 @torch.no_grad()
@@ -109,6 +120,7 @@ def adamw_(
     ema: Sequence[Tensor] | None = None,
     ema_decay: float = 0.0,
     copies: Sequence[Tensor | None] | None = None,
+    low_bits: Sequence[Tensor | None] | None = None,
     skip_unless: Tensor | None = None,
 ) -> None:
     """One AdamW step on every parameter, in place (Loshchilov and Hutter 2019, algorithm 2).
@@ -124,6 +136,9 @@ def adamw_(
         ema_decay: from 0, which copies the parameters, to 1, which leaves the averages as they are.
         copies: for each parameter a bfloat16 tensor, written in the same pass with the parameter rounded to nearest
             even; None for one that needs none.
+        low_bits: for each parameter that is split (`split_float32`) its low bits, int16; None for another. A split
+            parameter is bfloat16, with float32 moments and average, and gets no copy. Its float32 value is updated to
+            the bits that a float32 parameter would have.
         skip_unless: a scalar, float64 or bool, on the parameters' device. Where it is 0, nothing changes, and no host
             has to know.
 
@@ -133,28 +148,46 @@ def adamw_(
     op, lists = "adamw_", {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if ema is not None:
         lists["ema"] = ema
-    _check_lists(op, step, ema_decay, grads=grads, **lists, copies=copies)
+    _check_lists(op, step, ema_decay, grads=grads, **lists, copies=copies, low_bits=low_bits)
     for i, param in enumerate(params):
-        checks.tensor(op, f"params[{i}]", param, param.shape, (torch.float32, torch.float64))
+        low, made = _at(low_bits, i), _at(copies, i)
+        dtypes = (torch.float32, torch.float64) if low is None else (torch.bfloat16,)
+        checks.tensor(op, f"params[{i}]", param, param.shape, dtypes)
         for name, tensors in lists.items():
-            checks.tensor(op, f"{name}[{i}]", tensors[i], param.shape, [param.dtype], like=param)
+            dtype = param.dtype if low is None or name == "params" else torch.float32
+            checks.tensor(op, f"{name}[{i}]", tensors[i], param.shape, [dtype], like=param)
         checks.tensor(op, f"grads[{i}]", grads[i], param.shape, checks.FLOATS, like=param)
-        made = None if copies is None else copies[i]
+        if low is not None:
+            checks.tensor(op, f"low_bits[{i}]", low, param.shape, [torch.int16], like=param)
+            _check_not_copied(op, i, copies)
         if made is not None:
             checks.tensor(op, f"copies[{i}]", made, param.shape, [torch.bfloat16], like=param)
     if not params:
         return
     device = params[0].device
     _check_gate(op, skip_unless, device)
-    if not _reasons(params, grads):
+    if not _reasons(exp_avgs, grads):
         scalars = _scalars(step, lr, betas, eps, weight_decay, ema_decay)
         weights = torch.ones(1, dtype=torch.float64, device=device)
-        state = params, exp_avgs, exp_avg_sqs, ema or [], _filled(copies or [], device)
+        state = params, exp_avgs, exp_avg_sqs, ema or [], _filled(copies, device), _filled(low_bits, device)
         _combine_adamw_(grads, [], [], weights, *state, skip_unless, scalars)
     else:
-        rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        more = {"ema": ema, "ema_decay": ema_decay, "copies": copies, "skip_unless": skip_unless}
-        reference.adamw_(params, grads, exp_avgs, exp_avg_sqs, step=step, **rates, **more)  # type: ignore[arg-type]
+        reference.adamw_(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            step=step,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            ema=ema,
+            ema_decay=ema_decay,
+            copies=copies,
+            low_bits=low_bits,
+            skip_unless=skip_unless,
+        )
 
 
 @torch.no_grad()
@@ -173,6 +206,7 @@ def combine_adamw_(
     ema: Sequence[Tensor] | None = None,
     ema_decay: float = 0.0,
     copies: Sequence[Tensor | None] | None = None,
+    low_bits: Sequence[Tensor | None] | None = None,
     skip_unless: Tensor | None = None,
 ) -> None:
     """One AdamW step with the weighted sum of the task gradients, in one pass over memory: the sum is never stored.
@@ -183,10 +217,11 @@ def combine_adamw_(
     Args:
         params, exp_avgs, exp_avg_sqs: one tensor per position, updated in place: float64 for float64 gradients, float32
             for others, shaped and laid out like the gradients there. A parameter without any gradient stays as it is.
+            With `low_bits`, parameters of float32 moments may be bfloat16.
         grads: for each of T tasks one list of tensors, as for `gram`.
         weights: float64 [T].
-        step, lr, betas, eps, weight_decay, ema, ema_decay, copies, skip_unless: as for `adamw_`. Where no task has
-            a gradient, moving average and copy stay as they are too.
+        step, lr, betas, eps, weight_decay, ema, ema_decay, copies, low_bits, skip_unless: as for `adamw_`. Where no
+            task has a gradient, moving average, copy and low bits stay as they are too.
 
     Raises:
         ValueError, TypeError: an argument is not as described; nothing has been changed.
@@ -196,15 +231,24 @@ def combine_adamw_(
     lists = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if ema is not None:
         lists["ema"] = ema
-    _check_lists(op, step, ema_decay, grads=columns, **lists, copies=copies)
+    _check_lists(op, step, ema_decay, grads=columns, **lists, copies=copies, low_bits=low_bits)
     checks.tensor(op, "weights", weights, [len(grads)], [torch.float64])
     present = [k for k, column in enumerate(columns) if column is not None]
     for k in present:
         column: Tensor = columns[k]  # type: ignore[assignment]
+        low, made = _at(low_bits, k), _at(copies, k)
         for name, tensors in lists.items():
-            _check_like_gradients(op, name, k, tensors[k], column, _STATE[column.dtype])
-        if copies is not None and copies[k] is not None:
-            _check_like_gradients(op, "copies", k, copies[k], column, torch.bfloat16)
+            dtype = _STATE[column.dtype] if low is None or name != "params" else torch.bfloat16
+            _check_like_gradients(op, name, k, tensors[k], column, dtype)
+        if low is not None:
+            if column.dtype == torch.float64:
+                raise TypeError(
+                    f"{op}: low_bits[{k}] must be None for float64 gradients, whose parameters have no split"
+                )
+            _check_like_gradients(op, "low_bits", k, low, column, torch.int16)
+            _check_not_copied(op, k, copies)
+        if made is not None:
+            _check_like_gradients(op, "copies", k, made, column, torch.bfloat16)
     if not present:
         return
     device = columns[present[0]].device  # type: ignore[union-attr]
@@ -212,7 +256,7 @@ def combine_adamw_(
         raise ValueError(f"{op}: weights must be on {device} like the gradients, got {weights.device}")
     _check_gate(op, skip_unless, device)
     if dispatch.is_compiled(op, device):
-        state = params, exp_avgs, exp_avg_sqs, ema, _filled(copies or [], device)
+        state = params, exp_avgs, exp_avg_sqs, ema, _filled(copies, device), _filled(low_bits, device)
         _combine_adamw_(
             *native_calls.sparse_parts(grads, present),
             weights.to(device),
@@ -221,6 +265,20 @@ def combine_adamw_(
             _scalars(step, lr, betas, eps, weight_decay, ema_decay),
         )
     else:
-        rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        more = {"ema": ema, "ema_decay": ema_decay, "copies": copies, "skip_unless": skip_unless}
-        reference.combine_adamw_(params, grads, weights, exp_avgs, exp_avg_sqs, step=step, **rates, **more)  # type: ignore[arg-type]
+        reference.combine_adamw_(
+            params,
+            grads,
+            weights,
+            exp_avgs,
+            exp_avg_sqs,
+            step=step,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            ema=ema,
+            ema_decay=ema_decay,
+            copies=copies,
+            low_bits=low_bits,
+            skip_unless=skip_unless,
+        )

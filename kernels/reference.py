@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .split_float32 import join_float32, split_float32
+
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
@@ -235,17 +237,20 @@ def adamw_(
     ema: Sequence[Tensor] | None = None,
     ema_decay: float = 0.0,
     copies: Sequence[Tensor | None] | None = None,
+    low_bits: Sequence[Tensor | None] | None = None,
     skip_unless: Tensor | None = None,
 ) -> None:
     """One AdamW step in place (Loshchilov and Hutter 2019, algorithm 2), `step` counted from 1.
 
     The bias corrections are folded into two scalars (Kingma and Ba 2015, section 2, last paragraph); eps is
     scaled with them, so that the result is that of the written-out form. The moving averages of the parameters, where
-    they are kept, become ema_decay ema + (1 - ema_decay) param; copies are the parameters rounded to bfloat16. Nothing
-    changes where `skip_unless` is 0.
+    they are kept, become ema_decay ema + (1 - ema_decay) param; copies are the parameters rounded to bfloat16. A split
+    parameter is joined before and split after. Nothing changes where `skip_unless` is 0.
     """
     if skip_unless is not None and not skip_unless:
         return
+    pairs = list(zip(params, low_bits or [None] * len(params), strict=True))
+    params = [param if low is None else join_float32(param, low) for param, low in pairs]
     beta1, beta2 = betas
     correction = (1 - beta2**step) ** 0.5
     step_size = lr * correction / (1 - beta1**step)
@@ -260,6 +265,10 @@ def adamw_(
     for param, copy in zip(params, copies or (), strict=copies is not None):
         if copy is not None:
             copy.copy_(param)
+    for (param, low), joined in zip(pairs, params, strict=True):
+        if low is not None:
+            for part, value in zip((param, low), split_float32(joined), strict=True):
+                part.copy_(value)
 
 
 def clip_weights(gram: Tensor, weights: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -332,6 +341,7 @@ def combine_adamw_(
     *,
     ema: Sequence[Tensor] | None = None,
     copies: Sequence[Tensor | None] | None = None,
+    low_bits: Sequence[Tensor | None] | None = None,
     **options: Any,
 ) -> None:
     """`adamw_` with the gradients that `combine` gives, not rounded to a half precision in between.
@@ -341,8 +351,8 @@ def combine_adamw_(
     wide = [[None if grad is None else _wide(grad.to_dense()) for grad in row] for row in grads]
     summed = {k: grad for k, grad in enumerate(combine(wide, weights)) if grad is not None}
     state = ([tensors[k] for k in summed] for tensors in (exp_avgs, exp_avg_sqs))
-    more = (None if tensors is None else [tensors[k] for k in summed] for tensors in (ema, copies))
-    options |= dict(zip(("ema", "copies"), more, strict=True))
+    more = {"ema": ema, "copies": copies, "low_bits": low_bits}
+    options |= {name: None if tensors is None else [tensors[k] for k in summed] for name, tensors in more.items()}
     adamw_([params[k] for k in summed], list(summed.values()), *state, **options)
 
 

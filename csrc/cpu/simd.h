@@ -111,8 +111,7 @@ inline Bits bfloat16_bits(Floats v) {
   const Bits bits = (Bits)v;
   return ((bits + 0x7FFF + ((bits >> 16) & 1)) | (Bits)(v != v)) >> 16;
 }
-inline Vector<uint16_t, kFloats> narrow(Floats v, BFloat16) {
-  const auto bits = bfloat16_bits(v);
+inline Vector<uint16_t, kFloats> narrow(Bits bits) {  // each below 2^16
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m128i low = _mm256_castsi256_si128((__m256i)bits), high = _mm256_extracti128_si256((__m256i)bits, 1);
   return (Vector<uint16_t, kFloats>)_mm_packus_epi32(low, high);
@@ -120,6 +119,7 @@ inline Vector<uint16_t, kFloats> narrow(Floats v, BFloat16) {
   return __builtin_convertvector(bits, Vector<uint16_t, kFloats>);
 #endif
 }
+inline Vector<uint16_t, kFloats> narrow(Floats v, BFloat16) { return narrow(bfloat16_bits(v)); }
 
 // A non-temporal store, which bypasses the caches; `to` is aligned to the vector's size.
 template <class V>

@@ -8,6 +8,22 @@
 namespace minbert {
 namespace {
 
+// A split parameter (adamw.h); one of float64 never is.
+__device__ inline float joined(BFloat16 high, int16_t low) {
+  const uint32_t bits = joined_bits(uint32_t{high.bits}, static_cast<uint32_t>(low));
+  float result;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+__device__ inline void split(float x, BFloat16& high, int16_t& low) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  bits = x == x ? bits : kNaN;
+  high.bits = static_cast<uint16_t>(high_bits(bits));
+  low = static_cast<int16_t>(bits);
+}
+__device__ inline void split(double, BFloat16&, int16_t&) {}
+
 template <class Element, int tasks>
 __global__ void __launch_bounds__(kThreads)
     combine_adamw_kernel(const __grid_constant__ TaskTable table, const double* weights, AdamWStep step, Gate gate) {
@@ -20,23 +36,39 @@ __global__ void __launch_bounds__(kThreads)
   const auto state = [&](int i) { return address<Scalar>(table, part, table.tasks + i); };
   Scalar *const params = state(0), *const exp_avgs = state(1), *const exp_avg_sqs = state(2),
                 *const averages = state(3);
-  BFloat16* const copies = address<BFloat16>(table, part, table.tasks + 4);
+  int16_t* const low_bits = address<int16_t>(table, part, table.tasks + 5);
+  BFloat16* const copies = address<BFloat16>(table, part, table.tasks + (low_bits ? 0 : 4));  // or split parameters
 
   for_each_vector<kVector>(part, table.tensor[part.tensor].aligned, [&](auto whole, int at, int count) {
     const auto read = [&](const Scalar* from) { return load<whole, kVector>(from + at, count); };
-    auto param = read(params), exp_avg = read(exp_avgs), exp_avg_sq = read(exp_avg_sqs);
-    Vector<Scalar, kVector> average{};
+    auto exp_avg = read(exp_avgs), exp_avg_sq = read(exp_avg_sqs);
+    Vector<Scalar, kVector> param, average{};
+    Vector<int16_t, kVector> low;
+    Vector<BFloat16, kVector> copy;
+    if (low_bits) {
+      copy = load<whole, kVector>(copies + at, count);
+      low = load<whole, kVector>(low_bits + at, count);
+#pragma unroll
+      for (int lane = 0; lane < kVector; ++lane) param.at[lane] = joined(copy.at[lane], low.at[lane]);
+    } else {
+      param = read(params);
+    }
     if (averages) average = read(averages);
     const auto grad = weighted_sum.template operator()<whole, kVector>(at, count);
-    Vector<BFloat16, kVector> copy;
 #pragma unroll
     for (int lane = 0; lane < kVector; ++lane) {
       adamw(grad.at[lane], param.at[lane], exp_avg.at[lane], exp_avg_sq.at[lane], scalars,
             [](Scalar x) { return sqrt(x); });
       average.at[lane] = scalars.average(average.at[lane], param.at[lane]);
-      narrow(param.at[lane], copy.at[lane]);
+      if (low_bits)
+        split(param.at[lane], copy.at[lane], low.at[lane]);
+      else
+        narrow(param.at[lane], copy.at[lane]);
     }
-    store<whole>(params + at, param, count);
+    if (low_bits)
+      store<whole>(low_bits + at, low, count);
+    else
+      store<whole>(params + at, param, count);
     store<whole>(exp_avgs + at, exp_avg, count);
     store<whole>(exp_avg_sqs + at, exp_avg_sq, count);
     if (averages) store<whole>(averages + at, average, count);
@@ -48,8 +80,8 @@ __global__ void __launch_bounds__(kThreads)
 
 const char* cuda_combine_adamw(const TaskGradients& g, const double* weights, AdamWState state, AdamWStep step,
                                Gate gate, void* stream) noexcept {
-  const std::initializer_list<void* const*> tensors = {state.params, state.exp_avgs, state.exp_avg_sqs, state.averages,
-                                                       state.copies};
+  const std::initializer_list<void* const*> tensors = {state.params,   state.exp_avgs, state.exp_avg_sqs,
+                                                       state.averages, state.copies,   state.low_bits};
   return for_each_dtype([&](DType dtype, auto element) {
     using Element = decltype(element);
     return for_each_table(g, dtype, tensors, [&](const TaskTable& table, int64_t blocks) {

@@ -138,5 +138,45 @@ struct Tensors {
   }
 };
 
+// The parameters of a problem, those of float32 split in bfloat16 and int16 (adamw.h).
+struct SplitParams {
+  std::vector<Buffer> high, low;
+  std::vector<void*> addresses, low_bits;
+
+  SplitParams(const Problem& problem, int64_t shift, Tensors& whole) {
+    for (size_t k = 0; k < problem.sizes.size(); ++k) {
+      high.emplace_back(problem.sizes[k], DType::bfloat16, shift);
+      low.emplace_back(problem.sizes[k], DType::bfloat16, shift);
+      for (int64_t i = 0; is_split(problem, k) && i < problem.sizes[k]; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, static_cast<float*>(whole.addresses[k]) + i, sizeof(bits));
+        halves(high, k)[i] = static_cast<uint16_t>((bits + 0x8000) >> 16);
+        halves(low, k)[i] = static_cast<uint16_t>(bits);
+      }
+    }
+    for (size_t k = 0; k < problem.sizes.size(); ++k) {
+      addresses.push_back(is_split(problem, k) ? high[k].data() : whole.addresses[k]);
+      low_bits.push_back(is_split(problem, k) ? low[k].data() : nullptr);
+    }
+  }
+
+  // Whether these are the parameters `whole` to the bit, rounded to nearest.
+  bool equal(const Problem& problem, Tensors& whole) {
+    const SplitParams expected(problem, 0, whole);
+    for (size_t k = 0; k < problem.sizes.size(); ++k)
+      for (int64_t i = 0; is_split(problem, k) && i < problem.sizes[k]; ++i)
+        if (halves(high, k)[i] != halves(expected.high, k)[i] || halves(low, k)[i] != halves(expected.low, k)[i])
+          return false;
+    return true;
+  }
+
+ private:
+  static bool is_split(const Problem& problem, size_t k) { return problem.dtypes[k] != DType::float64; }
+  template <class Buffers>
+  static uint16_t* halves(Buffers& buffers, size_t k) {
+    return static_cast<uint16_t*>(const_cast<Buffer&>(buffers[k]).data());
+  }
+};
+
 }  // namespace
 }  // namespace minbert

@@ -1,9 +1,43 @@
-// combine_adamw against a plain loop in float64, with averages of the parameters and copies of some.
+// combine_adamw against a plain loop in float64, with averages of the parameters and copies of some; and with split
+// parameters against whole ones, to the bit.
 #include "check.h"
 
 namespace minbert {
+namespace {
+
+void test_split_params(Isa isa) {
+  const AdamWStep step{0.99, 0.9, 0.999, 1e-6, 0.01, 0.75};
+  const double weights[] = {1, 0.7, -0.4};
+  for (const int64_t tasks : {1, 3})
+    for (const int64_t shift : {0, 3})
+      for (const int threads : kThreadCounts) {
+        Problem problem(tasks, {1, 7, 33, 1025, 0, 2049, kChunk + 13}, shift);
+        const auto tensors_of = [&](int part) { return Tensors(problem, shift, part); };
+        Tensors whole[] = {tensors_of(0), tensors_of(1), tensors_of(2), tensors_of(3)};
+        Tensors other[] = {tensors_of(0), tensors_of(1), tensors_of(2), tensors_of(3)};
+        SplitParams split(problem, shift, other[0]);
+        const auto update = [&](Tensors* state, void* const* params, void* const* low_bits) {
+          kernels(isa).combine_adamw(problem.view(), weights,
+                                     {params, state[1].addresses.data(), state[2].addresses.data(),
+                                      state[3].addresses.data(), nullptr, low_bits},
+                                     step, {}, threads);
+        };
+        update(whole, whole[0].addresses.data(), nullptr);
+        update(other, split.addresses.data(), split.low_bits.data());
+        CHECK(split.equal(problem, whole[0]), "%s: split parameters are updated otherwise",
+              kIsaNames[static_cast<int>(isa)]);
+        for (int part = 1; part < 4; ++part)
+          for (size_t k = 0; k < problem.sizes.size(); ++k)
+            for (int64_t i = 0; i < problem.sizes[k]; ++i)
+              CHECK(whole[part].buffers[k].get(i) == other[part].buffers[k].get(i),
+                    "%s: moments or averages of split parameters differ", kIsaNames[static_cast<int>(isa)]);
+      }
+}
+
+}  // namespace
 
 void test_adamw(Isa isa) {
+  test_split_params(isa);
   const AdamWStep step{0.99, 0.9, 0.999, 1e-6, 0.01, 0.75};
   for (const int64_t tasks : {1, 2, 3, 5})
     for (const int64_t shift : {0, 3})

@@ -270,6 +270,19 @@ void test_kernels_agree_with_the_cpu(int64_t tasks, int64_t shift) {
     for (int part = 0; part < 5; ++part)
       check_close(mine[part].buffers, other[part].buffers, problem, part < 4 ? 2e-6 : 8e-3);
   }
+
+  Tensors whole[] = {{problem, shift, 0}, {problem, shift, 1}, {problem, shift, 2}};
+  Tensors other[] = {{problem, shift, 0}, {problem, shift, 1}, {problem, shift, 2}};
+  SplitParams split(problem, shift, other[0]);
+  const auto update = [&](Tensors* state, void* const* params, void* const* low_bits) {
+    const AdamWState of_tensors{params,  state[1].addresses.data(), state[2].addresses.data(), nullptr, nullptr,
+                                low_bits};
+    CHECK(cuda_combine_adamw(problem.view(), weights.data(), of_tensors, step, {}, nullptr) == nullptr, "split");
+  };
+  update(whole, whole[0].addresses.data(), nullptr);
+  update(other, split.addresses.data(), split.low_bits.data());
+  CHECK(split.equal(problem, whole[0]), "split parameters are updated otherwise");
+  for (int part = 1; part < 3; ++part) check_close(other[part].buffers, whole[part].buffers, problem, 0);
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ from minbert.kernels import (
     gram,
     smart_ascend,
     smart_init,
+    split_float32,
     surgery_weights,
 )
 
@@ -32,6 +33,7 @@ qkv, cu = torch.zeros(9, 3, 2, 4), torch.tensor([0, 5, 9], dtype=torch.int32)
 w64, gram2 = torch.ones(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
 ids = torch.zeros(4, dtype=torch.int64)
 vector = torch.zeros(6)
+HALVES = split_float32(torch.zeros(3))  # a split parameter
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -162,6 +164,52 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         lambda: update(copies=[torch.zeros(3)]),
         TypeError,
         "adamw_: copies[0] must be bfloat16, got float32",
+    ),
+    (
+        lambda: update(low_bits=[torch.zeros(3, dtype=torch.int16)]),
+        TypeError,
+        "adamw_: params[0] must be bfloat16, got float32",
+    ),
+    (
+        lambda: update(params=[HALVES[0]], low_bits=[torch.zeros(3, dtype=torch.int32)]),
+        TypeError,
+        "adamw_: low_bits[0] must be int16, got int32",
+    ),
+    (
+        lambda: update(params=[HALVES[0]], exp_avgs=[HALVES[0]], low_bits=[HALVES[1]]),
+        TypeError,
+        "adamw_: exp_avgs[0] must be float32, got bfloat16",
+    ),
+    (
+        lambda: update(params=[HALVES[0]], low_bits=[HALVES[1]], copies=[HALVES[0]]),
+        ValueError,
+        "adamw_: copies[0] must be None where low_bits are given: params[0] is bfloat16 itself",
+    ),
+    (
+        lambda: fused_update(low_bits=[HALVES[1]]),
+        TypeError,
+        "combine_adamw_: params[0] must be bfloat16, got float32",
+    ),
+    (
+        lambda: fused_update(params=[HALVES[0]], low_bits=[HALVES[1][:2]]),
+        ValueError,
+        "combine_adamw_: low_bits[0] must have shape [3], got [2]",
+    ),
+    (
+        lambda: fused_update(params=[HALVES[0]], low_bits=[HALVES[1]], copies=[HALVES[0]]),
+        ValueError,
+        "combine_adamw_: copies[0] must be None where low_bits are given: params[0] is bfloat16 itself",
+    ),
+    (
+        lambda: fused_update(
+            params=[HALVES[0]],
+            low_bits=[HALVES[1]],
+            grads=[[torch.zeros(3).double()], [None]],
+            exp_avgs=[torch.zeros(3).double()],
+            exp_avg_sqs=[torch.zeros(3).double()],
+        ),
+        TypeError,
+        "combine_adamw_: low_bits[0] must be None for float64 gradients, whose parameters have no split",
     ),
     (
         lambda: fused_update(copies=[]),

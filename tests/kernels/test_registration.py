@@ -49,6 +49,7 @@ CALLS = {
         WEIGHTS,
         *([randn(4, 2), randn(3)] for _ in range(4)),
         [torch.empty(0, dtype=torch.bfloat16), torch.empty(3, dtype=torch.bfloat16)],
+        [torch.empty(0), torch.empty(0)],
         WEIGHTS[0],
         [0.99, 0.9, 0.999, 1e-8, 0.1, 0.5],
     ),
@@ -134,6 +135,14 @@ def fused_update(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return stats, copy, *state
 
 
+def split_update(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    (high, low), param = kernels.split_float32(a), a.clone()
+    state = [[torch.zeros_like(a), torch.zeros_like(a)] for _ in range(2)]
+    options = {"step": 1, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    kernels.combine_adamw_([high, param], [[b, b]], WEIGHTS[:1], *state, low_bits=[low, None], **options)
+    return high, low, param
+
+
 def clipped(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return kernels.clip_weights(kernels.gram([[a], [b]]), WEIGHTS, 1.0)
 
@@ -144,7 +153,18 @@ def ascent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return kernels.smart_ascend(start, a, b, cu_seqlens, eta=0.1, epsilon=0.05, norm="2", per="sequence")
 
 
-FUNCTIONS = [surgery, surgery_in_place, layer, first_tokens, embedded, update, fused_update, clipped, ascent]
+FUNCTIONS = [
+    surgery,
+    surgery_in_place,
+    layer,
+    first_tokens,
+    embedded,
+    update,
+    fused_update,
+    split_update,
+    clipped,
+    ascent,
+]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert.kernels import adamw_, backends, combine, combine_adamw_, gram, reference, surgery_weights, use_backend
+from minbert.kernels import (
+    adamw_,
+    backends,
+    combine,
+    combine_adamw_,
+    gram,
+    join_float32,
+    reference,
+    split_float32,
+    surgery_weights,
+    use_backend,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -168,6 +179,21 @@ def test_the_fused_update_errs_no_more_than_twice_the_reference(tasks: int, dtyp
     for ours, theirs, truths in zip(mine, other, exact, strict=True):
         assert error(ours, truths) <= 2 * error(theirs, truths) + float64_slack(dtype, truths)
     assert all(made is None or same_bits(made, param.bfloat16()) for made, param in zip(copies, mine[0], strict=True))
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_split_parameters_have_the_bits_of_float32_ones(tasks: int, dtype: torch.dtype) -> None:
+    grads, weights = task_gradients(tasks, dtype=dtype), randn(tasks, 9, torch.float64)
+    state = state_for([dtype] * len(SIZES))
+    other = copy.deepcopy(state)
+    halves = [split_float32(param) if k != 3 else (param, None) for k, param in enumerate(other[0])]
+    params, low_bits = map(list, zip(*halves, strict=True))
+    combine_adamw_(state[0], grads, weights, *state[1:], **OPTIONS)
+    combine_adamw_(params, grads, weights, *other[1:], **OPTIONS, low_bits=low_bits)
+    joined = [p if low is None else join_float32(p, low) for p, low in zip(params, low_bits, strict=True)]
+    for found, expected in zip((joined, *other[1:]), state, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("flag", [0.0, 1.0, False, True])

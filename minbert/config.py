@@ -20,6 +20,7 @@ from minbert.tasks import TASKS, Task, find_tasks, read_tasks
 
 TASKS_FILE = "tasks.yaml"  # in a run directory: the records of its own tasks
 INFINITE = float("inf")
+SPLITS = "--split-master-weights splits the matrices that a step trains in bf16 with one backward"
 RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (  # of values that are given, also by task
     ("at least 1", lambda value: value >= 1, ("epochs", "steps", "batch_size", "threads", "accumulate", "epoch_times")),
     ("at least 1", lambda value: value >= 1, ("reviews_per_star", "max_skipped", "checkpoint_steps", "log_steps")),
@@ -94,6 +95,9 @@ class TrainConfig:
         surgery_groups: tasks whose gradients surgery sees as one, joined by +, such as sst+qqp+sts,cfimdb; left out,
             each task is a group.
         low_memory: run task after task instead of all in one stream.
+        split_master_weights: in bf16, keep the matrices of the encoder's layers as bfloat16 numbers, which the products
+            read, and the low 16 bits of their float32 values beside them (Kalamkar et al. 2020): with AdamW's moments
+            12 bytes a parameter, not 14. Checkpoints are in float32 as ever. One process.
         accumulate: batches of each task in one update.
         timeout: seconds without a heartbeat of a process, after which the others stop.
         cuda_graphs: on a GPU, replay forward and backward as CUDA graphs, with batches padded to few different numbers
@@ -175,6 +179,7 @@ class TrainConfig:
     surgery_reduction: Literal["sum", "mean"] = "sum"
     surgery_groups: list[str] | None = None
     low_memory: bool = False
+    split_master_weights: bool = False
     accumulate: int = 1
     timeout: float = 600.0
     cuda_graphs: bool = True
@@ -232,6 +237,7 @@ class TrainConfig:
         self._check_sampling()
         self._check_tasks()
         self._check_heads()
+        self._check_split()
         check_surgery(self.surgery)
         if self.sampling != "joint" and needs_task_gradients(self.surgery):
             raise UserError(
@@ -294,6 +300,18 @@ class TrainConfig:
             if (shared or HEADS[task.head].normalises) and of_task(self.batch_size, task.name, 2) < 2:
                 layer = f"--shared-layer {self.shared_layer}" if shared else f"--heads.{task.name} {task.head}"
                 raise UserError(f"--batch-size {self.batch_size}: {layer} normalises over a batch; give at least 2")
+
+    def _check_split(self) -> None:
+        unwanted = {
+            "precision": self.precision == "fp32",
+            "accumulate": self.accumulate > 1,
+            "mode": self.mode != "finetune",
+        }
+        for name, is_set in unwanted.items() if self.split_master_weights else ():
+            if is_set:
+                raise UserError(
+                    f"{SPLITS}, and {dashed(name)} {getattr(self, name)} leaves none; leave one of both out"
+                )
 
     @property
     def own_tasks(self) -> dict[str, Task]:

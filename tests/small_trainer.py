@@ -17,7 +17,7 @@ from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.tasks import Task, find_tasks
 from minbert.training.batches import Batches
 from minbert.training.objective import Objective
-from minbert.training.optimizer import AdamW
+from minbert.training.optimizer import AdamW, split_
 from minbert.training.trainer import Trainer, cuda_graphs
 
 TASKS = find_tasks(["sst", "qqp", "sts"])
@@ -46,6 +46,7 @@ def trainer(
     mu: float = 0.0,
     dropout: float = 0.1,
     copied: bool = False,
+    split: bool = False,
     sample=lambda step: [parts(step=step)],
     capture=None,
     dtype: torch.dtype = torch.float32,
@@ -62,9 +63,11 @@ def trainer(
     model.encoder.compute_dtype = dtype
     model.freeze_layers(freeze)
     model.encoder.embeddings.sparse_gradient = sparse
+    low_bits = split_(model.encoder.cast_weights()) if split else {}
     parameters = UnshardedParameters(model.heads, model.encoder.copies() if copied else {})
     groups = parameters.param_groups(model.parameter_groups(0.01))
-    optimizer = AdamW(groups, lr=1e-2, ema_decay=0.9 if mu else None, copies=parameters.copies)
+    written = {"copies": parameters.copies, "low_bits": low_bits}
+    optimizer = AdamW(groups, lr=1e-2, ema_decay=0.9 if mu else None, **written)
     if mu:
         parameters.keep_ema(optimizer)
     per_task = surgery != "sum"

@@ -45,6 +45,7 @@ OPTIONS = {
         "surgery_reduction": "sum",
         "surgery_groups": None,
         "low_memory": False,
+        "split_master_weights": False,
         "accumulate": 1,
         "timeout": 600.0,
         "cuda_graphs": True,

@@ -265,12 +265,14 @@ class Encoder(nn.Module):
             raise ValueError(f"compute_dtype must be {own}, as the parameters are, or torch.bfloat16; got {dtype}")
         self._compute_dtype = None if dtype == own else dtype
 
+    def cast_weights(self) -> list[Tensor]:
+        """The trainable matrices that products cast to `compute_dtype`."""
+        weights = [module.weight for module in self.layers.modules() if isinstance(module, Projection)]
+        return [weight for weight in weights if weight.requires_grad and weight.dtype != self.compute_dtype]
+
     def copies(self) -> dict[Tensor, Tensor]:
         """By trainable matrix that a product casts to `compute_dtype`, a copy that is cast already; else empty."""
-        if self.compute_dtype == self._word.dtype:
-            return {}
-        weights = [module.weight for module in self.layers.modules() if isinstance(module, Projection)]
-        return {weight: weight.detach().to(self.compute_dtype) for weight in weights if weight.requires_grad}
+        return {weight: weight.detach().to(self.compute_dtype) for weight in self.cast_weights()}
 
     def forward(self, packed: Packed, *, seed: Tensor | None = None) -> Tensor:
         """Hidden states of the last layer, [N, D] in `compute_dtype`.

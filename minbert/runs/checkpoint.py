@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minbert.config import TASKS_FILE
 from minbert.data.tokenizer import SHORTEST, Tokenizer
@@ -16,6 +16,7 @@ from minbert.errors import UserError
 from minbert.files.atomic import write_directory, write_json, write_tensors, write_text, writing
 from minbert.files.json_yaml import read_text, short
 from minbert.methods.surgery import Surgery
+from minbert.methods.task_gradients import substituted
 from minbert.model import HEADS, EncoderConfig, MultitaskModel, pair_encoding, save_heads
 from minbert.model.weights import fitting, open_safetensors
 from minbert.runs.progress_counters import Progress
@@ -33,19 +34,22 @@ def save(
     state: OptimizerState,
     progress: Progress,
     surgeries: Sequence[Surgery] = (),
+    master: Callable[[nn.Parameter], Tensor] = lambda param: param,
 ) -> None:
     """Replace the checkpoint at `path`, or leave it as it was.
 
     Args:
         state: the optimizer's, by parameter of the model.
         surgeries: those whose state is written too.
+        master: gives what is written of a parameter of the encoder (`AdamW.master`).
 
     Raises:
         UserError: the disk is full, or a surgery's state cannot be saved.
     """
 
     def fill(directory: Path) -> None:
-        model.encoder.save_pretrained(directory)
+        with substituted(model.encoder, master):
+            model.encoder.save_pretrained(directory)
         tokenizer.save(directory)
         save_heads(model, directory / HEADS_FILE)
         entries = {

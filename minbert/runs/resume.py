@@ -34,8 +34,9 @@ WITHOUT_EFFECT = {  # options that change neither weights nor scores, and why
     "strict": "whether to start at all",
 }
 
-# Sums are in another order: the run can be resumed, but its weights equal an uninterrupted run's only to rounding.
-ROUNDING = ("device", "threads", "backend", "matmul")
+# Sums are in another order, or ties round otherwise: the run can be resumed, but its weights equal an uninterrupted
+# run's only to rounding.
+ROUNDING = ("device", "threads", "backend", "matmul", "split_master_weights")
 
 LENGTH = ("epochs", "steps", "patience")  # a run can be extended, or end earlier
 

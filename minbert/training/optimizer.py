@@ -13,6 +13,14 @@ from minbert import kernels
 from minbert.distributed.sharded_parameters import OptimizerState
 
 
+def split_(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """Make float32 parameters bfloat16 and return by parameter the low bits that this leaves out, for `AdamW`."""
+    low_bits = {}
+    for param in params:
+        param.data, low_bits[param] = kernels.split_float32(param.detach())
+    return low_bits
+
+
 class AdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2).
 
@@ -27,6 +35,7 @@ class AdamW(torch.optim.Optimizer):
         ema_decay: keep an exponential moving average of every parameter over the steps, in the same pass over memory,
             with this decay (Jiang et al. 2019, section 3.2). It starts as the parameter itself; `ema` gives it.
         copies: by parameter, a bfloat16 copy, shaped like it, that is written anew in the same pass.
+        low_bits: by parameter that is split (`split_`), its low bits, which are updated with it; `master` joins them.
 
     Raises:
         ValueError: an argument out of range.
@@ -41,6 +50,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         ema_decay: float | None = None,
         copies: Mapping[Tensor, Tensor] | None = None,
+        low_bits: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
@@ -50,16 +60,21 @@ class AdamW(torch.optim.Optimizer):
         if ema_decay is not None and not 0 <= ema_decay <= 1:
             raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.ema_decay, self.copies, self._set = ema_decay, copies or {}, ""
+        self.ema_decay, self.copies, self.low_bits, self._set = ema_decay, copies or {}, low_bits or {}, ""
         if ema_decay is not None:
             for group in self.param_groups:
                 for param in group["params"]:
-                    self.state[param]["average"] = param.detach().clone()
+                    self.state[param]["average"] = self.master(param).detach().clone()
 
     @property
     def ema(self) -> dict[Tensor, Tensor]:
         """By parameter, its exponential moving average; empty without `ema_decay`."""
         return {param: state["average"] for param, state in self.state.items() if "average" in state}
+
+    def master(self, param: Tensor) -> Tensor:
+        """A parameter in the precision in which it is updated: float32 where it is split, else the parameter itself."""
+        low_bits = self.low_bits.get(param)
+        return param if low_bits is None else kernels.join_float32(param.detach(), low_bits)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -95,12 +110,12 @@ class AdamW(torch.optim.Optimizer):
         own = torch.ones(1, dtype=torch.float64) if scale is None else scale
         counted: list[Tensor] = []
         for group in self.param_groups:
-            by_step: dict[tuple[int, bool, bool], list[Tensor]] = defaultdict(list)
+            by_step: dict[tuple[int, bool], list[Tensor]] = defaultdict(list)
             for param in group["params"]:
                 grads = shared.get(param, [param.grad])
                 if any(grad is not None for grad in grads):
-                    by_step[self._count(param), param in shared, param in self.copies].append(param)
-            for (count, is_shared, is_copied), params in by_step.items():
+                    by_step[self._count(param), param in shared].append(param)
+            for (count, is_shared), params in by_step.items():
                 counted += self._states(params, self._entry("step"))
                 rows = [shared[param] if is_shared else [param.grad] for param in params]
                 kernels.combine_adamw_(
@@ -115,7 +130,8 @@ class AdamW(torch.optim.Optimizer):
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
                     **self._ema(params),
-                    copies=[self.copies[param] for param in params] if is_copied else None,
+                    copies=[self.copies.get(param) for param in params] if self.copies else None,
+                    low_bits=[self.low_bits.get(param) for param in params] if self.low_bits else None,
                     skip_unless=skip_unless,
                 )
         return counted
@@ -151,8 +167,9 @@ class AdamW(torch.optim.Optimizer):
         state, step = self.state[param], self._entry("step")
         if step not in state:
             state[step] = torch.zeros((), dtype=torch.float32)
-            state[self._entry("exp_avg")] = torch.zeros_like(param)
-            state[self._entry("exp_avg_sq")] = torch.zeros_like(param)
+            dtype = torch.float32 if param in self.low_bits else param.dtype
+            state[self._entry("exp_avg")] = torch.zeros_like(param, dtype=dtype)
+            state[self._entry("exp_avg_sq")] = torch.zeros_like(param, dtype=dtype)
         state[step] += 1
         return int(state[step])
 

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from minbert.config import TrainConfig
+from minbert.config import SPLITS, TrainConfig
 from minbert.data import (
     Encoded,
     Examples,
@@ -45,7 +46,7 @@ from minbert.tasks import Task
 from minbert.training.batches import Batches, StepSampler
 from minbert.training.loss_options import loss_options
 from minbert.training.objective import Objective
-from minbert.training.optimizer import AdamW
+from minbert.training.optimizer import AdamW, split_
 from minbert.training.trainer import Trainer, cuda_graphs
 
 DEFAULT_TASKS = ("sst", "qqp", "sts")
@@ -265,8 +266,10 @@ def build_optimizer(
         peak = config.head_lr if config.head_lr and of_heads else config.lr
         param_group["lr"] = peak * config.layer_decay ** param_group["depth"]
     one_stream = config.accumulate == 1 and not config.low_memory
-    # The gradients of half-precision copies are in half precision: a sum over several backwards needs more.
-    copies = model.encoder.copies() if one_stream or (config.accumulate == 1 and rows > 1) else {}
+    # What is read in half precision has such gradients: a sum over several backwards needs more.
+    one_backward = one_stream or (config.accumulate == 1 and rows > 1)
+    low_bits = split_(_matrices_to_split(config, model, one_backward, group)) if config.split_master_weights else {}
+    copies = model.encoder.copies() if one_backward else {}
     parameters: UnshardedParameters | ShardedParameters = UnshardedParameters(model.heads, copies)
     if group.world_size > 1:
         trunk = [param for param in model.trunk.parameters() if param.requires_grad]
@@ -280,12 +283,29 @@ def build_optimizer(
         eps=config.adam_eps,
         ema_decay=config.bregman.beta if config.bregman.mu else None,
         copies=parameters.optimizer_copies,
+        low_bits=low_bits,
     )
     if config.bregman.mu:
         parameters.keep_ema(optimizer)
     parameters.register_hooks(TaskGradients(model.trunk, rows, copies))
     model.encoder.embeddings.sparse_gradient = group.device.type == "cpu" and group.backend == "gloo"
     return optimizer, parameters
+
+
+def _matrices_to_split(
+    config: TrainConfig, model: MultitaskModel, one_backward: bool, group: ProcessGroup
+) -> list[Tensor]:
+    """The matrices that --split-master-weights splits.
+
+    Raises:
+        UserError: there are none, or several processes, whose shards are in float32.
+    """
+    if group.world_size > 1:
+        raise UserError(f"--split-master-weights is for one process, and this run has {group.world_size}; leave it out")
+    matrices = model.encoder.cast_weights() if one_backward else []
+    if not matrices:
+        raise UserError(f"{SPLITS}, and this run in {config.precision} has none; leave it out")
+    return matrices
 
 
 # All together -----------------------------------------------------------------------------------------------------

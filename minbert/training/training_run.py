@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 
 import minbert
 from minbert import kernels
@@ -21,6 +22,7 @@ from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.files.atomic import writing
 from minbert.inference import evaluate, load_model, with_thresholds_of
+from minbert.methods.task_gradients import substituted
 from minbert.model import load_heads
 from minbert.report import plot_run, write_report
 from minbert.runs import checkpoint
@@ -61,7 +63,8 @@ class TrainingRun:
         trainer = self.trainer
         state = trainer.parameters.gather_full_state(trainer.optimizer.state)
         if self.group.is_main:
-            checkpoint.save(path, trainer.model, self.data.tokenizer, state, self.progress, trainer.surgeries)
+            model, master = trainer.model, trainer.optimizer.master
+            checkpoint.save(path, model, self.data.tokenizer, state, self.progress, trainer.surgeries, master)
 
     def restore(self) -> None:
         """Load the last checkpoint of a resumed run, if there is one.
@@ -152,14 +155,15 @@ class TrainingRun:
         Raises:
             Stopped: a signal came while the split was scored.
         """
-        data, progress, directory = self.data, self.progress, self.directory
+        data, progress, directory, model = self.data, self.progress, self.directory, self.trainer.model
         dev = data.splits["dev"]
         evaluated = [task for task in data.tasks if task.name in dev]
         try:
-            with stop.deferred(self.group.world_size > 1):  # several processes stop together, after a step
-                scores, _ = evaluate(
-                    self.trainer.model, evaluated, dev, self.group.device, self.group, choose_thresholds=True
-                )
+            with (
+                stop.deferred(self.group.world_size > 1),  # several processes stop together, after a step
+                substituted(model.encoder, self._as_loaded),
+            ):
+                scores, _ = evaluate(model, evaluated, dev, self.group.device, self.group, choose_thresholds=True)
         except Stopped:
             self.save(directory.last)
             raise
@@ -176,6 +180,10 @@ class TrainingRun:
         if progress.scores.add(epoch, scores, data.tasks):
             self.save(directory.best)
         self.save(directory.last)
+
+    def _as_loaded(self, param: nn.Parameter) -> Tensor:
+        """A parameter as a model that is loaded from a checkpoint reads it, which rounds the ties of bf16 to even."""
+        return self.trainer.optimizer.master(param).to(param.dtype)
 
     def _warn_of_idle_smart(self) -> None:
         """Say once if SMART is on and its regulariser was next to nothing in this epoch."""

@@ -303,19 +303,19 @@ PYBIND11_MODULE(_native, module) {
       Unlocked());
   module.def(
       "attention",
-      [](const AttentionProblem& problem, Address qkv, const Strides& strides, Address out, Address scratch,
-         int threads) {
+      [](const AttentionProblem& problem, Address qkv, const Strides& strides, Address out, Address keep,
+         Address scratch, int threads) {
         return kernels(current_isa)
-            .attention(problem, {qkv, strides[0], strides[1], strides[2]}, out, scratch, threads);
+            .attention(problem, {qkv, strides[0], strides[1], strides[2]}, out, keep, scratch, threads);
       },
       Unlocked());
   module.def(
       "attention_backward",
       [](const AttentionProblem& problem, Address grad_out, const Strides& grad_strides, Address qkv,
-         const Strides& strides, Address grad_qkv, Address scratch, int threads) {
+         const Strides& strides, Address keep, Address grad_qkv, Address scratch, int threads) {
         return kernels(current_isa)
             .attention_backward(problem, {grad_out, grad_strides[0], grad_strides[1]},
-                                {qkv, strides[0], strides[1], strides[2]}, grad_qkv, scratch, threads);
+                                {qkv, strides[0], strides[1], strides[2]}, keep, grad_qkv, scratch, threads);
       },
       Unlocked());
 

@@ -153,13 +153,18 @@ struct HeadRows {
   int64_t token_stride, head_stride;
 };
 
-// out [N, H, d]. scratch: attention_scratch bytes, aligned to 64. Returns false, and writes nothing, unless cu_seqlens
-// rises from 0 to `tokens` in steps of 1 to `max_seqlen`.
-using Attention = bool(const AttentionProblem&, QueriesKeysValues, void* out, void* scratch, int threads) noexcept;
+// Bytes for each token and head that hold dropout's bits, one for each probability.
+static inline constexpr int64_t keep_bytes(int64_t max_seqlen) { return (max_seqlen + 15) / 16 * 2; }
 
-// grad_qkv [N, 3, H, d]. Recomputes scores and masks: the forward saves nothing.
-using AttentionBackward = bool(const AttentionProblem&, HeadRows grad_out, QueriesKeysValues, void* grad_qkv,
-                               void* scratch, int threads) noexcept;
+// out [N, H, d]. keep: null, or receives dropout's bits for the backward of the same instruction set, in
+// [N, H, keep_bytes(max_seqlen)] bytes. scratch: attention_scratch bytes, aligned to 64. Returns false, and writes
+// nothing, unless cu_seqlens rises from 0 to `tokens` in steps of 1 to `max_seqlen`.
+using Attention = bool(const AttentionProblem&, QueriesKeysValues, void* out, void* keep, void* scratch,
+                       int threads) noexcept;
+
+// grad_qkv [N, 3, H, d]. Recomputes the scores, and the masks where `keep` is null.
+using AttentionBackward = bool(const AttentionProblem&, HeadRows grad_out, QueriesKeysValues, const void* keep,
+                               void* grad_qkv, void* scratch, int threads) noexcept;
 
 using AttentionScratch = int64_t(const AttentionProblem&, bool backward, int threads) noexcept;
 

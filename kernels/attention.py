@@ -29,15 +29,30 @@ _PROBLEM = (  # AttentionProblem
 )
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The result, and on GPUs a number for each token and head that the backward reads."""
-    problem = AttentionProblem(*arguments)
+def _run(problem: AttentionProblem, keep: Tensor | None) -> Tensor:
+    """The result; `keep`, where it is given, receives dropout's bits."""
     qkv, native, threads = problem.qkv, native_calls.attention_problem(problem), torch.get_num_threads()
     out = qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
     scratch = _scratch(native, False, threads)
-    if not library().attention(native, qkv.data_ptr(), qkv.stride(), out.data_ptr(), scratch.data_ptr(), threads):
+    addresses = out.data_ptr(), native_calls.address(keep), scratch.data_ptr()
+    if not library().attention(native, qkv.data_ptr(), qkv.stride(), *addresses, threads):
         _check_lengths(problem)
-    return out, qkv.new_empty(0, dtype=torch.float32)
+    return out
+
+
+def _kept_for_backward(qkv: Tensor, max_seqlen: int, dropout_p: float) -> Tensor:
+    """Memory for dropout's bits, csrc/kernels.h's keep_bytes for each token and head."""
+    if dropout_p == 0:
+        return qkv.new_empty(0, dtype=torch.uint8)
+    longest = torch.sym_min(max_seqlen, qkv.shape[0])
+    return qkv.new_empty(qkv.shape[0], qkv.shape[2], (longest + 15) // 16 * 2, dtype=torch.uint8)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The result, and what the backward reads: dropout's bits, on GPUs a number for each token and head."""
+    problem = AttentionProblem(*arguments)
+    keep = _kept_for_backward(problem.qkv, problem.max_seqlen, problem.dropout_p)
+    return _run(problem, keep if problem.dropout_p > 0 else None), keep
 
 
 _attention = torch.library.custom_op(
@@ -53,20 +68,23 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @_attention.register_fake
-def _(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, *others: Any) -> tuple[Tensor, Tensor]:
     tokens, _, heads, head_dim = qkv.shape
-    statistics = (heads, tokens) if qkv.device.type == "cuda" else (0,)
-    return qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(statistics, dtype=torch.float32)
+    out = qkv.new_empty(tokens, heads, head_dim)
+    if qkv.device.type == "cuda":
+        return out, qkv.new_empty(heads, tokens, dtype=torch.float32)
+    return out, _kept_for_backward(qkv, max_seqlen, dropout_p)
 
 
 @torch.library.custom_op(
     "minbert::attention_backward",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor grad_out, {_PROBLEM}, Tensor? out, Tensor? lse) -> Tensor",
+    schema=f"(Tensor grad_out, {_PROBLEM}, Tensor? out, Tensor? kept) -> Tensor",
 )
 def _attention_backward(grad_out: Tensor, *arguments: Any) -> Tensor:
-    problem = AttentionProblem(*arguments[:-2])
+    """`out` and `kept` are the forward's results; without the latter, a CPU draws dropout's bits again."""
+    problem, keep = AttentionProblem(*arguments[:-2]), arguments[-1]
     qkv, native, threads = problem.qkv, native_calls.attention_problem(problem), torch.get_num_threads()
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     if grad_out.stride(2) != 1:
@@ -78,6 +96,7 @@ def _attention_backward(grad_out: Tensor, *arguments: Any) -> Tensor:
         grad_out.stride(),
         qkv.data_ptr(),
         qkv.stride(),
+        native_calls.address(keep),
         grad_qkv.data_ptr(),
         scratch.data_ptr(),
         threads,
@@ -104,7 +123,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout_p, seed, ctx.stream_id, ctx.scale, *plan = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    kept = output if qkv.device.type == "cuda" else (None, None)
+    kept = output if qkv.device.type == "cuda" else (None, output[1] if ctx.dropout_p > 0 else None)
     ctx.save_for_backward(qkv, cu_seqlens, seed, *plan, *kept)
 
 
@@ -134,8 +153,9 @@ def attention(
     """Softmax attention of every token to the tokens of its own sequence (Vaswani et al. 2017, section 3.2).
 
     The compiled code takes float32 and bfloat16, on GPUs float16 too, with head dimensions that are multiples of 8 up
-    to 128; the reference runs for others. The backward computes scores and masks again: on a CPU nothing but the
-    arguments is kept for it, on a GPU the result and one number for each token and head as well.
+    to 128; the reference runs for others. The backward computes the scores again. A CPU keeps for it, besides the
+    arguments, which probabilities are dropped: max_seqlen bits for each token and head. A GPU keeps the result and one
+    number for each token and head, and computes the masks again.
 
     Sums are float32. On a processor that multiplies bfloat16 (`native.isa()` is avx512bf16), the probabilities and the
     gradients of the scores are rounded to bfloat16 for their products, in sequences of more than 16 tokens whose
@@ -172,8 +192,10 @@ def attention(
         checks.tensor("attention", "plan.starts", plan[1], [qkv.shape[0]], [torch.int32], like=qkv)
     scale = qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     if is_compiled("attention", qkv.device, qkv.dtype, head_dim=qkv.shape[3]):
-        call = _forward if calls_directly(qkv.device) else _attention
-        return call(qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale, *(plan or (None, None)))[0]
+        problem = AttentionProblem(
+            qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale, *(plan or (None, None))
+        )
+        return _run(problem, None) if calls_directly(qkv.device) else _attention(*problem)[0]
     checks.cu_seqlens("attention", cu_seqlens, qkv.shape[0], max_seqlen)
     keep = None if seed is None else attention_dropout_mask(cu_seqlens, qkv.shape[2], dropout_p, seed, stream_id)
     return reference.attention(qkv, cu_seqlens, keep, dropout_p, scale)

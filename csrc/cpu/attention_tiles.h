@@ -13,15 +13,16 @@ constexpr int64_t kBlockRows = 64;  // queries whose scores are in memory at a t
 // multiplies bfloat16: the errors of a few rounded probabilities, or of equal ones, do not cancel out.
 constexpr int64_t kFewKeys = 16;
 
-// A block of a sequence's queries. Every block but the last consists of whole registers.
+// A block of a sequence's queries. Every block but the last consists of whole KeepBits.
 struct Queries {
-  int64_t first, count, registers;
+  int64_t first, count, registers, keep_bits;
 
   Queries(int64_t length, int64_t block) {
-    const int64_t all = (length + kFloats - 1) / kFloats, blocks = block_count(length);
-    first = kFloats * (all * block / blocks);
-    registers = all * (block + 1) / blocks - all * block / blocks;
-    count = smaller(registers * kFloats, length - first);
+    const int64_t all = (length + kKeepQueries - 1) / kKeepQueries, blocks = block_count(length);
+    first = kKeepQueries * (all * block / blocks);
+    keep_bits = all * (block + 1) / blocks - all * block / blocks;
+    count = smaller(keep_bits * kKeepQueries, length - first);
+    registers = (count + kFloats - 1) / kFloats;
   }
 
   static int64_t block_count(int64_t length) { return (length + kBlockRows - 1) / kBlockRows; }
@@ -49,7 +50,7 @@ struct Buffers {
   Unit *queries, *grad_out;                                  // transposed
   Unit *queries_right, *grad_out_right, *grads_along_keys;   // backward only
   float *rows, *scores, *grads;                              // rows: results of the queries
-  KeepBits* keep;                                            // [kGroup, registers of queries, keys]
+  KeepBits* keep;                                            // [kGroup, queries / kKeepQueries, keys]
 
   Buffers(Allocator& scratch, int64_t length, int64_t head_dim, bool backward) {
     const bool paired = kDepth<Unit> > 1;
@@ -76,7 +77,7 @@ struct Buffers {
     scores = scratch.allocate<float>(score_units);
     grads = scratch.allocate<float>(backward ? score_units : 0);
     grads_along_keys = paired ? scratch.allocate<Unit>(backward ? score_units : 0) : nullptr;
-    keep = scratch.allocate<KeepBits>(kGroup * lanes / kFloats * length);
+    keep = scratch.allocate<KeepBits>(kGroup * ((lanes + kKeepQueries - 1) / kKeepQueries) * length);
   }
 };
 
@@ -142,7 +143,7 @@ bool lengths_are_valid(const AttentionProblem& p) {
 struct Prefetch {
   int64_t rows, bytes;
   const char* first[7] = {};
-  int64_t strides[7] = {}, matrices = 0, done = 0;
+  int64_t strides[7] = {}, matrices = 0, row = 0, matrix = 0, rows_of_step = 0;
 
   template <class Element>
   void add(const Head<Element>& head) {
@@ -150,12 +151,15 @@ struct Prefetch {
     strides[matrices++] = head.stride * sizeof(Element);
   }
 
-  // One of `steps` equal parts.
-  void step(int64_t steps) {
-    const int64_t end = smaller(rows * matrices, done + (rows * matrices + steps - 1) / steps);
-    for (; done < end; ++done)
-      for (int64_t at = 0; at < bytes; at += 64)
-        __builtin_prefetch(first[done / rows] + done % rows * strides[done / rows] + at, 0, 2);
+  // All is to be done in `steps` steps.
+  void divide(int64_t steps) { rows_of_step = (rows * matrices + steps - 1) / steps; }
+
+  void step() {
+    for (int64_t i = 0; i < rows_of_step && matrix < matrices; ++i) {
+      const char* const from = first[matrix] + row * strides[matrix];
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+      if (++row == rows) row = 0, ++matrix;
+    }
   }
 };
 

@@ -1,4 +1,4 @@
-// Dropout masks of attention probabilities as bits: one for each lane of a register of queries.
+// Dropout masks of attention probabilities as bits: one for each query.
 #pragma once
 
 #include "cpu/philox_simd.h"
@@ -6,7 +6,13 @@
 namespace minbert::MINBERT_ISA {
 namespace {
 
+// The bits of neighbouring queries: those of a register, or of two of the smallest.
+#if defined(__AVX512F__)
 using KeepBits = uint16_t;
+#else
+using KeepBits = uint8_t;
+#endif
+constexpr int64_t kKeepQueries = 8 * sizeof(KeepBits);
 
 // The low halves of both registers in turns.
 inline Bits low_halves_in_turns(Words even, Words odd) {
@@ -47,10 +53,11 @@ inline Floats kept(KeepBits keep) {
 }
 
 // keep[h * head_stride + key]: the bits of head first_head + h, up to four heads of one group of four, for `key` and
-// the queries in rows row, row + 1, ... of the stream. A counter gives the words of the four heads. The first three
-// rounds share between keys what depends on the query alone, and between queries what depends on the key.
+// the queries in rows row, row + 1, ... of the stream; bits from `shift` on, onto those below it. A counter gives the
+// words of the four heads. The first three rounds share between keys what depends on the query alone, and between
+// queries what depends on the key.
 inline void keep_queries(KeepBits* keep, int64_t head_stride, int64_t first_head, int64_t heads, int64_t keys,
-                         int64_t row, const Dropout& dropout, const Keys& philox_keys) {
+                         int64_t row, int64_t shift, const Dropout& dropout, const Keys& philox_keys) {
   const auto key = [&](int round, int word) { return static_cast<uint32_t>(philox_keys.key[round][word][0]); };
   const auto high = [](uint64_t product) { return static_cast<uint32_t>(product >> 32); };
   const auto low = [](uint64_t product) { return static_cast<uint32_t>(product); };
@@ -79,7 +86,9 @@ inline void keep_queries(KeepBits* keep, int64_t head_stride, int64_t first_head
       const int64_t head = word - first_head % 4;
       if (head < 0 || head >= heads) continue;
       const Bits words = low_halves_in_turns(counters[0][word], counters[1][word]);
-      keep[head * head_stride + at] = kept_lanes(words, dropout.threshold);
+      KeepBits& to = keep[head * head_stride + at];
+      const KeepBits bits = kept_lanes(words, dropout.threshold);
+      to = shift ? to | bits << shift : bits;
     }
   }
 }

@@ -62,9 +62,58 @@ struct Right {
 // Only loops that GCC unrolls this early keep the sums in registers.
 #define MINBERT_UNROLL _Pragma("GCC unroll 16")
 
-template <class Unit, bool transposed, int vectors, int rows>
-void tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t b_stride, int64_t depth, float* c, int64_t c_stride,
-          bool accumulate) {
+// The elements of a register as a result: bfloat16 by the processor's conversion, where it has one.
+inline Floats converted(Floats v, float) { return v; }
+inline Vector<uint16_t, kFloats> converted(Floats v, BFloat16 element) {
+#if defined(__AVX512BF16__)
+  (void)element;
+  return (Vector<uint16_t, kFloats>)_mm512_cvtneps_pbh((__m512)v);
+#else
+  return narrow(v, element);
+#endif
+}
+
+// Writes the first `count` elements of a register, which are all of them where registers hold 8 or fewer.
+template <class Element>
+inline void store_result(Element* to, Floats v, int64_t count) {
+  const auto result = converted(v, Element{});
+#if defined(__AVX512F__)
+  if (count >= kFloats) return store_raw(to, result);
+  const __mmask16 lanes = (1u << count) - 1;
+  if constexpr (sizeof(Element) == 4)
+    _mm512_mask_storeu_ps(to, lanes, (__m512)result);
+  else
+    _mm256_mask_storeu_epi16(to, lanes, (__m256i)result);
+#else
+  (void)count;
+  store_raw(to, result);
+#endif
+}
+
+// Where the sums of a product go: into `sums`, or where there is a result into that, each row times its factor.
+template <class Element>
+struct Output {
+  float* sums;  // [rows, stride]; also holds the parts of sums
+  int64_t stride;
+  Element* result = nullptr;  // [rows, result_stride]
+  int64_t result_stride = 0;
+  const float* factors = nullptr;  // of row i: factors[i * factor_stride]
+  int64_t factor_stride = 0;
+
+  Output at(int64_t row, int64_t column) const {
+    return {sums + row * stride + column,
+            stride,
+            result ? result + row * result_stride + column : nullptr,
+            result_stride,
+            factors + row * factor_stride,
+            factor_stride};
+  }
+};
+
+// `columns`: of the result, at most those of the tile. accumulate: onto the sums so far; finish: the result is due.
+template <class Unit, class Element, bool transposed, int vectors, int rows>
+void tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t b_stride, int64_t depth, const Output<Element>& to,
+          int64_t columns, bool accumulate, bool finish) {
   Floats sum[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Floats right[vectors];
@@ -74,45 +123,58 @@ void tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t b_stride, int6
       MINBERT_UNROLL for (int v = 0; v < vectors; ++v) sum[i][v] = multiply_add(sum[i][v], left, right[v]);
     }
   }
-  MINBERT_UNROLL for (int i = 0; i < rows; ++i) MINBERT_UNROLL for (int v = 0; v < vectors; ++v) {
-    float* const to = c + i * c_stride + v * kFloats;
-    store_raw(to, accumulate ? load<Floats>(to) + sum[i][v] : sum[i][v]);
-  }
+  float* const sums = to.sums;
+  if (accumulate)
+    MINBERT_UNROLL for (int i = 0; i < rows; ++i) MINBERT_UNROLL for (int v = 0; v < vectors; ++v) sum[i][v] +=
+        load<Floats>(sums + i * to.stride + v * kFloats);
+  if (finish)
+    MINBERT_UNROLL for (int i = 0; i < rows; ++i) MINBERT_UNROLL for (int v = 0; v < vectors; ++v)
+        store_result(to.result + i * to.result_stride + v * kFloats, sum[i][v] * to.factors[i * to.factor_stride],
+                     columns - v * kFloats);
+  else
+    MINBERT_UNROLL for (int i = 0; i < rows; ++i) MINBERT_UNROLL for (int v = 0; v < vectors; ++v)
+        store_raw(sums + i * to.stride + v * kFloats, sum[i][v]);
 }
 #undef MINBERT_UNROLL
 
-template <class Unit>
-using Tile = void(const Unit*, int64_t, const Unit*, int64_t, int64_t, float*, int64_t, bool);
-template <class Unit, bool transposed, int vectors, class>
+template <class Unit, class Element>
+using Tile = void(const Unit*, int64_t, const Unit*, int64_t, int64_t, const Output<Element>&, int64_t, bool, bool);
+template <class Unit, class Element, bool transposed, int vectors, class>
 struct TilesOf;
-template <class Unit, bool transposed, int vectors, int... row>
-struct TilesOf<Unit, transposed, vectors, Lanes<row...>> {
-  static constexpr Tile<Unit>* with_rows[] = {tile<Unit, transposed, vectors, row + 1>...};
+template <class Unit, class Element, bool transposed, int vectors, int... row>
+struct TilesOf<Unit, Element, transposed, vectors, Lanes<row...>> {
+  static constexpr Tile<Unit, Element>* with_rows[] = {tile<Unit, Element, transposed, vectors, row + 1>...};
 };
-template <class Unit, bool transposed, int vectors>
-using Tiles = TilesOf<Unit, transposed, vectors, typename CountTo<kTileRows>::type>;
+template <class Unit, class Element, bool transposed, int vectors>
+using Tiles = TilesOf<Unit, Element, transposed, vectors, typename CountTo<kTileRows>::type>;
 
 // The longest chain of additions, in units: sums over more are sums of such sums, whose rounding errors are smaller.
 constexpr int64_t kChain = 32;
 
-// C [rows, columns] = A [rows, depth] B [depth, columns], or C += A B where `accumulate`; `depth` counts units. Columns
-// are rounded up to whole registers in B and in C.
-template <class Unit>
-void multiply(Left<Unit> a, Right<Unit> b, int64_t rows, int64_t depth, int64_t columns, float* c, int64_t c_stride,
-              bool accumulate = false) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+inline int64_t tiles(int64_t rows, int64_t columns) {
+  return (rows + kTileRows - 1) / kTileRows * ((columns + kPanel - 1) / kPanel);
+}
+
+// A [rows, depth] times B [depth, columns], added to the sums in `to` where `accumulate`; `depth` counts units. Columns
+// are rounded up to whole registers in B and in the sums. Calls between() before each tile.
+template <class Unit, class Element, class Between>
+void multiply(Left<Unit> a, Right<Unit> b, int64_t rows, int64_t depth, int64_t columns, const Output<Element>& to,
+              bool accumulate, const Between& between) {
+  const int64_t below = tiles(rows, 1);
   for (int64_t column = 0; column < columns; column += kPanel) {
     const bool one = columns - column <= kFloats;
-    Tile<Unit>* const* const with_rows =
-        a.transposed ? (one ? Tiles<Unit, true, 1>::with_rows : Tiles<Unit, true, 2>::with_rows)
-                     : (one ? Tiles<Unit, false, 1>::with_rows : Tiles<Unit, false, 2>::with_rows);
+    Tile<Unit, Element>* const* const with_rows =
+        a.transposed ? (one ? Tiles<Unit, Element, true, 1>::with_rows : Tiles<Unit, Element, true, 2>::with_rows)
+                     : (one ? Tiles<Unit, Element, false, 1>::with_rows : Tiles<Unit, Element, false, 2>::with_rows);
     const Unit* panel = b.data + column / kPanel * b.panel_stride;
-    for (int64_t t = 0; t < tiles; ++t) {  // of almost equal height
-      const int64_t row = rows * t / tiles, height = rows * (t + 1) / tiles - row;
+    for (int64_t t = 0; t < below; ++t) {  // of almost equal height
+      between();
+      const int64_t row = rows * t / below, height = rows * (t + 1) / below - row;
+      const Output<Element> of_tile = to.at(row, column);
       for (int64_t k = 0; k < depth; k += kChain)
         with_rows[height - 1](a.data + (a.transposed ? k * a.stride + row : row * a.stride + k), a.stride,
-                              panel + k * b.stride, b.stride, smaller(kChain, depth - k), c + row * c_stride + column,
-                              c_stride, accumulate || k > 0);
+                              panel + k * b.stride, b.stride, smaller(kChain, depth - k), of_tile, columns - column,
+                              accumulate || k > 0, of_tile.result && k + kChain >= depth);
     }
   }
 }

@@ -44,6 +44,17 @@ void load_rows(Head<const Element> from, Unit* to) {
     }
 }
 
+// The head's rows as the left side of a product: copied to `buffer`, or where they are if `in_place` and if they
+// consist of units.
+template <class Unit, class Element>
+Left<Unit> rows_on_the_left(Head<const Element> from, Unit* buffer, bool in_place) {
+  if constexpr (sizeof(Unit) == kDepth<Unit> * sizeof(Element))
+    if (in_place && from.stride % kDepth<Unit> == 0)
+      return {reinterpret_cast<const Unit*>(from.data), from.stride / kDepth<Unit>, false};
+  load_rows(from, buffer);
+  return {buffer, row_units<Unit>(from.head_dim), false};
+}
+
 // The transpose of the head's rows, in panels of `Right`; zeros fill the last register of tokens.
 template <class Unit, class Element>
 void load_transposed(Head<const Element> from, Unit* to) {
@@ -62,45 +73,25 @@ void load_transposed(Head<const Element> from, Unit* to) {
     }
 }
 
-// The head's rows as the right side of a product whose depth is the tokens: rows of float32, or pairs of bfloat16 of
-// two tokens, with zeros after the last one.
-template <class Unit, class Element>
-void load_right(Head<const Element> from, Unit* to) {
-  if constexpr (kDepth<Unit> == 1) return load_rows(from, to);
+// The head's rows as the right side of a product whose depth is the tokens: rows of float32, where they are if
+// `in_place` and if they fill registers, or pairs of bfloat16 of two tokens, with zeros after the last one.
+template <class Element>
+Right<float> rows_on_the_right(Head<const Element> from, float* buffer, bool in_place) {
+  if constexpr (sizeof(Element) == sizeof(float))
+    if (in_place && from.head_dim % kFloats == 0) return {from.data, from.stride, kPanel};
+  load_rows(from, buffer);
+  return {buffer, row_units<float>(from.head_dim), kPanel};
+}
+template <class Element>
+Right<Pair> rows_on_the_right(Head<const Element> from, Pair* buffer, bool) {
   const int64_t stride = from.head_dim;
   for (int64_t token = 0; token < from.tokens; token += 2)
     for (int64_t column = 0; column < from.head_dim; column += kFloats) {
       const Floats even = load<Floats>(from.at(token, column));
       const Floats odd = token + 1 < from.tokens ? load<Floats>(from.at(token + 1, column)) : Floats{};
-      store_raw(to + token / 2 * stride + column, (Bits)even >> 16 | (Bits)odd);
+      store_raw(buffer + token / 2 * stride + column, (Bits)even >> 16 | (Bits)odd);
     }
-}
-
-// The elements of a register as a result: bfloat16 by the processor's conversion, where it has one.
-inline Floats converted(Floats v, float) { return v; }
-inline Vector<uint16_t, kFloats> converted(Floats v, BFloat16 element) {
-#if defined(__AVX512BF16__)
-  (void)element;
-  return (Vector<uint16_t, kFloats>)_mm512_cvtneps_pbh((__m512)v);
-#else
-  return narrow(v, element);
-#endif
-}
-
-// The reverse: row i of `from`, `stride` floats apart, times factor(i) becomes the row of token i.
-template <class Element, class Factor>
-void store_rows(const float* from, int64_t stride, const Factor& factor, Head<Element> to) {
-  for (int64_t token = 0; token < to.tokens; ++token) {
-    const float of_row = factor(token);
-    for (int64_t column = 0; column < to.head_dim; column += kFloats) {
-      const auto v = converted(load<Floats>(from + token * stride + column) * of_row, Element{});
-      const int64_t count = next_count(to.head_dim - column);
-      if (count == kFloats)
-        store_raw(to.at(token, column), v);
-      else
-        std::memcpy(to.at(token, column), &v, count * sizeof(Element));
-    }
-  }
+  return {buffer, stride, kPanel};
 }
 
 }  // namespace

@@ -14,11 +14,13 @@ struct Block {
   float *scores, *grads;  // [keys, stride]
   int64_t stride, keys;   // stride: the queries, rounded up to whole registers
   float scale;            // of the scores
-  const KeepBits* keep;   // [stride / kFloats, keys]
+  const KeepBits* keep;   // [queries / kKeepQueries, keys]
 
   template <bool dropout>
   Floats with_dropout(Floats v, int64_t key, int64_t lane) const {
-    return dropout ? v * kept(keep[lane / kFloats * keys + key]) : v;
+    if (!dropout) return v;
+    const KeepBits bits = keep[lane / kKeepQueries * keys + key];
+    return v * kept(kFloats < kKeepQueries ? bits >> lane % kKeepQueries : bits);
   }
 };
 
@@ -66,9 +68,9 @@ inline void largest(const Block& b, int64_t lane, Floats (&most)[count]) {
 }
 
 // For the queries from `lane` on, e^(score - largest), 0 where dropped, overwrites the scores as units along the keys.
-// factors: 1 / the sum over all keys, dropped or not.
+// factors: keep_scale / the sum over all keys, dropped or not.
 template <class Unit, bool dropout, int count>
-inline void exponentials(const Block& b, int64_t lane, float* factors) {
+inline void exponentials(const Block& b, int64_t lane, float keep_scale, float* factors) {
   Floats most[count], sum[count] = {};
   largest(b, lane, most);
   over_ranges(b.keys, [&](int64_t begin, int64_t end) {
@@ -87,7 +89,7 @@ inline void exponentials(const Block& b, int64_t lane, float* factors) {
     }
     for (int i = 0; i < count; ++i) sum[i] += part[i];
   });
-  for (int i = 0; i < count; ++i) store_raw(factors + lane + i * kFloats, 1.0f / sum[i]);
+  for (int i = 0; i < count; ++i) store_raw(factors + lane + i * kFloats, 1.0f / sum[i] * keep_scale);
 }
 
 // The backward for the queries from `lane` on, without the scale of dropout. From the gradients g of the probabilities
@@ -142,9 +144,9 @@ inline void softmax_backward(const Block& b, int64_t lane, Unit* along_keys) {
 
 // The same for all queries of the block.
 template <class Unit, bool dropout>
-void exponentials(const Block& b, float* factors) {
+void exponentials(const Block& b, float keep_scale, float* factors) {
   along_registers<2>(b.stride, [&](auto registers, int64_t lane, int64_t) {
-    exponentials<Unit, dropout, registers.kCount>(b, lane, factors);
+    exponentials<Unit, dropout, registers.kCount>(b, lane, keep_scale, factors);
   });
 }
 template <class Unit, bool dropout>

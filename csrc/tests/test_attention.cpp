@@ -161,18 +161,25 @@ void test_case(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, i
   std::vector<Buffer> first;
   for (const int threads : kThreadCounts) {
     Buffer out = poisoned(dtype, size), grad = poisoned(dtype, 3 * size);
+    std::vector<uint8_t> keep(dropout ? tokens * heads * keep_bytes(longest) : 0, 0xFF);
+    Buffer drawn_again = poisoned(dtype, 3 * size);
     for (const bool backward : {false, true}) {
       const int64_t bytes = kernels(isa).attention_scratch(problem, backward, threads);
       void* const scratch = std::aligned_alloc(64, bytes);
       std::memset(scratch, 0xFF, bytes);
-      const bool valid =
-          backward ? kernels(isa).attention_backward(problem, c.grad_strides, c.strides, grad.data(), scratch, threads)
-                   : kernels(isa).attention(problem, c.strides, out.data(), scratch, threads);
+      const auto run_backward = [&](const void* kept, Buffer& to) {
+        return kernels(isa).attention_backward(problem, c.grad_strides, c.strides, kept, to.data(), scratch, threads);
+      };
+      uint8_t* const kept = dropout ? keep.data() : nullptr;
+      const bool valid = backward ? run_backward(kept, grad) && run_backward(nullptr, drawn_again)
+                                  : kernels(isa).attention(problem, c.strides, out.data(), kept, scratch, threads);
       CHECK(valid, "attention refuses valid lengths");
       std::free(scratch);
     }
     compare("attention", c, out, expected, in_pairs);
     compare("attention's gradient", c, grad, expected_grad, in_pairs);
+    CHECK(std::memcmp(drawn_again.data(), grad.data(), 3 * size * width(dtype)) == 0,
+          "attention's gradient differs where dropout's bits are drawn again");
     if (first.empty()) first = {out, grad};
     CHECK(std::memcmp(first[0].data(), out.data(), size * width(dtype)) == 0 &&
               std::memcmp(first[1].data(), grad.data(), 3 * size * width(dtype)) == 0,
@@ -186,8 +193,9 @@ void test_bad_lengths(Isa isa) {
   for (const auto& cu_seqlens : bad) {
     const AttentionProblem problem{
         DType::float32, cu_seqlens.data(), static_cast<int64_t>(cu_seqlens.size()) - 1, 9, 7, 1, 8, 1, {0, 0, 0}, 1};
-    CHECK(!kernels(isa).attention(problem, {nullptr, 24, 8, 8}, nullptr, nullptr, 1) &&
-              !kernels(isa).attention_backward(problem, {nullptr, 8, 8}, {nullptr, 24, 8, 8}, nullptr, nullptr, 1),
+    CHECK(!kernels(isa).attention(problem, {nullptr, 24, 8, 8}, nullptr, nullptr, nullptr, 1) &&
+              !kernels(isa).attention_backward(problem, {nullptr, 8, 8}, {nullptr, 24, 8, 8}, nullptr, nullptr, nullptr,
+                                               1),
           "attention accepts invalid lengths");
   }
 }

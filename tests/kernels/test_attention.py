@@ -254,8 +254,28 @@ def test_gradients_may_be_expanded_views(isa: str) -> None:
 
 
 def test_max_seqlen_may_be_larger_than_the_longest(isa: str) -> None:
-    qkv, cu_seqlens = randn(30, 3, 2, 16), stream([20, 10])
-    assert torch.equal(attention(qkv, cu_seqlens, 1000), attention(qkv, cu_seqlens, 20))
+    qkv, cu_seqlens = randn(30, 3, 2, 16).requires_grad_(), stream([20, 10])
+    outs = [attention(qkv, cu_seqlens, longest, dropout_p=0.2, seed=SEED) for longest in (1000, 25, 20)]
+    grads = [torch.autograd.grad(out.square().sum(), qkv)[0] for out in outs]
+    assert all(torch.equal(out, outs[-1]) for out in outs)
+    assert all(torch.equal(grad, grads[-1]) for grad in grads)
+
+
+@pytest.mark.parametrize("lengths", [[27, 1, 9], [70, 16, 200, 33]])
+def test_the_backward_drops_what_the_forward_kept_for_it(isa: str, lengths: list[int]) -> None:
+    """Drawing the bits again gives the same result to the bit; with all bits 0, nothing has a gradient."""
+    qkv, grad_out = randn(sum(lengths), 3, 6, 16), randn(sum(lengths), 6, 16, seed=1)
+    problem = (qkv, stream(lengths), max(lengths), 0.3, SEED, STREAM_ID, 0.25, None, None)
+    out, kept = torch.ops.minbert.attention(*problem)
+    grads = [torch.ops.minbert.attention_backward(grad_out, *problem, out, bits) for bits in (kept, None, 0 * kept)]
+    assert torch.equal(grads[0], grads[1])
+    assert grads[0].any()
+    assert not grads[2].any()
+
+
+def test_nothing_is_kept_where_nothing_is_dropped(needs_native: None) -> None:
+    qkv = randn(20, 3, 2, 16)
+    assert torch.ops.minbert.attention(qkv, stream([20]), 20, 0.0, None, 0, 0.25, None, None)[1].numel() == 0
 
 
 @pytest.mark.parametrize(

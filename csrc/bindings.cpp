@@ -111,6 +111,9 @@ struct RecordArgument {
 template <>
 struct Argument<Activation> : RecordArgument<Activation, int64_t, int64_t, DType> {};
 template <>
+struct Argument<EncoderProblem> : RecordArgument<EncoderProblem, DType, int64_t, int64_t, int64_t, int64_t, float,
+                                                 Address, int64_t, int64_t, int64_t, bool> {};
+template <>
 struct Argument<NormalStart>
     : RecordArgument<NormalStart, Address, Address, DType, int64_t, int64_t, float, Address, Address, uint32_t> {};
 template <>
@@ -242,6 +245,11 @@ PYBIND11_MODULE(_native, module) {
   module.def("gelu_backward", call(&Kernels::gelu_backward), Unlocked());
   module.def("embedding_forward", call(&Kernels::embedding_forward), Unlocked());
   module.def("embedding_backward", call(&Kernels::embedding_backward), Unlocked());
+
+  module.def("packed_layer_bytes", call(&Kernels::packed_layer_bytes));
+  module.def("pack_layer", call(&Kernels::pack_layer), Unlocked());
+  module.def("encoder_scratch", call(&Kernels::encoder_scratch));
+  module.def("encoder_layers", call(&Kernels::encoder_layers), Unlocked());
 
   module.def(
       "surgery_weights",

@@ -10,7 +10,7 @@
 namespace minbert {
 
 // Increases with every change of the binding's arguments: Python refuses a binary built from another checkout.
-constexpr int kInterface = 10;
+constexpr int kInterface = 11;
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };  // float16: only on CUDA devices
 
@@ -238,6 +238,30 @@ using EmbeddingBackward = void(Activation, const Embeddings&, const int64_t* wor
                                float* const* d_tables, float* d_weight, float* d_bias, float* scratch,
                                int threads) noexcept;
 
+// The layers of BERT without dropout and gradients: of the same results as the kernels above and a linear layer, which
+// here multiplies by packed weights.
+struct EncoderProblem {
+  DType dtype;  // of activations and products
+  int64_t layers, hidden, heads, inner;
+  float eps;
+  const int32_t* cu_seqlens;  // [S + 1]
+  int64_t sequences, tokens, max_seqlen;
+  bool first_tokens;  // the last layer gives the rows of the sequences' first tokens alone
+};
+
+// The bytes of a layer's packed parameters; 0 where this instruction set does not multiply the dtype. They depend, as
+// the packed layer does, on the dtype, the layer's sizes and the instruction set.
+using PackedLayerBytes = int64_t(const EncoderProblem&) noexcept;
+// parameters [12], float32: weights [outputs, inputs] and biases of the queries, keys and values in one; of the
+// attention's output, its layer norm, the inner layer, the output, its layer norm. packed: aligned to 64.
+using PackLayer = void(const EncoderProblem&, const float* const* parameters, void* packed, int threads) noexcept;
+
+// x [N, D] to out [N, D], or [S, D] of first tokens. packed: one layer after the other. scratch: encoder_scratch bytes,
+// aligned to 64. Returns as `Attention` does.
+using EncoderLayers = bool(const EncoderProblem&, const void* packed, const void* x, void* out, void* scratch,
+                           int threads) noexcept;
+using EncoderScratch = int64_t(const EncoderProblem&, int threads) noexcept;
+
 // The list of the CPU kernels: KERNEL(type, name) for each.
 #define MINBERT_KERNELS(KERNEL)                                       \
   KERNEL(Gram, gram)                                                  \
@@ -260,7 +284,11 @@ using EmbeddingBackward = void(Activation, const Embeddings&, const int64_t* wor
   KERNEL(GeluForward, gelu_forward)                                   \
   KERNEL(GeluBackward, gelu_backward)                                 \
   KERNEL(EmbeddingForward, embedding_forward)                         \
-  KERNEL(EmbeddingBackward, embedding_backward)
+  KERNEL(EmbeddingBackward, embedding_backward)                       \
+  KERNEL(PackedLayerBytes, packed_layer_bytes)                        \
+  KERNEL(PackLayer, pack_layer)                                       \
+  KERNEL(EncoderScratch, encoder_scratch)                             \
+  KERNEL(EncoderLayers, encoder_layers)
 
 // The CPU kernels of one instruction set.
 struct Kernels {

@@ -11,9 +11,10 @@ if __name__ == "minbert.kernels":
     from .adamw import adamw_, combine_adamw_
     from .attention import attention
     from .attention_plan import AttentionPlan, attention_plan
-    from .dispatch import BackendChoice, backends, set_backend, use_backend, without_dispatcher
+    from .dispatch import BackendChoice, backends, set_backend, use_backend
     from .dropout import attention_dropout_mask, dropout, dropout_mask
     from .embedding import embedding
+    from .encoder_layers import LayerParameters, PackedLayers, encoder_layers
     from .first_token_attention import first_token_attention
     from .gelu import bias_gelu
     from .layer_norm import dropout_add_layer_norm
@@ -32,6 +33,8 @@ elif "transformers" not in sys.modules:  # it imports `kernels` to see whether t
 __all__ = [
     "AttentionPlan",
     "BackendChoice",
+    "LayerParameters",
+    "PackedLayers",
     "PackedWeight",
     "adamw_",
     "attention",
@@ -46,6 +49,7 @@ __all__ = [
     "dropout_add_layer_norm",
     "dropout_mask",
     "embedding",
+    "encoder_layers",
     "faster_matmul",
     "first_token_attention",
     "gram",
@@ -64,5 +68,4 @@ __all__ = [
     "use_backend",
     "use_matmul",
     "weights_packed_once",
-    "without_dispatcher",
 ]

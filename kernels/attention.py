@@ -10,7 +10,7 @@ from torch import Tensor
 from . import checks, native_calls, reference
 from .attention_plan import AttentionPlan, AttentionProblem
 from .autograd import first_order_only
-from .dispatch import calls_directly, is_compiled
+from .dispatch import is_compiled
 from .dropout import attention_dropout_mask
 from .native import library
 
@@ -29,17 +29,6 @@ _PROBLEM = (  # AttentionProblem
 )
 
 
-def _run(problem: AttentionProblem, keep: Tensor | None) -> Tensor:
-    """The result; `keep`, where it is given, receives dropout's bits."""
-    qkv, native, threads = problem.qkv, native_calls.attention_problem(problem), torch.get_num_threads()
-    out = qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
-    scratch = _scratch(native, False, threads)
-    addresses = out.data_ptr(), native_calls.address(keep), scratch.data_ptr()
-    if not library().attention(native, qkv.data_ptr(), qkv.stride(), *addresses, threads):
-        _check_lengths(problem)
-    return out
-
-
 def _kept_for_backward(qkv: Tensor, max_seqlen: int, dropout_p: float) -> Tensor:
     """Memory for dropout's bits, csrc/kernels.h's keep_bytes for each token and head."""
     if dropout_p == 0:
@@ -48,16 +37,20 @@ def _kept_for_backward(qkv: Tensor, max_seqlen: int, dropout_p: float) -> Tensor
     return qkv.new_empty(qkv.shape[0], qkv.shape[2], (longest + 15) // 16 * 2, dtype=torch.uint8)
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "minbert::attention", mutates_args=(), device_types="cpu", schema=f"({_PROBLEM}) -> (Tensor, Tensor)"
+)
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The result, and what the backward reads: dropout's bits, on GPUs a number for each token and head."""
     problem = AttentionProblem(*arguments)
-    keep = _kept_for_backward(problem.qkv, problem.max_seqlen, problem.dropout_p)
-    return _run(problem, keep if problem.dropout_p > 0 else None), keep
-
-
-_attention = torch.library.custom_op(
-    "minbert::attention", _forward, mutates_args=(), device_types="cpu", schema=f"({_PROBLEM}) -> (Tensor, Tensor)"
-)
+    qkv, native, threads = problem.qkv, native_calls.attention_problem(problem), torch.get_num_threads()
+    keep = _kept_for_backward(qkv, problem.max_seqlen, problem.dropout_p)
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
+    scratch = _scratch(native, False, threads)
+    addresses = out.data_ptr(), native_calls.address(keep if problem.dropout_p > 0 else None), scratch.data_ptr()
+    if not library().attention(native, qkv.data_ptr(), qkv.stride(), *addresses, threads):
+        _check_lengths(problem)
+    return out, keep
 
 
 @_attention.register_kernel("cuda")
@@ -192,10 +185,7 @@ def attention(
         checks.tensor("attention", "plan.starts", plan[1], [qkv.shape[0]], [torch.int32], like=qkv)
     scale = qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     if is_compiled("attention", qkv.device, qkv.dtype, head_dim=qkv.shape[3]):
-        problem = AttentionProblem(
-            qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale, *(plan or (None, None))
-        )
-        return _run(problem, None) if calls_directly(qkv.device) else _attention(*problem)[0]
+        return _attention(qkv, cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale, *(plan or (None, None)))[0]
     checks.cu_seqlens("attention", cu_seqlens, qkv.shape[0], max_seqlen)
     keep = None if seed is None else attention_dropout_mask(cu_seqlens, qkv.shape[2], dropout_p, seed, stream_id)
     return reference.attention(qkv, cu_seqlens, keep, dropout_p, scale)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -41,6 +40,7 @@ _COMPILED = {
     "dropout_add_layer_norm": _Compiled("native", "triton", _HALF_AND_SINGLE, rows_in_registers=True),
     "dropout_mask": _Compiled("native", "native", _ANY),
     "embedding": _Compiled("native", "triton", _HALF_AND_SINGLE, rows_in_registers=True),
+    "encoder_layers": _Compiled("native", None, _HALF_AND_SINGLE),
     "first_token_attention": _Compiled("native", "triton", _HALF_AND_SINGLE),
     "gram": _Compiled("native", "native", _GRADIENTS),
     "smart_ascend": _Compiled("native", "native", _HALF_AND_SINGLE),
@@ -48,10 +48,10 @@ _COMPILED = {
     "sums_of_rows": _Compiled("native", None, _HALF_AND_SINGLE),  # the gradient of a bias, within `linear`
     "surgery_weights": _Compiled("native", "native", _ANY),
 }
+_WITH_HEADS = ("attention", "encoder_layers", "first_token_attention")
 OPS = (*(op for op in _COMPILED if op != "sums_of_rows"), "linear")
 
 _choice = "auto"
-_thread = threading.local()
 
 
 def choice() -> str:
@@ -69,26 +69,6 @@ def set_backend(name: str) -> None:
     if name not in CHOICES:
         raise ValueError(f"set_backend: name must be one of {', '.join(map(repr, CHOICES))}, got {name!r}")
     _choice = name
-
-
-@contextmanager
-def without_dispatcher() -> Iterator[None]:
-    """Let this thread's ops of a layer call their compiled code on CPUs without torch's dispatcher in the block.
-
-    No gradient goes through them there, and torch.compile does not see them. With the tokens of one sentence the
-    dispatcher takes as long as the code that it calls.
-    """
-    before = getattr(_thread, "calls_directly", False)
-    _thread.calls_directly = True
-    try:
-        yield
-    finally:
-        _thread.calls_directly = before
-
-
-def calls_directly(device: torch.device) -> bool:
-    """Whether `without_dispatcher` is in effect for tensors of this device."""
-    return device.type == "cpu" and getattr(_thread, "calls_directly", False)
 
 
 @contextmanager
@@ -142,9 +122,11 @@ def reasons(
     for dtype in dtypes:
         if dtype not in known:
             found.append(f"takes {names(known)}, not {names([dtype])}")
+    if op == "encoder_layers" and torch.bfloat16 in dtypes and not native.cpu_features()["avx512_bf16"]:
+        found.append("multiplies bfloat16 only on processors with avx512_bf16")
     if kind == "cuda" and code.rows_in_registers and columns is not None and columns > WIDEST_ROW:
         found.append(f"takes rows of up to {WIDEST_ROW} elements, not {columns}")
-    if op.endswith("attention") and head_dim is not None and (head_dim % 8 != 0 or head_dim > WIDEST_HEAD):
+    if op in _WITH_HEADS and head_dim is not None and (head_dim % 8 != 0 or head_dim > WIDEST_HEAD):
         found.append(f"takes heads of 8, 16, 24, ... or {WIDEST_HEAD} elements, not {head_dim}")
     return found
 

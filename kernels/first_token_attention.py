@@ -10,7 +10,7 @@ from torch import Tensor
 from . import checks, native_calls, reference
 from .attention_plan import AttentionProblem
 from .autograd import first_order_only
-from .dispatch import calls_directly, is_compiled
+from .dispatch import is_compiled
 from .dropout import attention_dropout_mask
 from .native import library
 
@@ -28,15 +28,13 @@ def _run(name: str, problem: AttentionProblem, *tensors: Tensor) -> None:
         checks.cu_seqlens_values("first_token_attention", problem.cu_seqlens, problem.qkv.shape[0], problem.max_seqlen)
 
 
-def _forward(queries: Tensor, *problem: Any) -> Tensor:
+@torch.library.custom_op(
+    "minbert::first_token_attention", mutates_args=(), device_types="cpu", schema=f"({_PROBLEM}) -> Tensor"
+)
+def _attention(queries: Tensor, *problem: Any) -> Tensor:
     out = torch.empty_like(queries)
     _run("first_token_attention", AttentionProblem(*problem), queries, problem[0], out)
     return out
-
-
-_attention = torch.library.custom_op(
-    "minbert::first_token_attention", _forward, mutates_args=(), device_types="cpu", schema=f"({_PROBLEM}) -> Tensor"
-)
 
 
 @_attention.register_kernel("cuda")
@@ -138,8 +136,7 @@ def first_token_attention(
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     if is_compiled(op, queries.device, queries.dtype, head_dim=head_dim):
         problem = (cu_seqlens, max_seqlen, dropout_p, seed, stream_id, scale)
-        call = _forward if calls_directly(queries.device) else _attention
-        return call(queries.contiguous(), keys_values.contiguous(), *problem)
+        return _attention(queries.contiguous(), keys_values.contiguous(), *problem)
     checks.cu_seqlens(op, cu_seqlens, keys_values.shape[0], max_seqlen)
     keep = None if seed is None else attention_dropout_mask(cu_seqlens, heads, dropout_p, seed, stream_id)
     return reference.first_token_attention(queries, keys_values, cu_seqlens, keep, dropout_p, scale)

@@ -10,19 +10,17 @@ from torch import Tensor
 
 from . import checks, native_calls, reference, task_views
 from .autograd import first_order_only
-from .dispatch import calls_directly, is_compiled
+from .dispatch import is_compiled
 from .native import library
 
 
-def _forward(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
+@torch.library.custom_op("minbert::bias_gelu", mutates_args=(), device_types="cpu")
+def _bias_gelu(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
     y, bias = torch.empty_like(x), biases[0]
     library().gelu_forward(
         native_calls.activation(x), x.data_ptr(), bias.data_ptr(), y.data_ptr(), torch.get_num_threads()
     )
     return y
-
-
-_bias_gelu = torch.library.custom_op("minbert::bias_gelu", _forward, mutates_args=(), device_types="cpu")
 
 
 @_bias_gelu.register_kernel("cuda")
@@ -102,6 +100,5 @@ def bias_gelu(x: Tensor, bias: task_views.Parameter, *, bounds: Sequence[int] | 
     (biases,), bounds = task_views.views("bias_gelu", x.shape[0], bounds, bias=bias)
     checks.tensor("bias_gelu", "bias", biases[0], x.shape[1:], checks.FLOATS, like=x)
     if is_compiled("bias_gelu", x.device, x.dtype):
-        call = _forward if calls_directly(x.device) else _bias_gelu
-        return call(x, [bias.float() for bias in biases], bounds)
+        return _bias_gelu(x, [bias.float() for bias in biases], bounds)
     return task_views.by_segment(bounds, lambda t, rows: reference.bias_gelu(x[rows], biases[t]))

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from . import checks, native_calls, reference, task_views
 from .autograd import first_order_only
-from .dispatch import calls_directly, is_compiled
+from .dispatch import is_compiled
 from .dropout import mask_like
 from .native import library
 
 
-def _forward(
+@torch.library.custom_op("minbert::dropout_add_layer_norm", mutates_args=(), device_types="cpu")
+def _layer_norm(
     x: Tensor,
     residual: Tensor,
     weights: Sequence[Tensor],
@@ -43,9 +44,6 @@ def _forward(
         torch.get_num_threads(),
     )
     return y, mean_rstd
-
-
-_layer_norm = torch.library.custom_op("minbert::dropout_add_layer_norm", _forward, mutates_args=(), device_types="cpu")
 
 
 @_layer_norm.register_kernel("cuda")
@@ -186,8 +184,7 @@ def dropout_add_layer_norm(
         checks.tensor(op, "dropout_rows", dropout_rows, x.shape[:1], [torch.int32], like=x)
     if is_compiled(op, x.device, x.dtype, columns=x.shape[1]):
         wide = [[view.float() for view in views] for views in (weights, biases)]
-        call: Any = _forward if calls_directly(x.device) else _layer_norm
-        return call(x, residual, *wide, bounds, eps, dropout_p, seed, stream_id, dropout_rows)[0]
+        return _layer_norm(x, residual, *wide, bounds, eps, dropout_p, seed, stream_id, dropout_rows)[0]
     keep = mask_like(x, dropout_p, seed, stream_id, dropout_rows)
 
     def of_task(t: int, rows: slice) -> Tensor:

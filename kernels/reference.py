@@ -168,6 +168,36 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return (z * (0.5 * (1 + torch.erf(z * 0.5**0.5)))).to(x.dtype)
 
 
+def encoder_layers(
+    x: Tensor, layers: Sequence[Sequence[Tensor]], cu_seqlens: Tensor, heads: int, eps: float, first_tokens: bool
+) -> Tensor:
+    """BERT's layers without dropout (Devlin et al. 2019, section 3).
+
+    Args:
+        x: [N, D].
+        layers: parameters in the order of `kernels.LayerParameters`; those of products are rounded to x's dtype.
+        cu_seqlens: [S + 1].
+        first_tokens: whether the result is of each sequence's first token alone.
+
+    Returns:
+        [N, D], or [S, D].
+    """
+    for layer in layers:
+        qkv, qkv_bias, mix, mix_bias, norm, norm_bias, *feed_forward = layer
+        in_, in_bias, out, out_bias, last_norm, last_norm_bias = feed_forward
+        of_heads = _linear(x, qkv, qkv_bias).unflatten(1, (3, heads, -1))
+        context = attention(of_heads, cu_seqlens, None, 0.0, of_heads.shape[3] ** -0.5).flatten(1)
+        attended = dropout_add_layer_norm(_linear(context, mix, mix_bias), x, norm, norm_bias, None, 0.0, eps)
+        inner = bias_gelu(F.linear(attended, in_.to(x.dtype)), in_bias)
+        mixed = _linear(inner, out, out_bias)
+        x = dropout_add_layer_norm(mixed, attended, last_norm, last_norm_bias, None, 0.0, eps)
+    return x.index_select(0, cu_seqlens[:-1]) if first_tokens else x
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+
 def embedding(
     token_ids: Tensor,
     token_type_ids: Tensor,

@@ -36,21 +36,36 @@ READ = (WEIGHTS_FILE, HEADS_FILE, TASKS_FILE, *TOKENIZER)  # of a checkpoint
 
 @contextmanager
 def prepared(model: MultitaskModel) -> Iterator[None]:
-    """Let the forwards in this block, all without gradients, read weights that are cast to the compute dtype once.
+    """Let the evaluation of the model in this block, without gradients, read weights that are cast once.
 
-    Outside it each product casts its weight. Where the library of matrix products allows, the weights are packed for it
-    too (`kernels.pack_weight`). A change of the parameters in the block may not be seen in it.
+    Outside it each product casts its weight. Where compiled code runs all layers in one call, it gets them packed
+    (`kernels.encoder_layers`); elsewhere they are packed for the library of matrix products, if that allows it. A
+    change of the parameters in the block may not be seen in it.
     """
-    encoder: Any = model.encoder
-    dtype = encoder.compute_dtype
-    read: dict[Tensor, Any] = {}
+    encoder, dtype = model.encoder, model.encoder.compute_dtype
+    head_dim = encoder.config.hidden_size // encoder.config.num_attention_heads
+    runs = kernels.backends(encoder.embeddings.norm.weight.device, dtype=dtype, head_dim=head_dim)
+    if runs["encoder_layers"] == "native":
+        encoder.packed_layers = encoder.pack_layers()
+        try:
+            yield
+        finally:
+            encoder.packed_layers = None
+        return
+    read = cast_once(encoder)
+    with substituted(encoder, lambda param: read.get(param, param)):
+        yield
+
+
+def cast_once(encoder: Any) -> dict[Tensor, Any]:
+    """By parameter that a product of the layers reads, the same in the compute dtype."""
+    dtype, read = encoder.compute_dtype, dict[Tensor, Any]()
     for layer in encoder.layers:
         for projection in (layer.qkv, layer.attention_output, layer.intermediate, layer.output):
             read[projection.weight] = kernels.pack_weight(projection.weight, dtype)
         for projection in (layer.qkv, layer.attention_output, layer.output):  # bias_gelu reads the other in float32
             read[projection.bias] = projection.bias.detach().to(dtype)
-    with substituted(encoder, lambda param: read.get(param, param)), kernels.without_dispatcher():
-        yield
+    return read
 
 
 @torch.inference_mode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from unittest.mock import patch
 
 import numpy as np
@@ -62,7 +61,8 @@ def test_outputs_are_those_of_weights_that_are_cast_at_use(dtype, library, pooli
 def test_no_product_of_the_encoder_casts_a_weight_in_the_block(model):
     model.encoder.compute_dtype = torch.bfloat16
     parameters = dict(model.named_parameters())
-    with prepared(model):
+    with kernels.use_backend("reference"), prepared(model):
+        assert model.encoder.packed_layers is None
         for layer in model.encoder.layers:
             for projection in (layer.qkv, layer.attention_output, layer.intermediate, layer.output):
                 assert projection.weight.dtype == torch.bfloat16
@@ -78,36 +78,53 @@ def test_no_product_of_the_encoder_casts_a_weight_in_the_block(model):
 def test_the_parameters_come_back_after_an_error(model):
     parameters = list(model.parameters())
     model.encoder.compute_dtype = torch.bfloat16
-    with pytest.raises(RuntimeError, match="stop"), prepared(model):
-        raise RuntimeError("stop")
-    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    for backend in ("auto", "reference"):
+        with kernels.use_backend(backend), pytest.raises(RuntimeError, match="stop"), prepared(model):
+            raise RuntimeError("stop")
+        assert model.encoder.packed_layers is None
+        assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
 
 
-def test_the_ops_of_a_layer_run_without_the_dispatcher_in_the_block_of_this_thread_alone(model):
+def test_the_layers_run_in_one_call_in_the_block_and_each_op_by_itself_in_training(model):
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            ops.add(func.name())
+            ops.append(func.name().removeprefix("minbert::"))
             return func(*args, **(kwargs or {}))
 
     packed = examples([3, 5]).pack(np.arange(2))
-    by_dispatcher = {f"minbert::{op}" for op in OPS_OF_A_LAYER}
+    ops: list[str] = []
 
     def forward() -> set[str]:
-        with torch.inference_mode(), Record():
+        ops.clear()
+        with torch.no_grad(), Record():
             model(packed, {"sst": 2})
-        return ops & by_dispatcher
+        return set(ops) & set(OPS_OF_A_LAYER)
 
     if not kernels.native.available():
         pytest.skip(kernels.native.missing_reason())
-    ops: set[str] = set()
     with prepared(model):
         assert forward() == set()
-        other = threading.Thread(target=forward)
-        other.start()
-        other.join()
-    assert ops & by_dispatcher == by_dispatcher
-    ops.clear()
-    assert forward() == by_dispatcher
+        assert ops.count("encoder_layers") == 1
+        model.train()
+        assert forward() == set(OPS_OF_A_LAYER)
+        model.eval()
+    assert forward() == set(OPS_OF_A_LAYER)
+    assert "encoder_layers" not in ops
+
+
+def test_compiled_layers_are_read_where_all_of_them_are_compiled(model):
+    if not kernels.native.available():
+        pytest.skip(kernels.native.missing_reason())
+    for dtype, compiled in (
+        (torch.float32, True),
+        (torch.bfloat16, kernels.native.cpu_features()["avx512_bf16"]),
+    ):
+        model.encoder.compute_dtype = dtype
+        with prepared(model):
+            assert (model.encoder.packed_layers is not None) == compiled
+    model.double().encoder.compute_dtype = torch.float64
+    with prepared(model):
+        assert model.encoder.packed_layers is None
 
 
 def test_outputs_follow_the_inputs_order_whatever_the_budget(model):

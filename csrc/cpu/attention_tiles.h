@@ -1,6 +1,7 @@
 // The division of attention into work items for the threads, and the scratch memory of an item.
 #pragma once
 
+#include "cpu/allocator.h"
 #include "cpu/keep_bits.h"
 #include "cpu/operands.h"
 
@@ -26,19 +27,6 @@ struct Queries {
   }
 
   static int64_t block_count(int64_t length) { return (length + kBlockRows - 1) / kBlockRows; }
-};
-
-// Allocates aligned arrays from scratch memory; without a base it only counts their bytes.
-struct Allocator {
-  char* base;
-  int64_t used;
-
-  template <class T>
-  T* allocate(int64_t count) {
-    T* const array = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return array;
-  }
 };
 
 // The memory of an item: the operands of its products, and the scores of a block of queries. In a sequence of several

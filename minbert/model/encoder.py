@@ -87,6 +87,12 @@ class Layer(nn.Module):
         self.hidden_dropout_p = config.hidden_dropout_prob
         self.first_stream_id = first_stream_id
 
+    @property
+    def kernel_parameters(self) -> kernels.LayerParameters:
+        """The parameters as `kernels.PackedLayers` takes them."""
+        modules = self.qkv, self.attention_output, self.attention_norm, self.intermediate, self.output, self.output_norm
+        return kernels.LayerParameters(*(param for module in modules for param in (module.weight, module.bias)))
+
     def forward(self, hidden: Tensor, packed: Packed, seed: Tensor | None, *, first_tokens: bool = False) -> Tensor:
         """[N, D] to [N, D]; with `first_tokens` the rows of each sequence's first token alone, [S, D].
 
@@ -150,6 +156,9 @@ class Encoder(nn.Module):
 
     Dropout acts in training mode. It follows `seed`, as for `kernels.dropout_mask`: the same seed drops the same
     elements. Without a seed, one is drawn from torch's default generator.
+
+    Attributes:
+        packed_layers: in place of the layers' own parameters, what evaluation reads (`pack_layers`); or None.
     """
 
     def __init__(self, config: EncoderConfig, *, pooler: bool = False) -> None:
@@ -169,6 +178,7 @@ class Encoder(nn.Module):
             1 + STREAM_IDS_PER_LAYER * config.num_hidden_layers
         )  # the encoder's are 0 to this, exclusive
         self._compute_dtype: torch.dtype | None = None
+        self.packed_layers: kernels.PackedLayers | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -270,6 +280,16 @@ class Encoder(nn.Module):
         weights = [module.weight for module in self.layers.modules() if isinstance(module, Projection)]
         return [weight for weight in weights if weight.requires_grad and weight.dtype != self.compute_dtype]
 
+    def pack_layers(self) -> kernels.PackedLayers:
+        """The layers for forwards without gradients, in `compute_dtype`."""
+        layers: Any = self.layers
+        return kernels.PackedLayers(
+            [layer.kernel_parameters for layer in layers],
+            heads=self.config.num_attention_heads,
+            eps=self.config.layer_norm_eps,
+            dtype=self.compute_dtype,
+        )
+
     def copies(self) -> dict[Tensor, Tensor]:
         """By trainable matrix that a product casts to `compute_dtype`, a copy that is cast already; else empty."""
         return {weight: weight.detach().to(self.compute_dtype) for weight in self.cast_weights()}
@@ -300,6 +320,9 @@ class Encoder(nn.Module):
         """
         seed = self._seed(seed)
         hidden = embedded.to(self.compute_dtype)
+        if self.packed_layers is not None and not self.training:
+            stream = packed.cu_seqlens, packed.max_seqlen
+            return kernels.encoder_layers(hidden, self.packed_layers, *stream, first_tokens=first_tokens)
         *layers, last = self.layers
         for layer in layers:
             hidden = layer(hidden, packed, seed)

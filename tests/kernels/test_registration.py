@@ -40,6 +40,12 @@ def partly_sparse() -> tuple[list[torch.Tensor | None], list[torch.Tensor | None
     return [randn(2, 2), None, randn(0, 2), randn(3)], [torch.tensor([0, 3]), None, torch.arange(0), None], [4, 0]
 
 
+def packed_layers() -> kernels.PackedLayers:
+    shapes = ((48, 16), (48,), (16, 16), (16,), (16,), (16,), (24, 16), (24,), (16, 24), (16,), (16,), (16,))
+    layer = kernels.LayerParameters(*(randn(*shape) for shape in shapes))
+    return kernels.PackedLayers([layer], heads=2, eps=1e-5, dtype=torch.float32)
+
+
 CALLS = {
     "dropout_mask": lambda: (4, 9, 1 << 30, SEED, 1),
     "attention_dropout_mask": lambda: (torch.tensor([0, 5, 9], dtype=torch.int32), 3, 1 << 30, SEED, 1),
@@ -66,6 +72,7 @@ CALLS = {
         *(randn(4, 9) for _ in range(3)),
         *(randn(9), randn(4, 2), BOUNDS, 0.3, SEED, 1, ROWS),
     ),
+    "encoder_layers": lambda: (randn(4, 16), packed_layers().packed, CU_SEQLENS, *packed_layers().sizes, 3, True),
     "embedding": lambda: (
         IDS,
         *(views(3, 9), views(2, 9), views(2, 9), views(9), views(9)),
@@ -153,6 +160,13 @@ def ascent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return kernels.smart_ascend(start, a, b, cu_seqlens, eta=0.1, epsilon=0.05, norm="2", per="sequence")
 
 
+LAYERS = packed_layers()
+
+
+def all_layers(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return kernels.encoder_layers(a[:4] + b[:4], LAYERS, CU_SEQLENS, 3, first_tokens=True)
+
+
 FUNCTIONS = [
     surgery,
     surgery_in_place,
@@ -164,6 +178,7 @@ FUNCTIONS = [
     split_update,
     clipped,
     ascent,
+    all_layers,
 ]
 
 

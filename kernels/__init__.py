@@ -17,6 +17,7 @@ if __name__ == "minbert.kernels":
     from .encoder_layers import LayerParameters, PackedLayers, encoder_layers
     from .first_token_attention import first_token_attention
     from .gelu import bias_gelu
+    from .gradient_accumulation import weight_gradients_added
     from .layer_norm import dropout_add_layer_norm
     from .linear import linear
     from .matmul_library import faster_matmul, matmul, set_matmul, use_matmul
@@ -67,5 +68,6 @@ __all__ = [
     "surgery_weights",
     "use_backend",
     "use_matmul",
+    "weight_gradients_added",
     "weights_packed_once",
 ]

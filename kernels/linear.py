@@ -13,6 +13,7 @@ from torch import Tensor
 from . import checks, native_calls, task_views
 from .autograd import first_order_only
 from .dispatch import choice, is_compiled
+from .gradient_accumulation import add_bias_gradient, add_weight_gradient, is_added
 from .matmul_library import by_onednn, product
 from .packed_weight import PackedWeight, as_multiplied
 
@@ -45,9 +46,13 @@ def _linear_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The gradients of x, of each view of the weight and of each of the bias in its dtype; empty if not needed."""
     d_x = _product(grad, as_multiplied(weight, grad.dtype, transposed=True)) if for_x else grad.new_empty(0)
-    parts = [slice(start, end) for start, end in pairwise(bounds)]
+    parts = _parts(bounds)
     d_weights = [F.linear(grad[rows].t(), x[rows].t()).to(weight.dtype) for rows in parts] if for_weights else []
     return d_x, d_weights, _sums_of_rows(grad, parts, bias) if bias else []
+
+
+def _parts(bounds: Sequence[int]) -> list[slice]:
+    return [slice(start, end) for start, end in pairwise(bounds)]
 
 
 def _sums_of_rows(grad: Tensor, parts: Sequence[slice], dtype: torch.dtype) -> list[Tensor]:
@@ -82,18 +87,26 @@ def _(
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weights, biases, ctx.bounds = inputs
-    ctx.bias = biases[0].dtype if biases else None
-    ctx.save_for_backward(x, weights[0])
+    ctx.save_for_backward(x, *weights, *biases)
 
 
 def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
-    x, weight = ctx.saved_tensors
+    x, *params = ctx.saved_tensors
+    views = len(ctx.bounds) - 1
+    weights, biases = params[:views], params[views:]
     for_x, *for_params = ctx.needs_input_grad[:3]
     for_weights, for_biases = (any(wanted) for wanted in for_params)
-    bias = ctx.bias if for_biases else None
-    d_x, d_weights, d_biases = _linear_backward(grad, x, weight, ctx.bounds, for_x, for_weights, bias)
-    missing = [[None] * len(wanted) for wanted in for_params]
-    return d_x if for_x else None, d_weights or missing[0], d_biases or missing[1], None
+    bias = biases[0].dtype if for_biases else None
+    added = for_weights and is_added(*params)
+    wanted = for_x, for_weights and not added, bias
+    d_x, d_weights, d_biases = _linear_backward(grad, x, weights[0], ctx.bounds, *wanted)
+    if added:
+        for weight, rows in zip(weights, _parts(ctx.bounds), strict=True):
+            add_weight_gradient(weight, grad[rows], x[rows])
+        for of_task, sums in zip(biases, d_biases, strict=True):
+            add_bias_gradient(of_task, sums)
+        d_biases = []
+    return d_x if for_x else None, d_weights or [None] * len(weights), d_biases or [None] * len(biases), None
 
 
 _linear.register_autograd(_gradients, setup_context=_save)

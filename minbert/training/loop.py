@@ -6,13 +6,11 @@ import datetime
 import math
 import time
 from collections import deque
-from contextlib import nullcontext
 from functools import partial
 
 import torch
 from rich.console import Console
 
-from minbert import kernels
 from minbert.config import TrainConfig
 from minbert.console import TrainingProgress
 from minbert.device import resolve_device, resolve_precision, settings
@@ -54,7 +52,7 @@ def training_step(trainer: Trainer, step: int, progress: float) -> PendingStep:
         gradients.clear()
         optimizer.zero_grad(set_to_none=True)
         streams, losses = batches.streams(sampled, step, number), []
-        with kernels.weights_packed_once() if trainer.packs_weights else nullcontext():
+        with trainer.products():
             for stream in streams:  # one; several for accumulated batches, or task after task in low memory
                 batch = batches.pack(stream, progress)
                 timer.end("batch")

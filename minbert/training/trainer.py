@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -57,10 +58,19 @@ class Trainer:
     def gradients(self) -> TaskGradients:
         return self.parameters.gradients
 
-    @property
-    def packs_weights(self) -> bool:
-        """Whether an update packs the weights of its products once: it pays with SMART, which reads them thrice."""
-        return self.objective.smart.on and not self.batches.low_memory and self.group.device.type == "cpu"
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """How the products of an update run, on CPUs.
+
+        Weights are packed once where SMART reads them thrice. One process adds weight gradients in the product; several
+        have hooks on them, which send them.
+        """
+        with ExitStack() as stack:
+            if self.group.device.type == "cpu" and isinstance(self.parameters, UnshardedParameters):
+                stack.enter_context(kernels.weight_gradients_added())
+            if self.group.device.type == "cpu" and self.objective.smart.on and not self.batches.low_memory:
+                stack.enter_context(kernels.weights_packed_once())
+            yield
 
     @property
     def group(self) -> ProcessGroup:

@@ -80,7 +80,8 @@ def race(benchmark, quick: bool, request: pytest.FixtureRequest) -> Callable[...
     Each round calls every function once, so that all meet the same state of the machine; the first name is ours and
     the row of pytest-benchmark's own table. `bytes_moved` adds the bandwidth; a function called "copy" makes it a
     share of the machine's copy bandwidth. `operations` (floating-point additions and multiplications) adds GFLOP/s, and
-    `items` (such as the sentences that each function works on) how many a second.
+    `items` (such as the sentences that each function works on) how many a second. `pause` seconds pass before each
+    call: the threads of the function before, which spin while they wait for more work, have gone to sleep by then.
     """
 
     def run(
@@ -89,11 +90,13 @@ def race(benchmark, quick: bool, request: pytest.FixtureRequest) -> Callable[...
         bytes_moved: Mapping[str, int] | None = None,
         operations: Mapping[str, int] | None = None,
         items: int | None = None,
+        pause: float = 0.0,
     ) -> dict[str, float]:
         rounds = min(ROUNDS, 3) if quick else ROUNDS
         seconds: dict[str, list[float]] = {name: [] for name in functions}
 
         def timed(name: str) -> None:
+            time.sleep(pause)
             start = time.perf_counter()
             functions[name]()
             seconds[name].append(time.perf_counter() - start)

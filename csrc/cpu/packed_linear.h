@@ -86,13 +86,9 @@ void linear(const PackedLinear<Unit>& layer, Rows<const Element> x, int64_t rows
     alignas(64) float sums[kBlock * kPanel];
     const int64_t panel = item / blocks, column = panel * kPanel;
     const int64_t first = rows * (item % blocks) / blocks, count = rows * (item % blocks + 1) / blocks - first;
-    const Unit* const left = reinterpret_cast<const Unit*>(x.data + first * x.stride);
-    const Unit* const right = layer.weight + column * layer.depth;
-    for (int64_t k = 0; k < layer.depth; k += kChain) {  // a part of the panel that stays in the L1 cache
-      const int64_t depth = smaller(kChain, layer.depth - k);
-      multiply(Left<Unit>{left + k, x.stride / kDepth<Unit>, false}, Right<Unit>{right + k * kPanel, kPanel, 0}, count,
-               depth, kPanel, Output<float>{sums, kPanel}, k > 0, [] {});
-    }
+    const Left<Unit> left{reinterpret_cast<const Unit*>(x.data + first * x.stride), x.stride / kDepth<Unit>, false};
+    const Right<Unit> right{layer.weight + column * layer.depth, kPanel, layer.depth * kPanel};
+    multiply(left, right, count, layer.depth, kPanel, Output<float>{sums, kPanel}, false, [] {});
     int64_t row = 0;
     const auto finish_rows = [&](auto registers, int64_t height) {
       for (; row + height <= count; row += height)

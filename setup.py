@@ -66,8 +66,9 @@ class CMakeBuild(build_ext):
         subprocess.run([sys.executable, "-m", "cmake", *map(str, arguments)], check=True)
 
 
+KERNELS = ["minbert.kernels", "minbert.kernels.reference", "minbert.kernels.triton"]
 setup(
-    packages=[*find_packages(include=["minbert", "minbert.*"]), "minbert.kernels", "minbert.kernels.triton"],
+    packages=[*find_packages(include=["minbert", "minbert.*"]), *KERNELS],
     ext_modules=[Extension("minbert.kernels._native", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -30,11 +30,11 @@ _PROBLEM = (  # AttentionProblem
 
 
 def _kept_for_backward(qkv: Tensor, max_seqlen: int, dropout_p: float) -> Tensor:
-    """Memory for dropout's bits, csrc/kernels.h's keep_bytes for each token and head."""
+    """Memory for dropout's bits: csrc/kernels.h's keep_bytes for each token and head, zeros where a sequence is shorter."""
     if dropout_p == 0:
         return qkv.new_empty(0, dtype=torch.uint8)
     longest = torch.sym_min(max_seqlen, qkv.shape[0])
-    return qkv.new_empty(qkv.shape[0], qkv.shape[2], (longest + 15) // 16 * 2, dtype=torch.uint8)
+    return qkv.new_zeros(qkv.shape[0], qkv.shape[2], (longest + 15) // 16 * 2, dtype=torch.uint8)
 
 
 @torch.library.custom_op(

@@ -30,7 +30,7 @@ _PROBLEM = (  # AttentionProblem
 
 
 def _kept_for_backward(qkv: Tensor, max_seqlen: int, dropout_p: float) -> Tensor:
-    """Memory for dropout's bits: csrc/kernels.h's keep_bytes for each token and head, zeros where a sequence is shorter."""
+    """Memory for dropout's bits, keep_bytes of csrc/kernels.h for each token and head; zeros where none belongs."""
     if dropout_p == 0:
         return qkv.new_empty(0, dtype=torch.uint8)
     longest = torch.sym_min(max_seqlen, qkv.shape[0])

@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads)
   const auto state = [&](int i) { return address<Scalar>(table, part, table.tasks + i); };
   Scalar *const params = state(0), *const exp_avgs = state(1), *const exp_avg_sqs = state(2),
                 *const averages = state(3);
-  int16_t* const low_bits = address<int16_t>(table, part, table.tasks + 5);
+  constexpr bool kMaySplit = sizeof(Scalar) == sizeof(float);  // registers for it would spill beside float64's
+  int16_t* const low_bits = kMaySplit ? address<int16_t>(table, part, table.tasks + 5) : nullptr;
   BFloat16* const copies = address<BFloat16>(table, part, table.tasks + (low_bits ? 0 : 4));  // or split parameters
 
   for_each_vector<kVector>(part, table.tensor[part.tensor].aligned, [&](auto whole, int at, int count) {

@@ -82,6 +82,21 @@ def calls(device: torch.device | str, copies: int = 1) -> dict[str, Call]:
             )
             queries = qkv[: len(sequences), 0].contiguous()
             found[f"first_token_attention, {kind}, {name}"] = both_ways(first, [], queries, qkv[:, 1:].contiguous())
+        if str(device) == "cpu":  # it has no kernels on GPUs
+            shapes = (
+                (3 * HIDDEN, HIDDEN),
+                (HIDDEN, HIDDEN),
+                (HIDDEN,),
+                (2 * HIDDEN, HIDDEN),
+                (HIDDEN, 2 * HIDDEN),
+                (HIDDEN,),
+            )
+            params = (randn(*size) for shape in shapes for size in (shape, shape[:1]))
+            layers = kernels.PackedLayers([kernels.LayerParameters(*params)], heads=HEADS, eps=1e-12, dtype=dtype)
+            encode = functools.partial(
+                kernels.encoder_layers, randn(rows, HIDDEN, dtype=dtype), layers, stream(lengths), max(lengths)
+            )
+            found[f"encoder_layers, {name}"] = lambda encode=encode: [encode()]
         activation = functools.partial(randn, rows, dtype=dtype)
         add_norm = functools.partial(
             kernels.dropout_add_layer_norm, eps=EPS, dropout_p=P, seed=seed, stream_id=STREAM_ID, bounds=bounds

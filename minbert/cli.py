@@ -32,27 +32,33 @@ class Option(NamedTuple):
     required: bool
     default: Any  # None for a record, whose fields have their own
     text: str  # what the docstring of the dataclass says of it
+    group: str  # the section of that docstring
 
 
-def options_of(record: Any, prefix: str = "") -> Iterator[tuple[str, Option]]:
+def options_of(record: Any, prefix: str = "", group: str = "") -> Iterator[tuple[str, Option]]:
     """The options that the fields of a dataclass are, by their dotted names, such as smart.steps."""
-    texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(record) or "", re.MULTILINE))
+    texts, section = {}, ""
+    for title, field_name, text in re.findall(
+        r"^(\w+):$|^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(record) or "", re.MULTILINE
+    ):
+        section = title or section
+        texts[field_name] = " ".join(text.split()), group or section
     for field in dataclasses.fields(record):
         name, kind = prefix + field.name, types_of_fields(record)[field.name]
         required = field.default is field.default_factory  # neither is there
         factory = None if dataclasses.is_dataclass(kind) else field.default_factory
         default = factory() if callable(factory) else None if field.default is dataclasses.MISSING else field.default
-        yield name, Option(kind, required, default, " ".join(texts[field.name].split()))
+        yield name, Option(kind, required, default, *texts[field.name])
         if dataclasses.is_dataclass(kind):
-            yield from options_of(kind, f"{name}.")
+            yield from options_of(kind, f"{name}.", texts[field.name][1])
 
 
 class Parser:
     """Reads command lines and files of the options that the fields of dataclasses are.
 
     Args:
-        command: the module of minbert that is run.
-        records: the dataclasses.
+        command: the command of minbert that is run.
+        records: the dataclasses. Where the first one has COMMON, --help shows those options, and --help-all shows all.
         positional: an option whose value is given without its name.
     """
 
@@ -60,9 +66,11 @@ class Parser:
         self.command, self.positional = command, positional
         self.summary = (records[0].__doc__ or "").split("\n")[0]
         self.options = {name: option for record in records for name, option in options_of(record)}
+        self.common: Sequence[str] = getattr(records[0], "COMMON", ())
+        self.all_listed = "--help-all lists the options" if self.common else "--help lists the options"
 
     def parse(self, arguments: Sequence[str]) -> list[tuple[str, Any]]:
-        """Dotted names and values in the order of the arguments; --help prints the options and exits.
+        """Dotted names and values in the order of the arguments; --help and --help-all print options and exit.
 
         `--batch-size 8` or `=8`, `--resume` or `=true`, `--tasks a b` or `=a,b`, `--heads.sts cosine` of a dictionary.
 
@@ -73,12 +81,13 @@ class Parser:
         pending = list(arguments)
         while pending:
             argument = pending.pop(0)
-            if argument in ("-h", "--help"):
-                print(self.help(), end="")
+            if argument in ("-h", "--help", "--help-all"):
+                print(self.help(of_all=argument == "--help-all"), end="")
                 raise SystemExit(0)
             if not argument.startswith("-"):
                 if not self.positional or self.positional in dict(given):
-                    raise UserError(f"unexpected argument {argument!r}; options start with --, and --help lists them")
+                    lists = self.all_listed.replace("the options", "them")
+                    raise UserError(f"unexpected argument {argument!r}; options start with --, and {lists}")
                 given.append((self.positional, argument))
                 continue
             option, *values = argument.split("=", 1)
@@ -103,7 +112,7 @@ class Parser:
         if parent in self.options and (dictionaries := _members(self.options[parent].type, dict)):
             return f"{parent}.{option.rpartition('.')[2]}", typing.get_args(dictionaries[0])[1]
         raise UserError(
-            f"unknown option {option}{did_you_mean(option, list(map(dashed, self.options)))}; --help lists the options"
+            f"unknown option {option}{did_you_mean(option, list(map(dashed, self.options)))}; {self.all_listed}"
         )
 
     def checked(self, values: Mapping[Any, Any], where: str = "", prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -149,19 +158,27 @@ class Parser:
                 fields[field.name] = values[name]
             elif option.required:
                 shown = name.upper() if name == self.positional else dashed(name)
-                raise UserError(f"{shown} is missing: {option.text.split('.')[0]}; --help lists the options")
+                raise UserError(f"{shown} is missing: {option.text.split('.')[0]}; {self.all_listed}")
         return record(**fields)
 
-    def help(self) -> str:
-        usage = f"python -m minbert.{self.command} {self.positional.upper()} [--OPTION VALUE ...]".replace("  ", " ")
-        parser = argparse.ArgumentParser(usage=usage, description=self.summary)
-        for name, option in self.options.items():
+    def help(self, of_all: bool = False) -> str:
+        """What the options are, by groups: the common ones, or all of them with the common ones first."""
+        usage = f"minbert {self.command} {self.positional.upper()} [--OPTION VALUE ...]".replace("  ", " ")
+        shorter = self.common and not of_all
+        rest = f"--help-all lists all {len(self.options)} options." if shorter else None
+        parser = argparse.ArgumentParser(usage=usage, description=self.summary, epilog=rest, add_help=False)
+        groups: dict[str, Any] = {}
+        for name in self.common if shorter else dict.fromkeys([*self.common, *self.options]):
+            option = self.options[name]
+            if option.group not in groups:
+                title = "options" if option.group == "Args" else option.group.lower()
+                groups[option.group] = parser.add_argument_group(title)
             default = "" if option.default in (None, {}) else f"; default: {option.default}"
             text = f"{option.text.rstrip('.')} ({described(option.type)}{default})".replace("%", "%%")
             if name == self.positional:
-                parser.add_argument(name.upper(), help=text)
+                groups[option.group].add_argument(name.upper(), help=text)
             else:
-                parser.add_argument(dashed(name), metavar="", help=text)
+                groups[option.group].add_argument(dashed(name), metavar="", help=text)
         return parser.format_help()
 
 
@@ -202,7 +219,7 @@ def parse(command: str, config: type[Config], arguments: Sequence[str], position
 class FileOptions:
     """Files of options.
 
-    Args:
+    Run:
         config: YAML file of options, over those of the recipe; of several files, the last one's count.
         allow_code: import the code that a file of options names, such as surgery: MODULE:NAME.
         print_config: print all options as a file for --config has them, and exit.
@@ -249,12 +266,16 @@ def _options_in(path: Path, parser: Parser) -> Iterator[tuple[str, Any]]:
         raise UserError(f"--config {error}") from None
 
 
-def run(main: Callable[[Sequence[str]], int]) -> None:
-    """Run a command's `main` and exit: 0 done, 2 bad input (one line on stderr), 130 on Ctrl-C."""
+def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
+    """Run a command's `main` and exit: 0 done, 2 bad input (one line on stderr), 130 on Ctrl-C.
+
+    Args:
+        arguments: for `main`; those of the process when left out.
+    """
     try:
         if (refusal := kernels.native.refusal()) is not None:
             raise UserError(refusal)
-        code = main(sys.argv[1:])
+        code = main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         code = 2

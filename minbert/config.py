@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from minbert.errors import UserError, dashed, require, require_known
 from minbert.files.json_yaml import dump_yaml, read_yaml
@@ -52,41 +52,45 @@ BY_TASK = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of `python -m minbert.train`; the command line beats --config, which beats --recipe.
+    """Options of a training run; the command line beats --config, which beats --recipe.
 
-    Args:
+    Data:
         data: directory of CS224N files or GLUE folders, or a hub name; the built-in demo corpus when left out.
         tasks_file: YAML file of records of your own tasks (docs/own-tasks.md), which join the built-in tasks; one with
             the name of a built-in task takes its place.
         tasks: tasks to train, in order, such as sst,qqp,sts; when left out, those of the tasks file, and with --data
             or without such a file those of sst, qqp and sts that the data holds.
-        model: directory or hub name of a pretrained BERT; a small encoder from scratch when left out.
-        recipe: named options of minbert; --config and the command line override them.
-        out: run directory to create; runs/<date>-<time> when left out.
-        resume: continue the run in --out from its last checkpoint.
-        epochs: passes over the data, each of epoch_length steps.
-        steps: stop after this many optimizer steps in all, whatever epochs says.
-        patience: stop when the overall dev score has not improved for this many epochs; never when left out.
+        max_length: tokens kept of each sequence; the model's position limit when left out.
+        swap_pairs: pair tasks, such as sts, whose training pairs are doubled by each pair with its sentences swapped,
+            and whose batch size is doubled with them.
+        augmented: files of further training examples by task, such as {sst: FILE}: tab-separated with the columns of
+            the task's training file, or a JSON object with them on each line; a row without a label has that of the
+            training example with its id.
+        reviews: file of reviews with 1 to 5 stars, which adds the task yelp to the others: JSON objects on lines, or
+            CSV with a header, with stars and text. Never evaluated.
+        reviews_per_star: reviews drawn for each number of stars.
+        strict: start no run whose data has a row that cannot be used; else such rows are left out and named.
         folds: cross-validation: train as many runs, RUN/fold-1 and so on, each with another share of the training
             examples as its dev split, and write the mean and the deviation of their scores to RUN/folds.md; a dev split
             of the data is not used.
         fold: train the run of this fold of --folds alone, from 1, in --out itself.
-        batch_size: examples of each task in one step, or a number for each, such as {sst: 2, qqp: 20, sts: 2}.
-        lr: peak learning rate; left out, 5e-5 for a pretrained model as wide as BERT-base (growing with the square of
-            how much narrower a model is), 1.5e-3 from scratch, and 1e-3 with a frozen encoder.
-        head_lr: peak learning rate of the heads; lr when left out.
-        layer_decay: what the learning rate of a layer of the encoder is multiplied by for each layer above it: its top
-            layer, a pooler and the heads have lr, its embeddings lr * F^layers (Sun et al. 2019, section 5.3.4).
-        seed: everything random follows from it.
-        precision: arithmetic of the encoder; auto is bf16 where the processor has it.
-        device: auto, cpu, cuda or cuda:N.
-        backend: auto uses compiled kernels where there are some; reference is plain PyTorch.
-        matmul: library of float32 matrix products on CPUs: torch's BLAS, or oneDNN; auto times both as a run in fp32
-            begins, unless its encoder is narrow, and records the faster.
-        threads: CPU threads; torch's own choice when left out.
+
+    Model:
+        model: directory or hub name of a pretrained BERT; a small encoder from scratch when left out.
+        pooling: how a sequence becomes one vector: cls, mean, max or pooler; or by task, cls for those left out.
+        shared_layer: a layer between pooling and every head: linear (with ReLU), or transform (linear, BatchNorm, GELU,
+            dropout); none when left out.
+        heads: by task, how pooled vectors become outputs, such as {qqp: concatenated, sts: cosine}; a head encodes a
+            pair as one sequence (cross-encoder) or each sentence alone (bi-encoder); linear for tasks left out.
+        dropout: dropout of the encoder; when left out, a pretrained model's own, and none from scratch.
+        head_dropout: dropout before each task head.
         mode: finetune trains everything, pretrain freezes the encoder and trains the heads.
         freeze_layers: do not train the embeddings and this many of the encoder's first layers; dropout acts there as
             in training.
+        scratch: the encoder built when no pretrained model is given.
+
+    Method:
+        recipe: named options of minbert; --config and the command line override them.
         surgery: how the tasks' gradients become one update: sum, mean, pcgrad, gse (a pcgrad update with the mean, then
             one with the sum), or MODULE:NAME of a callable from Gram matrix to weights, such as TorchJD's weightings,
             with arguments if need be: MODULE:NAME(c=0.4). It is imported and called: from the command line only, unless
@@ -94,17 +98,30 @@ class TrainConfig:
         surgery_reduction: whether pcgrad sums the projected gradients or takes their mean.
         surgery_groups: tasks whose gradients surgery sees as one, joined by +, such as sst+qqp+sts,cfimdb; left out,
             each task is a group.
-        low_memory: run task after task instead of all in one stream.
-        split_master_weights: in bf16, keep the matrices of the encoder's layers as bfloat16 numbers, which the products
-            read, and the low 16 bits of their float32 values beside them (Kalamkar et al. 2020): with AdamW's moments
-            12 bytes a parameter, not 14. Checkpoints are in float32 as ever. One process.
-        accumulate: batches of each task in one update.
-        timeout: seconds without a heartbeat of a process, after which the others stop.
-        cuda_graphs: on a GPU, replay forward and backward as CUDA graphs, with batches padded to few different numbers
-            of tokens; only where a step is one stream and one batch.
         smart: smoothness-inducing adversarial regularisation; --smart.lambda-s 0 turns it off.
         bregman: momentum Bregman proximal point method; off unless --bregman.mu is given.
+        losses: by task, the loss, such as {sts: cosine_embedding}; the task's own for tasks left out.
         loss_weights: what a task's loss is multiplied by, such as {sst: 2}; 1 where left out.
+        l2: weight of the L2 norm of a task's parameters in its loss, or one for each task, such as {qqp: 0.1}.
+        label_smoothing: share of the target that is spread over all classes, in the loss of every task with classes,
+            or by task, such as {sst: 0.1}.
+
+    Schedule:
+        epochs: passes over the data, each of epoch_length steps.
+        steps: stop after this many optimizer steps in all, whatever epochs says.
+        patience: stop when the overall dev score has not improved for this many epochs; never when left out.
+        batch_size: examples of each task in one step, or a number for each, such as {sst: 2, qqp: 20, sts: 2}.
+        accumulate: batches of each task in one update.
+        lr: peak learning rate; left out, 5e-5 for a pretrained model as wide as BERT-base (growing with the square of
+            how much narrower a model is), 1.5e-3 from scratch, and 1e-3 with a frozen encoder.
+        head_lr: peak learning rate of the heads; lr when left out.
+        layer_decay: what the learning rate of a layer of the encoder is multiplied by for each layer above it: its top
+            layer, a pooler and the heads have lr, its embeddings lr * F^layers (Sun et al. 2019, section 5.3.4).
+        schedule: what the learning rate does after warm-up.
+        warmup: share of the steps in which the learning rate rises from zero.
+        weight_decay: decoupled weight decay on matrices.
+        adam_eps: what AdamW adds to the square root of the second moment.
+        clip_norm: gradients are scaled down to this norm; 0 leaves them.
         optimizers: shared has one AdamW for all tasks; per-task has separate moments, step counts and learning rate
             schedules (for one task a step).
         sampling: joint has a batch of every task in each step, the others one task a step: round-robin in turn,
@@ -118,74 +135,81 @@ class TrainConfig:
         epoch_length: batches of each task in an epoch follow the smallest task, the largest, each task itself, or are
             this many.
         epoch_times: how many times as many batches as epoch_length says.
-        swap_pairs: pair tasks, such as sts, whose training pairs are doubled by each pair with its sentences swapped,
-            and whose batch size is doubled with them.
-        augmented: files of further training examples by task, such as {sst: FILE}: tab-separated with the columns of
-            the task's training file, or a JSON object with them on each line; a row without a label has that of the
-            training example with its id.
-        reviews: file of reviews with 1 to 5 stars, which adds the task yelp to the others: JSON objects on lines, or
-            CSV with a header, with stars and text. Never evaluated.
-        reviews_per_star: reviews drawn for each number of stars.
-        strict: start no run whose data has a row that cannot be used; else such rows are left out and named.
-        heads: by task, how pooled vectors become outputs, such as {qqp: concatenated, sts: cosine}; a head encodes a
-            pair as one sequence (cross-encoder) or each sentence alone (bi-encoder); linear for tasks left out.
-        losses: by task, the loss, such as {sts: cosine_embedding}; the task's own for tasks left out.
-        l2: weight of the L2 norm of a task's parameters in its loss, or one for each task, such as {qqp: 0.1}.
-        label_smoothing: share of the target that is spread over all classes, in the loss of every task with classes,
-            or by task, such as {sst: 0.1}.
-        shared_layer: a layer between pooling and every head: linear (with ReLU), or transform (linear, BatchNorm, GELU,
-            dropout); none when left out.
-        pooling: how a sequence becomes one vector: cls, mean, max or pooler; or by task, cls for those left out.
-        max_length: tokens kept of each sequence; the model's position limit when left out.
-        dropout: dropout of the encoder; when left out, a pretrained model's own, and none from scratch.
-        head_dropout: dropout before each task head.
-        schedule: what the learning rate does after warm-up.
-        warmup: share of the steps in which the learning rate rises from zero.
-        weight_decay: decoupled weight decay on matrices.
-        adam_eps: what AdamW adds to the square root of the second moment.
-        clip_norm: gradients are scaled down to this norm; 0 leaves them.
+
+    Run:
+        out: run directory to create; runs/<date>-<time> when left out.
+        resume: continue the run in --out from its last checkpoint.
+        seed: everything random follows from it.
+        device: auto, cpu, cuda or cuda:N.
+        precision: arithmetic of the encoder; auto is bf16 where the processor has it.
+        split_master_weights: in bf16, keep the matrices of the encoder's layers as bfloat16 numbers, which the products
+            read, and the low 16 bits of their float32 values beside them (Kalamkar et al. 2020): with AdamW's moments
+            12 bytes a parameter, not 14. Checkpoints are in float32 as ever. One process.
+        low_memory: run task after task instead of all in one stream.
+        backend: auto uses compiled kernels where there are some; reference is plain PyTorch.
+        matmul: library of float32 matrix products on CPUs: torch's BLAS, or oneDNN; auto times both as a run in fp32
+            begins, unless its encoder is narrow, and records the faster.
+        threads: CPU threads; torch's own choice when left out.
+        cuda_graphs: on a GPU, replay forward and backward as CUDA graphs, with batches padded to few different numbers
+            of tokens; only where a step is one stream and one batch.
+        timeout: seconds without a heartbeat of a process, after which the others stop.
         max_skipped: give up after this many steps in a row with a non-finite loss or gradient.
         checkpoint_steps: steps between two checkpoints; every epoch also ends with one.
         log_steps: steps between two lines of metrics.jsonl.
         tensorboard: whether to write the metrics for TensorBoard too, to RUN/tensorboard.
-        scratch: the encoder built when no pretrained model is given.
     """
+
+    COMMON: ClassVar[Sequence[str]] = (  # what --help shows
+        *("data", "tasks_file", "tasks", "model", "recipe", "surgery", "epochs", "batch_size", "lr"),
+        *("out", "resume", "seed"),
+    )
 
     data: str | None = None
     tasks_file: str | None = None
     tasks: list[str] | None = None
-    model: str | None = None
-    recipe: str | None = None
-    out: str | None = None
-    resume: bool = False
-    epochs: int = 3
-    steps: int | None = None
-    patience: int | None = None
+    max_length: int | None = None
+    swap_pairs: list[str] | None = None
+    augmented: dict[str, str] | None = None
+    reviews: str | None = None
+    reviews_per_star: int = 500
+    strict: bool = False
     folds: int | None = None
     fold: int | None = None
-    batch_size: int | dict[str, int] = 32
-    lr: float | None = None
-    head_lr: float | None = None
-    layer_decay: float = 1.0
-    seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    device: str = "auto"
-    backend: Literal["auto", "reference"] = "auto"
-    matmul: Literal["auto", "blas", "onednn"] = "auto"
-    threads: int | None = None
+
+    model: str | None = None
+    pooling: str | dict[str, str] = "cls"
+    shared_layer: Literal["linear", "transform"] | None = None
+    heads: dict[str, str] = field(default_factory=dict)
+    dropout: float | None = None
+    head_dropout: float = 0.1
     mode: Literal["finetune", "pretrain"] = "finetune"
     freeze_layers: int = 0
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+
+    recipe: str | None = None
     surgery: str = "pcgrad"
     surgery_reduction: Literal["sum", "mean"] = "sum"
     surgery_groups: list[str] | None = None
-    low_memory: bool = False
-    split_master_weights: bool = False
-    accumulate: int = 1
-    timeout: float = 600.0
-    cuda_graphs: bool = True
     smart: SmartConfig = field(default_factory=SmartConfig)
     bregman: BregmanConfig = field(default_factory=BregmanConfig)
+    losses: dict[str, str] = field(default_factory=dict)
     loss_weights: dict[str, float] | None = None
+    l2: float | dict[str, float] = 0.0
+    label_smoothing: float | dict[str, float] = 0.0
+
+    epochs: int = 3
+    steps: int | None = None
+    patience: int | None = None
+    batch_size: int | dict[str, int] = 32
+    accumulate: int = 1
+    lr: float | None = None
+    head_lr: float | None = None
+    layer_decay: float = 1.0
+    schedule: Literal["linear", "constant"] = "linear"
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    adam_eps: float = 1e-8
+    clip_norm: float = 1.0
     optimizers: Literal["shared", "per-task"] = "shared"
     sampling: Literal["joint", "round-robin", "sequential", "shuffled", "proportional"] = "joint"
     sampling_alpha: float = 1.0
@@ -193,30 +217,23 @@ class TrainConfig:
     sampling_weights: dict[str, float] | None = None
     epoch_length: Literal["smallest", "largest", "each"] | int = "smallest"
     epoch_times: int = 1
-    swap_pairs: list[str] | None = None
-    augmented: dict[str, str] | None = None
-    reviews: str | None = None
-    reviews_per_star: int = 500
-    strict: bool = False
-    heads: dict[str, str] = field(default_factory=dict)
-    losses: dict[str, str] = field(default_factory=dict)
-    l2: float | dict[str, float] = 0.0
-    label_smoothing: float | dict[str, float] = 0.0
-    shared_layer: Literal["linear", "transform"] | None = None
-    pooling: str | dict[str, str] = "cls"
-    max_length: int | None = None
-    dropout: float | None = None
-    head_dropout: float = 0.1
-    schedule: Literal["linear", "constant"] = "linear"
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    adam_eps: float = 1e-8
-    clip_norm: float = 1.0
+
+    out: str | None = None
+    resume: bool = False
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    split_master_weights: bool = False
+    low_memory: bool = False
+    backend: Literal["auto", "reference"] = "auto"
+    matmul: Literal["auto", "blas", "onednn"] = "auto"
+    threads: int | None = None
+    cuda_graphs: bool = True
+    timeout: float = 600.0
     max_skipped: int = 10
     checkpoint_steps: int = 200
     log_steps: int = 10
     tensorboard: bool = False
-    scratch: ScratchConfig = field(default_factory=ScratchConfig)
 
     def __post_init__(self) -> None:
         for name, kind in (("smart", SmartConfig), ("bregman", BregmanConfig), ("scratch", ScratchConfig)):

@@ -127,5 +127,5 @@ def test_the_command_line_ends_with_code_2_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "minbert.train", "--epohcs=2", f"--out={tmp_path / 'run'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: unknown option --epohcs (did you mean '--epochs'?); --help lists the options\n"
+    assert done.stderr == "error: unknown option --epohcs (did you mean '--epochs'?); --help-all lists the options\n"
     assert done.stdout == ""

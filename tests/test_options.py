@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
 
 import pytest
 
+from minbert import cli
 from minbert.cli import parse_layers
 from minbert.config import ScratchConfig, TrainConfig
-from minbert.errors import UserError
+from minbert.errors import UserError, dashed
 from minbert.methods.smart import SmartConfig
 
 
@@ -88,13 +89,39 @@ def test_print_config_prints_what_config_reads(tmp_path, capsys):
     assert parse("--config", str(tmp_path / "printed.yaml")) == TrainConfig(lr=0.5)
 
 
-def test_help_documents_every_option(capsys):
-    with pytest.raises(SystemExit):
-        parse("--help")
-    text = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name.replace('_', '-')}" in text
+def help_of(option, capsys):
+    """The options on a page of help by the titles of their groups."""
+    with pytest.raises(SystemExit) as stop:
+        parse(option)
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    titles = re.split(r"^(\w+):$", text, flags=re.MULTILINE)
+    return text, {
+        title: re.findall(r"^  (--\S+)", part, re.MULTILINE)
+        for title, part in zip(titles[1::2], titles[2::2], strict=True)
+    }
+
+
+def test_help_all_documents_every_option_in_its_group(capsys):
+    text, groups = help_of("--help-all", capsys)
+    assert list(groups) == ["data", "model", "method", "schedule", "run"]
+    shown = [option for options in groups.values() for option in options]
+    assert len(shown) == len(set(shown))
+    assert {dashed(name) for config in (TrainConfig, cli.FileOptions) for name, _ in cli.options_of(config)} == set(
+        shown
+    )
+    assert {"--smart.lambda-s", "--surgery"} <= set(groups["method"])
+    assert {"--config", "--out"} <= set(groups["run"])
+    assert groups["schedule"][:3] == ["--epochs", "--batch-size", "--lr"]  # the common ones first
     assert "learning rate" in text
+
+
+def test_help_shows_the_common_dozen_and_where_the_rest_is(capsys):
+    text, groups = help_of("--help", capsys)
+    assert [option for options in groups.values() for option in options] == [*map(dashed, TrainConfig.COMMON)]
+    assert len(TrainConfig.COMMON) == 12
+    _, of_all = help_of("--help-all", capsys)
+    assert text.endswith(f"\n--help-all lists all {sum(map(len, of_all.values()))} options.\n")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +172,7 @@ def test_help_documents_every_option(capsys):
         (["--heads.sts=layers", "--batch-size=1"], ["--batch-size 1", "--heads.sts layers", "at least 2"]),
         (["--shared-layer=transform", "--batch-size=1"], ["--batch-size 1", "--shared-layer transform"]),
         (["--lr"], ["--lr"]),
-        (["train"], ["'train'", "--help"]),
+        (["train"], ["'train'", "--help-all lists them"]),
     ],
 )
 def test_a_mistake_is_named_in_one_line(words, parts):

@@ -3,7 +3,7 @@
 A run is scored at the ends of its epochs, and its learning rate falls to 0 at its own end: a score on the way is that
 of a rate still high, and no run of that length. So every number of epochs is a schedule with runs of its own, one for
 each seed, and the time to the target is that of the shortest schedule whose final score, averaged over the seeds, meets
-it. Each run is `python -m minbert.train` in a process of its own. A finished run is used again; an interrupted one goes
+it. Each run is `minbert train` in a process of its own. A finished run is used again; an interrupted one goes
 on, and its minutes are then unknown.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import suppress
 
 import minbert
 from minbert.errors import did_you_mean, one_line
@@ -30,14 +31,13 @@ def overview() -> str:
 def main() -> None:
     """Run the command that the arguments name, and exit as it does; without one, show them all."""
     command, *arguments = sys.argv[1:] or ["--help"]
-    if command in ("-h", "--help"):
-        print(overview())
-    elif command == "--version":
-        print(f"minbert {minbert.__version__}")
-    elif command in COMMANDS:
+    if command in COMMANDS:
         from minbert import cli
 
         cli.run(importlib.import_module(COMMANDS[command][0]).main, arguments)
+    elif command in ("-h", "--help", "--version"):
+        with suppress(BrokenPipeError):  # the reader left, as `head` does
+            print(f"minbert {minbert.__version__}" if command == "--version" else overview(), flush=True)
     else:
         known = f"{did_you_mean(command, list(COMMANDS))}; minbert alone lists them"
         print(one_line(f"error: unknown command {command}{known}"), file=sys.stderr)

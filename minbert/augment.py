@@ -1,4 +1,4 @@
-"""Back-translate training sentences for `--augmented`: `python -m minbert.augment`."""
+"""Back-translate training sentences for `--augmented`: `minbert augment`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from minbert.seeds import derive_seed
 from minbert.tasks import TASKS, Task, find_tasks, read_tasks
 from minbert.tasks.labels import decode_labels
 
-NEEDS = "python -m minbert.augment needs transformers and sentencepiece: pip install 'minbert[augment]'"
+NEEDS = "minbert augment needs transformers and sentencepiece: pip install 'minbert[augment]'"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     examples = source.load(task, "train")
     if config.strict:
         refuse_skipped(examples.skipped)
-    for line in skipped_lines(examples.skipped, "minbert.train lists all of them in its run"):
+    for line in skipped_lines(examples.skipped, "minbert train lists all of them in its run"):
         console.print(line)
     order = sorted(range(len(examples)), key=lambda i: len(examples.texts[i]))
     rows = [_row(task, examples, i, config.origin) for i in order]
@@ -187,7 +187,7 @@ def finished(out: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -> t
             origin, identity = found["by"], found["id"]
         except (ValueError, KeyError):
             raise UserError(
-                f"--out {out}, line {number}: not a row that minbert.augment wrote; choose another"
+                f"--out {out}, line {number}: not a row that minbert augment wrote; choose another"
             ) from None
         if (origin, identity) != (row.get("by"), row.get("id")):
             raise UserError(f"--out {out}, line {number}: made from other data or by {origin}; choose another file")

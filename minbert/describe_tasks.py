@@ -1,4 +1,4 @@
-"""Describe a tasks file and its data: `python -m minbert.tasks FILE`."""
+"""Describe a tasks file and its data: `minbert tasks FILE`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluate a run: `python -m minbert.evaluate RUN --data DIR --split dev`."""
+"""Evaluate a run: `minbert evaluate RUN --data DIR --split dev`."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
     console.print(str(progress))
     files = {(task.name, examples[task.name].file) for task in present}
     rows = [row for task in present for row in skipped_rows(options.split, task.name, examples[task.name].skipped)]
-    with writing(skipped_file, "free some space and run minbert.evaluate"):
+    with writing(skipped_file, "free some space and run minbert evaluate"):
         skipped_file.parent.mkdir(parents=True, exist_ok=True)
         update_skipped(skipped_file, options.split, files, rows)
     if scores:

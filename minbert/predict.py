@@ -1,4 +1,4 @@
-"""Predict with a run: `python -m minbert.predict RUN --task sst --input FILE`, or `--input -` for standard input."""
+"""Predict with a run: `minbert predict RUN --task sst --input FILE`, or `--input -` for standard input."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Train the rows of a paper's tables and print them beside the published figures: `python -m minbert.reproduce 000`.
+"""Train the rows of a paper's tables and print them beside the published figures: `minbert reproduce 000`.
 
-Every row and seed is a run of `python -m minbert.train --recipe PAPER/ROW` in a separate process. The command skips
+Every row and seed is a run of `minbert train --recipe PAPER/ROW` in a separate process. The command skips
 a finished run, resumes an interrupted one, extends one that is to be longer, and continues with the next row when one
 fails. A run with other options in the same directory is an error, and stays as it is.
 """
@@ -25,7 +25,7 @@ from minbert.runs.run_directory import Run
 from minbert.training.child_process import train_in_process
 from minbert.training.stop_signal import Stopped, StopSignal
 
-FILES = {"reviews": "reviews", "augmented": "augmented.sst"}  # what a row may need, as an option of minbert.train
+FILES = {"reviews": "reviews", "augmented": "augmented.sst"}  # what a row may need, as an option of minbert train
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ReproduceConfig:
         seeds: one run of each row for every seed; the table then has their mean and standard deviation.
         data: as for minbert.train.
         model: likewise.
-        options: YAML file of further options of minbert.train, for all rows, over those of the recipes.
+        options: YAML file of further options of minbert train, for all rows, over those of the recipes.
         epochs: in place of the paper's.
         steps: likewise, whatever the epochs.
         reviews: file of reviews with stars, for the rows with an auxiliary task (001).
@@ -115,7 +115,7 @@ def sweep(found: Paper, rows: Sequence[Row], out: Path, options: ReproduceConfig
 
 
 def train_options(options: ReproduceConfig, row: Row) -> list[str]:
-    """The options of minbert.train that are the same for all rows, and the files that this one needs."""
+    """The options of minbert train that are the same for all rows, and the files that this one needs."""
     values = {name: getattr(options, name) for name in ("data", "model", "epochs", "steps")}
     values |= {"config": options.options, **{FILES[name]: getattr(options, name) for name in row.needs}}
     return [f"--{name}={value}" for name, value in values.items() if value is not None]

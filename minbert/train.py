@@ -1,4 +1,4 @@
-"""Fine-tune on several tasks at once: `python -m minbert.train`. The training loop is minbert/training/loop.py."""
+"""Fine-tune on several tasks at once: `minbert train`. The training loop is minbert/training/loop.py."""
 
 from __future__ import annotations
 

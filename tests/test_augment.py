@@ -155,7 +155,7 @@ def test_a_file_of_another_making_is_refused(options, tmp_path):
         augment.main([*options, "--seed=1"])
     for text in ("my only copy\n", "my only copy", "[" * 100_000, '{"id": 1}\n', "3\n"):
         (tmp_path / "more.jsonl").write_text(text)
-        with pytest.raises(UserError, match=r"more\.jsonl, line 1: not a row that minbert\.augment wrote"):
+        with pytest.raises(UserError, match=r"more\.jsonl, line 1: not a row that minbert augment wrote"):
             augment.main(options)
         assert (tmp_path / "more.jsonl").read_text() == text
 

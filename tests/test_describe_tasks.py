@@ -1,4 +1,4 @@
-"""`python -m minbert.tasks FILE`: what it says of a tasks file, its labels, its texts in tokens, and what is odd."""
+"""`minbert tasks FILE`: what it says of a tasks file, its labels, its texts in tokens, and what is odd."""
 
 from __future__ import annotations
 

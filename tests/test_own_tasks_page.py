@@ -35,8 +35,11 @@ def test_the_example_runs(tmp_path):
     (tmp_path / "tasks.yaml").write_text(record)
 
     def run(command: str, text: str | None = None) -> str:
-        words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-        done = subprocess.run(words, cwd=tmp_path, input=text, capture_output=True, text=True, timeout=900)
+        programs = {"python": [sys.executable], "minbert": [sys.executable, "-m", "minbert"]}
+        first, *words = shlex.split(command)
+        done = subprocess.run(
+            [*programs[first], *words], cwd=tmp_path, input=text, capture_output=True, text=True, timeout=900
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -22,7 +22,7 @@ class Row:
     name: str
     title: str  # as the table calls it
     published: Scores
-    options: Mapping[str, Any]  # of `python -m minbert.train`
+    options: Mapping[str, Any]  # of `minbert train`
     hours: float | None = None  # published, of an epoch
     needs: Sequence[str] = ()  # options that name the user's own files
 

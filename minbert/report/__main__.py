@@ -1,4 +1,4 @@
-"""Write a run's report again: `python -m minbert.report RUN`."""
+"""Write a run's report again: `minbert report RUN`."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def write_page(path: Path, template: str, **content: object) -> Path:
         UserError: the disk is full.
     """
     page = _environment().get_template(template).render(**content)
-    with writing(path, "free some space and run python -m minbert.report"):
+    with writing(path, "free some space and run minbert report"):
         write_atomically(path, page)
     return path
 

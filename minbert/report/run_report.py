@@ -121,7 +121,7 @@ def task_section(run: Run, task: Task, source: Source | str) -> dict[str, Any]:
     """What task.html shows of a task on dev: its predictions, analysed, or in `missing` why there is nothing."""
     found = run.predictions(task, SPLIT)
     if not found:
-        return {"task": task, "missing": f"No predictions yet; python -m minbert.evaluate {run.path} writes them."}
+        return {"task": task, "missing": f"No predictions yet; minbert evaluate {run.path} writes them."}
     if any(prediction.label is None for prediction in found):
         return {"task": task, "missing": "The dev split has no labels."}
     texts, texts_missing = _texts(task, source, [prediction.id for prediction in found])

@@ -52,7 +52,7 @@ def write_submission(directory: Path, task: Task, examples: Examples, outputs: n
     lines = sorted([*by_line, *(row.line for row in examples.skipped)])
     rows = [f"{index}\t{by_line.get(line, default)}\n" for index, line in enumerate(lines)]
     path = directory / f"{task.glue.submission}.tsv"
-    with writing(path, "free some space and run minbert.evaluate"):
+    with writing(path, "free some space and run minbert evaluate"):
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(path, "".join(["index\tprediction\n", *rows]))
     absent = [str(index) for index, line in enumerate(lines) if line not in by_line]

@@ -68,7 +68,7 @@ def write_predictions(directory: Path, task: Task, split: str, examples: Encoded
         UserError: the disk is full.
     """
     path = directory / f"{stem_of(task)}-{split}-output.csv"
-    with writing(path, "free some space and run minbert.evaluate"):
+    with writing(path, "free some space and run minbert evaluate"):
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(path, "".join(format_predictions(task, examples.ids, outputs)))
         write_atomically(_details(directory, task, split), "".join(_format_details(task, examples, outputs)))

@@ -213,7 +213,7 @@ class Run:
 
     def predictions(self, task: Task, split: str) -> list[Prediction] | None:
         """The predictions of the best epoch for the run's own data (`predictions.read_predictions`)."""
-        remedy = f"minbert.evaluate {self.path} writes it again"
+        remedy = f"minbert evaluate {self.path} writes it again"
         return read_predictions(self.predictions_directory(), task, split, remedy)
 
     def write_skipped(self, rows: Sequence[SkippedRow]) -> None:

@@ -1,4 +1,4 @@
-"""Describe a tasks file and its data: `python -m minbert.tasks FILE`."""
+"""Describe a tasks file and its data: `minbert tasks FILE`."""
 
 from minbert import cli
 from minbert.describe_tasks import main

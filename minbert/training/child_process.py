@@ -19,7 +19,7 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SI
 
 
 def train_in_process(directory: Path, arguments: Sequence[str]) -> str | None:
-    """Run `python -m minbert.train` with these arguments, with --resume if the run in the directory can go on.
+    """Run `minbert train` with these arguments, with --resume if the run in the directory can go on.
 
     Returns:
         the error, in one line; None for a run that has finished.

@@ -213,7 +213,7 @@ def test_without_the_data_it_has_no_texts_and_says_which_option_helps(own, tmp_p
         file.rename(tmp_path / file.name)
     try:
         page = Page(write_report(own))
-        assert "python -m minbert.report RUN --tasks-file FILE" in page.text
+        assert "minbert report RUN --tasks-file FILE" in page.text
         assert "<em>film</em>" not in page.text
     finally:
         for file in tmp_path.glob("*-dev.csv"):

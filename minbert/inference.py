@@ -183,7 +183,8 @@ def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[M
     tasks = load_tasks(path, config.chosen_tasks(config.tasks or []))
     check_fits(encoder.config, tokenizer, tasks, config.max_length, path)
     encoder.compute_dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
-    model = MultitaskModel(encoder, tasks, pooling=config.pooling, shared_layer=config.shared_layer)
+    with torch.random.fork_rng(devices=[]):  # new heads draw from torch's generator, and are then filled
+        model = MultitaskModel(encoder, tasks, pooling=config.pooling, shared_layer=config.shared_layer)
     load_heads(model, path / HEADS_FILE)
     return model.to(device).eval(), tokenizer
 

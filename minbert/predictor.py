@@ -18,7 +18,8 @@ from minbert.data import Encoded, Examples, encode
 from minbert.data.examples import Row, check_row
 from minbert.device import resolve_device
 from minbert.errors import UserError, require_known
-from minbert.files.atomic import MANIFEST, readable
+from minbert.files import MANIFEST
+from minbert.files.atomic import readable
 from minbert.files.json_yaml import short
 from minbert.inference import choose_kernels, embeddings, head_outputs, load_model, prepare, run_tasks
 from minbert.model import POOLINGS, pair_encoding

@@ -21,7 +21,7 @@ from minbert.data.examples import Examples
 from minbert.data.line_reader import shorten
 from minbert.data.packing import Packed, length_bucket, pack_flat, padding_lengths
 from minbert.data.skipped import SHOWN
-from minbert.files.cache_directory import cache_directory
+from minbert.files.cache_directory import TEMPORARY, cache_directory, cache_limit, keep_within_limit, touch
 from minbert.tasks import PAIR_ENCODINGS
 
 CACHE_FORMAT = "minbert-encoded-1"  # part of a cache file's name: files of another layout are ignored
@@ -175,8 +175,8 @@ def encode(
     Args:
         examples: texts, or pairs of texts.
         max_length: of a sequence in tokens; longer ones are truncated.
-        cache_dir: the cache; `minbert.files.cache_directory` gives the default. Without write permission nothing
-            is cached, and a damaged file is replaced.
+        cache_dir: the cache; `minbert.files.cache_directory` gives the default and the limit. Without write permission
+            nothing is cached, and a damaged file is replaced.
         pair_encoding: of pairs, a key of `PAIR_ENCODINGS`; `cross-encoder` for single texts.
         cached: whether to use the cache.
     """
@@ -189,7 +189,8 @@ def encode(
         singles = Examples([""] * len(sentences), sentences, None, None)
         encoded = encode(singles, tokenizer, max_length, cache_dir, cached=cached)
         return replace(encoded, labels=examples.labels, ids=examples.ids, width=PAIR_ENCODINGS[pair_encoding])
-    path = _cache_file(examples, tokenizer, max_length, cache_dir) if cached else None
+    limit = cache_limit() if cached else 0
+    path = None if limit == 0 else _cache_file(examples, tokenizer, max_length, cache_dir)
     arrays = None if path is None else _load(path)
     if arrays is None:
         ids, types, lengths, truncated = tokenizer.encode_batch(examples.texts, examples.pairs, max_length)
@@ -201,6 +202,8 @@ def encode(
         }
         if path is not None:
             _store(path, arrays)
+            if limit is not None:
+                keep_within_limit(path, limit)
     return Encoded(
         arrays["token_ids"],
         arrays["token_type_ids"],
@@ -293,7 +296,10 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
             intact = (file.metadata() or {}).get("checksum") == _checksum(arrays)
     except (OSError, SafetensorError, TypeError, ValueError):
         return None
-    return arrays if intact else None
+    if not intact:
+        return None
+    touch(path)
+    return arrays
 
 
 def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -302,7 +308,7 @@ def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=TEMPORARY, delete=False) as file:
             temporary = file.name
             file.write(content)
         os.replace(temporary, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from .checks import FLOATS, GRADIENTS, names
 CHOICES = ("auto", "reference")
 WIDEST_ROW = 4096  # elements of a row that kernels/triton/row_tiles.py keeps in registers
 WIDEST_HEAD = 128  # elements of an attention head
+LEAST_CAPABILITY = (8, 0)  # of GPUs: Triton's kernels multiply bfloat16, and csrc/cuda is built for these and newer
 
 _HALF_AND_SINGLE = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 _GRADIENTS = {"cpu": GRADIENTS, "cuda": GRADIENTS}
@@ -82,6 +84,18 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
+@functools.cache
+def too_old(device: torch.device) -> str | None:
+    """Why no kernels are compiled for a GPU, or None."""
+    if device.type != "cuda" or not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= LEAST_CAPABILITY:
+        return None
+    least, own = (".".join(map(str, each)) for each in (LEAST_CAPABILITY, capability))
+    return f"needs a GPU of compute capability {least} or newer, and {torch.cuda.get_device_name(device)} has {own}"
+
+
 def reasons(
     op: str,
     backend: str,
@@ -108,6 +122,8 @@ def reasons(
     if backend != getattr(code, kind, None):
         kinds = [each for each in ("cpu", "cuda") if getattr(code, each) == backend]
         return [*found, f"runs on {' and '.join(kinds)} devices only, not on {kind}"]
+    if kind == "cuda" and not torch.compiler.is_compiling() and (old := too_old(device)) is not None:
+        found.append(old)
     if backend == "triton":
         if not triton.available():
             found.append("triton is not installed; torch's CUDA builds bring it along")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from minbert import kernels
 from minbert.errors import UserError
-
-MALLOPT = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # malloc.h
-LARGEST_THRESHOLD = 2**25  # bytes; the largest that glibc raises its mmap_threshold to by itself on 64 bits
+from minbert.kernels.dispatch import too_old
 
 try:
     import resource
@@ -27,13 +25,19 @@ except ImportError:  # Windows
 def resolve_device(name: str) -> torch.device:
     """The device called `name`: auto, cpu, cuda or cuda:N. Of several processes on a machine each has a GPU of its own.
 
+    auto is the CPU where the GPU is older than minbert's kernels take; a line on standard error says so.
+
     Raises:
-        UserError: no such device here.
+        UserError: no such device here, or a GPU that is too old.
     """
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"  # of torchrun's processes
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun has started this process
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = own if torch.cuda.is_available() else "cpu"
+        if name != "cpu" and (old := too_old(torch.device(name))) is not None:
+            _warn_once(f"the CPU is used: minbert {old}")
+            name = "cpu"
+    if name == "cuda":
+        name = own
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -42,7 +46,14 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+    if (old := too_old(device)) is not None:
+        raise UserError(f"--device {name}: minbert {old}; use --device cpu")
     return device
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -76,34 +87,11 @@ def keep_freed_memory() -> None:
 
     For the whole process and for good: it is for the commands to call, not for a library.
     """
-    _set_malloc(trim_threshold=-1, mmap_max=0)  # never give back; no allocation of its own pages
-
-
-@contextmanager
-def freed_memory_kept(device: torch.device) -> Iterator[None]:
-    """`keep_freed_memory` in this block, on a CPU. Afterwards what is free is given back.
-
-    glibc does not tell its options. It raises two thresholds itself up to the values that are set afterwards, as
-    programs that free large tensors have them.
-    """
-    if device.type != "cpu":
-        yield
-        return
-    keep_freed_memory()
-    try:
-        yield
-    finally:
-        _set_malloc(trim_threshold=2 * LARGEST_THRESHOLD, mmap_threshold=LARGEST_THRESHOLD, mmap_max=65536, trim=True)
-
-
-def _set_malloc(*, trim: bool = False, **options: int) -> None:
-    """Set options of glibc's malloc, and with `trim` give back what is free; nothing where there is another malloc."""
-    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        for name, value in options.items():
-            libc.mallopt(MALLOPT[name], value)
-        if trim:
-            libc.malloc_trim(0)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # malloc.h
+        mallopt(trim_threshold, -1)  # never give back
+        mallopt(mmap_max, 0)  # no allocation of its own pages
 
 
 def describe(device: torch.device, precision: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch, native_calls, reference
+from .flight_recorder import recorded
 
 # The dtype of parameters and moments for gradients of each dtype that native code reads.
 _STATE = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
@@ -16,6 +17,7 @@ _CHANGED = ("params", "exp_avgs", "exp_avg_sqs", "ema", "copies", "low_bits")
 
 
 @torch.library.custom_op("minbert::combine_adamw_", mutates_args=_CHANGED, device_types=("cpu", "cuda"))
+@recorded("combine_adamw_")
 def _combine_adamw_(
     grads: Sequence[Tensor | None],
     rows: Sequence[Tensor | None],

@@ -12,6 +12,7 @@ from .attention_plan import AttentionPlan, AttentionProblem
 from .autograd import first_order_only
 from .dispatch import is_compiled
 from .dropout import attention_dropout_mask
+from .flight_recorder import recorded
 from .native import library
 
 
@@ -40,6 +41,7 @@ def _kept_for_backward(qkv: Tensor, max_seqlen: int, dropout_p: float) -> Tensor
 @torch.library.custom_op(
     "minbert::attention", mutates_args=(), device_types="cpu", schema=f"({_PROBLEM}) -> (Tensor, Tensor)"
 )
+@recorded("attention")
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The result, and what the backward reads: dropout's bits, on GPUs a number for each token and head."""
     problem = AttentionProblem(*arguments)
@@ -54,6 +56,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @_attention.register_kernel("cuda")
+@recorded("attention")
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     from .triton import attention as kernels
 
@@ -75,6 +78,7 @@ def _(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, *other
     device_types="cpu",
     schema=f"(Tensor grad_out, {_PROBLEM}, Tensor? out, Tensor? kept) -> Tensor",
 )
+@recorded("attention_backward")
 def _attention_backward(grad_out: Tensor, *arguments: Any) -> Tensor:
     """`out` and `kept` are the forward's results; without the latter, a CPU draws dropout's bits again."""
     problem, keep = AttentionProblem(*arguments[:-2]), arguments[-1]
@@ -99,6 +103,7 @@ def _attention_backward(grad_out: Tensor, *arguments: Any) -> Tensor:
 
 
 @_attention_backward.register_kernel("cuda")
+@recorded("attention_backward")
 def _(grad_out: Tensor, *arguments: Any) -> Tensor:
     from .triton import attention as kernels
 

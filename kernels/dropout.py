@@ -9,9 +9,11 @@ from torch import Tensor
 
 from . import checks, native_calls, reference
 from .dispatch import is_compiled
+from .flight_recorder import recorded
 
 
 @torch.library.custom_op("minbert::dropout_mask", mutates_args=(), device_types=("cpu", "cuda"))
+@recorded("dropout_mask")
 def _dropout_mask(rows: int, columns: int, threshold: int, seed: Tensor, stream_id: int) -> Tensor:
     keep = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
     addresses = keep.data_ptr(), rows, columns, seed.data_ptr()
@@ -25,6 +27,7 @@ def _(rows: int, columns: int, threshold: int, seed: Tensor, stream_id: int) -> 
 
 
 @torch.library.custom_op("minbert::attention_dropout_mask", mutates_args=(), device_types="cpu")
+@recorded("attention_dropout_mask")
 def _attention_dropout_mask(cu_seqlens: Tensor, heads: int, threshold: int, seed: Tensor, stream_id: int) -> Tensor:
     keep = torch.empty(heads * int(cu_seqlens.diff().long().square().sum()), dtype=torch.bool)
     sequences = cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1
@@ -40,6 +43,7 @@ def _(cu_seqlens: Tensor, heads: int, threshold: int, seed: Tensor, stream_id: i
 
 
 @torch.library.custom_op("minbert::dropout", mutates_args=(), device_types="cpu")
+@recorded("dropout")
 def _dropout(x: Tensor, p: float, seed: Tensor, stream_id: int) -> Tensor:
     y, scratch = torch.empty_like(x), native_calls.row_scratch(*x.shape)
     shape, drop = native_calls.activation(x), native_calls.dropout(p, seed, stream_id)
@@ -48,6 +52,7 @@ def _dropout(x: Tensor, p: float, seed: Tensor, stream_id: int) -> Tensor:
 
 
 @_dropout.register_kernel("cuda")
+@recorded("dropout")
 def _(x: Tensor, *others: Any) -> Tensor:
     from .triton import dropout
 

@@ -13,6 +13,7 @@ from . import checks, native_calls, reference, task_views
 from .autograd import first_order_only
 from .dispatch import is_compiled
 from .dropout import dropout_mask
+from .flight_recorder import recorded
 from .native import library
 
 
@@ -23,6 +24,7 @@ def _embeddings(ids: Sequence[Tensor], tables: Sequence[Tensor], rows: slice) ->
 
 
 @torch.library.custom_op("minbert::embedding", mutates_args=(), device_types="cpu")
+@recorded("embedding")
 def _embedding(
     ids: Sequence[Tensor],
     words: Sequence[Tensor],
@@ -57,6 +59,7 @@ def _embedding(
 
 
 @_embedding.register_kernel("cuda")
+@recorded("embedding")
 def _(ids: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
     from .triton import embedding
 
@@ -73,6 +76,7 @@ def _(ids: Sequence[Tensor], words: Sequence[Tensor], *others: Any) -> tuple[Ten
 
 
 @torch.library.custom_op("minbert::embedding_backward", mutates_args=(), device_types="cpu")
+@recorded("embedding_backward")
 def _embedding_backward(
     d_y: Tensor,
     ids: Sequence[Tensor],
@@ -123,6 +127,7 @@ def _heights(tables: Sequence[Tensor], bounds: Sequence[int], words: Sequence[in
 
 
 @_embedding_backward.register_kernel("cuda")
+@recorded("embedding_backward")
 def _(d_y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     from .triton import embedding
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from . import checks, native_calls, reference
 from .dispatch import is_compiled
+from .flight_recorder import recorded
 from .native import library
 
 
@@ -61,6 +63,8 @@ class PackedLayers:
         self.hidden, self.inner, self.heads, self.eps, self.dtype = hidden, inner, heads, eps, dtype
         compiled = is_compiled("encoder_layers", layers[0].qkv_weight.device, dtype, head_dim=hidden // heads)
         self.packed = self._pack() if compiled else None
+        if self.packed is not None:
+            _by_address[self.packed.data_ptr()] = self
 
     @property
     def sizes(self) -> tuple[int, int, int, float]:
@@ -76,6 +80,20 @@ class PackedLayers:
             addresses = [param.data_ptr() for param in wide]
             library().pack_layer(problem, addresses, to.data_ptr(), torch.get_num_threads())
         return packed
+
+
+_by_address: WeakValueDictionary[int, PackedLayers] = WeakValueDictionary()
+
+
+def with_parameters(x: Tensor, packed: Tensor, *others: Any) -> list[Any]:
+    """The custom op's arguments with the layers' parameters in place of the packed ones, which one machine reads."""
+    return [x, [param for layer in _by_address[packed.data_ptr()].layers for param in layer], *others]
+
+
+def layers_of(parameters: Sequence[Tensor]) -> list[LayerParameters]:
+    """The layers whose parameters these are, one layer after the other."""
+    count = len(LayerParameters._fields)
+    return [LayerParameters(*parameters[start : start + count]) for start in range(0, len(parameters), count)]
 
 
 def _problem(
@@ -97,6 +115,7 @@ def _problem(
 
 
 @torch.library.custom_op("minbert::encoder_layers", mutates_args=(), device_types="cpu")
+@recorded("encoder_layers", inputs=with_parameters)
 def _encoder_layers(
     x: Tensor,
     packed: Tensor,

@@ -12,6 +12,7 @@ from .attention_plan import AttentionProblem
 from .autograd import first_order_only
 from .dispatch import is_compiled
 from .dropout import attention_dropout_mask
+from .flight_recorder import recorded
 from .native import library
 
 _PROBLEM = (
@@ -31,6 +32,7 @@ def _run(name: str, problem: AttentionProblem, *tensors: Tensor) -> None:
 @torch.library.custom_op(
     "minbert::first_token_attention", mutates_args=(), device_types="cpu", schema=f"({_PROBLEM}) -> Tensor"
 )
+@recorded("first_token_attention")
 def _attention(queries: Tensor, *problem: Any) -> Tensor:
     out = torch.empty_like(queries)
     _run("first_token_attention", AttentionProblem(*problem), queries, problem[0], out)
@@ -38,6 +40,7 @@ def _attention(queries: Tensor, *problem: Any) -> Tensor:
 
 
 @_attention.register_kernel("cuda")
+@recorded("first_token_attention")
 def _(queries: Tensor, *problem: Any) -> Tensor:
     from .triton import first_token_attention as kernels
 
@@ -55,6 +58,7 @@ def _(queries: Tensor, *_: Any) -> Tensor:
     device_types="cpu",
     schema=f"(Tensor grad_out, {_PROBLEM}) -> (Tensor, Tensor)",
 )
+@recorded("first_token_attention_backward")
 def _attention_backward(grad_out: Tensor, queries: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     problem = AttentionProblem(*arguments)
     grads = torch.empty_like(queries), torch.empty_like(problem.qkv)
@@ -63,6 +67,7 @@ def _attention_backward(grad_out: Tensor, queries: Tensor, *arguments: Any) -> t
 
 
 @_attention_backward.register_kernel("cuda")
+@recorded("first_token_attention_backward")
 def _(grad_out: Tensor, queries: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
     from .triton import first_token_attention as kernels
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from . import checks, native_calls, reference, task_views
 from .autograd import first_order_only
 from .dispatch import is_compiled
+from .flight_recorder import recorded
 from .native import library
 
 
 @torch.library.custom_op("minbert::bias_gelu", mutates_args=(), device_types="cpu")
+@recorded("bias_gelu")
 def _bias_gelu(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
     y, bias = torch.empty_like(x), biases[0]
     library().gelu_forward(
@@ -24,6 +26,7 @@ def _bias_gelu(x: Tensor, biases: Sequence[Tensor], bounds: Sequence[int]) -> Te
 
 
 @_bias_gelu.register_kernel("cuda")
+@recorded("bias_gelu")
 def _(x: Tensor, biases: Sequence[Tensor], _: Sequence[int]) -> Tensor:
     from .triton import gelu
 
@@ -37,6 +40,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op("minbert::bias_gelu_backward", mutates_args=(), device_types="cpu")
+@recorded("bias_gelu_backward")
 def _bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the T biases, [T, D]."""
     d_x, d_biases = torch.empty_like(x), bias.new_zeros(len(bounds) - 1, len(bias))
@@ -56,6 +60,7 @@ def _bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, bounds: Sequence[i
 
 
 @_bias_gelu_backward.register_kernel("cuda")
+@recorded("bias_gelu_backward")
 def _(d_y: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     from .triton import gelu
 

@@ -12,10 +12,12 @@ from . import checks, native_calls, reference, task_views
 from .autograd import first_order_only
 from .dispatch import is_compiled
 from .dropout import mask_like
+from .flight_recorder import recorded
 from .native import library
 
 
 @torch.library.custom_op("minbert::dropout_add_layer_norm", mutates_args=(), device_types="cpu")
+@recorded("dropout_add_layer_norm")
 def _layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -47,6 +49,7 @@ def _layer_norm(
 
 
 @_layer_norm.register_kernel("cuda")
+@recorded("dropout_add_layer_norm")
 def _(
     x: Tensor, residual: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], _: Sequence[int], *others: Any
 ) -> tuple[Tensor, Tensor]:
@@ -62,6 +65,7 @@ def _(x: Tensor, residual: Tensor, weights: Sequence[Tensor], *_: Any) -> tuple[
 
 
 @torch.library.custom_op("minbert::dropout_add_layer_norm_backward", mutates_args=(), device_types="cpu")
+@recorded("dropout_add_layer_norm_backward")
 def _layer_norm_backward(
     d_y: Tensor,
     x: Tensor,
@@ -102,6 +106,7 @@ def _layer_norm_backward(
 
 
 @_layer_norm_backward.register_kernel("cuda")
+@recorded("dropout_add_layer_norm_backward")
 def _(d_y: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     from .triton import layer_norm
 

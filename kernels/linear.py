@@ -13,12 +13,14 @@ from torch import Tensor
 from . import checks, native_calls, task_views
 from .autograd import first_order_only
 from .dispatch import choice, is_compiled
+from .flight_recorder import recorded
 from .gradient_accumulation import add_bias_gradient, add_weight_gradient, is_added
 from .matmul_library import by_onednn, product
 from .packed_weight import PackedWeight, as_multiplied
 
 
 @torch.library.custom_op("minbert::linear", mutates_args=())
+@recorded("linear")
 def _linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
     return _product(x, as_multiplied(weights[0], x.dtype), biases[0].to(x.dtype) if biases else None)
 
@@ -35,6 +37,7 @@ def _(x: Tensor, weights: Sequence[Tensor], *_: Any) -> Tensor:
 
 
 @torch.library.custom_op("minbert::linear_backward", mutates_args=())
+@recorded("linear_backward")
 def _linear_backward(
     grad: Tensor,
     x: Tensor,

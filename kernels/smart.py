@@ -9,9 +9,11 @@ from torch import Tensor
 
 from . import checks, native_calls, reference
 from .dispatch import is_compiled
+from .flight_recorder import recorded
 
 
 @torch.library.custom_op("minbert::smart_init", mutates_args=(), device_types=("cpu", "cuda"))
+@recorded("smart_init")
 def _smart_init(x: Tensor, sigma: float, seed: Tensor, stream_id: int, scale: Tensor | None = None) -> Tensor:
     out = torch.empty_like(x)
     rows, columns, dtype = native_calls.activation(x)
@@ -28,6 +30,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op("minbert::smart_ascend", mutates_args=(), device_types=("cpu", "cuda"))
+@recorded("smart_ascend")
 def _smart_ascend(
     perturbed: Tensor,
     x: Tensor,

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from . import checks, native_calls, reference
 from .dispatch import is_compiled
+from .flight_recorder import recorded
 from .native import library
 
 
 @torch.library.custom_op("minbert::gram", mutates_args=(), device_types=("cpu", "cuda"))
+@recorded("gram")
 def _gram(grads: Sequence[Tensor | None], rows: Sequence[Tensor | None], tables: Sequence[int], tasks: int) -> Tensor:
     arguments, device = native_calls.task_gradients(grads, tasks, rows, tables), native_calls.any_of(grads).device
     parts = library().CHUNK_PARTS if device.type == "cuda" else 1
@@ -31,6 +33,7 @@ def _(grads: Sequence[Tensor | None], rows: Sequence[Tensor | None], tables: Seq
 
 
 @torch.library.custom_op("minbert::combine_", mutates_args=("out",), device_types=("cpu", "cuda"))
+@recorded("combine_")
 def _combine_(grads: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]) -> None:
     arguments = native_calls.task_gradients(grads, weights.shape[0])
     native_calls.run("combine", weights.device, arguments, weights.data_ptr(), [tensor.data_ptr() for tensor in out])
@@ -42,6 +45,7 @@ def _(*_: Any) -> None:
 
 
 @torch.library.custom_op("minbert::surgery_weights", mutates_args=(), device_types=("cpu", "cuda"))
+@recorded("surgery_weights")
 def _surgery_weights(
     gram: Tensor, orders: Tensor | None, weights: Tensor | None, own_square: Tensor | None, max_norm: float, mean: bool
 ) -> tuple[Tensor, Tensor]:

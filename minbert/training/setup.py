@@ -35,6 +35,7 @@ from minbert.distributed.sharded_parameters import ShardedParameters
 from minbert.distributed.unsharded_parameters import UnshardedParameters
 from minbert.errors import UserError
 from minbert.files.hub import WEIGHTS, checkpoint_directory
+from minbert.kernels import flight_recorder
 from minbert.methods.surgery import Surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel, pair_encoding
@@ -331,7 +332,8 @@ def build_trainer(
     )
     one_stream = config.accumulate == 1 and not config.low_memory
     graphs = None
-    if group.device.type == "cuda" and config.cuda_graphs and one_stream and group.world_size == 1:
+    replayable = config.cuda_graphs and not flight_recorder.is_on()  # a replay calls no op
+    if group.device.type == "cuda" and replayable and one_stream and group.world_size == 1:
         graphs = cuda_graphs(objective, parameters.gradients, group.device)
     samplers = {
         name: TaskSampler(len(encoded), config.batch_size_of(name), config.seed, name)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_calls import ADAMW, calls
 from test_repeats import bits, differing
 from torch import Tensor
 
 from minbert import kernels
 from minbert.data.packing import pack
+from minbert.kernels.example_calls import ADAMW, calls
 from minbert.methods.losses import LOSSES
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel

@@ -17,6 +17,8 @@ COMMANDS = {  # the module whose `main` a command is, imported when it runs (tor
     "reproduce": ("minbert.reproduce", "train the rows of a paper's tables"),
     "augment": ("minbert.augment", "back-translate the training sentences of a task"),
     "tasks": ("minbert.describe_tasks", "show what is understood of a tasks file and its data"),
+    "doctor": ("minbert.doctor", "show what is on this machine, what runs each op, and what is wrong"),
+    "replay": ("minbert.replay", "run recorded calls of ops again, and compare them with the reference"),
 }
 
 
@@ -34,7 +36,7 @@ def main() -> None:
     if command in COMMANDS:
         from minbert import cli
 
-        cli.run(importlib.import_module(COMMANDS[command][0]).main, arguments)
+        cli.run(importlib.import_module(COMMANDS[command][0]).main, arguments, needs_kernels=command != "doctor")
     elif command in ("-h", "--help", "--version"):
         with suppress(BrokenPipeError):  # the reader left, as `head` does
             print(f"minbert {minbert.__version__}" if command == "--version" else overview(), flush=True)

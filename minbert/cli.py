@@ -230,20 +230,17 @@ class FileOptions:
     print_config: bool = False
 
 
-def parse_layers(command: str, config: type[Config], arguments: Sequence[str] | Mapping[str, Any]) -> Config:
+def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -> Config:
     """The config of a command with `--recipe NAME` and `--config FILE`: command line over file over recipe.
-
-    Args:
-        arguments: the command line, or a mapping of options, in which a record is a mapping.
 
     Raises:
         UserError: an unknown option or recipe, an unreadable file, a value that `config` refuses, or code that a file
             names without --allow-code.
     """
     parser, of_files = Parser(command, config, FileOptions), Parser(command, config)
-    given = list(parser.checked(arguments)) if isinstance(arguments, Mapping) else parser.parse(arguments)
-    files = [dict(_options_in(Path(value), of_files)) for name, value in given if name == "config" and value]
-    chosen = [value for name, value in given if name == "recipe" and value][-1:]
+    given = parser.parse(arguments)
+    files = [dict(_options_in(Path(value), of_files)) for name, value in given if name == "config"]
+    chosen = [value for name, value in given if name == "recipe"][-1:]
     chosen += [options["recipe"] for options in files if options.get("recipe")]
     recipes = [dict(of_files.checked(recipe(name))) for name in chosen[:1]]
     values = parser.merged([*(option for layer in (*recipes, *files) for option in layer.items()), *given])
@@ -269,14 +266,17 @@ def _options_in(path: Path, parser: Parser) -> Iterator[tuple[str, Any]]:
         raise UserError(f"--config {error}") from None
 
 
-def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
+def run(
+    main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None, *, needs_kernels: bool = True
+) -> None:
     """Run a command's `main` and exit: 0 done, 2 bad input (one line on stderr), 130 on Ctrl-C.
 
     Args:
         arguments: for `main`; those of the process when left out.
+        needs_kernels: refuse environment variables that the kernels refuse.
     """
     try:
-        if (refusal := kernels.native.refusal()) is not None:
+        if needs_kernels and (refusal := kernels.native.refusal() or kernels.flight_recorder.refusal()) is not None:
             raise UserError(refusal)
         code = main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:

@@ -21,6 +21,7 @@ from minbert.augment import AugmentConfig
 from minbert.cli import FileOptions, options_of
 from minbert.config import BY_TASK, TrainConfig
 from minbert.data.skipped import SkippedRow
+from minbert.doctor import DoctorConfig
 from minbert.errors import dashed
 from minbert.evaluate import EvaluateConfig
 from minbert.kernels import native
@@ -28,10 +29,11 @@ from minbert.methods.divergences import DIVERGENCES
 from minbert.methods.losses import LOSSES
 from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
 from minbert.predict import PredictConfig
+from minbert.replay import ReplayConfig
 from minbert.report.__main__ import ReportConfig
 from minbert.reproduce import ReproduceConfig
 from minbert.runs.metrics_log import FIELDS
-from minbert.runs.predictions import PredictedExample
+from minbert.runs.predictions import Prediction
 from minbert.runs.progress_counters import Progress
 from minbert.runs.resume import LENGTH, ROUNDING, WITHOUT_EFFECT, flat
 from minbert.runs.scores import SINCE, SUMMARY
@@ -183,6 +185,7 @@ OTHERS = {  # options of other programs, and of those in bench/ and tests/
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_option_exists(page):
     commands = (TrainConfig, FileOptions, EvaluateConfig, PredictConfig, AugmentConfig, ReproduceConfig, ReportConfig)
+    commands += (DoctorConfig, ReplayConfig)
     options = {name for command in commands for name, _ in options_of(command)}
     by_task = {f"{name}.{task}" for name in BY_TASK for task in (*TASKS, *OWN_TASKS, "TASK")}
     known = {dashed(name) for name in options | by_task} | OTHERS
@@ -212,7 +215,7 @@ def test_the_fields_on_the_page_are_those_of_the_schemas():
         "metrics.jsonl": [*FIELDS, "dev"],
         "summary.json": [*SUMMARY, *SINCE, "format", "dev", "test"],
         "progress.json": [*Progress().to_json()],
-        "predictions": [field.name for field in dataclasses.fields(PredictedExample)],
+        "predictions": [field.name for field in dataclasses.fields(Prediction)],
         "skipped.jsonl": [field.name for field in dataclasses.fields(SkippedRow)],
     }
     for name, expected in names.items():

@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 
-from minbert import augment, describe_tasks, evaluate, predict, reproduce
+from minbert import augment, describe_tasks, doctor, evaluate, predict, replay, reproduce
 from minbert.cli import options_of
 from minbert.config import TrainConfig
 from minbert.report.__main__ import ReportConfig
@@ -125,6 +125,14 @@ OPTIONS = {
         "tasks": None,
         "model": None,
         "max_length": 512,
+    },
+    doctor.DoctorConfig: {
+        "check": False,
+        "device": "auto",
+        "json": False,
+    },
+    replay.ReplayConfig: {
+        "directory": REQUIRED,
     },
     ReportConfig: {
         "run": REQUIRED,

@@ -9,9 +9,14 @@ if TYPE_CHECKING:
     from minbert.config import TrainConfig
     from minbert.data.packing import pack
     from minbert.data.tokenizer import Tokenizer
+    from minbert.errors import UserError
     from minbert.methods.surgery import pcgrad_weights
     from minbert.model import Encoder, MultitaskModel
+    from minbert.predictor import Prediction, Predictor, load
+    from minbert.runs.run_directory import Run
     from minbert.tasks import Task
+    from minbert.train import fit
+    from minbert.training.callbacks import EpochInfo, StepInfo
     from minbert.training.optimizer import AdamW
 
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
@@ -20,15 +25,40 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"
-__all__ = ["AdamW", "Encoder", "MultitaskModel", "Task", "Tokenizer", "TrainConfig", "pack", "pcgrad_weights"]
+__all__ = [
+    "AdamW",
+    "Encoder",
+    "EpochInfo",
+    "MultitaskModel",
+    "Prediction",
+    "Predictor",
+    "Run",
+    "StepInfo",
+    "Task",
+    "Tokenizer",
+    "TrainConfig",
+    "UserError",
+    "fit",
+    "load",
+    "pack",
+    "pcgrad_weights",
+]
 
 _MODULES = {  # where each public name is defined: importing minbert alone imports none of them, nor torch
     "AdamW": "minbert.training.optimizer",
     "Encoder": "minbert.model",
+    "EpochInfo": "minbert.training.callbacks",
     "MultitaskModel": "minbert.model",
+    "Prediction": "minbert.predictor",
+    "Predictor": "minbert.predictor",
+    "Run": "minbert.runs.run_directory",
+    "StepInfo": "minbert.training.callbacks",
     "Task": "minbert.tasks",
     "Tokenizer": "minbert.data.tokenizer",
     "TrainConfig": "minbert.config",
+    "UserError": "minbert.errors",
+    "fit": "minbert.train",
+    "load": "minbert.predictor",
     "pack": "minbert.data.packing",
     "pcgrad_weights": "minbert.methods.surgery",
 }

@@ -230,17 +230,20 @@ class FileOptions:
     print_config: bool = False
 
 
-def parse_layers(command: str, config: type[Config], arguments: Sequence[str]) -> Config:
+def parse_layers(command: str, config: type[Config], arguments: Sequence[str] | Mapping[str, Any]) -> Config:
     """The config of a command with `--recipe NAME` and `--config FILE`: command line over file over recipe.
+
+    Args:
+        arguments: the command line, or a mapping of options, in which a record is a mapping.
 
     Raises:
         UserError: an unknown option or recipe, an unreadable file, a value that `config` refuses, or code that a file
             names without --allow-code.
     """
     parser, of_files = Parser(command, config, FileOptions), Parser(command, config)
-    given = parser.parse(arguments)
-    files = [dict(_options_in(Path(value), of_files)) for name, value in given if name == "config"]
-    chosen = [value for name, value in given if name == "recipe"][-1:]
+    given = list(parser.checked(arguments)) if isinstance(arguments, Mapping) else parser.parse(arguments)
+    files = [dict(_options_in(Path(value), of_files)) for name, value in given if name == "config" and value]
+    chosen = [value for name, value in given if name == "recipe" and value][-1:]
     chosen += [options["recipe"] for options in files if options.get("recipe")]
     recipes = [dict(of_files.checked(recipe(name))) for name in chosen[:1]]
     values = parser.merged([*(option for layer in (*recipes, *files) for option in layer.items()), *given])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from rich import box
@@ -38,8 +39,13 @@ class Terminal(Console):
         return super().render_str("\n".join(map(one_line, text.split("\n"))), **options)
 
 
+def shows_bars(console: Console) -> bool:
+    """Whether a line can be written over: on a terminal, and in a notebook whose widgets are installed."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+
+
 class TrainingProgress:
-    """Shows how far training is: a bar on a terminal, else a line every ten seconds."""
+    """Shows how far training is: a bar on a terminal and in a notebook, else a line every ten seconds."""
 
     def __init__(self, console: Console, total: int, done: int) -> None:
         self.console = console
@@ -53,7 +59,7 @@ class TrainingProgress:
             TextColumn("{task.fields[rate]:.0f} examples/s, loss {task.fields[loss]:.3f}, left", markup=False),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not shows_bars(console),
             transient=True,
         )
         self.task = self.bar.add_task("training", total=total, completed=done, rate=0.0, loss=float("nan"))
@@ -93,7 +99,7 @@ class InferenceProgress:
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             console=console,
-            disable=not (live and console.is_terminal),
+            disable=not (live and shows_bars(console)),
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,

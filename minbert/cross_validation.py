@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import escape
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -19,13 +19,54 @@ from minbert.files.atomic import write_atomically, write_json, writing
 from minbert.files.schema_checks import FORMAT
 from minbert.runs.resume import LENGTH, resumed
 from minbert.runs.run_directory import Run
+from minbert.training.callbacks import Callbacks
 from minbert.training.loop import train
 
 SPLITS = ("dev", "test")
 FINISHED = ("dev", "test", "best_epoch", "steps", "stopped_early")  # of a fold's summary.json in folds.json
 
 
-def cross_validate(config: TrainConfig, console: Console, group: ProcessGroup) -> dict[str, Any]:
+class CrossValidation:
+    """The runs of all folds, and the table of their scores: the directory that `cross_validate` writes.
+
+    Attributes:
+        path: the directory.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs that are there, by fold."""
+        folds = sorted(int(path.name[5:]) for path in self.path.glob("fold-*") if path.name[5:].isdecimal())
+        return [Run(fold_directory(self.path, fold)) for fold in folds]
+
+    def summary(self) -> dict[str, Any]:
+        """The folds' scores with their mean and deviation, as folds.json has them; nothing while a fold goes on.
+
+        Raises:
+            UserError: a file of a run is damaged.
+        """
+        summaries = {fold: run.summary() for fold, run in enumerate(self.runs, 1)}
+        return summarize(summaries) if len(summaries) > 1 and all(summaries.values()) else {}
+
+    def __repr__(self) -> str:
+        return f"CrossValidation({str(self.path)!r}, {len(self.runs)} runs)"
+
+    def _repr_html_(self) -> str:
+        record = self.summary()
+        if not record:
+            return str(escape(self))
+        names, rows = table(record)
+        lines = ["".join(f"<th>{escape(name)}</th>" for name in names)]
+        lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def cross_validate(
+    config: TrainConfig, console: Console, group: ProcessGroup, callbacks: Callbacks | None = None
+) -> dict[str, Any]:
     """Train the run of every fold, OUT/fold-1 and so on; write OUT/folds.json and folds.md, and show them.
 
     Each run has its fold as dev split (`minbert.data.Folds`), and chooses its best epoch by it. A test split is the
@@ -33,8 +74,9 @@ def cross_validate(config: TrainConfig, console: Console, group: ProcessGroup) -
     --steps or --patience are others now.
 
     Args:
-        config: with `folds`, and without `fold`.
+        config: with `folds` and `out`, and without `fold`.
         group: the processes that train together, each of which calls this.
+        callbacks: of each run; to stop one goes on with the next.
 
     Returns:
         the content of folds.json; nothing on other ranks than the first.
@@ -43,7 +85,8 @@ def cross_validate(config: TrainConfig, console: Console, group: ProcessGroup) -
         UserError: as of `train`, or a directory that holds something else.
     """
     assert config.folds is not None
-    out = Path(group.broadcast_object(config.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"))
+    assert config.out is not None
+    out = Path(config.out)
     folds = range(1, config.folds + 1)
     if group.is_main:
         _check_usable(out, config, folds)
@@ -54,7 +97,7 @@ def cross_validate(config: TrainConfig, console: Console, group: ProcessGroup) -
         begun, finished = group.broadcast_object((begun, group.is_main and begun and has_finished(of_fold)))
         console.rule(f"fold {fold} of {config.folds}{', which has finished' if finished else ''}", align="left")
         if not finished:
-            train(of_fold.replace(resume=begun), console, group)
+            train(of_fold.replace(resume=begun), console, group, callbacks)
     if not group.is_main:
         return {}
     record = summarize({fold: Run(fold_directory(out, fold)).summary() for fold in folds})

@@ -9,12 +9,16 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from minbert import kernels
 from minbert.errors import UserError
 from minbert.kernels.dispatch import too_old
+
+MALLOPT = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # malloc.h
+LARGEST_THRESHOLD = 2**25  # bytes; the largest that glibc raises its mmap_threshold to by itself on 64 bits
 
 try:
     import resource
@@ -87,11 +91,34 @@ def keep_freed_memory() -> None:
 
     For the whole process and for good: it is for the commands to call, not for a library.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # malloc.h
-        mallopt(trim_threshold, -1)  # never give back
-        mallopt(mmap_max, 0)  # no allocation of its own pages
+    _set_malloc(trim_threshold=-1, mmap_max=0)  # never give back; no allocation of its own pages
+
+
+@contextmanager
+def freed_memory_kept(device: torch.device) -> Iterator[None]:
+    """`keep_freed_memory` in this block, on a CPU. Afterwards what is free is given back.
+
+    glibc does not tell its options. It raises two thresholds itself up to the values that are set afterwards, as
+    programs that free large tensors have them.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    keep_freed_memory()
+    try:
+        yield
+    finally:
+        _set_malloc(trim_threshold=2 * LARGEST_THRESHOLD, mmap_threshold=LARGEST_THRESHOLD, mmap_max=65536, trim=True)
+
+
+def _set_malloc(*, trim: bool = False, **options: int) -> None:
+    """Set options of glibc's malloc, and with `trim` give back what is free; nothing where there is another malloc."""
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        for name, value in options.items():
+            libc.mallopt(MALLOPT[name], value)
+        if trim:
+            libc.malloc_trim(0)
 
 
 def describe(device: torch.device, precision: str) -> str:

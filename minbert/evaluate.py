@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     device = resolve_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
-    choose_kernels(config, warnings)
+    choose_kernels(config, warnings.print)
     model, tokenizer = load_model(run.path / options.checkpoint, config, device)
     console.print(f"{run.path}/{options.checkpoint} on {describe(device, config.precision)}")
     limit = config.max_length or model.encoder.config.max_position_embeddings

@@ -10,19 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from minbert import kernels
 from minbert.config import TASKS_FILE, TrainConfig
 from minbert.data import Encoded, token_budget_batches
+from minbert.data.packing import Packed
 from minbert.data.tokenizer import Tokenizer
 from minbert.device import resolve_precision
 from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.files.atomic import readable, verify
 from minbert.files.hub import TOKENIZER
-from minbert.methods.task_gradients import substituted
 from minbert.model import Encoder, MultitaskModel, load_heads
 from minbert.model.weights import WEIGHTS_FILE
 from minbert.runs.checkpoint import HEADS_FILE, check_fits, load_tasks
@@ -34,27 +33,37 @@ TOKENS_PER_BATCH = 8192
 READ = (WEIGHTS_FILE, HEADS_FILE, TASKS_FILE, *TOKENIZER)  # of a checkpoint
 
 
-@contextmanager
-def prepared(model: MultitaskModel) -> Iterator[None]:
-    """Let the evaluation of the model in this block, without gradients, read weights that are cast once.
+def prepare(model: MultitaskModel) -> None:
+    """Let evaluation of the model, without gradients, read weights that are cast once; it is for nothing else then.
 
-    Outside it each product casts its weight. Where compiled code runs all layers in one call, it gets them packed
+    Otherwise each product casts its weight. Where compiled code runs all layers in one call, it gets them packed
     (`kernels.encoder_layers`); elsewhere they are packed for the library of matrix products, if that allows it. A
-    change of the parameters in the block may not be seen in it.
+    later change of the parameters may not be seen.
     """
     encoder, dtype = model.encoder, model.encoder.compute_dtype
     head_dim = encoder.config.hidden_size // encoder.config.num_attention_heads
     runs = kernels.backends(encoder.embeddings.norm.weight.device, dtype=dtype, head_dim=head_dim)
     if runs["encoder_layers"] == "native":
         encoder.packed_layers = encoder.pack_layers()
-        try:
-            yield
-        finally:
-            encoder.packed_layers = None
         return
     read = cast_once(encoder)
-    with substituted(encoder, lambda param: read.get(param, param)):
+    for module in encoder.modules():
+        for name, param in module._parameters.items():
+            if param in read:
+                module._parameters[name] = read[param]
+
+
+@contextmanager
+def prepared(model: MultitaskModel) -> Iterator[None]:
+    """`prepare` for the length of a `with` block."""
+    before = [(module._parameters, dict(module._parameters)) for module in model.encoder.modules()]
+    prepare(model)
+    try:
         yield
+    finally:
+        model.encoder.packed_layers = None
+        for parameters, own in before:
+            parameters.update(own)
 
 
 def cast_once(encoder: Any) -> dict[Tensor, Any]:
@@ -68,7 +77,6 @@ def cast_once(encoder: Any) -> dict[Tensor, Any]:
     return read
 
 
-@torch.inference_mode()
 def head_outputs(
     model: MultitaskModel,
     task: Task,
@@ -77,20 +85,44 @@ def head_outputs(
     group: ProcessGroup | None = None,
     count: Callable[[int, int], object] | None = None,
 ) -> np.ndarray:
-    """A task's head outputs for every example in order, float32 [n, C] or [n], in evaluation mode.
+    """A task's head outputs for every example in order, float32 [n, C] or [n]; arguments as of `in_batches`."""
+    name = task.head_of or task.name
+    return in_batches(model, encoded, device, lambda packed, n: model(packed, {name: n})[name], group, count)
+
+
+def embeddings(model: MultitaskModel, encoded: Encoded, device: torch.device, pooling: str) -> np.ndarray:
+    """The encoder's pooled vector of every sequence in order, float32 [n, D], for examples of one sequence each.
+
+    Raises:
+        ValueError: unknown pooling, or `pooler` for an encoder without one.
+    """
+    encoder = model.encoder
+    return in_batches(model, encoded, device, lambda packed, n: encoder.pool(encoder(packed), packed, pooling))
+
+
+@torch.inference_mode()
+def in_batches(
+    model: MultitaskModel,
+    encoded: Encoded,
+    device: torch.device,
+    compute: Callable[[Packed, int], Tensor],
+    group: ProcessGroup | None = None,
+    count: Callable[[int, int], object] | None = None,
+) -> np.ndarray:
+    """What the model computes of every example, float32, in order; in evaluation mode.
 
     Args:
+        compute: a row for each example of a batch, from its packed stream and its number of examples.
         group: who shares the work, all of them with the same model.
         count: called with the numbers of examples and tokens of each batch after it.
     """
     group = group or ProcessGroup()
-    training, name = model.training, task.head_of or task.name
+    training = model.training
     model.eval()
     outputs: list[np.ndarray] = []
     order: list[np.ndarray] = []
     for indices in token_budget_batches(encoded.lengths, TOKENS_PER_BATCH)[group.rank :: group.world_size]:
-        output = model(encoded.pack(indices).to(device), {name: len(indices)})[name]
-        outputs.append(output.float().cpu().numpy())
+        outputs.append(compute(encoded.pack(indices).to(device), len(indices)).float().cpu().numpy())
         order.append(indices)
         if count is not None:
             count(len(indices), int(encoded.lengths[indices].sum()))
@@ -151,18 +183,19 @@ def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[M
     tasks = load_tasks(path, config.chosen_tasks(config.tasks or []))
     check_fits(encoder.config, tokenizer, tasks, config.max_length, path)
     encoder.compute_dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
-    model = MultitaskModel(encoder, tasks, pooling=config.pooling, shared_layer=config.shared_layer)
+    with torch.random.fork_rng(devices=[]):  # new heads draw from torch's generator, and are then filled
+        model = MultitaskModel(encoder, tasks, pooling=config.pooling, shared_layer=config.shared_layer)
     load_heads(model, path / HEADS_FILE)
     return model.to(device).eval(), tokenizer
 
 
-def choose_kernels(config: TrainConfig, warnings: Console) -> None:
+def choose_kernels(config: TrainConfig, warn: Callable[[str], object]) -> None:
     """Compute as the run did, or say where that is not possible."""
     kernels.set_backend(config.backend)
     try:
         kernels.set_matmul(config.matmul)
     except ValueError as error:
-        warnings.print(f"the run multiplied by another library, so outputs may differ in their last digits: {error}")
+        warn(f"the run multiplied by another library, so outputs may differ in their last digits: {error}")
 
 
 def run_tasks(config: TrainConfig, names: Sequence[str] | None) -> list[Task]:

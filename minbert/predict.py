@@ -12,13 +12,13 @@ from typing import Any, Literal, TextIO
 
 from minbert import cli
 from minbert.console import InferenceProgress, Terminal
-from minbert.data import Skipped, encode, read_windows, refuse_skipped, skipped_rows
+from minbert.data import Skipped, read_windows, refuse_skipped, skipped_rows
 from minbert.data.encoded import TokenWarnings
 from minbert.data.skipped import SHOWN, format_skipped, skipped_lines_of_file
 from minbert.device import keep_freed_memory, resolve_device
 from minbert.files.atomic import replacing, writing
-from minbert.inference import choose_kernels, head_outputs, load_model, prepared, run_tasks, with_thresholds_of
-from minbert.model import pair_encoding
+from minbert.inference import run_tasks
+from minbert.predictor import Predictor
 from minbert.runs.predictions import format_header, format_rows
 from minbert.runs.run_directory import Run
 
@@ -68,19 +68,15 @@ def main(arguments: Sequence[str]) -> int:
             refuse_skipped(examples.skipped)
     windows = read_windows(options.input, task, WINDOW, option="--input")
     first = next(windows)
-    device = resolve_device(options.device)
-    if device.type == "cpu":
+    if resolve_device(options.device).type == "cpu":
         keep_freed_memory()
-    choose_kernels(config, console)
-    model, tokenizer = load_model(run.path / options.checkpoint, config, device)
-    limit = config.max_length or model.encoder.config.max_position_embeddings
-    task = with_thresholds_of(model, task)
-    warnings, skipped, has_header = TokenWarnings(limit), SkippedRows(task.name, options.skipped), False
+    predictor = Predictor(run.path / options.checkpoint, config, options.device, console.print)
+    task, warnings = predictor.task(options.task), TokenWarnings(predictor.max_length)
+    skipped, has_header = SkippedRows(task.name, options.skipped), False
     live = options.output is not None or not sys.stdout.isatty()
     with (
         skipped,
         results_file(options.output) as results,
-        prepared(model),
         InferenceProgress(console, live=live) as progress,
     ):
         for examples in itertools.chain([first], windows):
@@ -89,9 +85,8 @@ def main(arguments: Sequence[str]) -> int:
                 refuse_skipped(examples.skipped)
             if not len(examples):
                 continue
-            encoded = encode(examples, tokenizer, limit, pair_encoding=pair_encoding(task), cached=False)
+            encoded, outputs = predictor.outputs(task, examples, progress.add)
             warnings.add(encoded)
-            outputs = head_outputs(model, task, encoded, device, count=progress.add)
             header = "" if has_header else format_header(task, outputs)
             results.write(header + "".join(format_rows(task, encoded.ids, outputs)))
             results.flush()

@@ -1,41 +1,126 @@
-"""Fine-tune on several tasks at once: `minbert train`. The training loop is minbert/training/loop.py."""
+"""Fine-tune on several tasks at once: `minbert train`, and `minbert.fit` from Python.
+
+The training loop is minbert/training/loop.py.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from minbert import cli
 from minbert.config import TrainConfig
 from minbert.console import Terminal
-from minbert.cross_validation import cross_validate, has_begun
-from minbert.device import keep_freed_memory, resolve_device
+from minbert.cross_validation import CrossValidation, cross_validate, has_begun
+from minbert.device import freed_memory_kept, resolve_device
 from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
+from minbert.runs.run_directory import Run
+from minbert.training.callbacks import Callbacks, EpochInfo, StepInfo
 from minbert.training.loop import train
 from minbert.training.stop_signal import Stopped
 
 
 def main(arguments: Sequence[str]) -> int:
-    config = restarted(cli.parse_layers("train", TrainConfig, arguments))
-    device = resolve_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     try:
-        with ProcessGroup.join(device, config.timeout) as group:
-            start(config, Terminal(quiet=not group.is_main), group)
+        train_here(cli.parse_layers("train", TrainConfig, arguments))
     except Stopped as stopped:
         return 128 + stopped.number
     return 0
 
 
-def start(config: TrainConfig, console: Console, group: ProcessGroup) -> dict[str, Any]:
+def fit(
+    config: TrainConfig | None = None,
+    /,
+    *,
+    on_step: Callable[[StepInfo], object] | None = None,
+    on_epoch: Callable[[EpochInfo], object] | None = None,
+    quiet: bool = False,
+    **options: Any,
+) -> Run | CrossValidation:
+    """Train a run, as `minbert train` does.
+
+        run = minbert.fit(recipe="pcgrad", data="DIR", out="runs/first", smart={"lambda_s": 0})
+
+    The process is left as it was. One run at a time trains in a process, on any thread: kernels and threads are chosen
+    for all of it. With a `resume=True` a run that was stopped goes on. Processes that torchrun started all call this,
+    and train together.
+
+    Args:
+        config: all options at once, in place of `options`.
+        on_step, on_epoch: called after each step, and after each epoch is scored and saved. One that returns True stops
+            the run: the epoch is scored as far as it went, and the run ends whole, as with `patience`. After an error
+            in one, which is raised here, the run can be resumed. Of several processes the first calls them.
+        quiet: print nothing.
+        options: those of the command, by the names of `TrainConfig`'s fields, `config` (a file of options) among them.
+            They stand over that file, and the file over `recipe`. An option of several parts is a dictionary.
+
+    Returns:
+        the run; with `folds` (and no `fold`) the runs of all folds.
+
+    Raises:
+        UserError: bad input, a disk that refuses to be written, or a loss that stays non-finite.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came, on the main thread; the run can be resumed.
+        RankLost: another process ended or was silent.
+    """
+    if config is None:
+        config = cli.parse_layers("train", TrainConfig, plain(options))
+    elif not isinstance(config, TrainConfig):
+        raise UserError(f"fit: expected a TrainConfig or options by name, got {type(config).__name__}")
+    elif options:
+        raise UserError(f"fit: give {', '.join(options)} to the TrainConfig; its replace() makes another one")
+    return train_here(config, Callbacks(on_step, on_epoch), quiet=quiet)
+
+
+def train_here(
+    config: TrainConfig, callbacks: Callbacks | None = None, *, quiet: bool = False
+) -> Run | CrossValidation:
+    """`start` in this process alone, or in the group of those that torchrun started."""
+    config = restarted(config)
+    device = resolve_device(config.device)
+    with freed_memory_kept(device), ProcessGroup.join(device, config.timeout) as group:
+        config = config.replace(out=group.broadcast_object(config.out or new_run()))
+        found = start(config, Terminal(quiet=quiet or not group.is_main), group, callbacks)
+        group.broadcast_object("written")
+    return found
+
+
+def start(
+    config: TrainConfig, console: Console, group: ProcessGroup, callbacks: Callbacks | None = None
+) -> Run | CrossValidation:
     """Train a run, or with --folds and no --fold the runs of all folds; raises as `train` does."""
-    several = config.folds is not None and config.fold is None
-    return cross_validate(config, console, group) if several else train(config, console, group)
+    assert config.out is not None
+    if config.folds is not None and config.fold is None:
+        cross_validate(config, console, group, callbacks)
+        return CrossValidation(config.out)
+    train(config, console, group, callbacks)
+    return Run(config.out)
+
+
+def plain(value: Any) -> Any:
+    """An option's value as a file of options would give it: no paths, tuples, numbers of NumPy or records."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else os.fspath(value) if isinstance(value, Path) else value
+
+
+def new_run() -> str:
+    """A directory for a run without --out: runs/<date>-<time>, with a number where that one is there."""
+    name = f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(each for each in names if not Path(each).exists())
 
 
 def restarted(config: TrainConfig) -> TrainConfig:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minbert import cli, evaluate, predict, train
-from minbert.console import Terminal, TrainingProgress, data_table, score_table
+from minbert.console import InferenceProgress, Terminal, TrainingProgress, data_table, score_table
 from minbert.errors import UserError, one_line
 from minbert.report import __main__ as report
 from minbert.tasks import TASKS
@@ -106,6 +106,20 @@ def test_the_progress_bar_has_no_markup():
     with TrainingProgress(Terminal(), 2, 0) as display:
         display.update(1, "epoch [/1]", 1.0, 0.5)
         assert all(not getattr(column, "markup", False) for column in display.bar.columns)
+
+
+@pytest.mark.parametrize(
+    ("where", "installed", "shown"),
+    [("terminal", False, True), ("notebook", True, True), ("notebook", False, False), ("file", True, False)],
+)
+def test_a_bar_is_shown_where_it_can_be_written_over(where, installed, shown, monkeypatch):
+    """In a notebook by a widget; without widgets it would be a warning and a new line each time."""
+    console = Terminal()
+    monkeypatch.setattr(console, "_force_terminal", where == "terminal")
+    monkeypatch.setattr(console, "is_jupyter", where == "notebook")
+    monkeypatch.setattr("minbert.console.find_spec", lambda name: object() if installed else None)
+    assert TrainingProgress(console, 2, 0).bar.disable == (not shown)
+    assert InferenceProgress(console, 2).bar.disable == (not shown)
 
 
 def test_an_error_is_one_line_whatever_is_in_it(monkeypatch, capsys):

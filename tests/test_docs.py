@@ -33,7 +33,7 @@ from minbert.replay import ReplayConfig
 from minbert.report.__main__ import ReportConfig
 from minbert.reproduce import ReproduceConfig
 from minbert.runs.metrics_log import FIELDS
-from minbert.runs.predictions import Prediction
+from minbert.runs.predictions import PredictedExample
 from minbert.runs.progress_counters import Progress
 from minbert.runs.resume import LENGTH, ROUNDING, WITHOUT_EFFECT, flat
 from minbert.runs.scores import SINCE, SUMMARY
@@ -215,7 +215,7 @@ def test_the_fields_on_the_page_are_those_of_the_schemas():
         "metrics.jsonl": [*FIELDS, "dev"],
         "summary.json": [*SUMMARY, *SINCE, "format", "dev", "test"],
         "progress.json": [*Progress().to_json()],
-        "predictions": [field.name for field in dataclasses.fields(Prediction)],
+        "predictions": [field.name for field in dataclasses.fields(PredictedExample)],
         "skipped.jsonl": [field.name for field in dataclasses.fields(SkippedRow)],
     }
     for name, expected in names.items():

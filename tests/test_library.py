@@ -8,6 +8,7 @@ import threading
 from unittest.mock import patch
 
 import pytest
+import sklearn.metrics  # noqa: F401 (which sets variables of the environment when it is imported first)
 import torch
 from compare_runs import assert_equal_runs
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minbert import evaluate, predict, train
+from minbert import evaluate, predict, predictor, train
 from minbert.data import formats, read_windows
 from minbert.errors import UserError
 from minbert.files.atomic import MANIFEST
@@ -72,13 +72,13 @@ def test_windows_give_what_the_whole_input_gives(run, tmp_path, monkeypatch, cap
     assert predict.main(options) == 0
     whole = capsys.readouterr()
     sizes = []
-    encode = predict.encode
+    encode = predictor.encode
 
     def noting(examples, *arguments, **keywords):
         sizes.append(len(examples))
         return encode(examples, *arguments, **keywords)
 
-    monkeypatch.setattr(predict, "encode", noting)
+    monkeypatch.setattr(predictor, "encode", noting)
     monkeypatch.setattr(predict, "WINDOW", 2)
     assert predict.main(options) == 0
     parts = capsys.readouterr()

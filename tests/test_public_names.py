@@ -12,13 +12,18 @@ from minbert import train
 from minbert.config import TrainConfig
 from minbert.data.packing import pack
 from minbert.data.tokenizer import Tokenizer
+from minbert.errors import UserError
 from minbert.methods.surgery import pcgrad_weights
 from minbert.model import Encoder, MultitaskModel
+from minbert.predictor import Prediction, Predictor, load
+from minbert.runs.run_directory import Run
 from minbert.tasks import Task
+from minbert.training.callbacks import EpochInfo, StepInfo
 from minbert.training.optimizer import AdamW
 
-NAMES = {each.__name__: each for each in (AdamW, Encoder, MultitaskModel, Task, Tokenizer, TrainConfig)}
-NAMES |= {"pack": pack, "pcgrad_weights": pcgrad_weights}
+CLASSES = (AdamW, Encoder, EpochInfo, MultitaskModel, Prediction, Predictor, Run, StepInfo)
+CLASSES += (Task, Tokenizer, TrainConfig, UserError)
+NAMES = {each.__name__: each for each in (*CLASSES, train.fit, load, pack, pcgrad_weights)}
 
 
 def fresh(code: str) -> str:

@@ -21,7 +21,6 @@ from minbert.config import TrainConfig
 from minbert.errors import UserError
 from minbert.recipes import paper, papers
 from minbert.report import paper_table
-from minbert.report.training_history import flat_scores
 from minbert.reproduce import FILES
 from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS
@@ -119,8 +118,8 @@ def test_a_row_of_each_paper_trains_a_real_encoder_on_real_data(row, real, tmp_p
     needs = [f"--{FILES[need]}={files[need]}" for need in paper(row[:3]).rows[row[4:]].needs]
     with patch("minbert.training.training_run.write_report"):
         assert train.main([f"--recipe={row}", *real, *needs, "--steps=1", f"--out={tmp_path / 'run'}"]) == 0
-    dev = Run(tmp_path / "run").summary()["dev"]
-    assert all(math.isfinite(score) for score in (*flat_scores(dev).values(), dev["overall"]))
+    (epoch,) = Run(tmp_path / "run").epochs()
+    assert all(math.isfinite(score) for score in (*epoch.scores.values(), epoch.overall))
 
 
 def test_a_sweep_shows_the_published_figures_beside_ours(sweep, in_process, tmp_path, capsys):

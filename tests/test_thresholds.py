@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 
 from minbert import evaluate, predict, train
 from minbert.errors import UserError
-from minbert.runs.predictions import Prediction
+from minbert.runs.predictions import PredictedExample
 from minbert.runs.run_directory import Run
 
 OPTIONS = ["--tasks=tags,topics", "--epochs=3", "--epoch-length=2", "--lr=1e-3", "--recipe=plain"]
@@ -42,7 +42,7 @@ def thresholds(checkpoint: Path) -> list[float] | None:
     return tasks["tags"].get("thresholds")
 
 
-def predictions(run: Run, split: str) -> list[Prediction]:
+def predictions(run: Run, split: str) -> list[PredictedExample]:
     (task,) = run.config().chosen_tasks(["tags"])
     found = run.predictions(task, split)
     assert found

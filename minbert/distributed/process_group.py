@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ from torch import Tensor
 from minbert.distributed import collectives
 from minbert.distributed.liveness import Liveness, RankLost, first_sentence
 from minbert.errors import UserError
+
+_groups = itertools.count()  # those that this process joined
 
 
 @dataclass
@@ -86,8 +89,9 @@ class ProcessGroup:
     def _initialize(self, timeout: timedelta) -> None:
         try:
             store, self.rank, self.world_size = next(dist.rendezvous("env://", timeout=timeout))
-            # After a restart the store may be the same, with the keys of the processes before.
-            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            # After a restart, and for a further group, the store may be the same, with the keys of those before.
+            start = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}, group {next(_groups)}"
+            store = dist.PrefixStore(start, store)
             self.liveness = Liveness(store, self.rank, self.world_size)
             dist.init_process_group(
                 self.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout

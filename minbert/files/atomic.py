@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from minbert.errors import UserError
+from minbert.files import MANIFEST
 from minbert.files.json_yaml import read_json, short
 
-MANIFEST = "manifest.json"
 BLOCK = 1 << 24  # bytes written at once
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Windows opens no directories, other systems only readable ones; some network file systems sync no directories.

@@ -20,7 +20,7 @@ from minbert.errors import UserError, one_line
 
 OPTIONS_LIMIT = 2**18  # bytes of a YAML file
 OBJECT_LIMIT = 2**24  # of a JSON file
-VOCABULARY_LIMIT = 2**26  # of vocab.txt and tokenizer.json
+VOCABULARY_LIMIT = 2**26  # of vocab.txt, tokenizer.json and report.html
 LINES_LIMIT = 2**28  # of a file with a JSON object on each line
 LINE_LIMIT = 2**20  # of such a line
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from minbert.report.html_page import write_page
 from minbert.report.training_charts import palette, training_figures
-from minbert.report.training_history import epochs, options
+from minbert.report.training_history import options
+from minbert.runs.epochs import epochs
 from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS, Task
 from minbert.tasks.task import ERRORS, METRICS

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from minbert.errors import one_line
-from minbert.runs.predictions import Prediction, label_text
+from minbert.runs.predictions import PredictedExample, label_text
 from minbert.tasks import Task, metrics
 from minbert.tasks.task import SCORE_TOP
 
@@ -41,7 +41,7 @@ class Example:
     1, one for each class.
     """
 
-    prediction: Prediction
+    prediction: PredictedExample
     texts: tuple[str, ...] = ()
 
     @property
@@ -61,7 +61,7 @@ class Example:
 
     @property
     def off_by(self) -> float:
-        """Prediction less label; for a multi-label task how many classes are wrong."""
+        """PredictedExample less label; for a multi-label task how many classes are wrong."""
         return len(self.wrong) if isinstance(self.label, list) else self.predicted - self.label
 
     @property

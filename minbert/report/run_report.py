@@ -19,6 +19,7 @@ from minbert.report.svg_charts import NAMED, confusion_map, scatter
 from minbert.report.training_charts import gradient_figures, palette, training_figures
 from minbert.report.training_history import Record
 from minbert.runs.checkpoint import load_tasks
+from minbert.runs.epochs import epochs
 from minbert.runs.predictions import label_text
 from minbert.runs.run_directory import Run
 from minbert.tasks import Task
@@ -56,7 +57,7 @@ def write_report(run: Run, data: str | None = None, tasks_file: str | None = Non
         method=method(config),
         summary=summary,
         headline=headline(tasks, records, summary),
-        epochs=training_history.epochs(records),
+        epochs=epochs(records),
         training=training_figures(records, colours),
         gradients=gradient_figures(records, colours),
         phases=training_history.phases(records),
@@ -102,13 +103,13 @@ class Card:
 
 def headline(tasks: Sequence[Task], records: Sequence[Record], summary: dict[str, Any]) -> list[Card]:
     """The scores, overall and of each task, at the best epoch (in an unfinished run, at the last one)."""
-    epochs = training_history.epochs(records)
-    if not epochs:
+    scored = epochs(records)
+    if not scored:
         return []
-    number = summary["best_epoch"] if summary else len(epochs)
-    if number > len(epochs):
-        raise UserError(f"the best epoch is {number}, but metrics.jsonl has {len(epochs)}; restore it from a copy")
-    best = epochs[number - 1]
+    number = summary["best_epoch"] if summary else len(scored)
+    if number > len(scored):
+        raise UserError(f"the best epoch is {number}, but metrics.jsonl has {len(scored)}; restore it from a copy")
+    best = scored[number - 1]
     cards = [Card("Overall", "mean of the tasks", best.overall)]
     for task in tasks:
         if scores := best.metrics.get(task.name):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from minbert.report.svg_charts import Figure, heat_map, line_chart
-from minbert.report.training_history import Points, Record, curves, epochs, grid
+from minbert.report.training_history import Points, Record, curves, grid
+from minbert.runs.epochs import epochs
 from minbert.runs.run_directory import Run
 
 SERIES = 6  # colours that the style sheet has for lines

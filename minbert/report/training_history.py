@@ -1,8 +1,8 @@
-"""The records of metrics.jsonl as curves, grids, phases and epochs; and the options of a run, beside their defaults."""
+"""The records of metrics.jsonl as curves, grids and phases; and the options of a run, beside their defaults."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -90,46 +90,6 @@ def phases(records: Sequence[Record]) -> list[Phase]:
     means = {name: sum(seconds.get(name, 0.0) for seconds in steps) / len(steps) for name in names}
     total = sum(means.values())
     return [Phase(name, mean, mean / total if total else 0.0) for name, mean in means.items()]
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """The scores and means of an epoch."""
-
-    epoch: int
-    step: int
-    losses: Mapping[str, float]  # mean training loss of each task
-    metrics: Mapping[str, Mapping[str, float]]  # dev scores of each task by metric
-    overall: float
-    conflict_rate: Mapping[str, float]  # by pair of tasks: share of the steps in which their gradients conflicted
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """Each task's first metric."""
-        return flat_scores(self.metrics)
-
-
-def epochs(records: Sequence[Record]) -> list[Epoch]:
-    """The epochs that ended, in order; of one in whose middle the run once ended, the better scores."""
-    found: dict[int, Epoch] = {}
-    for record in records:
-        if "dev" in record:
-            epoch = Epoch(
-                record["epoch"],
-                record["step"],
-                record["train_loss"],
-                {task: scores for task, scores in record["dev"].items() if task != "overall"},
-                record["dev"]["overall"],
-                record.get("conflict_rate", {}),
-            )
-            before = found.setdefault(epoch.epoch, epoch)
-            found[epoch.epoch] = max(before, epoch, key=lambda each: each.overall)
-    return list(found.values())
-
-
-def flat_scores(dev: Mapping[str, Any]) -> dict[str, float]:
-    """Each task's score, from `{task: {metric: score}, "overall": ...}`; the overall score is left out."""
-    return {task: next(iter(scores.values())) for task, scores in dev.items() if isinstance(scores, Mapping)}
 
 
 @dataclass(frozen=True)

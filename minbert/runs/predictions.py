@@ -30,7 +30,7 @@ Label = bool | int | float | str
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictedExample:
     """What a run predicts for one example.
 
     The file has labels of the user's; `read_predictions` gives the index of a class, a score on the user's scale, or
@@ -46,7 +46,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _Line:
-    """A `Prediction` as the file has it."""
+    """A `PredictedExample` as the file has it."""
 
     id: str
     predicted: Label | list[Label]
@@ -160,7 +160,7 @@ def _decimals(task: Task) -> int:
     return max(0, 6 - math.floor(math.log10(high - low)))
 
 
-def read_predictions(directory: Path, task: Task, split: str, remedy: str) -> list[Prediction] | None:
+def read_predictions(directory: Path, task: Task, split: str, remedy: str) -> list[PredictedExample] | None:
     """What `write_predictions` wrote, in the order of the examples; None if there is no such file.
 
     Raises:
@@ -180,7 +180,7 @@ def read_predictions(directory: Path, task: Task, split: str, remedy: str) -> li
     return found
 
 
-def _checked(line: _Line, task: Task, encode: LabelEncoder) -> Prediction:
+def _checked(line: _Line, task: Task, encode: LabelEncoder) -> PredictedExample:
     expect(line.tokens >= 0, "tokens", "0 or more", line.tokens)
     predicted, label = (_read_label(getattr(line, name), name, task, encode) for name in ("predicted", "label"))
     expect(predicted is not None, "predicted", "a label", None)
@@ -191,11 +191,11 @@ def _checked(line: _Line, task: Task, encode: LabelEncoder) -> Prediction:
     if classes is not None:
         fits = not task.is_regression and len(classes) == task.num_classes and all(0 <= each <= 1 for each in classes)
         expect(fits, "probabilities", f"{task.num_classes} shares", classes)
-    return Prediction(line.id, predicted, line.tokens, label, classes)
+    return PredictedExample(line.id, predicted, line.tokens, label, classes)
 
 
 def _read_label(value: Any, name: str, task: Task, encode: LabelEncoder) -> Any:
-    """A label of the file as `Prediction` has it; None for none."""
+    """A label of the file as `PredictedExample` has it; None for none."""
     if value is None:
         return None
     if task.is_regression:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from minbert.config import TASKS_FILE, TrainConfig
 from minbert.data import Folds, SkippedRow, Source, names_hub, open_source, write_skipped
-from minbert.errors import UserError
+from minbert.errors import UserError, require_known
 from minbert.files.atomic import readable, recover, verify, write_atomically, write_json, writing
+from minbert.files.json_yaml import VOCABULARY_LIMIT, read_text
 from minbert.files.lock import LOCK, locked
 from minbert.files.schema_checks import FORMAT
+from minbert.runs.epochs import Epoch, epochs
 from minbert.runs.metrics_log import RESUME, MetricsLog
-from minbert.runs.predictions import Prediction, read_predictions
+from minbert.runs.predictions import PredictedExample, read_predictions
 from minbert.runs.progress_counters import load_progress
 from minbert.runs.resume import remarks, resumed
 from minbert.runs.scores import read_summary
@@ -30,12 +33,16 @@ BEFORE_A_RUN = (LOCK, ".config.yaml.tmp", TASKS_FILE, f".{TASKS_FILE}.tmp")
 
 
 class Run:
-    """A run directory: config.yaml, metrics.jsonl, summary.json, best/, last/, predictions/ and plots/.
+    """A run directory: config.yaml, metrics.jsonl, summary.json, report.html, best/, last/, predictions/ and plots/.
+
+    It reads what is there when it is asked, so that a run that goes on can be watched. A notebook shows its report.
 
     Args:
         writes: False for the processes of a run but the first: what would change the directory does nothing then.
 
     Attributes:
+        path: the directory.
+        best, last: its checkpoints, of the best epoch and of the last step that was saved.
         record: the options from before the run was resumed.
     """
 
@@ -207,11 +214,74 @@ class Run:
         path = self.path / "summary.json"
         return read_summary(path) if path.exists() else {}
 
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl: of steps with `loss`, and of epochs with `dev` (docs/run-directory.md).
+
+        Raises:
+            UserError: a line is damaged.
+        """
+        return self.metrics.records()
+
+    def frame(self) -> Any:
+        """`records` as a pandas DataFrame: a row for each, and a column for each number, such as `loss.sst`.
+
+        Raises:
+            UserError: pandas is not installed, or a line is damaged.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise UserError("Run.frame needs the package pandas: pip install 'minbert[notebook]'") from None
+        return pandas.json_normalize(self.records())
+
+    def epochs(self) -> list[Epoch]:
+        """The epochs that were scored on dev, in order, with their scores and mean training losses.
+
+        Raises:
+            UserError: a line of metrics.jsonl is damaged.
+        """
+        return epochs(self.records())
+
+    def scores(self, split: Literal["dev", "test"] = "dev") -> dict[str, Any]:
+        """The scores of the best epoch, `{task: {metric: score}, "overall": score}`.
+
+        Those of dev are there as soon as an epoch has ended; those of test at the end of the run, if it has labels.
+
+        Raises:
+            UserError: the split has no scores, or a file is damaged.
+        """
+        require_known("unknown split", split, ("dev", "test"))
+        found: Mapping[str, Any] | None = self.summary().get(split)
+        if found is None and split == "dev" and (scored := self.epochs()):
+            best = max(scored, key=lambda epoch: epoch.overall)
+            found = {**best.metrics, "overall": best.overall}
+        if found is None:
+            raise UserError(f"{self.path} has no scores on {split} yet, or no labels there")
+        return dict(found)
+
+    def __repr__(self) -> str:
+        try:
+            summary = self.summary()
+        except UserError:
+            summary = {}
+        state = (
+            f"best epoch {summary['best_epoch']}, overall {summary['dev']['overall']:.3f}" if summary else "unfinished"
+        )
+        return f"Run({str(self.path)!r}: {state})"
+
+    def _repr_html_(self) -> str:
+        """The report in a frame that runs no script, as a run may come from anywhere."""
+        path = self.path / "report.html"
+        if not path.exists():
+            return html.escape(repr(self))
+        page = html.escape(read_text(path, VOCABULARY_LIMIT))
+        return f'<iframe srcdoc="{page}" sandbox="" style="width: 100%; height: 40em; border: 0"></iframe>'
+
     def predictions_directory(self, subdirectory: str = "") -> Path:
         """predictions/, with those of the best epoch for the run's own data, or a directory in it for others."""
         return self.path / "predictions" / subdirectory
 
-    def predictions(self, task: Task, split: str) -> list[Prediction] | None:
+    def predictions(self, task: Task, split: str) -> list[PredictedExample] | None:
         """The predictions of the best epoch for the run's own data (`predictions.read_predictions`)."""
         remedy = f"minbert evaluate {self.path} writes it again"
         return read_predictions(self.predictions_directory(), task, split, remedy)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minbert.errors import UserError, one_line, require_known
+from minbert.files import MANIFEST
 from minbert.files.json_yaml import dump_yaml, parse_yaml, read_text, short, yaml_lines
 from minbert.files.schema_checks import FORMAT, build, without_format
 from minbert.tasks.labels import class_key
@@ -64,7 +65,7 @@ INTERNAL = ("in_overall", "evaluated", "course", "glue", "head_of")
 
 
 def read_tasks(path: str | Path) -> dict[str, Task]:
-    """The tasks of a tasks file by name, in its order.
+    """The tasks of a tasks file by name, in its order; in a checkpoint's directory their records need no files.
 
     Raises:
         UserError: the file cannot be read, or a record is wrong: one line with file and line.
@@ -80,7 +81,8 @@ def read_tasks(path: str | Path) -> dict[str, Task]:
 
 @lru_cache(maxsize=32)  # a TrainConfig reads its file each time one is made
 def _cached(path: Path, shown: str, version: tuple[int, int]) -> dict[str, Task]:
-    return parse_tasks(read_text(path, LIMIT, REMEDY), shown, path.parent)
+    of_checkpoint = (path.parent / MANIFEST).exists()
+    return parse_tasks(read_text(path, LIMIT, REMEDY), shown, path.parent, built_in=of_checkpoint)
 
 
 def parse_tasks(text: str, where: str, directory: Path, *, built_in: bool = False) -> dict[str, Task]:

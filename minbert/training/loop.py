@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from minbert.runs.resume import check_length, check_records
 from minbert.runs.run_directory import Run
 from minbert.seeds import derive_seed
 from minbert.training.arithmetic import choose_matmul, fit_for_smart
+from minbert.training.callbacks import FAILED, CallbackCalls, Callbacks, StepInfo
 from minbert.training.schedule import learning_rate_factor
 from minbert.training.setup import (
     build_data,
@@ -88,10 +88,11 @@ def training_step(trainer: Trainer, step: int, progress: float) -> PendingStep:
 def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
     """Take the steps of a run, log and save them, score every epoch; return the content of summary.json."""
     config, trainer, directory, progress = run.config, run.trainer, run.directory, run.progress
-    group, optimizer, plan = run.group, trainer.optimizer, run.plan
+    group, optimizer, plan, calls = run.group, trainer.optimizer, run.plan, run.calls
     epochs = math.ceil(plan.steps / plan.epoch_steps)
     peak_rates = [param_group["lr"] for param_group in optimizer.param_groups]
-    ahead = int(group.device.type == "cuda")  # steps that a GPU is given before the last one's results are read
+    # Steps that a GPU is given before the last results are read: none where a callback may stop the run after any step.
+    ahead = int(group.device.type == "cuda" and not calls.after_steps)
     pending: deque[tuple[int, float, int, PendingStep]] = deque()
     display = TrainingProgress(run.console, plan.steps, progress.step)
     trainer.model.train()
@@ -101,7 +102,7 @@ def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
         if (progress.step == plan.steps or progress.step % plan.epoch_steps == 0) and not run.is_scored(epoch):
             run.finish_epoch(epoch, stop)
         for step in range(progress.step, plan.steps):
-            if run.is_out_of_patience:
+            if run.is_out_of_patience or calls.asked():
                 break
             started = time.perf_counter()
             position, length = step, plan.steps
@@ -124,14 +125,17 @@ def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
                 done, its_factor, sent, pending_step = pending.popleft()
                 result = pending_step.result()
                 run.count(result, time.perf_counter() - started)
-                started = time.perf_counter()
                 epoch, rate = done // plan.epoch_steps + 1, progress.examples / progress.seconds
+                lr = its_factor * peak_rates[0]
                 if progress.step % config.log_steps == 0:
-                    record = {"lr": its_factor * peak_rates[0], **result.record(), "examples_per_second": rate}
+                    record = {"lr": lr, **result.record(), "examples_per_second": rate}
                     record |= {"bytes_sent": sent} if group.world_size > 1 else {}
                     directory.metrics.append({"step": progress.step, "epoch": epoch, **record})
                 loss = sum(progress.epoch_sums.mean_losses().values())
                 display.update(progress.step, f"epoch {epoch}/{epochs}", rate, loss)
+                if (on_step := calls.callbacks.on_step) is not None:
+                    calls.call(on_step, StepInfo(progress.step, epoch, dict(result.loss), lr, rate))
+                started = time.perf_counter()
 
             if ends_epoch and not stops:
                 run.finish_epoch(epoch, stop)
@@ -139,22 +143,32 @@ def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
                 run.save(directory.last)
             if stops:
                 raise Stopped(stops)
+        epoch = math.ceil(progress.step / plan.epoch_steps)
+        if calls.asked() != FAILED and not run.is_scored(epoch):  # a callback stopped the run within the epoch
+            run.finish_epoch(epoch, stop)
+        if calls.asked() == FAILED:
+            run.save(directory.last)
+            run.console.print(f"a callback raised an error; {directory.where_it_stands()}")
+            calls.raise_error()
     with run.report_lost_ranks():
         if stops := group.all_reduce_max(stop.number):
             raise Stopped(stops)
         return run.finish()
 
 
-def train(config: TrainConfig, console: Console, group: ProcessGroup | None = None) -> dict[str, object]:
+def train(
+    config: TrainConfig, console: Console, group: ProcessGroup | None = None, callbacks: Callbacks | None = None
+) -> dict[str, object]:
     """Train as `config` says, and return the content of summary.json.
 
     The process is left as it was: threads, kernels, torch's generator and signal handlers are those from before. Off
-    Python's main thread no signal handlers are set. `minbert.device.keep_freed_memory`, which the command calls,
-    makes steps on a CPU faster.
+    Python's main thread no signal handlers are set. `minbert.device.freed_memory_kept` makes steps on a CPU faster.
 
     Args:
+        config: with `out`.
         group: the processes that train together, each of which calls this; a single one when left out. Rank 0 writes
             and prints.
+        callbacks: of rank 0. After an error in one the run can be resumed.
 
     Raises:
         UserError: bad input, a disk that refuses to be written, or a loss that stays non-finite.
@@ -162,19 +176,21 @@ def train(config: TrainConfig, console: Console, group: ProcessGroup | None = No
         RankLost: another process ended or was silent.
     """
     group = group or ProcessGroup(device=resolve_device(config.device))
-    path = group.broadcast_object(config.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    directory = Run(path, writes=group.is_main)
+    assert config.out is not None
+    directory = Run(config.out, writes=group.is_main)
     with StopSignal() as stop, directory.opened(config.resume):
         try:
             config = group.broadcast_object(directory.options(config, console))
             with settings(config.threads, config.backend):
-                return train_steps(start(config, directory, console, group), stop)
+                return train_steps(start(config, directory, console, group, callbacks), stop)
         except Stopped:
             console.print(f"stopped; {directory.where_it_stands()}")
             raise
 
 
-def start(config: TrainConfig, directory: Run, console: Console, group: ProcessGroup) -> TrainingRun:
+def start(
+    config: TrainConfig, directory: Run, console: Console, group: ProcessGroup, callbacks: Callbacks | None = None
+) -> TrainingRun:
     """Set a run up in its directory, which is held, and restore its last checkpoint if it is resumed."""
     if config.resume:
         directory.check_seen()
@@ -203,7 +219,8 @@ def start(config: TrainConfig, directory: Run, console: Console, group: ProcessG
     if group.world_size > 1:
         sent = len(surgeries) * trainer.parameters.bytes_per_update(ema=bool(config.bregman.mu))
         console.print(f"each process sends at most {sent / 1e6:.1f} MB a step")
-    run = TrainingRun(config, data, plan, trainer, directory, console, Progress())
+    calls = CallbackCalls(callbacks or Callbacks(), group)
+    run = TrainingRun(config, data, plan, trainer, directory, console, Progress(), calls)
     if directory.record is not None:
         check_records(directory.record, data.tasks, directory.path)
     run.restore()

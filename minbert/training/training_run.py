@@ -31,6 +31,7 @@ from minbert.runs.progress_counters import EpochSums, Progress, load_progress
 from minbert.runs.run_directory import RESUME, Run
 from minbert.runs.scores import Scores
 from minbert.tasks.metrics import overall
+from minbert.training.callbacks import CallbackCalls, EpochInfo
 from minbert.training.setup import TrainingData
 from minbert.training.step_result import StepResult
 from minbert.training.stop_signal import Stopped, StopSignal
@@ -50,6 +51,7 @@ class TrainingRun:
     directory: Run
     console: Console
     progress: Progress
+    calls: CallbackCalls
 
     @property
     def group(self) -> ProcessGroup:
@@ -180,6 +182,9 @@ class TrainingRun:
         if progress.scores.add(epoch, scores, data.tasks):
             self.save(directory.best)
         self.save(directory.last)
+        if (on_epoch := self.calls.callbacks.on_epoch) is not None:
+            copied = {name: dict(of_task) for name, of_task in scores.items()}
+            self.calls.call(on_epoch, EpochInfo(epoch, progress.step, copied, total, losses))
 
     def _as_loaded(self, param: nn.Parameter) -> Tensor:
         """A parameter as a model that is loaded from a checkpoint reads it, which rounds the ties of bf16 to even."""
@@ -209,10 +214,12 @@ class TrainingRun:
         config, data, directory, progress, group = self.config, self.data, self.directory, self.progress, self.group
         stopped_early = progress.step < self.plan.steps
         if stopped_early:
-            waited = progress.scores.epochs_since_best
+            waited, ended = progress.scores.epochs_since_best, f"after step {progress.step} of {self.plan.steps}"
             self.console.print(
                 f"the overall dev score has not improved for {waited} epoch{'' if waited == 1 else 's'}: training stops"
-                f" after step {progress.step} of {self.plan.steps} (--patience {config.patience})"
+                f" {ended} (--patience {config.patience})"
+                if self.is_out_of_patience
+                else f"a callback returned True: training stops {ended}"
             )
         group.broadcast_object("saved")
         model, _ = load_model(directory.best, config, group.device)

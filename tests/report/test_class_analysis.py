@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, confusion_matrix, precision
 
 from minbert.report.class_analysis import PAIRS, class_scores, confused_pairs, confusion
 from minbert.report.error_analysis import Example, facts, groups, is_ordered, mistakes, properties, scores, shown
-from minbert.runs.predictions import Prediction
+from minbert.runs.predictions import PredictedExample
 from minbert.tasks import TASKS, Task
 
 
@@ -22,7 +22,7 @@ def own_task(type_: str, count: int = 0, **fields) -> Task:
 def examples(predicted, labels, probabilities=None) -> list[Example]:
     shares = probabilities or [None] * len(labels)
     triples = zip(predicted, labels, shares, strict=True)
-    return [Example(Prediction(str(i), one, 5, label, share)) for i, (one, label, share) in enumerate(triples)]
+    return [Example(PredictedExample(str(i), one, 5, label, share)) for i, (one, label, share) in enumerate(triples)]
 
 
 @pytest.mark.parametrize("classes", [2, 5, 77])

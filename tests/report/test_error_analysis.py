@@ -21,7 +21,7 @@ from minbert.report.error_analysis import (
     scores,
     word_overlap,
 )
-from minbert.runs.predictions import Prediction
+from minbert.runs.predictions import PredictedExample
 from minbert.tasks import TASKS
 
 
@@ -31,7 +31,7 @@ def examples(task: str, predicted: list[float], labels: list[float], texts: list
     found = []
     for i, (each, label) in enumerate(zip(predicted, labels, strict=True)):
         spread = [float(number == each) for number in range(classes)] or None
-        found.append(Example(Prediction(str(i), each, 8 + i, label, spread), texts[i] if texts else ()))
+        found.append(Example(PredictedExample(str(i), each, 8 + i, label, spread), texts[i] if texts else ()))
     return found
 
 
@@ -87,7 +87,7 @@ def test_properties_on_the_papers_own_examples():
     angry = ("What makes one angry?", "What is the one thing that makes you most angry?")
     assert [has_pronoun(text) for text in angry] == [False, True]
     pronouns = next(each for each in OF_PAIRS if each.title == "pronouns")
-    assert pronouns.cell(Example(Prediction("1", 0, 9, 1), angry))[0] == "in one"
+    assert pronouns.cell(Example(PredictedExample("1", 0, 9, 1), angry))[0] == "in one"
     assert is_negated("I think there isn’t a general answer")
     assert is_negated("it does n't work")
     assert not is_negated("nothingness, a knot and a notion")
@@ -95,18 +95,24 @@ def test_properties_on_the_papers_own_examples():
 
 def test_numbers_are_grouped_between_their_edges():
     tokens = OF_SENTENCES[0]
-    names = [tokens.group(Example(Prediction("1", 0, count, 0)))[1] for count in (9, 10, 19, 20, 160, 500)]
+    names = [tokens.group(Example(PredictedExample("1", 0, count, 0)))[1] for count in (9, 10, 19, 20, 160, 500)]
     assert names == ["below 10", "10 to 19", "10 to 19", "20 to 29", "160 or more", "160 or more"]
     difference = next(each for each in OF_PAIRS if each.title == "difference in words")
-    names = [difference.group(Example(Prediction("1", 0, 9, 0), ("a", "b " * count)))[1] for count in (1, 2, 3, 7)]
+    names = [
+        difference.group(Example(PredictedExample("1", 0, 9, 0), ("a", "b " * count)))[1] for count in (1, 2, 3, 7)
+    ]
     assert names == ["0", "1 to 2", "1 to 2", "6 or more"]
     overlap = OF_PAIRS[0]
-    assert overlap.group(Example(Prediction("1", 0, 9, 0), ("a b", "b c d e")))[1] == "below 0.25"
-    assert overlap.group(Example(Prediction("1", 0, 9, 0), ("a b", "b c")))[1] == "0.25 to below 0.5"
+    assert overlap.group(Example(PredictedExample("1", 0, 9, 0), ("a b", "b c d e")))[1] == "below 0.25"
+    assert overlap.group(Example(PredictedExample("1", 0, 9, 0), ("a b", "b c")))[1] == "0.25 to below 0.5"
 
 
 def test_mistakes_start_with_the_surest_and_the_farthest():
-    sure = [Prediction("a", 1, 9, 0, [0.4, 0.6]), Prediction("b", 1, 9, 0, [0.1, 0.9]), Prediction("c", 1, 9, 1)]
+    sure = [
+        PredictedExample("a", 1, 9, 0, [0.4, 0.6]),
+        PredictedExample("b", 1, 9, 0, [0.1, 0.9]),
+        PredictedExample("c", 1, 9, 1),
+    ]
     found = mistakes(TASKS["qqp"], [Example(each) for each in sure])
     assert [example.prediction.id for example in found] == ["b", "a"]
     assert [example.confidence for example in found] == [0.9, 0.6]

@@ -252,10 +252,10 @@ def test_a_comparison_has_columns_of_own_tasks(own, tmp_path):
 
 def test_a_thousand_classes_have_no_map_and_a_table_of_the_most_frequent(own, monkeypatch, tmp_path):
     from minbert.report import run_report
-    from minbert.runs.predictions import Prediction
+    from minbert.runs.predictions import PredictedExample
 
     task = Task("own", ("text",), "label", classes=tuple(f"class {number}" for number in range(1000)))
-    found = [Prediction(str(i), (i + i % 3) % 1000, 9, i % 1000, None) for i in range(3000)]
+    found = [PredictedExample(str(i), (i + i % 3) % 1000, 9, i % 1000, None) for i in range(3000)]
     monkeypatch.setattr(Run, "predictions", lambda self, task, split: found)
     shown = run_report.task_section(own, task, "no data")
     assert (shown["map"], shown["confusion"]) == (None, None)

@@ -13,7 +13,7 @@ from minbert import train
 from minbert.errors import UserError
 from minbert.report import __main__ as report
 from minbert.report import write_report
-from minbert.runs.predictions import Prediction
+from minbert.runs.predictions import PredictedExample
 from minbert.runs.run_directory import Run
 
 
@@ -103,7 +103,7 @@ def test_every_kind_of_run_has_one(data, tmp_path, options):
 
 def test_a_large_split_stays_small(copy, monkeypatch):
     text = "what is the way in which such a question of quite some length is asked by one and by another ? "
-    many = [Prediction(f"{i}", float(i % 2), 60, float((i + 1) % 2), [0.5, 0.5]) for i in range(10_000)]
+    many = [PredictedExample(f"{i}", float(i % 2), 60, float((i + 1) % 2), [0.5, 0.5]) for i in range(10_000)]
     monkeypatch.setattr(Run, "predictions", lambda self, task, split: many)
     pairs = [text * 10] * len(many)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minbert.report import html_page, run_report, svg_charts
-from minbert.runs.predictions import Prediction
+from minbert.runs.predictions import PredictedExample
 from minbert.runs.run_directory import Run
 from minbert.tasks import Task
 
@@ -16,7 +16,7 @@ LIMIT = 2_000_000  # bytes
 TEMPLATE = '{% import "parts.html" as parts %}{% include "task.html" %}'
 
 
-def written(task: Task, predictions: list[Prediction], path, monkeypatch) -> str:
+def written(task: Task, predictions: list[PredictedExample], path, monkeypatch) -> str:
     """The section of a task whose predictions these are."""
     monkeypatch.setattr(Run, "predictions", lambda self, task, split: predictions)
     section = run_report.task_section(Run(path), task, "no data")
@@ -31,7 +31,7 @@ def names(count: int) -> tuple[str, ...]:
 @pytest.mark.parametrize("classes", [77, 200, 1000])
 def test_many_classes_that_are_all_confused(classes, tmp_path, monkeypatch):
     labels, predicted = np.random.default_rng(0).integers(0, classes, (2, 20_000)).tolist()
-    found = [Prediction(str(i), predicted[i], 9, labels[i]) for i in range(len(labels))]
+    found = [PredictedExample(str(i), predicted[i], 9, labels[i]) for i in range(len(labels))]
     page = written(Task("own", ("text",), "label", classes=names(classes)), found, tmp_path, monkeypatch)
     assert len(page.encode()) < LIMIT
     assert ("<svg" in page) == (classes <= run_report.MOST_IN_MAP)
@@ -47,7 +47,7 @@ def test_several_labels_that_are_mostly_wrong(classes, tmp_path, monkeypatch):
     labels, predicted = (generator.random((300, classes)) < share for share in (0.02, 0.5))
     rows = zip(labels.astype(int).tolist(), predicted.astype(int).tolist(), strict=True)
     shares = np.full(classes, 0.5).tolist()
-    found = [Prediction(str(i), guess, 9, label, shares) for i, (label, guess) in enumerate(rows)]
+    found = [PredictedExample(str(i), guess, 9, label, shares) for i, (label, guess) in enumerate(rows)]
     task = Task("own", ("text",), "label", "multilabel", classes=names(classes))
     page = written(task, found, tmp_path, monkeypatch)
     assert len(page.encode()) < 2 * LIMIT
@@ -58,7 +58,7 @@ def test_several_labels_that_are_mostly_wrong(classes, tmp_path, monkeypatch):
 
 def test_labels_that_are_left_out_are_right_ones():
     task = Task("own", ("text",), "label", "multilabel", classes=names(30))
-    prediction = Prediction("1", [1] * 20 + [0] * 10, 9, [0, 1] + [1] * 18 + [1] + [0] * 9)
+    prediction = PredictedExample("1", [1] * 20 + [0] * 10, 9, [0, 1] + [1] * 18 + [1] + [0] * 9)
     true, guess = run_report._several(task, run_report.Example(prediction))
     assert (len(true.shown), true.left_out) == (run_report.SOME, 20 - run_report.SOME)
     assert [number for number, wrong in true.shown if wrong] == [20]

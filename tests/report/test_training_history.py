@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minbert.config import TrainConfig
-from minbert.report.training_history import curves, epochs, grid, options, phases, thinned
+from minbert.report.training_history import curves, grid, options, phases, thinned
+from minbert.runs.epochs import epochs
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=300), st.integers(1, 40))

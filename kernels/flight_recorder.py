@@ -122,7 +122,7 @@ def _laid_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
 
 
 class Recorder:
-    """Writes calls to a directory, and keeps the last of them.
+    """Writes calls to a directory, and keeps the last of them. A call that cannot be written is a RuntimeError.
 
     Args:
         directory: made if need be; the numbers of calls go on from those that are there.
@@ -142,7 +142,10 @@ class Recorder:
         with self._lock:
             self._number += 1
             path = self._directory / f"{self._number:06}-{op}{SUFFIX}"
-            write_call(path, Call(op, list(arguments), settings()))
+            try:
+                write_call(path, Call(op, list(arguments), settings()))
+            except (OSError, SafetensorError) as error:
+                raise RuntimeError(f"MINBERT_RECORD: {path} cannot be written ({error})") from None
             self._files.append(path)
             while len(self._files) > self._kept:
                 self._files.popleft().unlink(missing_ok=True)
@@ -184,20 +187,22 @@ def is_on() -> bool:
 def recorded(
     op: str, inputs: Callable[..., _Arguments] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate an implementation of a custom op so that its calls are recorded; without a recorder it stays itself.
+    """Decorate an implementation of a custom op so that its calls are recorded; without MINBERT_RECORD it stays itself.
 
-    A call while a CUDA graph is captured is not recorded.
+    A call while a CUDA graph is captured is not recorded. Where MINBERT_RECORD is refused, a call raises a ValueError.
 
     Args:
         inputs: gives the arguments to record, where they are not those of the op.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        if _recorder is None:
+        if _recorder is None and _refusal is None:
             return function
 
-        @functools.wraps(function)
+        @functools.wraps(function)  # torch reads the signature, whose annotations it looks up among this module's names
         def recording(*arguments: Any) -> Any:
+            if _recorder is None:
+                raise ValueError(_refusal)
             if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
                 _recorder(op, arguments if inputs is None else inputs(*arguments))
             return function(*arguments)

@@ -190,8 +190,9 @@ def notes() -> Iterator[str]:
     if usable and not kernels.native.refusal() and not kernels.native.cuda_available():
         remedy = "install minbert with MINBERT_CUDA=1 where nvcc is"
         yield f"the native extension was built without CUDA: on GPUs surgery and AdamW run in plain PyTorch; {remedy}"
-    if len(_openmp_libraries()) > 1:
-        yield f"several OpenMP libraries are loaded ({', '.join(_openmp_libraries())}); each has threads of its own"
+    if len({re.split(r"[-.]", Path(path).name)[0] for path in _openmp_libraries()}) > 1:
+        paths = ", ".join(_openmp_libraries())
+        yield f"OpenMP libraries of several kinds are loaded, each with threads of its own: {paths}"
 
 
 def checks(device: torch.device) -> Iterator[op_checks.Comparison]:

@@ -20,7 +20,7 @@ class ReplayConfig:
     was recorded with, where this machine has them.
 
     Args:
-        directory: what MINBERT_RECORD named.
+        directory: of recorded calls, which MINBERT_RECORD named.
     """
 
     directory: str

@@ -55,6 +55,25 @@ def test_without_a_recorder_an_op_is_itself() -> None:
     assert not flight_recorder.is_on()
 
 
+def test_a_call_is_recorded_before_it_runs_or_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flight_recorder, "_recorder", Recorder(tmp_path, 3))
+
+    @recorded("gram", inputs=lambda x: [x + 1])
+    def op(x: int) -> int:
+        (path,) = call_files(tmp_path)
+        assert read_call(path).arguments == [x + 1]
+        return 2 * x
+
+    assert op(4) == 8
+    monkeypatch.setattr(flight_recorder, "write_call", lambda *_: (tmp_path / "none" / "call").touch())
+    with pytest.raises(RuntimeError, match=r"MINBERT_RECORD: .*000002-gram.safetensors cannot be written \(.*No such"):
+        op(4)
+    monkeypatch.setattr(flight_recorder, "_recorder", None)
+    monkeypatch.setattr(flight_recorder, "_refusal", "MINBERT_RECORD cannot be used")
+    with pytest.raises(ValueError, match="MINBERT_RECORD cannot be used"):
+        recorded("gram")(op)(4)
+
+
 def test_what_the_environment_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("MINBERT_RECORD", raising=False)

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import itertools
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from minbert.runs.run_directory import Run
 from minbert.training.callbacks import Callbacks, EpochInfo, StepInfo
 from minbert.training.loop import train
 from minbert.training.stop_signal import Stopped
+
+_one_at_a_time = threading.RLock()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,9 +53,9 @@ def fit(
 
         run = minbert.fit(recipe="pcgrad", data="DIR", out="runs/first", smart={"lambda_s": 0})
 
-    The process is left as it was. One run at a time trains in a process, on any thread: kernels and threads are chosen
-    for all of it. With a `resume=True` a run that was stopped goes on. Processes that torchrun started all call this,
-    and train together.
+    The process is left as it was. One run at a time trains in a process, on any thread, as kernels and threads are
+    chosen for all of it: a further one waits. With `resume=True` a run that was stopped goes on. Processes that
+    torchrun started all call this, and train together.
 
     Args:
         config: all options at once, in place of `options`.
@@ -86,7 +89,7 @@ def train_here(
     """`start` in this process alone, or in the group of those that torchrun started."""
     config = restarted(config)
     device = resolve_device(config.device)
-    with freed_memory_kept(device), ProcessGroup.join(device, config.timeout) as group:
+    with _one_at_a_time, freed_memory_kept(device), ProcessGroup.join(device, config.timeout) as group:
         config = config.replace(out=group.broadcast_object(config.out or new_run()))
         found = start(config, Terminal(quiet=quiet or not group.is_main), group, callbacks)
         group.broadcast_object("written")

@@ -145,6 +145,23 @@ def test_a_run_off_the_main_thread_is_the_same(options, tmp_path):
     assert_equal_runs(tmp_path / "run", tmp_path / "other")
 
 
+def test_runs_of_two_threads_are_trained_one_after_the_other(options, tmp_path):
+    """What is chosen for the whole process is the choice of one run at a time."""
+    alone = [{**options, "seed": seed, "backend": backend} for seed, backend in ((1, "auto"), (2, "reference"))]
+    for number, each in enumerate(alone):
+        minbert.fit(**{**each, "out": tmp_path / f"alone-{number}"}, quiet=True)
+    together = [
+        threading.Thread(target=minbert.fit, kwargs={**each, "out": tmp_path / f"together-{number}", "quiet": True})
+        for number, each in enumerate(alone)
+    ]
+    for thread in together:
+        thread.start()
+    for thread in together:
+        thread.join()
+    for number in range(2):
+        assert_equal_runs(tmp_path / f"alone-{number}", tmp_path / f"together-{number}")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_as_it_stops_the_command(options, number):
     def on_step(info):

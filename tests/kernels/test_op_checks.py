@@ -81,7 +81,9 @@ def test_sparse_rows_and_other_arguments_of_updates(needs_native: None) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1 + 2e-6), (torch.bfloat16, 1.01)])
-def test_a_result_that_is_off_is_found(dtype: torch.dtype, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_is_off_is_found(
+    dtype: torch.dtype, factor: float, monkeypatch: pytest.MonkeyPatch, needs_native: None
+) -> None:
     call = Call("bias_gelu", [randn(9, 16, dtype=dtype), [randn(16, seed=1)], [0, 9]], settings())
     right = op_checks.run(call)[0].double()
     assert op_checks.compare(call).ok
@@ -89,7 +91,9 @@ def test_a_result_that_is_off_is_found(dtype: torch.dtype, factor: float, monkey
     assert not op_checks.compare(call).ok
 
 
-def test_what_is_not_finite_is_found_only_where_the_reference_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_finite_is_found_only_where_the_reference_is_finite(
+    monkeypatch: pytest.MonkeyPatch, needs_native: None
+) -> None:
     x = randn(4, 16)
     x[2] = torch.nan
     call = Call("bias_gelu", [x, [randn(16, seed=1)], [0, 4]], settings())

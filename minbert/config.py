@@ -156,7 +156,9 @@ class TrainConfig:
         max_skipped: give up after this many steps in a row with a non-finite loss or gradient.
         checkpoint_steps: steps between two checkpoints; every epoch also ends with one.
         log_steps: steps between two lines of metrics.jsonl.
-        tensorboard: whether to write the metrics for TensorBoard too, to RUN/tensorboard.
+        log_to: experiment trackers that get the metrics too, by their own clients, which their own environment
+            variables configure: tensorboard (in RUN/tensorboard), wandb, trackio, mlflow.
+        tensorboard: the same as tensorboard in --log-to.
     """
 
     COMMON: ClassVar[Sequence[str]] = (  # what --help shows
@@ -233,6 +235,7 @@ class TrainConfig:
     max_skipped: int = 10
     checkpoint_steps: int = 200
     log_steps: int = 10
+    log_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] | None = None
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -366,6 +369,11 @@ class TrainConfig:
             UserError: an unknown name, the same name twice, or no name.
         """
         return [with_head_and_loss(task, self.heads, self.losses) for task in self.find(names)]
+
+    @property
+    def trackers(self) -> list[str]:
+        """The experiment trackers that get the metrics."""
+        return [*(self.log_to or ()), *(["tensorboard"] if self.tensorboard else ())]
 
     def replace(self, **changes: Any) -> TrainConfig:
         return dataclasses.replace(self, **changes)

@@ -234,7 +234,7 @@ def test_a_run_writes_what_the_page_says(course_data, tmp_path):
     with drawing():
         assert train.main([*quick_options(data, out), "--bregman.mu=0.1"]) == 0
     names = {path.name + "/" * path.is_dir() for path in out.iterdir()}
-    assert names | {".lock", "tensorboard/", "tasks.yaml"} == {*files()}
+    assert names | {".lock", "tensorboard/", "trackers.json", "tasks.yaml"} == {*files()}
     written: dict[str, set[str]] = {
         name: {key for line in lines(out / name) for key in line} for name in ("metrics.jsonl", "skipped.jsonl")
     }

@@ -93,6 +93,7 @@ OPTIONS = {
         "max_skipped": 10,
         "checkpoint_steps": 200,
         "log_steps": 10,
+        "log_to": None,
         "tensorboard": False,
         "scratch.vocab_size": 8000,
         "scratch.hidden_size": 128,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -199,21 +198,6 @@ def test_bf16_that_rounds_the_perturbation_away_gives_way_to_fp32(quick, tmp_pat
     assert train.main([*quick, *small, "--smart.precision=same", f"--out={tmp_path / 'same'}"]) == 0
     assert "SMART will do nothing" in capsys.readouterr().out
     assert json.loads((tmp_path / "same" / "summary.json").read_text())["precision"] == "bf16"
-
-
-def test_metrics_go_to_tensorboard(quick, tmp_path):
-    loader = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="needs the extra [tensorboard]"
-    )
-    assert train.main([*quick, "--steps=2", "--tensorboard"]) == 0
-    events = loader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert {"loss/sst", "cosine/sst/qqp", "seconds/backward", "dev/overall"} <= set(events.Tags()["scalars"])
-
-
-def test_without_tensorboard_the_option_names_the_remedy(quick, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"--tensorboard needs .* pip install 'minbert\[tensorboard\]'"):
-        train.main([*quick, "--tensorboard"])
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
-"""metrics.jsonl: a line of JSON for each logged step and for each epoch; and the same for TensorBoard."""
+"""metrics.jsonl: a line of JSON for each logged step and for each epoch."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from minbert.errors import UserError
 from minbert.files.atomic import append_line, sync, write_atomically, writing
 from minbert.files.json_yaml import read_json_lines
 from minbert.files.schema_checks import checked
+from minbert.runs.experiment_trackers import Trackers
 from minbert.runs.scores import check_scores_and_overall, expect
 
 RESUME = "free some space and run the same command with --resume"
@@ -33,13 +33,15 @@ class MetricsLog:
     """The records of a run, at `path`.
 
     Args:
-        tensorboard: directory for `open_tensorboard`.
         writes: False for the processes of a run but the first: only reading does something then.
+
+    Attributes:
+        trackers: get the numbers of each line, too.
     """
 
-    def __init__(self, path: Path, tensorboard: Path, *, writes: bool = True) -> None:
-        self.path, self.tensorboard, self.writes = path, tensorboard, writes
-        self.writer: Any = None  # a SummaryWriter, or None
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self.trackers: Trackers | None = None
 
     def append(self, record: Record) -> None:
         """Write a line; numbers that are not finite become null.
@@ -51,9 +53,8 @@ class MetricsLog:
             return
         with writing(self.path, RESUME):
             append_line(self.path, json.dumps(_finite(record)))
-        if self.writer is not None:
-            for name, value in _flat(record):
-                self.writer.add_scalar(name, value, record["step"])
+        if self.trackers is not None:
+            self.trackers.log(_finite(record))
 
     def sync(self) -> None:
         """Have the disk know all lines, before a checkpoint that comes after them."""
@@ -106,23 +107,11 @@ class MetricsLog:
             problems.pop()
         return records, problems
 
-    def open_tensorboard(self, step: int) -> None:
-        """Write what `append` writes for TensorBoard too, from `step` on.
-
-        Raises:
-            UserError: tensorboard is not installed.
-        """
-        if not self.writes:
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs the package tensorboard: pip install 'minbert[tensorboard]'") from None
-        self.writer = SummaryWriter(str(self.tensorboard), purge_step=step + 1)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+    def close(self, finished: bool) -> None:
+        """Close the trackers, which may show whether the run has finished."""
+        if self.trackers is not None:
+            self.trackers.close(finished)
+            self.trackers = None
 
 
 def _checked(record: Record) -> Record:
@@ -144,12 +133,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a nested record, named by their paths."""
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value

@@ -30,7 +30,7 @@ WITHOUT_EFFECT = {  # options that change neither weights nor scores, and why
     "max_skipped": "when to stop because losses are not finite",
     "checkpoint_steps": "when to save",
     "log_steps": "what is logged",
-    "tensorboard": "what is logged",
+    **dict.fromkeys(("log_to", "tensorboard"), "what is logged"),
     "strict": "whether to start at all",
 }
 

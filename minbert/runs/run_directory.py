@@ -50,7 +50,7 @@ class Run:
         self.path, self.writes = Path(path), writes
         self.best = self.path / "best"
         self.last = self.path / "last"
-        self.metrics = MetricsLog(self.path / "metrics.jsonl", self.path / "tensorboard", writes=writes)
+        self.metrics = MetricsLog(self.path / "metrics.jsonl", writes=writes)
         self.skipped = self.path / "skipped.jsonl"
         self.record: TrainConfig | None = None
 
@@ -77,7 +77,7 @@ class Run:
             try:
                 yield
             finally:
-                self.metrics.close()
+                self.metrics.close(finished=bool(self.summary()))
 
     def _check_usable(self, resume: bool) -> None:
         started = (self.path / "config.yaml").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from minbert.console import TrainingProgress
 from minbert.device import resolve_device, resolve_precision, settings
 from minbert.distributed.process_group import ProcessGroup
 from minbert.methods.surgery import find_surgery
+from minbert.runs.experiment_trackers import Trackers
 from minbert.runs.progress_counters import Progress
 from minbert.runs.resume import check_length, check_records
 from minbert.runs.run_directory import Run
@@ -247,5 +249,6 @@ def record_start(run: TrainingRun) -> None:
     directory.write_skipped(run.data.skipped_rows)
     if run.progress.step < steps:
         directory.forget_summary()
-    if config.tensorboard:
-        directory.metrics.open_tensorboard(run.progress.step)
+    if directory.writes and (trackers := config.trackers):
+        options = dataclasses.asdict(config)
+        directory.metrics.trackers = Trackers(trackers, directory.path, options, run.progress.step, console.print)

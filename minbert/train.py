@@ -72,7 +72,7 @@ def fit(
     Raises:
         UserError: bad input, a disk that refuses to be written, or a loss that stays non-finite.
         KeyboardInterrupt: Ctrl-C or SIGTERM came, on the main thread; the run can be resumed.
-        RankLost: another process ended or was silent.
+        SystemExit: of several processes another one ended, was silent, or has raised the error.
     """
     if config is None:
         config = cli.parse_layers("train", TrainConfig, plain(options))

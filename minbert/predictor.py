@@ -164,15 +164,15 @@ class Predictor:
         Raises:
             UserError: as of `predict`; no texts; or a label that is none of the task's, or one too few or too many.
         """
-        record, outputs = self._outputs(task, texts, pairs)
-        if outputs is None:
-            raise UserError("texts: there are none to score")
-        encode_label, truth = LabelEncoder(record), []
+        encode_label, truth = LabelEncoder(self.task(task)), []
         for number, label in enumerate(labels):
             try:
                 truth.append(encode_label(label))
             except ValueError as error:
                 raise UserError(f"labels[{number}]: {error}") from None
+        record, outputs = self._outputs(task, texts, pairs)
+        if outputs is None:
+            raise UserError("texts: there are none to score")
         if len(truth) != len(outputs):
             raise UserError(f"labels: expected {len(outputs)}, one for each text, got {len(truth)}")
         shares = probabilities(record, outputs)

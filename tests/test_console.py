@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,42 @@ def test_a_bar_is_shown_where_it_can_be_written_over(where, installed, shown, mo
     monkeypatch.setattr("minbert.console.find_spec", lambda name: object() if installed else None)
     assert TrainingProgress(console, 2, 0).bar.disable == (not shown)
     assert InferenceProgress(console, 2).bar.disable == (not shown)
+
+
+def test_the_bar_in_a_notebook_is_a_widget_that_goes_at_the_end(monkeypatch):
+    """With the two modules of a notebook in its place."""
+    shown, closed = [], []
+
+    class Output:
+        def __enter__(self) -> None:
+            shown.append("in the widget")
+
+        def __exit__(self, *exception: object) -> None:
+            shown.append("after it")
+
+        def clear_output(self, wait: bool) -> None:
+            pass
+
+        def close(self) -> None:
+            closed.append(self)
+
+    for name, module in {
+        "ipywidgets": types.SimpleNamespace(Output=Output),
+        "IPython": types.SimpleNamespace(),
+        "IPython.display": types.SimpleNamespace(display=shown.append),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("minbert.console.find_spec", lambda name: object())
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    with TrainingProgress(Terminal(), 4, 0) as display:
+        display.update(2, "epoch 1/1", 7.0, 0.5)
+        display.bar.refresh()
+        (widget,) = (each for each in shown if isinstance(each, Output))
+        place = shown.index("in the widget")
+        texts = [each._repr_mimebundle_([], [])["text/plain"] for each in shown if hasattr(each, "_repr_mimebundle_")]
+        assert place > shown.index(widget)
+        assert any("epoch 1/1" in text and "2/4" in text and "7 examples/s, loss 0.500" in text for text in texts)
+    assert closed == [widget]
 
 
 def test_an_error_is_one_line_whatever_is_in_it(monkeypatch, capsys):

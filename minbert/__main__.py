@@ -13,6 +13,7 @@ COMMANDS = {  # the module whose `main` a command is, imported when it runs (tor
     "train": ("minbert.train", "fine-tune BERT on one task or several"),
     "evaluate": ("minbert.evaluate", "score a run on a split, and write its predictions"),
     "predict": ("minbert.predict", "predict a task for a file of texts, or for standard input"),
+    "export": ("minbert.export.__main__", "write a run's model for ONNX, transformers or sentence-transformers"),
     "report": ("minbert.report.__main__", "write a run's report again"),
     "reproduce": ("minbert.reproduce", "train the rows of a paper's tables"),
     "augment": ("minbert.augment", "back-translate the training sentences of a task"),

@@ -178,6 +178,39 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which gets the name `path` at the end of the block; after an error nothing is left.
+
+    Raises:
+        UserError: something other than an empty directory has that name.
+    """
+    check_vacant(path)
+    new = _new(path)
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    try:
+        new.mkdir(parents=True)
+        yield new
+        for entry in (*new.rglob("*"), new):
+            sync(entry)
+        check_vacant(path)
+        new.rename(path)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    sync(path.parent)
+
+
+def check_vacant(path: Path) -> None:
+    """Refuse a path that something other than an empty directory has.
+
+    Raises:
+        UserError: it is taken.
+    """
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is there already and is not an empty directory; give another one")
+
+
 def recover(path: Path) -> None:
     """Undo a `write_directory` that a crash interrupted."""
     new, old = _new(path), _old(path)

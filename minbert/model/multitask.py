@@ -129,7 +129,7 @@ class MultitaskModel(nn.Module):
             bounds: `Packed.sequence_bounds` of the whole batch, if it is larger than `packed`.
         """
         seed = self._seed(seed)
-        hows = dict.fromkeys(map(self._pooling_of, counts))
+        hows = dict.fromkeys(map(self.pooling_of, counts))
         first_tokens = set(hows) <= set(FIRST_TOKEN_POOLINGS)
         hidden = self.encoder.encode(embedded, packed, seed, first_tokens=first_tokens)
         pool = self.encoder.pool_first_tokens if first_tokens else self.encoder.pool
@@ -143,7 +143,7 @@ class MultitaskModel(nn.Module):
         seed = seed if seed is None or seed.ndim == 0 else seed[0]  # the heads' rows are those of the whole batch
         outputs = {}
         for i, name in enumerate(counts):
-            rows, stream_ids = vectors[self._pooling_of(name)][i], self._stream_ids[name]
+            rows, stream_ids = vectors[self.pooling_of(name)][i], self._stream_ids[name]
             head: Any = self.heads[name]
             if self.shared is not None:
                 rows = self.shared(rows, views[name], seed=seed, stream_id=stream_ids[-1])
@@ -156,7 +156,7 @@ class MultitaskModel(nn.Module):
         firsts = (bounds or (0, 0))[:-1]
         return {name: bisect_right(firsts, start) - 1 for name, start in zip(counts, starts, strict=True)}
 
-    def _pooling_of(self, task: str) -> str:
+    def pooling_of(self, task: str) -> str:
         return self.pooling if isinstance(self.pooling, str) else self.pooling.get(task, "cls")
 
     def parameters_of(self, task: str, view: int = 0) -> list[Tensor]:

@@ -24,6 +24,7 @@ from minbert.data.skipped import SkippedRow
 from minbert.doctor import DoctorConfig
 from minbert.errors import dashed
 from minbert.evaluate import EvaluateConfig
+from minbert.export.__main__ import ExportConfig
 from minbert.kernels import native
 from minbert.methods.divergences import DIVERGENCES
 from minbert.methods.losses import LOSSES
@@ -56,6 +57,8 @@ def blocks(text: str, language: str) -> list[str]:
 def sections() -> Iterator[tuple[Path, str, list[str]]]:
     """The sections of all pages that have Python code: page, title and blocks."""
     for page in PAGES:
+        if page.name == "export.md":  # its code reads what its commands wrote: test_export_command.py
+            continue
         for section in re.split(r"^## ", text_of(page), flags=re.MULTILINE):
             if found := blocks(section, "python"):
                 yield page, section.partition("\n")[0], found
@@ -84,7 +87,13 @@ def test_the_code_of_a_section_runs(page, title, code, tmp_path, monkeypatch):
 
 # Paths, names and options -------------------------------------------------------------------------------------------
 
-OF_USERS = {"inverse_norms.py", "small.yaml", "tasks.yaml", "make_data.py"}  # files that the pages let a reader write
+OF_USERS = {
+    "inverse_norms.py",
+    "small.yaml",
+    "tasks.yaml",
+    "make_data.py",
+    "serve.py",
+}  # files that the pages let a reader write
 OLD = re.compile(r"^ *\| [^|]*\|", re.MULTILINE)  # the first cell of a row: what it was before
 
 
@@ -123,7 +132,7 @@ def test_every_dotted_name_exists(page):
 
 def exists(name: str) -> bool:
     """Whether a dotted name is a module, or an attribute of one."""
-    if name.endswith((".so", ".egg")):
+    if name.endswith((".so", ".egg", ".json")):
         return True
     module, _, attributes = name, "", []
     while module:
@@ -185,7 +194,7 @@ OTHERS = {  # options of other programs, and of those in bench/ and tests/
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_option_exists(page):
     commands = (TrainConfig, FileOptions, EvaluateConfig, PredictConfig, AugmentConfig, ReproduceConfig, ReportConfig)
-    commands += (DoctorConfig, ReplayConfig)
+    commands += (DoctorConfig, ReplayConfig, ExportConfig)
     options = {name for command in commands for name, _ in options_of(command)}
     by_task = {f"{name}.{task}" for name in BY_TASK for task in (*TASKS, *OWN_TASKS, "TASK")}
     known = {dashed(name) for name in options | by_task} | OTHERS

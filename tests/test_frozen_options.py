@@ -12,6 +12,7 @@ import pytest
 from minbert import augment, describe_tasks, doctor, evaluate, predict, replay, reproduce
 from minbert.cli import options_of
 from minbert.config import TrainConfig
+from minbert.export.__main__ import ExportConfig
 from minbert.report.__main__ import ReportConfig
 
 REQUIRED = "required"
@@ -120,6 +121,16 @@ OPTIONS = {
         "strict": False,
         "checkpoint": "best",
         "device": "auto",
+    },
+    ExportConfig: {
+        "run": REQUIRED,
+        "to": REQUIRED,
+        "out": REQUIRED,
+        "task": None,
+        "checkpoint": "best",
+        "data": None,
+        "tasks_file": None,
+        "int8": False,
     },
     describe_tasks.TasksConfig: {
         "file": REQUIRED,

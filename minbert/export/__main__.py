@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from minbert import cli
 from minbert.config import TrainConfig
 from minbert.console import InferenceProgress, Terminal, score_table
@@ -60,21 +58,18 @@ class ExportConfig:
 def main(arguments: Sequence[str]) -> int:
     options = cli.parse("export", ExportConfig, arguments, positional="run")
     out, kind = Path(options.out), FORMATS[options.to]
-    check_vacant(out)
+    with writing(out, "choose another --out"):
+        check_vacant(out)
     if missing := [name for name in kind.PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"--to {options.to} needs {missing[0]}: pip install 'minbert[{options.to}]'")
-    run, console, warnings = Run(options.run), Terminal(), Terminal(stderr=True)
+    run, console = Run(options.run), Terminal()
     config = run.config().replace(precision="fp32", split_master_weights=False)
-    named = run_tasks(config, [options.task] if options.task else None)
-    choose_kernels(config, warnings)
-    model, tokenizer = load_model(run.path / options.checkpoint, config, CPU)
-    names = dict.fromkeys(task.head_of or task.name for task in named if task.evaluated or options.task)
-    tasks = [model.tasks[name] for name in names]
-    limit = config.max_length or model.encoder.config.max_position_embeddings
-    trained = Trained(model, tokenizer, tasks, limit)
+    trained = load(run, config, options)
+    tasks = trained.tasks
     kind.check(trained)
-    dev = read_dev(run, config, options, tasks, warnings)
+    source, dev = read_dev(run, config, options, tasks)
     console.print(f"{run.path}/{options.checkpoint}: {', '.join(f'{task.title} ({task.head})' for task in tasks)}")
+    console.print(f"data: {source}")
     with writing(out, "choose another --out"), new_directory(out) as directory:
         kind.write(trained, directory)
         console.print(f"{options.to}: {_size(directory)} written; comparing it with minbert")
@@ -89,21 +84,36 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def read_dev(
-    run: Run, config: TrainConfig, options: ExportConfig, tasks: Sequence[Task], warnings: Terminal
-) -> dict[str, Examples]:
-    """The dev examples by task; none where the run's own data cannot be read, unless --int8 needs them.
+def load(run: Run, config: TrainConfig, options: ExportConfig) -> Trained:
+    """The checkpoint with the tasks to export: the one that is named, else all that have a dev split.
 
     Raises:
-        UserError: they are needed, or named, and cannot be read.
+        UserError: the run has no such task, or the checkpoint is missing or damaged.
+    """
+    named = run_tasks(config, [options.task] if options.task else None)
+    choose_kernels(config, Terminal(stderr=True).print)
+    model, tokenizer = load_model(run.path / options.checkpoint, config, CPU)
+    names = dict.fromkeys(task.head_of or task.name for task in named if task.evaluated or options.task)
+    limit = config.max_length or model.encoder.config.max_position_embeddings
+    return Trained(model, tokenizer, [model.tasks[name] for name in names], limit)
+
+
+def read_dev(
+    run: Run, config: TrainConfig, options: ExportConfig, tasks: Sequence[Task]
+) -> tuple[str, dict[str, Examples]]:
+    """What is compared, and the dev examples by task: none where the run's own data cannot be read.
+
+    Raises:
+        UserError: it cannot be read, and --int8 needs it or an option names it.
     """
     try:
         return dev_examples(run, config, tasks, options.data, options.tasks_file)
     except UserError as error:
-        if options.int8 or options.data is not None or options.tasks_file is not None:
-            raise UserError(f"{error}; the dev split gives --int8 its scores" if options.int8 else str(error)) from None
-        warnings.print(f"sentences of the demo corpus are compared, as the dev split is out of reach: {error}")
-        return {}
+        if options.int8:
+            raise UserError(f"{error}; --int8 needs the dev split for its scores") from None
+        if (options.data, options.tasks_file) != (None, None):
+            raise
+        return f"the demo corpus, as the run's dev split is out of reach ({error})", {}
 
 
 def compare(
@@ -115,7 +125,8 @@ def compare(
         UserError: they do not.
     """
     examples = some_of(dev.get(task.name) or built_in_examples(task))
-    source = f"{len(examples)} of {len(dev[task.name])} dev examples" if task.name in dev else "sentences of the corpus"
+    of = f"of {len(dev[task.name])} dev examples" if task.name in dev else "sentences of the demo corpus"
+    source = f"{len(examples)} {of}"
     found = FORMATS[to].compare(trained, directory, task, examples)
     if not found.largest <= found.accepted:
         raise UserError(f"{task.title}: the exported model {found} on {source}; nothing is written: please report it")
@@ -132,8 +143,9 @@ def int8_scores(directory: Path, tasks: Sequence[Task], dev: Mapping[str, Exampl
             for task in tasks:
                 examples = dev[task.name]
                 outputs = graph.outputs(examples, progress.add)[task.name]
-                labels = examples.labels if examples.labels is not None else np.empty(0)
-                scores[task.name] = score(task, predictions(task, outputs), labels, probabilities(task, outputs))
+                assert examples.labels is not None  # every dev split has some
+                found = predictions(task, outputs)
+                scores[task.name] = score(task, found, examples.labels, probabilities(task, outputs))
             size = (directory / file).stat().st_size
             rows.append((f"{label}, {size / 1e6:.0f} MB", scores, overall(scores, tasks)))
     return score_table("dev", rows)

@@ -24,14 +24,17 @@ PACKAGES = ("onnx", "onnxruntime")
 OPSET = 17  # the first with LayerNormalization; onnxruntime has it since 1.12
 GRAPH, INT8_GRAPH = "model.onnx", "model_int8.onnx"
 BATCH = 32
+LARGEST = 2**31 - 2**24  # bytes of weights in a file
 
 
 def check(trained: Trained) -> None:
     """Refuse tasks that one graph cannot have.
 
     Raises:
-        UserError: they read examples in different ways.
+        UserError: they read examples in different ways, or the weights are too large for a file.
     """
+    if sum(tensor.numel() * tensor.element_size() for tensor in trained.model.state_dict().values()) > LARGEST:
+        raise UserError("an ONNX file holds at most 2 GiB, and the weights of this model are larger; export another")
     by_encoding: dict[str, list[str]] = {}
     for task in trained.tasks:
         by_encoding.setdefault(pair_encoding(task), []).append(task.name)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from minbert import __version__
-from minbert.data import Examples, encode, token_budget_batches
+from minbert.data import Examples, encode
+from minbert.data.packing import Packed
 from minbert.errors import UserError
 from minbert.export.classifier import save_tokenizer
 from minbert.export.quiet import quiet
-from minbert.export.trained import Agreement, Trained, agreement
+from minbert.export.trained import CPU, Agreement, Trained, agreement
 from minbert.files.atomic import write_json
-from minbert.inference import TOKENS_PER_BATCH
+from minbert.inference import in_batches
 from minbert.model.heads import ProjectedCosineHead, pair_encoding
 from minbert.model.layers import SharedTransform
 from minbert.model.weights import save_weights
@@ -142,18 +143,17 @@ def compare(trained: Trained, directory: Path, task: Task, examples: Examples) -
     return agreement(found, vectors(trained, task, texts))
 
 
-@torch.inference_mode()
 def vectors(trained: Trained, task: Task, texts: Sequence[str]) -> np.ndarray:
     """minbert's vectors of single sentences, float32 [n, D]: what the task's head reads, or compares by a cosine."""
     encoder, shared, projection = trained.model.encoder, trained.model.shared, _projection(trained, task)
-    encoded = encode(
-        Examples([""] * len(texts), texts, None, None), trained.tokenizer, trained.max_length, cached=False
-    )
-    found = np.empty((len(texts), encoder.config.hidden_size), np.float32)
-    for indices in token_budget_batches(encoded.lengths, TOKENS_PER_BATCH):
-        packed = encoded.pack(indices)
-        rows = encoder.pool(encoder(packed), packed, trained.model.pooling_of(task.name))
+    how = trained.model.pooling_of(task.name)
+
+    def of_batch(packed: Packed, count: int) -> Tensor:
+        rows = encoder.pool(encoder(packed), packed, how)
         if shared is not None:
             rows = shared(rows, seed=None, stream_id=0)
-        found[indices] = (rows if projection is None else projection(rows)).numpy()
-    return found
+        return rows if projection is None else projection(rows)  # type: ignore[no-any-return]
+
+    sentences = Examples([""] * len(texts), texts, None, None)
+    encoded = encode(sentences, trained.tokenizer, trained.max_length, cached=False)
+    return in_batches(trained.model, encoded, CPU, of_batch)

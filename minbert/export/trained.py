@@ -80,8 +80,8 @@ def agreement(found: np.ndarray, expected: np.ndarray, equal: int | None = None,
 
 def dev_examples(
     run: Run, config: TrainConfig, tasks: Sequence[Task], data: str | None, tasks_file: str | None
-) -> dict[str, Examples]:
-    """The dev examples of tasks by name.
+) -> tuple[str, dict[str, Examples]]:
+    """The name of the data, and the dev examples of tasks by name.
 
     Args:
         data, tasks_file: where they are; by default where the run's were.
@@ -90,7 +90,7 @@ def dev_examples(
         UserError: they cannot be read, or there are none of a task.
     """
     source = run.source(config, data, tasks_file, own_dev=(data, tasks_file) == (None, None))
-    return {task.name: source.load(task, "dev") for task in tasks}
+    return source.name, {task.name: source.load(task, "dev") for task in tasks}
 
 
 def built_in_examples(task: Task) -> Examples:

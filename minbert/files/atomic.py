@@ -194,6 +194,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         for entry in (*new.rglob("*"), new):
             sync(entry)
         check_vacant(path)
+        if path.exists():
+            path.rmdir()
         new.rename(path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -219,6 +220,20 @@ def test_an_existing_directory_is_refused_and_left_as_it_is(run, tmp_path):
     (tmp_path / "empty").mkdir()
     assert export.main([*arguments, str(tmp_path / "empty")]) == 0
     assert (tmp_path / "empty" / "model.onnx").exists()
+
+
+def test_an_export_that_was_interrupted_leaves_nothing_and_one_that_was_killed_is_replaced(run, tmp_path, monkeypatch):
+    arguments = [str(run), "--to=onnx", "--task=sst", f"--out={tmp_path / 'out'}"]
+    with monkeypatch.context() as patched:
+        patched.setattr(export.onnx_graph, "compare", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            export.main(arguments)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".out.new").mkdir()
+    (tmp_path / ".out.new" / "half").write_text("of an export")
+    assert export.main(arguments) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "half").exists()
 
 
 def test_a_missing_package_names_its_extra(run, tmp_path, monkeypatch):

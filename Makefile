@@ -1,10 +1,10 @@
 # The developers' menu. Run it inside the environment that `pip install -e '.[test,bench,dev]'` made.
 SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/tests/on_host/*.cpp \
 	csrc/tests/on_host/cuda/*.h)
-.PHONY: help test isas campaign bench lint format sanitize wheel clean
+.PHONY: help test isas campaign bench lint format sanitize arm64 wheel clean
 
 help:       ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 test:       ## all tests
 	python -m pytest -n auto --dist worksteal
@@ -43,8 +43,14 @@ sanitize:   ## the C++ checks under AddressSanitizer + UndefinedBehaviorSanitize
 	cmake -S . -B build/tsan -G Ninja -DMINBERT_TESTS=ON -DMINBERT_SANITIZE=thread
 	cmake --build build/tsan && ctest --test-dir build/tsan --output-on-failure
 
-wheel:      ## a wheel for this platform in dist/
-	python -m pip wheel --no-deps -w dist .
+arm64:      ## the C++ checks compiled for arm64 (g++-aarch64-linux-gnu), under qemu-user
+	cmake -S . -B build/arm64 -G Ninja -DMINBERT_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_NM=$$(command -v aarch64-linux-gnu-nm) \
+		"-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
+	cmake --build build/arm64 && ctest --test-dir build/arm64 --output-on-failure
+
+wheel:      ## a source archive and a wheel for this platform in dist/ (`pip install build`)
+	python -m build
 
 clean:      ## everything that was built
 	rm -rf build dist *.egg-info kernels/*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks

@@ -24,7 +24,14 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     # that is so long that a step takes ten times as long where something else keeps the cores busy.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-__version__ = "0.1.0"
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    # This is the repository's directory, and its kernels stand beside it. Where Python looks here first, as for
+    # `python -m` in the repository's root, those of an installed minbert are taken.
+    __path__ += [
+        path for place in sys.path if os.path.isdir(os.path.join(path := os.path.join(place, "minbert"), "kernels"))
+    ]
+
+__version__ = "0.2.0"
 __all__ = [
     "AdamW",
     "Encoder",

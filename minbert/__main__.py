@@ -14,6 +14,7 @@ COMMANDS = {  # the module whose `main` a command is, imported when it runs (tor
     "evaluate": ("minbert.evaluate", "score a run on a split, and write its predictions"),
     "predict": ("minbert.predict", "predict a task for a file of texts, or for standard input"),
     "export": ("minbert.export.__main__", "write a run's model for ONNX, transformers or sentence-transformers"),
+    "push": ("minbert.push", "upload a run's model to the Hugging Face hub, with a model card"),
     "report": ("minbert.report.__main__", "write a run's report again"),
     "reproduce": ("minbert.reproduce", "train the rows of a paper's tables"),
     "augment": ("minbert.augment", "back-translate the training sentences of a task"),

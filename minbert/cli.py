@@ -59,11 +59,11 @@ class Parser:
     Args:
         command: the command of minbert that is run.
         records: the dataclasses. Where the first one has COMMON, --help shows those options, and --help-all shows all.
-        positional: an option whose value is given without its name.
+        positional: the options whose values are given without their names, in order, such as `run name`.
     """
 
     def __init__(self, command: str, *records: type, positional: str = "") -> None:
-        self.command, self.positional = command, positional
+        self.command, self.positional = command, positional.split()
         self.summary = (records[0].__doc__ or "").split("\n")[0]
         self.options = {name: option for record in records for name, option in options_of(record)}
         self.common: Sequence[str] = getattr(records[0], "COMMON", ())
@@ -85,10 +85,11 @@ class Parser:
                 print(self.help(of_all=argument == "--help-all"), end="")
                 raise SystemExit(0)
             if not argument.startswith("-"):
-                if not self.positional or self.positional in dict(given):
+                free = [name for name in self.positional if name not in dict(given)]
+                if not free:
                     lists = self.all_listed.replace("the options", "them")
                     raise UserError(f"unexpected argument {argument!r}; options start with --, and {lists}")
-                given.append((self.positional, argument))
+                given.append((free[0], argument))
                 continue
             option, *values = argument.split("=", 1)
             name, kind = self._find(option)
@@ -157,13 +158,13 @@ class Parser:
             elif name in values:
                 fields[field.name] = values[name]
             elif option.required:
-                shown = name.upper() if name == self.positional else dashed(name)
+                shown = name.upper() if name in self.positional else dashed(name)
                 raise UserError(f"{shown} is missing: {option.text.split('.')[0]}; {self.all_listed}")
         return record(**fields)
 
     def help(self, of_all: bool = False) -> str:
         """What the options are, by groups: the common ones, or all of them with the common ones first."""
-        usage = f"minbert {self.command} {self.positional.upper()} [--OPTION VALUE ...]".replace("  ", " ")
+        usage = " ".join(["minbert", self.command, *map(str.upper, self.positional), "[--OPTION VALUE ...]"])
         shorter = self.common and not of_all
         rest = f"--help-all lists all {len(self.options)} options." if shorter else None
         parser = argparse.ArgumentParser(usage=usage, description=self.summary, epilog=rest, add_help=False)
@@ -175,7 +176,7 @@ class Parser:
                 groups[option.group] = parser.add_argument_group(title)
             default = "" if option.default in (None, {}) else f"; default: {option.default}"
             text = f"{option.text.rstrip('.')} ({described(option.type)}{default})".replace("%", "%%")
-            if name == self.positional:
+            if name in self.positional:
                 groups[option.group].add_argument(name.upper(), help=text)
             else:
                 groups[option.group].add_argument(dashed(name), metavar="", help=text)

@@ -18,9 +18,8 @@ from minbert.data.skipped import SHOWN, format_skipped, skipped_lines_of_file
 from minbert.device import keep_freed_memory, resolve_device
 from minbert.files.atomic import replacing, writing
 from minbert.inference import run_tasks
-from minbert.predictor import Predictor
+from minbert.predictor import Predictor, find
 from minbert.runs.predictions import format_header, format_rows
-from minbert.runs.run_directory import Run
 
 WINDOW = 2048  # rows that are read, sorted by length and predicted before the next ones
 
@@ -33,7 +32,7 @@ class PredictConfig:
     CSV with id, prediction, and the probability of each class.
 
     Args:
-        run: run directory.
+        run: run directory, or what minbert push wrote: a directory, or OWNER/NAME on the hub.
         task: a task of the run, such as sst, qqp, sts or cfimdb.
         input: file of the course or of GLUE (tab-separated with a header), JSON objects on lines, for own tasks any
             file that they are trained on with their text columns, or text with a sentence or a tab-separated pair on
@@ -60,8 +59,7 @@ class PredictConfig:
 
 def main(arguments: Sequence[str]) -> int:
     options = cli.parse("predict", PredictConfig, arguments, positional="run")
-    run = Run(options.run)
-    config, console = run.config(), Terminal(stderr=True)
+    (checkpoint, config), console = find(options.run, options.checkpoint), Terminal(stderr=True)
     task, *_ = run_tasks(config, [options.task])
     if options.strict and Path(options.input).is_file():  # before a result is written; a pipe is read once
         for examples in read_windows(options.input, task, WINDOW, option="--input"):
@@ -70,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     first = next(windows)
     if resolve_device(options.device).type == "cpu":
         keep_freed_memory()
-    predictor = Predictor(run.path / options.checkpoint, config, options.device, console.print)
+    predictor = Predictor(checkpoint, config, options.device, console.print)
     task, warnings = predictor.task(options.task), TokenWarnings(predictor.max_length)
     skipped, has_header = SkippedRows(task.name, options.skipped), False
     live = options.output is not None or not sys.stdout.isatty()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,9 +19,10 @@ from minbert.data.examples import Row, check_row
 from minbert.device import resolve_device
 from minbert.errors import UserError, require_known
 from minbert.files import MANIFEST
-from minbert.files.atomic import readable
+from minbert.files.atomic import readable, verify
+from minbert.files.hub import checkpoint_directory, names_repository
 from minbert.files.json_yaml import short
-from minbert.inference import choose_kernels, embeddings, head_outputs, load_model, prepare, run_tasks
+from minbert.inference import READ, choose_kernels, embeddings, head_outputs, load_model, prepare, run_tasks
 from minbert.model import POOLINGS, pair_encoding
 from minbert.runs.run_directory import Run
 from minbert.tasks import Task
@@ -53,20 +54,46 @@ def load(trained: str | Path | Run, *, device: str = "auto") -> Predictor:
     """A trained model, ready to predict.
 
     Args:
-        trained: a run or its directory, of which the best epoch is taken; or one of its checkpoints, RUN/best or
-            RUN/last, or a copy of one with the run's config.yaml in it.
+        trained: a run or its directory, of which the best epoch is taken; one of its checkpoints, RUN/best or
+            RUN/last, or a copy of one with the run's config.yaml in it; or what `minbert push` wrote, as a directory or
+            by its name on the hub, OWNER/NAME.
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
-        UserError: there is no run or no checkpoint, a file is damaged, or no such device.
+        UserError: there is no run or no checkpoint, a file is damaged, the hub is out of reach, or no such device.
     """
     if not isinstance(trained, str | Path | Run):
         raise UserError(f"load: expected a run or the path of one, got {type(trained).__name__}")
+    return Predictor(*find(trained), device)
+
+
+def find(trained: str | Path | Run, checkpoint: Literal["best", "last"] = "best") -> tuple[Path, TrainConfig]:
+    """The directory of a checkpoint and the options of its run.
+
+    Args:
+        trained: as of `load`.
+        checkpoint: which one of a run's.
+
+    Raises:
+        UserError: as of `load`; or the last checkpoint is asked for where there is only one.
+    """
     path = trained.path if isinstance(trained, Run) else Path(trained)
-    if not (readable(path) / MANIFEST).exists():
-        return Predictor(Run(path).best, Run(path).config(), device)
-    holder = path if (path / "config.yaml").exists() else path.parent
-    return Predictor(path, Run(holder).config(), device)
+    on_hub = isinstance(trained, str) and names_repository(trained)
+    if on_hub:
+        path = checkpoint_directory(str(trained), (MANIFEST, "config.yaml"))
+        if not (path / MANIFEST).exists() or not (path / "config.yaml").exists():
+            raise UserError(f"{trained} on the hub is no model that minbert push wrote; --model can train from a BERT")
+        path = checkpoint_directory(str(trained), (MANIFEST, "config.yaml", *READ))
+    elif not (readable(path) / MANIFEST).exists():
+        run = Run(path)
+        return (run.best if checkpoint == "best" else run.last), run.config()
+    if checkpoint != "best":
+        raise UserError(f"{trained} is one checkpoint of a run; leave --checkpoint out")
+    if not (path / "config.yaml").exists():
+        return path, Run(path.parent).config()
+    verify(path, ("config.yaml",))
+    # the files of a snapshot are links into the hub's cache, which a run directory may not have
+    return path, TrainConfig.from_yaml(path / "config.yaml") if on_hub else Run(path).config()
 
 
 class Predictor:

@@ -30,6 +30,7 @@ from minbert.methods.divergences import DIVERGENCES
 from minbert.methods.losses import LOSSES
 from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
 from minbert.predict import PredictConfig
+from minbert.push import PushConfig
 from minbert.replay import ReplayConfig
 from minbert.report.__main__ import ReportConfig
 from minbert.reproduce import ReproduceConfig
@@ -194,7 +195,7 @@ OTHERS = {  # options of other programs, and of those in bench/ and tests/
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_option_exists(page):
     commands = (TrainConfig, FileOptions, EvaluateConfig, PredictConfig, AugmentConfig, ReproduceConfig, ReportConfig)
-    commands += (DoctorConfig, ReplayConfig, ExportConfig)
+    commands += (DoctorConfig, ReplayConfig, ExportConfig, PushConfig)
     options = {name for command in commands for name, _ in options_of(command)}
     by_task = {f"{name}.{task}" for name in BY_TASK for task in (*TASKS, *OWN_TASKS, "TASK")}
     known = {dashed(name) for name in options | by_task} | OTHERS

@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 
-from minbert import augment, describe_tasks, doctor, evaluate, predict, replay, reproduce
+from minbert import augment, describe_tasks, doctor, evaluate, predict, push, replay, reproduce
 from minbert.cli import options_of
 from minbert.config import TrainConfig
 from minbert.export.__main__ import ExportConfig
@@ -131,6 +131,17 @@ OPTIONS = {
         "data": None,
         "tasks_file": None,
         "int8": False,
+    },
+    push.PushConfig: {
+        "run": REQUIRED,
+        "name": REQUIRED,
+        "private": False,
+        "checkpoint": "best",
+        "message": "Upload with minbert push",
+        "license": None,
+        "seeds_of": None,
+        "dry_run": False,
+        "out": None,
     },
     describe_tasks.TasksConfig: {
         "file": REQUIRED,

@@ -15,6 +15,7 @@ from rich.console import Console
 from minbert.config import TASKS_FILE, TrainConfig
 from minbert.data import Folds, SkippedRow, Source, names_hub, open_source, write_skipped
 from minbert.errors import UserError, require_known
+from minbert.files import MANIFEST
 from minbert.files.atomic import readable, recover, verify, write_atomically, write_json, writing
 from minbert.files.json_yaml import VOCABULARY_LIMIT, read_text
 from minbert.files.lock import LOCK, locked
@@ -80,6 +81,11 @@ class Run:
                 self.metrics.close(finished=bool(self.summary()))
 
     def _check_usable(self, resume: bool) -> None:
+        if (self.path / MANIFEST).exists():
+            raise UserError(
+                f"{self.path} is a checkpoint without the state of its optimizer, which a run needs to go on; give"
+                f" --model {self.path} and another --out to train its encoder further"
+            )
         started = (self.path / "config.yaml").exists()
         if resume and not started:
             raise UserError(f"{self.path}: no such run directory; without --resume the command starts a run")

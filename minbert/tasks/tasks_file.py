@@ -81,7 +81,7 @@ def read_tasks(path: str | Path) -> dict[str, Task]:
 
 @lru_cache(maxsize=32)  # a TrainConfig reads its file each time one is made
 def _cached(path: Path, shown: str, version: tuple[int, int]) -> dict[str, Task]:
-    of_checkpoint = (path.parent / MANIFEST).exists()
+    of_checkpoint = (Path(shown).parent / MANIFEST).exists()  # `path` may lie among the blobs of the hub's cache
     return parse_tasks(read_text(path, LIMIT, REMEDY), shown, path.parent, built_in=of_checkpoint)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import tempfile
@@ -51,6 +52,8 @@ class PushConfig:
         license: of the model, by the hub's name for it, such as apache-2.0; the card names none when left out.
         seeds_of: directory of finished runs that differ from RUN in their seed or fold alone; the card has the mean and
             the deviation of their scores. By default the directory that holds RUN, if RUN is named seed-N or fold-N.
+        data: source of the numbers of examples in the card; by default the run's training data.
+        tasks_file: tasks file that names the files of the run's own tasks; by default those that it was trained with.
         dry_run: write what would be uploaded to --out, and upload nothing.
         out: with --dry-run, directory to create; RUN-hub when left out.
     """
@@ -62,6 +65,8 @@ class PushConfig:
     message: str = "Upload with minbert push"
     license: str | None = None
     seeds_of: str | None = None
+    data: str | None = None
+    tasks_file: str | None = None
     dry_run: bool = False
     out: str | None = None
 
@@ -99,7 +104,8 @@ def main(arguments: Sequence[str]) -> int:
 def directory_to_fill(options: PushConfig, run: Run) -> Iterator[Path]:
     """A new directory: with --dry-run it stays, else it is for the upload alone."""
     if options.dry_run:
-        out = Path(options.out) if options.out else run.path.with_name(f"{run.path.resolve().name}-hub")
+        path = run.path.resolve()
+        out = Path(options.out) if options.out else path.with_name(f"{path.name}-hub")
         with writing(out, "choose another --out"), new_directory(out) as directory:
             yield directory
         Terminal().print(f"{out}: nothing is uploaded")
@@ -131,7 +137,7 @@ def fill(directory: Path, run: Run, config: TrainConfig, options: PushConfig) ->
         yield f"left out of {OPTIONS}, as they name files here: {', '.join(left_out)}"
     beside, problems = runs_beside(run, config, options)
     yield from problems
-    counts, problem = example_counts(run, config, tasks)
+    counts, problem = example_counts(run, config, tasks, options)
     if problem:
         yield f"the card lacks numbers of examples: {problem}"
     base_model = public["model"] if public["model"] != LEFT_OUT else None
@@ -187,29 +193,32 @@ def without_paths(config: TrainConfig) -> tuple[dict[str, Any], list[str]]:
 
 def is_public_model(name: str) -> bool:
     """Whether it is a name on the hub, perhaps without an owner, that the hub's cache has."""
-    return (names_repository(name) or re.fullmatch(r"\w[\w.-]*", name) is not None) and is_downloaded(name, "model")
+    without_owner = re.fullmatch(r"\w[\w.-]*", name) is not None and not os.path.lexists(name)
+    return (names_repository(name) or without_owner) and is_downloaded(name, "model")
 
 
 def data_sets(data: str | None, tasks: Sequence[Task], config: TrainConfig) -> list[str]:
     """The data sets on the hub that the run was trained on."""
-    names = [data] if data not in (None, LEFT_OUT) else []
+    names = [data] if data is not None and data != LEFT_OUT else []
     for task in (config.own_tasks.get(task.name, task) for task in tasks):
         if isinstance(task.train, str) and task.train.startswith(HUB):
-            *parts, _ = task.train.removeprefix(HUB).split("/")
-            names.append("/".join(parts[:2]))
-    return list(dict.fromkeys(filter(None, names)))
+            *parts, _ = task.train.removeprefix(HUB).split("/")  # OWNER/NAME/CONFIG, NAME, or one of two with two parts
+            name = "/".join(parts[:2])
+            names += [name] if len(parts) != 2 or is_downloaded(name, "dataset") else []
+    return list(dict.fromkeys(names))
 
 
 # What the card says besides the run itself --------------------------------------------------------------------------
 
 
-def example_counts(run: Run, config: TrainConfig, tasks: Sequence[Task]) -> tuple[Mapping[str, Mapping[str, int]], str]:
+def example_counts(
+    run: Run, config: TrainConfig, tasks: Sequence[Task], options: PushConfig
+) -> tuple[Mapping[str, Mapping[str, int]], str]:
     """By task the number of examples of each split; of dev alone where the data cannot be read, and why."""
     try:
-        source = run.source(config)
-        return {
-            task.name: {split: len(source.load(task, split)) for split in source.splits(task)} for task in tasks
-        }, ""
+        source = run.source(config, options.data, options.tasks_file)
+        counts = {task.name: {split: len(source.load(task, split)) for split in source.splits(task)} for task in tasks}
+        return counts, ""
     except UserError as error:
         return {task.name: {"dev": len(found)} for task in tasks if (found := run.predictions(task, "dev"))}, str(error)
 

@@ -140,6 +140,8 @@ OPTIONS = {
         "message": "Upload with minbert push",
         "license": None,
         "seeds_of": None,
+        "data": None,
+        "tasks_file": None,
         "dry_run": False,
         "out": None,
     },

@@ -233,8 +233,13 @@ def test_the_last_checkpoint_has_its_own_scores(run, tmp_path):
 # The card -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_card_says_what_the_run_says(run, tmp_path):
-    metadata, text = metadata_and_text(dry(run, tmp_path / "out", "--license=apache-2.0"))
+def test_the_card_says_what_the_run_says(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where the run's relative paths lead nowhere
+    metadata, text = metadata_and_text(dry(run, tmp_path / "without", "--license=apache-2.0"))
+    assert "| SST-5 sentiment | – | 5 | – |" in text
+    assert "the card lacks numbers of examples: no such directory: 'data'" in capsys.readouterr().out
+    data = f"--data={run.parent / 'data'}"
+    metadata, text = metadata_and_text(dry(run, tmp_path / "out", "--license=apache-2.0", data))
     assert (metadata["library_name"], metadata["pipeline_tag"]) == ("minbert", "text-classification")
     assert metadata["license"] == "apache-2.0"
     assert not {"base_model", "datasets"} & {*metadata}
@@ -357,3 +362,22 @@ def test_what_is_no_model_of_minbert_on_the_hub_is_named(hub):
     with pytest.raises(UserError, match="ada/bert on the hub is no model that minbert push wrote"):
         minbert.load("ada/bert")
     assert not any("model.safetensors" in request for request in hub.requests)
+
+
+def test_a_hub_name_of_the_data_or_the_model_stands_in_the_card_if_the_cache_has_it(hub, run, tmp_path, capsys):
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**values, "model": "tiny-bert", "data": "ada/films"}))
+    metadata, text = metadata_and_text(dry(run, tmp_path / "before"))
+    assert not {"base_model", "datasets"} & {*metadata}
+    for folder in ("models--tiny-bert", "datasets--ada--films"):
+        (Path(constants.HF_HUB_CACHE) / folder).mkdir(parents=True)
+    metadata, text = metadata_and_text(dry(run, tmp_path / "after"))
+    assert (metadata["base_model"], metadata["datasets"]) == ("tiny-bert", ["ada/films"])
+    assert {each["dataset"]["type"] for each in metadata["model-index"][0]["results"]} == {"ada/films"}
+    assert "On the hub: ada/films." in text
+    assert "the card names tiny-bert, ada/films of the hub" in capsys.readouterr().out
+    values = yaml.safe_load((tmp_path / "after" / "config.yaml").read_text())
+    assert (values["model"], values["data"]) == ("tiny-bert", "ada/films")
+    Path("tiny-bert").mkdir()  # a directory here of the same name
+    metadata, _ = metadata_and_text(dry(run, tmp_path / "directory"))
+    assert "base_model" not in metadata

@@ -21,11 +21,12 @@ from minbert.report.training_history import Record, grid, options
 from minbert.runs.epochs import epochs
 from minbert.runs.resume import DATA_PATHS
 from minbert.tasks import Task
+from minbert.tasks.tasks_file import HUB
 
 MOST_LABELS = 30  # of a task that are listed
 HUB_METRICS = {"mcc": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}  # the others are as here
 NOT_SHOWN = (*map(dashed, DATA_PATHS), "--model")  # options with paths
-MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$#@:!])")  # what starts or ends something within a line
+MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$#@!]|:(?=//))")  # what starts or ends something within a line
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,12 @@ def chosen(facts: CardFacts) -> str:
 
 def data(facts: CardFacts) -> str:
     """Where the data is from, as far as a reader of the card can know it."""
-    if facts.datasets:
-        return f"On the hub: {', '.join(facts.datasets)}"
-    own = any(task.name in facts.config.own_tasks for task in facts.tasks)
-    if facts.config.data is None and not own:
-        return "The demo corpus of minbert, which is generated"
-    return "Files of the author's"
+    config, own = facts.config, [facts.config.own_tasks.get(task.name) for task in facts.tasks]
+    files = [each for each in (config.data, config.reviews) if each is not None and each not in facts.datasets]
+    files += [task.name for task in own if task is not None and not str(task.train).startswith(HUB)]
+    parts = [f"On the hub: {', '.join(facts.datasets)}"] if facts.datasets else []
+    parts += ["Files of the author"] if files or config.augmented else []
+    return "; ".join(parts) or "The demo corpus of minbert, which is generated"
 
 
 def conflicts(records: Sequence[Record]) -> list[dict[str, Any]]:

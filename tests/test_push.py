@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -353,6 +356,16 @@ def test_the_hubs_refusals_are_one_line(hub, run, monkeypatch):
     with pytest.raises(UserError, match="401"):
         push.main([str(run), NAME])
     assert hub.repositories == {}
+
+
+def test_a_command_line_ends_with_one_line_and_code_2(hub, run):
+    """In a process of its own, which finds the hub by HF_ENDPOINT."""
+    hub.failing = (500, "broken")
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "minbert", "push", str(run), NAME]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert found.returncode == 2
+    assert re.fullmatch(rf"error: the hub does not take {NAME} \(.*500 Internal Server Error.*\)\n", found.stderr)
 
 
 def test_what_is_no_model_of_minbert_on_the_hub_is_named(hub):

@@ -49,8 +49,8 @@ arm64:      ## the C++ checks compiled for arm64 (g++-aarch64-linux-gnu), under 
 		"-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
 	cmake --build build/arm64 && ctest --test-dir build/arm64 --output-on-failure
 
-wheel:      ## a source archive and a wheel for this platform in dist/ (`pip install build`)
-	python -m build
+wheel:      ## a source archive and a repaired wheel for this platform in dist/, tried in a fresh environment
+	.ci/wheel
 
 clean:      ## everything that was built
 	rm -rf build dist *.egg-info kernels/*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks

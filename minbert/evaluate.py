@@ -26,7 +26,7 @@ from minbert.data import (
 from minbert.device import describe, keep_freed_memory, resolve_device
 from minbert.errors import UserError
 from minbert.files.atomic import writing
-from minbert.inference import choose_kernels, evaluate, load_model, run_tasks, with_thresholds_of
+from minbert.inference import evaluate, kernels_of, load_model, run_tasks, with_thresholds_of
 from minbert.model import pair_encoding
 from minbert.runs.glue_submission import is_of_glue, write_submission
 from minbert.runs.predictions import write_predictions
@@ -91,19 +91,20 @@ def main(arguments: Sequence[str]) -> int:
     device = resolve_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
-    choose_kernels(config, warnings.print)
-    model, tokenizer = load_model(run.path / options.checkpoint, config, device)
-    console.print(f"{run.path}/{options.checkpoint} on {describe(device, config.precision)}")
-    limit = config.max_length or model.encoder.config.max_position_embeddings
-    encoded = {
-        task.name: encode(examples[task.name], tokenizer, limit, pair_encoding=pair_encoding(task)) for task in present
-    }
-    for task in present:
-        for line in encoded[task.name].warnings(limit):
-            warnings.print(f"warning: {task.title}, {options.split}: {line}")
-    with InferenceProgress(console, sum(map(len, encoded.values()))) as progress:
-        scores, outputs = evaluate(model, present, encoded, device, count=progress.add)
-    console.print(str(progress))
+    with kernels_of(config, warnings.print):
+        model, tokenizer = load_model(run.path / options.checkpoint, config, device)
+        console.print(f"{run.path}/{options.checkpoint} on {describe(device, config.precision)}")
+        limit = config.max_length or model.encoder.config.max_position_embeddings
+        encoded = {
+            task.name: encode(examples[task.name], tokenizer, limit, pair_encoding=pair_encoding(task))
+            for task in present
+        }
+        for task in present:
+            for line in encoded[task.name].warnings(limit):
+                warnings.print(f"warning: {task.title}, {options.split}: {line}")
+        with InferenceProgress(console, sum(map(len, encoded.values()))) as progress:
+            scores, outputs = evaluate(model, present, encoded, device, count=progress.add)
+        console.print(str(progress))
     files = {(task.name, examples[task.name].file) for task in present}
     rows = [row for task in present for row in skipped_rows(options.split, task.name, examples[task.name].skipped)]
     with writing(skipped_file, "free some space and run minbert evaluate"):

@@ -189,13 +189,15 @@ def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[M
     return model.to(device).eval(), tokenizer
 
 
-def choose_kernels(config: TrainConfig, warn: Callable[[str], object]) -> None:
-    """Compute as the run did, or say where that is not possible."""
-    kernels.set_backend(config.backend)
-    try:
-        kernels.set_matmul(config.matmul)
-    except ValueError as error:
-        warn(f"the run multiplied by another library, so outputs may differ in their last digits: {error}")
+@contextmanager
+def kernels_of(config: TrainConfig, warn: Callable[[str], object]) -> Iterator[None]:
+    """Compute in this block as the run did, or say where that is not possible."""
+    with kernels.use_backend(config.backend), kernels.use_matmul(kernels.matmul()):
+        try:
+            kernels.set_matmul(config.matmul)
+        except ValueError as error:
+            warn(f"the run multiplied by another library, so outputs may differ in their last digits: {error}")
+        yield
 
 
 def run_tasks(config: TrainConfig, names: Sequence[str] | None) -> list[Task]:

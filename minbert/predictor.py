@@ -22,7 +22,7 @@ from minbert.files import MANIFEST
 from minbert.files.atomic import readable, verify
 from minbert.files.hub import checkpoint_directory, names_repository
 from minbert.files.json_yaml import short
-from minbert.inference import READ, choose_kernels, embeddings, head_outputs, load_model, prepare, run_tasks
+from minbert.inference import READ, embeddings, head_outputs, kernels_of, load_model, prepare, run_tasks
 from minbert.model import POOLINGS, pair_encoding
 from minbert.runs.run_directory import Run
 from minbert.tasks import Task
@@ -125,9 +125,7 @@ class Predictor:
         if not readable(checkpoint).is_dir():
             raise UserError(f"{checkpoint} is not there: the run has saved no such checkpoint yet")
         self.checkpoint, self.config, self.device = checkpoint, config, resolve_device(device)
-        self._matmul = kernels.matmul()
-        with self._computing():
-            choose_kernels(config, warn)
+        with _kernels_in_use, kernels_of(config, warn):
             self._matmul = kernels.matmul()
             self._model, self._tokenizer = load_model(checkpoint, config, self.device)
             prepare(self._model)
@@ -213,7 +211,7 @@ class Predictor:
         Raises:
             UserError: the run was not trained on it.
         """
-        (task,) = run_tasks(self.config, [name])
+        task, *_ = run_tasks(self.config, [name])  # further dev sets of a task come with it
         head = self.tasks[task.head_of or name]
         return replace(task, classes=head.classes, thresholds=head.thresholds)
 

@@ -16,7 +16,7 @@ from minbert.errors import UserError
 from minbert.export import classifier, onnx_graph, sentence_encoder
 from minbert.export.trained import CPU, Trained, built_in_examples, dev_examples, some_of
 from minbert.files.atomic import check_vacant, new_directory, writing
-from minbert.inference import choose_kernels, load_model, run_tasks
+from minbert.inference import kernels_of, load_model, run_tasks
 from minbert.runs.run_directory import Run
 from minbert.tasks import Task
 from minbert.tasks.metrics import overall, predictions, probabilities, score
@@ -64,6 +64,14 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--to {options.to} needs {missing[0]}: pip install 'minbert[{options.to}]'")
     run, console = Run(options.run), Terminal()
     config = run.config().replace(precision="fp32", split_master_weights=False)
+    with kernels_of(config, Terminal(stderr=True).print):
+        export(run, config, options, console)
+    return 0
+
+
+def export(run: Run, config: TrainConfig, options: ExportConfig, console: Terminal) -> None:
+    """Write --out and compare it with the run's model; raises a UserError where that is not possible."""
+    out, kind = Path(options.out), FORMATS[options.to]
     trained = load(run, config, options)
     tasks = trained.tasks
     kind.check(trained)
@@ -81,7 +89,6 @@ def main(arguments: Sequence[str]) -> int:
         for line in kind.notes(trained):
             console.print(line)
     console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-    return 0
 
 
 def load(run: Run, config: TrainConfig, options: ExportConfig) -> Trained:
@@ -91,7 +98,6 @@ def load(run: Run, config: TrainConfig, options: ExportConfig) -> Trained:
         UserError: the run has no such task, or the checkpoint is missing or damaged.
     """
     named = run_tasks(config, [options.task] if options.task else None)
-    choose_kernels(config, Terminal(stderr=True).print)
     model, tokenizer = load_model(run.path / options.checkpoint, config, CPU)
     names = dict.fromkeys(task.head_of or task.name for task in named if task.evaluated or options.task)
     limit = config.max_length or model.encoder.config.max_position_embeddings

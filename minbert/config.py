@@ -98,7 +98,7 @@ class TrainConfig:
         surgery_reduction: whether pcgrad sums the projected gradients or takes their mean.
         surgery_groups: tasks whose gradients surgery sees as one, joined by +, such as sst+qqp+sts,cfimdb; left out,
             each task is a group.
-        smart: smoothness-inducing adversarial regularisation; --smart.lambda-s 0 turns it off.
+        smart: smoothness-inducing adversarial regularisation; off unless --smart.lambda-s is given.
         bregman: momentum Bregman proximal point method; off unless --bregman.mu is given.
         losses: by task, the loss, such as {sts: cosine_embedding}; the task's own for tasks left out.
         loss_weights: what a task's loss is multiplied by, such as {sst: 2}; 1 where left out.

@@ -58,7 +58,7 @@ def fit(
     torchrun started all call this, and train together.
 
     Args:
-        config: all options at once, in place of `options`.
+        config: all options at once, in place of `options`. They count as they are: `recipe` in it is a name alone.
         on_step, on_epoch: called after each step, and after each epoch is scored and saved. One that returns True stops
             the run: the epoch is scored as far as it went, and the run ends whole, as with `patience`. After an error
             in one, which is raised here, the run can be resumed. Of several processes the first calls them.

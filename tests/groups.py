@@ -13,6 +13,7 @@ from minbert.report import plot_run
 
 # Adam divides a gradient that is 0 but for rounding by itself: a large epsilon keeps that out of the weights.
 SMALL = {
+    "recipe": "smart-pcgrad",
     "batch_size": 8,
     "log_steps": 1,
     "dropout": 0.1,
@@ -23,10 +24,11 @@ SMALL = {
 
 
 def quick_options(data: Path, out: Path) -> list[str]:
-    """Options of a run of twelve steps in two epochs with a very small encoder."""
+    """Options of a run of twelve steps in two epochs with a very small encoder, with SMART and PCGrad."""
     options = {
         "data": data,
         "out": out,
+        "recipe": "smart-pcgrad",
         "precision": "fp32",
         "batch-size": 8,
         "epochs": 2,

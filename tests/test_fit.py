@@ -25,7 +25,8 @@ from minbert.training.stop_signal import Stopped
 
 @pytest.fixture
 def options(course_data, tmp_path) -> dict[str, object]:
-    return {**SMALL, "data": course_data, "out": tmp_path / "run", "steps": 2}
+    small = {name: value for name, value in SMALL.items() if name != "recipe"}
+    return {**small, "data": course_data, "out": tmp_path / "run", "steps": 2}
 
 
 @pytest.fixture(scope="module")

@@ -226,7 +226,9 @@ def test_weight_decay_does_not_depend_on_the_layers_groups(by_layer):
 
 def test_the_teacher_and_smart_are_of_the_same_model(course_data):
     """An average of what is trained; the rest is the model's own."""
-    config = config_of(data=str(course_data), freeze_layers=1, bregman=BregmanConfig(mu=1.0), smart=SmartConfig())
+    config = config_of(
+        data=str(course_data), freeze_layers=1, bregman=BregmanConfig(mu=1.0), smart=SmartConfig(lambda_s=1.0)
+    )
     data = build_data(config)
     model = build_model(config, data)
     _, parameters = build_optimizer(config, model, 1, ProcessGroup())

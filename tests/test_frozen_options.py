@@ -50,7 +50,7 @@ OPTIONS = {
         "accumulate": 1,
         "timeout": 600.0,
         "cuda_graphs": True,
-        "smart.lambda_s": 1.0,
+        "smart.lambda_s": 0.0,
         "smart.epsilon": 0.02,
         "smart.sigma": 0.01,
         "smart.eta": 0.02,

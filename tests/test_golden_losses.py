@@ -32,6 +32,7 @@ from rich.console import Console
 
 from minbert.config import ScratchConfig, TrainConfig
 from minbert.kernels import native
+from minbert.methods.smart import SmartConfig
 from minbert.runs.run_directory import Run
 from minbert.train import train
 
@@ -49,6 +50,7 @@ def losses(precision: str, **options: object) -> Losses:
         "device": "cpu",
         "log_steps": 1,
         "lr": 1e-3,
+        "smart": SmartConfig(lambda_s=1.0),
         "matmul": "blas",
         "scratch": ScratchConfig(vocab_size=2000, hidden_size=64, num_hidden_layers=2, intermediate_size=256),
         "steps": STEPS,

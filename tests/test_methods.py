@@ -74,10 +74,6 @@ def test_smart_and_pcgrad_change_the_weights(weights_of):
         assert any(not torch.equal(plain[name], other[name]) for name in plain), recipe
 
 
-def test_the_default_is_smart_with_pcgrad(weights_of):
-    assert_equal(weights_of("--steps=3"), weights_of("--steps=3", "--recipe=smart-pcgrad"))
-
-
 @pytest.mark.parametrize("heads", [[], APART])
 @pytest.mark.parametrize("surgery", ["sum", "pcgrad"])
 def test_task_after_task_trains_like_one_stream(weights_of, surgery, heads):

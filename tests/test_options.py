@@ -30,6 +30,10 @@ def test_no_options_give_the_defaults_of_the_record():
     assert parse() == TrainConfig()
 
 
+def test_the_default_is_pcgrad_without_smart():
+    assert parse("--recipe=pcgrad").replace(recipe=None) == TrainConfig()
+
+
 def test_command_line_beats_file_beats_recipe(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("lr: 0.25\nepochs: 7\nseed: 5\n")
     recipes = tmp_path / "recipes"

@@ -18,8 +18,9 @@ STEP = """
 from minbert.kernels import flight_recorder
 from minbert import train
 train.main([
-    "--steps=1", "--epochs=1", "--batch-size=4", "--precision=fp32", "--scratch.hidden-size=32",
-    "--scratch.num-hidden-layers=1", "--scratch.vocab-size=400", "--max-length=16", "--out=run",
+    "--recipe=smart-pcgrad", "--steps=1", "--epochs=1", "--batch-size=4", "--precision=fp32",
+    "--scratch.hidden-size=32", "--scratch.num-hidden-layers=1", "--scratch.vocab-size=400", "--max-length=16",
+    "--out=run",
 ])
 """
 OF_STEP = {  # by training; what evaluation calls besides is not asked for

@@ -24,6 +24,7 @@ from minbert.runs.resume import (
     check_length,
     differences,
     flat,
+    remarks,
     resumed,
 )
 from minbert.runs.run_directory import Run
@@ -112,12 +113,21 @@ def test_what_was_left_open_is_as_the_record_has_it():
 
 
 def test_what_was_raised_for_smart_goes_on_as_it_was_begun():
-    raised = BEGUN.replace(precision="fp32")
-    assert resumed(raised, BEGUN, Path("x")).precision == "fp32"
-    assert differences(raised, BEGUN) == {}
-    same = raised.replace(smart=SmartConfig(precision="same"))
+    begun = BEGUN.replace(smart=SmartConfig(lambda_s=1.0))
+    raised = begun.replace(precision="fp32")
+    assert resumed(raised, begun, Path("x")).precision == "fp32"
+    assert differences(raised, begun) == {}
+    same = raised.replace(smart=SmartConfig(lambda_s=1.0, precision="same"))
     with pytest.raises(UserError, match="--precision"):
         resumed(same, same.replace(precision="bf16"), Path("x"))
+
+
+def test_a_run_with_a_former_default_keeps_it_and_says_so():
+    begun = BEGUN.replace(smart=SmartConfig(lambda_s=1.0))
+    assert resumed(begun, BEGUN, Path("x")).smart.lambda_s == 1.0
+    assert remarks(begun, BEGUN) == ["the run goes on with --smart.lambda-s 1.0, the default when it was begun"]
+    with pytest.raises(UserError, match=r"--smart.lambda-s \(was 2.0, is 0.0\)"):
+        resumed(begun.replace(smart=SmartConfig(lambda_s=2.0)), BEGUN, Path("x"))
 
 
 def test_a_place_may_be_spelt_otherwise(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ TASKS = find_tasks(["sst", "qqp", "sts"])
 COUNTS = {"sst": 3, "qqp": 1, "sts": 2}
 SEED, NOISE = torch.tensor(7), torch.tensor(8)
 OFF, NO_TEACHER = SmartConfig(lambda_s=0.0), BregmanConfig()
-ACTING = SmartConfig(epsilon=0.1, sigma=0.05, eta=0.1, relative=False)
+ACTING = SmartConfig(lambda_s=1.0, epsilon=0.1, sigma=0.05, eta=0.1, relative=False)
 
 
 @pytest.fixture

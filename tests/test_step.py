@@ -75,9 +75,11 @@ def test_no_head_and_no_loss_looks_at_a_number(monkeypatch):
     tasks[1] = dataclasses.replace(tasks[1], loss="multiple_negatives_ranking")
     model = MultitaskModel(Encoder(EncoderConfig(**SIZES)), tasks, shared_layer="transform").train()
     gradients = TaskGradients(model.trunk, len(tasks))
-    objective = Objective(model, SmartConfig(), BregmanConfig(), l2={"qqp": 0.1})
+    objective = Objective(model, SmartConfig(lambda_s=1.0), BregmanConfig(), l2={"qqp": 0.1})
     packed = pack([[1, 2, 3]] * 24).by_task([4, 8, 12])
-    batch = make_batch(packed, {task.name: torch.tensor([0.0, 1, 1, 0]) for task in tasks}, SmartConfig(), seed=0)
+    batch = make_batch(
+        packed, {task.name: torch.tensor([0.0, 1, 1, 0]) for task in tasks}, SmartConfig(lambda_s=1.0), seed=0
+    )
     monkeypatch.setattr(Encoder, "check", lambda self, packed: None)  # look at ids, on CPUs only
     for check in ("ids", "cu_seqlens_values"):
         monkeypatch.setattr(checks, check, lambda *arguments: None)

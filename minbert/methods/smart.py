@@ -24,7 +24,7 @@ class SmartConfig:
     """The smoothness-inducing regulariser, R_s of Jiang et al. 2019; the letters are the paper's.
 
     Args:
-        lambda_s: weight of the regulariser, or one for each task, such as {sst: 5, sts: 1}; 0 turns it off.
+        lambda_s: weight of the regulariser, or one for each task, such as {sst: 5, sts: 1}; 0 is without it.
         epsilon: radius of the ball around the embeddings in which the worst perturbation is sought.
         sigma: standard deviation of the noise that the search starts from.
         eta: length of a step of the search.
@@ -39,7 +39,7 @@ class SmartConfig:
         precision: auto computes the step in float32 where bf16 would round the perturbation away; same never does.
     """
 
-    lambda_s: float | dict[str, float] = 1.0
+    lambda_s: float | dict[str, float] = 0.0
     epsilon: float = 0.02
     sigma: float = 0.01
     eta: float = 0.02

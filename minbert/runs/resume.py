@@ -40,6 +40,9 @@ ROUNDING = ("device", "threads", "backend", "matmul", "split_master_weights")
 
 LENGTH = ("epochs", "steps", "patience")  # a run can be extended, or end earlier
 
+# Defaults that have changed: before, now. A run with the former one that is resumed with the present one keeps its own.
+FORMER_DEFAULTS = {"smart.lambda_s": (1.0, 0.0)}
+
 # All other options determine the weights: they are fixed.
 
 
@@ -53,6 +56,8 @@ def resumed(saved: TrainConfig, given: TrainConfig, run: Path) -> TrainConfig:
     for name in (*CHOSEN_AT_START, *DATA_PATHS, "threads", "backend", "matmul"):
         if wanted[name] in (None, "auto"):
             wanted[name] = recorded[name]
+    for name in _with_former_default(saved, given):
+        wanted[name] = recorded[name]
     if wanted["precision"] == "bf16" and raised_for_smart(saved):
         wanted["precision"] = "fp32"
     may_differ = (*WITHOUT_EFFECT, *ROUNDING, *LENGTH)
@@ -86,6 +91,12 @@ def differences(saved: TrainConfig, given: TrainConfig) -> dict[str, str]:
     return {name: _change(name, recorded[name], wanted[name]) for name in differing}
 
 
+def _with_former_default(saved: TrainConfig, given: TrainConfig) -> list[str]:
+    """The options of which a run has a former default, and `given` the present one."""
+    recorded, wanted = dict(flat(saved)), dict(flat(given))
+    return [name for name, defaults in FORMER_DEFAULTS.items() if (recorded[name], wanted[name]) == defaults]
+
+
 def raised_for_smart(saved: TrainConfig) -> bool:
     """Whether SMART's radius may have raised the precision of a run from bf16 to float32."""
     return saved.precision == "fp32" and saved.smart.on and saved.smart.precision == "auto"
@@ -96,6 +107,8 @@ def remarks(saved: TrainConfig, given: TrainConfig) -> list[str]:
     lines = []
     if (saved.precision, given.precision) == ("fp32", "bf16"):
         lines.append("the run goes on in fp32, which SMART needed at its start")
+    for name in _with_former_default(saved, given):
+        lines.append(f"the run goes on with {dashed(name)} {dict(flat(saved))[name]}, the default when it was begun")
     changed = [name for name in ROUNDING if _computing(saved, name) != _computing(given, name)]
     if changed:
         shown = ", ".join(_change(name, getattr(saved, name), getattr(given, name)) for name in changed)

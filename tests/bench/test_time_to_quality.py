@@ -59,7 +59,7 @@ def test_a_row_has_means_deviations_and_medians_over_the_seeds():
 @pytest.mark.slow
 def test_runs_are_trained_once_and_recorded(course_data, tmp_path):
     own = quick_options(course_data, tmp_path)
-    rest = [option for option in own if option.split("=")[0] not in ("--data", "--out", "--epochs")]
+    rest = [option for option in own if option.split("=")[0] not in ("--data", "--out", "--recipe", "--epochs")]
     given = ["--data", course_data, "--recipes", "plain", "--seeds", "0,1", "--runs", tmp_path / "runs"]
     given += ["--results", tmp_path / "results", "--epochs", "2"]
     runs = [Run(tmp_path / "runs" / "plain" / "epochs-2" / f"seed-{seed}") for seed in (0, 1)]

@@ -28,7 +28,7 @@ def data(tmp_path_factory) -> Path:
 def run(data, tmp_path_factory) -> Run:
     """A run of two epochs; to be read only."""
     path = tmp_path_factory.mktemp("report") / "run <u>1"
-    assert train.main([f"--data={data}", f"--out={path}", "--epochs=2", *SMALL]) == 0
+    assert train.main([f"--data={data}", f"--out={path}", "--recipe=smart-pcgrad", "--epochs=2", *SMALL]) == 0
     return Run(path)
 
 

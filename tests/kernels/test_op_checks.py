@@ -125,3 +125,26 @@ def test_an_op_that_is_broken_is_found(monkeypatch: pytest.MonkeyPatch, needs_na
 
     monkeypatch.setattr(gelu, "library", Broken)
     assert not op_checks.compare(Call("bias_gelu", [randn(3, 16), [randn(16, seed=1)], [0, 3]], settings())).ok
+
+
+@pytest.mark.parametrize(("nearby", "ok"), [(2e-7, True), (5e-7, False)])
+def test_beyond_the_bound_the_errors_of_calls_nearby_count(
+    monkeypatch: pytest.MonkeyPatch, nearby: float, ok: bool
+) -> None:
+    grad = randn(5, 3).t()
+    call = Call("linear_backward", [grad, randn(3, 4), randn(5, 4), [0, 3], True, False, torch.float32], settings())
+    errors = iter([5e-7] + op_checks.NEARBY * [nearby])
+    seen = []
+
+    def found(call: Call) -> list[tuple[float, float, float]]:
+        seen.append(call.arguments)
+        return [(next(errors), 1.5e-7, op_checks.SLACK)]
+
+    monkeypatch.setattr(op_checks, "_errors", found)
+    comparison = op_checks.compare(call)
+    assert (comparison.ok, comparison.error) == (ok, pytest.approx(nearby))
+    assert len({float(arguments[0][0, 0]) for arguments in seen}) == 1 + op_checks.NEARBY
+    for arguments in seen:
+        assert arguments[0].stride() == grad.stride()
+        assert 0 < (arguments[0] / grad - 1).abs().max() < 0.1 or arguments[0] is grad
+        assert arguments[3:] == call.arguments[3:]

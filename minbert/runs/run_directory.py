@@ -78,7 +78,7 @@ class Run:
             try:
                 yield
             finally:
-                self.metrics.close(finished=bool(self.summary()))
+                self.metrics.close(finished=(self.path / "summary.json").exists())
 
     def _check_usable(self, resume: bool) -> None:
         if (self.path / MANIFEST).exists():

@@ -284,7 +284,7 @@ def run(
             raise UserError(refusal)
         code = main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        sys.stderr.write(f"error: {one_line(str(error))}\n")  # in one write: other processes may write too
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT

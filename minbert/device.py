@@ -57,7 +57,7 @@ def resolve_device(name: str) -> torch.device:
 
 @functools.cache
 def _warn_once(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
+    sys.stderr.write(f"warning: {line}\n")  # in one write: other processes may write too
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

@@ -131,7 +131,7 @@ SCRIPT = """
     try:
         minbert.fit(**options, out="third", quiet=True, on_step=lambda info: 1 / 0)
     except (ZeroDivisionError, RuntimeError) as error:
-        print("rank", os.environ["RANK"], type(error).__name__, flush=True)
+        sys.stdout.write(f"rank {{os.environ['RANK']}} {{type(error).__name__}}\\n")  # in one write: both ranks' pipe
 """
 
 

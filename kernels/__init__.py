@@ -25,6 +25,7 @@ if __name__ == "minbert.kernels":
     from .smart import smart_ascend, smart_init
     from .split_float32 import join_float32, split_float32
     from .surgery import clip_weights, combine, gram, surgery_weights
+    from .weightings import WEIGHTING_RULES, task_weights, weighting_state_size
 elif "transformers" not in sys.modules:  # it imports `kernels` to see whether that package is there; to it we are empty
     raise ImportError(
         f"this folder is the package minbert.kernels, not {__name__}: import minbert.kernels (and leave the "
@@ -32,6 +33,7 @@ elif "transformers" not in sys.modules:  # it imports `kernels` to see whether t
     )
 
 __all__ = [
+    "WEIGHTING_RULES",
     "AttentionPlan",
     "BackendChoice",
     "LayerParameters",
@@ -66,8 +68,10 @@ __all__ = [
     "smart_init",
     "split_float32",
     "surgery_weights",
+    "task_weights",
     "use_backend",
     "use_matmul",
     "weight_gradients_added",
+    "weighting_state_size",
     "weights_packed_once",
 ]

@@ -19,6 +19,7 @@ from .layers import (
 from .random_numbers import attention_dropout_mask, drop_threshold, dropout_mask, normal, numbered, philox
 from .smart import smart_ascend, smart_init
 from .surgery import clip_weights, combine, gram, surgery_weights
+from .weightings import task_weights
 
 __all__ = [
     "adamw_",
@@ -42,4 +43,5 @@ __all__ = [
     "smart_ascend",
     "smart_init",
     "surgery_weights",
+    "task_weights",
 ]

@@ -151,11 +151,11 @@ struct Argument<TaskGradients> {
 
 // The fields of SurgeryProblem and SurgeryResult.
 using SurgeryArguments =
-    std::tuple<int64_t, Address, Address, Address, Address, double, bool, Address, Address, Address>;
+    std::tuple<int64_t, int64_t, Address, Address, Address, Address, double, bool, Address, Address, Address>;
 template <class Run>
 auto with_surgery(const SurgeryArguments& arguments, const Run& run) {
-  const auto& [tasks, gram, orders, given, own_square, max_norm, mean, weights, stats, scratch] = arguments;
-  return run({tasks, gram, orders, given, own_square, max_norm, mean}, {weights, stats, scratch});
+  const auto& [parts, tasks, gram, orders, given, own_square, max_norm, mean, weights, stats, scratch] = arguments;
+  return run({parts, tasks, gram, orders, given, own_square, max_norm, mean}, {weights, stats, scratch});
 }
 
 // The addresses of parameters, both moments, averages, copies and low bits (the last three may be empty), the scalars

@@ -21,19 +21,26 @@ struct Address {
 
 // For K tensors: the addresses of the gradients [T K], 0 for a missing one; sizes [K]; dtypes [K]; T. A tensor with
 // sparse gradients is a table, of which each task's gradient has some rows: columns [K], 0 for a tensor with dense
-// gradients; the addresses of their sorted row numbers, int64 [T K], and how many there are [T K].
-using GradientArguments = std::tuple<std::vector<Address>, std::vector<int64_t>, std::vector<DType>, int64_t,
-                                     std::vector<int64_t>, std::vector<Address>, std::vector<int64_t>>;
+// gradients; the addresses of their sorted row numbers, int64 [T K], and how many there are [T K]. Last, the first
+// tensor of each of G parts of the model, and K [G + 1]; empty for one part.
+using GradientArguments =
+    std::tuple<std::vector<Address>, std::vector<int64_t>, std::vector<DType>, int64_t, std::vector<int64_t>,
+               std::vector<Address>, std::vector<int64_t>, std::vector<int64_t>>;
 
 // A tensor with dense gradients is one part. A table is cut into its rows that some task has, one part each, and the
 // rows between them, which are parts without gradients.
 class GradientParts {
  public:
   explicit GradientParts(const GradientArguments& arguments) : tasks_(std::get<3>(arguments)) {
-    const auto& [addresses, sizes, dtypes, tasks, columns, ids, counts] = arguments;
+    const auto& [addresses, sizes, dtypes, tasks, columns, ids, counts, first_tensors] = arguments;
     const int64_t tensors = static_cast<int64_t>(sizes.size());
     std::vector<const char*> gradients(tasks);
+    const auto begin_model_parts = [&](int64_t k) {
+      while (first_tensor_.size() < first_tensors.size() && first_tensors[first_tensor_.size()] <= k)
+        first_tensor_.push_back(static_cast<int64_t>(sizes_.size()));
+    };
     for (int64_t k = 0; k < tensors; ++k) {
+      begin_model_parts(k);
       for (int64_t t = 0; t < tasks; ++t) gradients[t] = addresses[t * tensors + k];
       if (columns[k] == 0) {
         add(k, 0, sizes[k], dtypes[k], gradients);
@@ -62,6 +69,7 @@ class GradientParts {
         row = present + 1;
       }
     }
+    begin_model_parts(tensors);
     const int64_t parts = static_cast<int64_t>(sizes_.size());
     data_.resize(tasks * parts);
     for (int64_t part = 0; part < parts; ++part)
@@ -69,8 +77,13 @@ class GradientParts {
   }
 
   operator TaskGradients() const {
-    return {
+    TaskGradients g{
         tasks_, static_cast<int64_t>(sizes_.size()), data_.data(), dtypes_.data(), sizes_.data(), first_chunk_.data()};
+    if (!first_tensor_.empty()) {
+      g.model_parts = static_cast<int64_t>(first_tensor_.size()) - 1;
+      g.first_tensor = first_tensor_.data();
+    }
+    return g;
   }
 
   // The parts' addresses in other tensors of these shapes: of two bytes where has_two_bytes(k) says so, else of the
@@ -99,8 +112,8 @@ class GradientParts {
   }
 
   int64_t tasks_;
-  std::vector<int64_t> tensor_, start_, sizes_,
-      first_chunk_{0};  // tensor_ and start_: where a part begins, in elements
+  // tensor_ and start_: where a part begins, in elements; first_tensor_: the first part of each part of the model
+  std::vector<int64_t> tensor_, start_, sizes_, first_chunk_{0}, first_tensor_;
   std::vector<DType> dtypes_;
   std::vector<const void*> by_part_, data_;  // [parts, T] and [T, parts]
 };

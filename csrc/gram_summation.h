@@ -1,14 +1,14 @@
-// The order in which a Gram matrix is summed over chunks: the same on the CPU and on CUDA devices, and for any number
-// of threads.
+// The order in which the Gram matrix of a part of the model is summed over its chunks: the same on the CPU and on CUDA
+// devices, and for any number of threads.
 #pragma once
 
 #include <cstdint>
 
 namespace minbert {
 
-// Chunk c is added to lane c % kLanes, in the order of the chunks. Then the lanes are added: within each group of
-// kLaneGroup the upper half to the lower half until one sum is left, then group after group. On a CUDA device a lane is
-// a thread and a group is a warp.
+// Chunk c of the part is added to lane c % kLanes, in the order of the chunks. Then the lanes are added: within each
+// group of kLaneGroup the upper half to the lower half until one sum is left, then group after group. On a CUDA device
+// a lane is a thread and a group is a warp.
 constexpr int kLanes = 256, kLaneGroup = 32;
 
 static inline double sum_of_lanes(double* lanes) {  // overwrites the lanes

@@ -10,7 +10,7 @@
 namespace minbert {
 
 // Increases with every change of the binding's arguments: Python refuses a binary built from another checkout.
-constexpr int kInterface = 11;
+constexpr int kInterface = 12;
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };  // float16: only on CUDA devices
 
@@ -18,13 +18,19 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3
 // depend on the thread count. On a CUDA device a block of threads processes one of a chunk's kChunkParts parts.
 constexpr int64_t kChunk = 1 << 16, kChunkParts = 4;
 
-// One gradient per task over K dense tensors, which may be parts of larger ones.
+constexpr int64_t kModelParts = 1 << 15;  // the most parts of a model
+
+// One gradient per task over K dense tensors, which may be parts of larger ones. The tensors belong to G parts of the
+// model, one after the other: each part has a Gram matrix and weights of its own.
 struct TaskGradients {
   int64_t tasks, tensors;
   const void* const* data;     // [T, K]; a null pointer is a gradient of zeros
   const DType* dtypes;         // [K]
   const int64_t* sizes;        // [K], elements
   const int64_t* first_chunk;  // [K + 1]: the chunks of tensor k are first_chunk[k] up to first_chunk[k + 1]
+  int64_t model_parts = 1;
+  const int64_t* first_tensor =
+      nullptr;  // [G + 1]: the tensors of part p are first_tensor[p] up to first_tensor[p + 1]
 };
 
 // Philox4x32-10 gives four random words per (seed, counter); a word below `threshold` drops its element.
@@ -39,29 +45,32 @@ static inline constexpr uint32_t row_number(const Dropout& dropout, int64_t row)
   return dropout.first_row + static_cast<uint32_t>(dropout.rows ? dropout.rows[row] : row);
 }
 
-// gram [T, T]: entry (i, j) is the inner product of g_i and g_j in float64, summed in the order of gram_summation.h.
-// partials: scratch, [chunks, T, T], on a CUDA device [chunks, kChunkParts, T, T].
+// gram [G, T, T]: entry (i, j) of a part is the inner product of g_i and g_j there in float64, summed in the order of
+// gram_summation.h over the chunks of the part. partials: scratch, [chunks, T, T], on a CUDA device [chunks,
+// kChunkParts, T, T].
 using Gram = void(const TaskGradients&, double* partials, double* gram, int threads) noexcept;
 
-// Computes one weight per task from a Gram matrix: PCGrad's in the orders `orders`, else `weights`, else equal ones.
+// Computes one weight per task from the Gram matrix of each of G parts: PCGrad's in the orders `orders`, else
+// `weights`, else equal ones. Clipping and statistics are those of all parts together.
 struct SurgeryProblem {
-  int64_t tasks;
-  const double* gram;        // [T, T]
-  const int64_t* orders;     // [T, T]: row i lists the tasks in the order of task i's projections; or null
-  const double* weights;     // [T], or null
+  int64_t parts, tasks;
+  const double* gram;        // [G, T, T]
+  const int64_t* orders;     // [G, T, T]: row i lists the tasks in the order of task i's projections; or null
+  const double* weights;     // [G, T], or null
   const double* own_square;  // a scalar: the squared norm of the gradients that are not per task; null means 0
   double max_norm;           // clips the norm of all gradients; 0 does not clip
   bool mean;                 // combine the mean of the task gradients rather than their sum
 };
 struct SurgeryResult {
-  double* weights;  // [T], clipped
+  double* weights;  // [G, T], clipped
   double* stats;    // [4]: norm before clipping, clip scale, whether the norm is finite, projected share
-  double* scratch;  // [T + 3, T]
+  double* scratch;  // [T + 3, G, T]
 };
 using SurgeryWeights = void(const SurgeryProblem&, const SurgeryResult&) noexcept;
 
-// out[k] = sum over t of weights[t] g_t[k], for K tensors that each have a gradient in some task. out[k] may be the
-// same memory as one of the g_t[k]. Accumulates in float32 (float64 for float64).
+// out[k] = sum over t of w[t] g_t[k], for K tensors that each have a gradient in some task, where w is the row of
+// weights [G, T] of the tensor's part. out[k] may be the same memory as one of the g_t[k]. Accumulates in float32
+// (float64 for float64).
 using Combine = void(const TaskGradients&, const double* weights, void* const* out, int threads) noexcept;
 
 // AdamW's parameters and moments [K]: float64 for float64 gradients, float32 for others.
@@ -86,7 +95,7 @@ struct AdamWStep {
   double momentum = 0;  // average = momentum average + (1 - momentum) param
 };
 
-// One AdamW step, in place, with the gradient sum over t of weights[t] g_t, which is never stored. A tensor that has no
+// One AdamW step, in place, with the gradient that `Combine` computes, which is never stored. A tensor that has no
 // gradient in any task has a gradient of zeros.
 using CombineAdamW = void(const TaskGradients&, const double* weights, AdamWState, AdamWStep, Gate,
                           int threads) noexcept;

@@ -1,4 +1,4 @@
-// Computes the weights of the task gradients from their Gram matrix, for host and device: the operations of
+// Computes the weights of the task gradients from their Gram matrices, for host and device: the operations of
 // reference.surgery_weights in the same order. Each of `workers` threads calls the function for a share of the rows;
 // `sync` is their barrier.
 #pragma once
@@ -46,54 +46,71 @@ static inline MINBERT_HOST_DEVICE void project(const double* gram, const int64_t
 static inline MINBERT_HOST_DEVICE double at_least_0(double x) { return x < 0 && is_finite(x) ? 0 : x; }
 static inline MINBERT_HOST_DEVICE double root(double x) { return sqrt(at_least_0(x)); }
 
+static inline MINBERT_HOST_DEVICE bool all_finite(const double* from, int64_t count) {
+  bool finite = true;
+  for (int64_t i = 0; finite && i < count; ++i) finite = is_finite(from[i]);
+  return finite;
+}
+
 template <class Sync>
 static inline MINBERT_HOST_DEVICE void surgery_weights(const SurgeryProblem& problem, const SurgeryResult& result,
                                                        int64_t worker, int64_t workers, const Sync& sync) {
-  const int64_t tasks = problem.tasks;
-  const double* const gram = problem.gram;
+  const int64_t tasks = problem.tasks, entries = tasks * tasks, rows = problem.parts * tasks;  // task by task, by part
   const double plain = problem.mean ? 1.0 / static_cast<double>(tasks) : 1.0;
   double *const weights = result.weights, *const coefficients = result.scratch;
 
-  bool projects = problem.orders != nullptr;
-  for (int64_t i = 0; projects && i < tasks * tasks; ++i) projects = is_finite(gram[i]);
-  if (problem.orders)
-    for (int64_t i = worker; i < tasks; i += workers) project(gram, problem.orders, projects, i, tasks, coefficients);
+  if (problem.orders) {
+    bool projects = false;
+    for (int64_t row = worker, last = -1; row < rows; row += workers) {
+      const int64_t part = row / tasks;
+      const double* const gram = problem.gram + part * entries;
+      if (part != last) projects = all_finite(gram, entries);
+      last = part;
+      project(gram, problem.orders + part * entries, projects, row % tasks, tasks, coefficients + part * entries);
+    }
+  }
   sync();
-  for (int64_t k = worker; k < tasks; k += workers) {
-    double total = problem.weights ? problem.weights[k] : plain;
+  for (int64_t row = worker; row < rows; row += workers) {
+    double total = problem.weights ? problem.weights[row] : plain;
     if (problem.orders) {
+      const double* const of_part = coefficients + row / tasks * entries;
       total = 0;
-      for (int64_t i = 0; i < tasks; ++i) total += coefficients[i * tasks + k];
+      for (int64_t i = 0; i < tasks; ++i) total += of_part[i * tasks + row % tasks];
       if (problem.mean) total /= static_cast<double>(tasks);
     }
-    weights[k] = total;
+    weights[row] = total;
   }
   sync();
 
-  // Three quadratic forms v' G v: of the weights, of the difference that surgery makes, and of the plain weights. First
-  // the products v_i (G v)_i, then their sums.
-  double* const forms = result.scratch + tasks * tasks;  // [3, T]
-  for (int64_t i = worker; i < tasks; i += workers) {
+  // Three quadratic forms v' G v of each part: of the weights, of the difference that surgery makes, and of the plain
+  // weights. First the products v_i (G v)_i, then their sums.
+  double* const forms = coefficients + problem.parts * entries;  // [3, G, T]
+  for (int64_t row = worker; row < rows; row += workers) {
+    const double* const gram = problem.gram + row * tasks;
+    const double* const of_part = weights + row / tasks * tasks;
     double of_weights = 0, of_change = 0, of_plain = 0;
     for (int64_t j = 0; j < tasks; ++j) {
-      const double product = gram[i * tasks + j];
-      of_weights += times(product, weights[j]);
-      of_change += times(product, weights[j] - plain);
-      of_plain += times(product, plain);
+      of_weights += times(gram[j], of_part[j]);
+      of_change += times(gram[j], of_part[j] - plain);
+      of_plain += times(gram[j], plain);
     }
-    forms[i] = times(weights[i], of_weights);
-    forms[tasks + i] = times(weights[i] - plain, of_change);
-    forms[2 * tasks + i] = times(plain, of_plain);
+    forms[row] = times(weights[row], of_weights);
+    forms[rows + row] = times(weights[row] - plain, of_change);
+    forms[2 * rows + row] = times(plain, of_plain);
   }
   sync();
-  double square[3] = {0, 0, 0};
-  for (int form = 0; form < 3; ++form)
-    for (int64_t i = 0; i < tasks; ++i) square[form] += forms[form * tasks + i];
-  const double norm = root(at_least_0(square[0]) + (problem.own_square ? *problem.own_square : 0));
+  double square[3] = {0, 0, 0};  // of all parts
+  for (int64_t part = 0; part < problem.parts; ++part)
+    for (int form = 0; form < 3; ++form) {
+      double of_part = 0;
+      for (int64_t i = 0; i < tasks; ++i) of_part += forms[form * rows + part * tasks + i];
+      square[form] += at_least_0(of_part);
+    }
+  const double norm = root(square[0] + (problem.own_square ? *problem.own_square : 0));
   const bool finite = is_finite(norm);
   const double scale = finite && 0 < problem.max_norm && problem.max_norm < norm ? problem.max_norm / norm : 1;
   sync();
-  for (int64_t k = worker; k < tasks; k += workers) weights[k] = times(weights[k], scale);
+  for (int64_t row = worker; row < rows; row += workers) weights[row] = times(weights[row], scale);
   if (worker == 0) {
     result.stats[0] = norm;
     result.stats[1] = scale;

@@ -31,12 +31,13 @@ def _combine_adamw_(
     low_bits: Sequence[Tensor],
     skip_unless: Tensor | None,
     scalars: Sequence[float],
+    first_columns: Sequence[int] | None = None,
 ) -> None:
     parts = params, exp_avgs, exp_avg_sqs, ema, copies, low_bits
     state = [[tensor.data_ptr() for tensor in part] for part in parts]
     gate = native_calls.address(skip_unless), skip_unless is not None and skip_unless.dtype == torch.bool
     update = (state, scalars, *gate)  # csrc/kernels.h's AdamWState, AdamWStep and Gate
-    arguments = native_calls.task_gradients(grads, weights.shape[0], rows, tables)
+    arguments = native_calls.task_gradients(grads, weights.shape[-1], rows, tables, first_columns)
     native_calls.run("combine_adamw", weights.device, arguments, weights.data_ptr(), update)
 
 
@@ -210,6 +211,7 @@ def combine_adamw_(
     copies: Sequence[Tensor | None] | None = None,
     low_bits: Sequence[Tensor | None] | None = None,
     skip_unless: Tensor | None = None,
+    parts: Sequence[int] | None = None,
 ) -> None:
     """One AdamW step with the weighted sum of the task gradients, in one pass over memory: the sum is never stored.
 
@@ -221,9 +223,10 @@ def combine_adamw_(
             for others, shaped and laid out like the gradients there. A parameter without any gradient stays as it is.
             With `low_bits`, parameters of float32 moments may be bfloat16.
         grads: for each of T tasks one list of tensors, as for `gram`.
-        weights: float64 [T].
+        weights: float64 [T]; with `parts` [G, T].
         step, lr, betas, eps, weight_decay, ema, ema_decay, copies, low_bits, skip_unless: as for `adamw_`. Where no
             task has a gradient, moving average, copy and low bits stay as they are too.
+        parts: for each position the number of its part of the model, whose row of the weights it has.
 
     Raises:
         ValueError, TypeError: an argument is not as described; nothing has been changed.
@@ -234,7 +237,7 @@ def combine_adamw_(
     if ema is not None:
         lists["ema"] = ema
     _check_lists(op, step, ema_decay, grads=columns, **lists, copies=copies, low_bits=low_bits)
-    checks.tensor(op, "weights", weights, [len(grads)], [torch.float64])
+    count = checks.weights_by_part(op, weights, parts, len(columns), len(grads))
     present = [k for k, column in enumerate(columns) if column is not None]
     for k in present:
         column: Tensor = columns[k]  # type: ignore[assignment]
@@ -259,12 +262,14 @@ def combine_adamw_(
     _check_gate(op, skip_unless, device)
     if dispatch.is_compiled(op, device):
         state = params, exp_avgs, exp_avg_sqs, ema, _filled(copies, device), _filled(low_bits, device)
+        ordered, first_columns = native_calls.by_part(present, parts, count)
         _combine_adamw_(
-            *native_calls.sparse_parts(grads, present),
+            *native_calls.sparse_parts(grads, ordered),
             weights.to(device),
-            *([tensors[k] for k in present] if tensors else [] for tensors in state),
+            *([tensors[k] for k in ordered] if tensors else [] for tensors in state),
             skip_unless,
             _scalars(step, lr, betas, eps, weight_decay, ema_decay),
+            first_columns,
         )
     else:
         reference.combine_adamw_(
@@ -283,4 +288,5 @@ def combine_adamw_(
             copies=copies,
             low_bits=low_bits,
             skip_unless=skip_unless,
+            parts=parts,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GRADIENTS = (torch.float32, torch.bfloat16, torch.float64)
+MODEL_PARTS = 1 << 15  # csrc/kernels.h's kModelParts
 
 
 def names(dtypes: Sequence[torch.dtype]) -> str:
@@ -144,10 +145,42 @@ def permutations(op: str, name: str, value: Tensor) -> None:
     """Check that every row is a permutation; only on the CPU, where that waits for nothing."""
     if value.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    expected = list(range(value.shape[1]))
-    for row, entries in enumerate(value.tolist()):
+    expected = list(range(value.shape[-1]))
+    for row, entries in enumerate(value.view(-1, len(expected)).tolist()):
         if sorted(entries) != expected:
-            raise ValueError(f"{op}: {name}[{row}] must be a permutation of 0 to {len(expected) - 1}, got {entries}")
+            at = row if value.dim() == 2 else f"{row // value.shape[1]}, {row % value.shape[1]}"
+            raise ValueError(f"{op}: {name}[{at}] must be a permutation of 0 to {len(expected) - 1}, got {entries}")
+
+
+def parts(op: str, value: Sequence[int] | None, columns: int, count: int | None = None) -> int:
+    """Check the number of each column's part of the model.
+
+    Args:
+        count: of the parts; one more than the largest number when left out.
+
+    Returns:
+        the count of the parts: 1 without numbers.
+    """
+    if value is None:
+        if count is not None:
+            raise ValueError(f"{op}: part_count is given with parts, got {count} and None")
+        return 1
+    if len(value) != columns:
+        raise ValueError(f"{op}: parts must have one number for each of the {columns} tensors, got {len(value)}")
+    largest = MODEL_PARTS - 1 if count is None else count - 1
+    for k, part in enumerate(value):
+        if not isinstance(part, int) or not 0 <= part <= largest:
+            raise ValueError(f"{op}: parts[{k}] must be a number from 0 to {largest}, got {part!r}")
+    count = max(value, default=0) + 1 if count is None else count
+    if not 1 <= count <= MODEL_PARTS:
+        raise ValueError(f"{op}: there must be 1 to {MODEL_PARTS} parts, got {count}")
+    return count
+
+
+def weights_by_part(op: str, value: Tensor, of_columns: Sequence[int] | None, columns: int, tasks: int) -> int:
+    """Check weights [T], or with the numbers of parts [G, T], and these numbers; returns the count of the parts, G."""
+    tensor(op, "weights", value, [tasks] if of_columns is None else ["G", tasks], [torch.float64])
+    return parts(op, of_columns, columns, None if of_columns is None else value.shape[0])
 
 
 def is_dense(value: Tensor) -> bool:

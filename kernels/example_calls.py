@@ -26,6 +26,7 @@ from .surgery import combine, gram, surgery_weights
 Call = Callable[[], list[Tensor]]
 
 STREAM_ID, P, EPS, TASKS = 3, 0.1, 1e-12, 3
+PARTS = (1, 0, 1, 1, 0)  # of the model, for the tensors of the update's ops
 ADAMW: dict[str, Any] = {"step": 3, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 SHORT = (27, 5, 31, 1, 30, 12)  # tokens of the sequences; row-wise ops have those of these
 
@@ -133,16 +134,22 @@ def calls(
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         grads = [[randn(*shape, dtype=dtype) for shape in shapes] for _ in range(TASKS)]
-        weights = randn(TASKS).double()
+        weights, by_part = randn(TASKS).double(), randn(2, TASKS).double()
         state = [[randn(*shape).abs() for shape in shapes] for _ in range(3)]
         found[f"gram, {name}"] = functools.partial(_alone, functools.partial(gram, grads))
         found[f"combine, {name}"] = functools.partial(_combined, grads, weights)
         found[f"combine_adamw_, {name}"] = functools.partial(_update, combine_adamw_, state, grads, weights)
         found[f"combine_adamw_, split, {name}"] = functools.partial(_split_update, state, grads, weights)
+        found[f"gram by parts, {name}"] = functools.partial(_alone, functools.partial(gram, grads, PARTS))
+        found[f"combine by parts, {name}"] = functools.partial(_combined, grads, by_part, PARTS)
+        update = functools.partial(combine_adamw_, parts=PARTS)
+        found[f"combine_adamw_ by parts, {name}"] = functools.partial(_update, update, state, grads, by_part)
         found[f"adamw_, {name}"] = functools.partial(_update, adamw_, state, grads[0])
     matrix = gram(grads)
     orders = torch.stack([torch.randperm(TASKS, generator=generator) for _ in range(TASKS)]).to(device)
     found["surgery_weights, PCGrad"] = lambda: list(surgery_weights(matrix, orders=orders, max_norm=1.0))
+    of_parts, their_orders = gram(grads, PARTS), orders.repeat(2, 1, 1)
+    found["surgery_weights, by parts"] = lambda: list(surgery_weights(of_parts, orders=their_orders, max_norm=1.0))
     found["surgery_weights, given"] = lambda: list(surgery_weights(matrix, weights=weights, max_norm=1.0))
     return found
 
@@ -165,8 +172,8 @@ def _alone(op: Callable[[], Tensor]) -> list[Tensor]:
     return [op()]
 
 
-def _combined(grads: Sequence[Sequence[Tensor]], weights: Tensor) -> list[Tensor]:
-    return [tensor for tensor in combine(grads, weights) if tensor is not None]
+def _combined(grads: Sequence[Sequence[Tensor]], weights: Tensor, parts: Sequence[int] | None = None) -> list[Tensor]:
+    return [tensor for tensor in combine(grads, weights, parts=parts) if tensor is not None]
 
 
 def _ascend(ascend: Callable[..., Tensor], norm: str, per: str) -> list[Tensor]:

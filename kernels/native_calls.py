@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -96,8 +97,31 @@ def any_of(grads: Sequence[Tensor | None]) -> Tensor:
     return next(grad for grad in grads if grad is not None)
 
 
+def by_part(columns: Sequence[int], parts: Sequence[int] | None, count: int) -> tuple[Sequence[int], list[int] | None]:
+    """The columns of the task gradients, those of part 0 of the model first, and the first of each part among them.
+
+    Args:
+        columns: indices of columns, in order.
+        parts: for each column of the gradients its part; None for one part, which changes nothing.
+        count: of the parts, G.
+
+    Returns:
+        the indices, in order within each part; and the first position of each part, and the number of columns [G + 1].
+    """
+    if parts is None:
+        return columns, None
+    sizes = [0] * count
+    for k in columns:
+        sizes[parts[k]] += 1
+    return sorted(columns, key=parts.__getitem__), [0, *accumulate(sizes)]
+
+
 def task_gradients(
-    grads: Sequence[Tensor | None], tasks: int, rows: Sequence[Tensor | None] = (), tables: Sequence[int] = ()
+    grads: Sequence[Tensor | None],
+    tasks: int,
+    rows: Sequence[Tensor | None] = (),
+    tables: Sequence[int] = (),
+    first_columns: Sequence[int] | None = None,
 ) -> tuple[Any, ...]:
     """csrc/gradient_parts.h's GradientArguments for T K gradients (None for a missing one), K of each task.
 
@@ -105,6 +129,7 @@ def task_gradients(
         grads: no column is missing in every task. Of a sparse gradient, its values.
         rows: of sparse gradients, their sorted row numbers [T K]; empty where all are dense.
         tables: for each column the rows of its sparse gradients' tensors, 0 for dense gradients [K]; empty likewise.
+        first_columns: as from `by_part`; None for one part.
     """
     count = len(grads) // tasks
     columns = [any_of(grads[k::count]) for k in range(count)]
@@ -113,4 +138,5 @@ def task_gradients(
     widths = [column.shape[1] if table else 0 for column, table in zip(columns, tables, strict=True)]
     sizes = [table * width or column.numel() for column, table, width in zip(columns, tables, widths, strict=True)]
     counts = [0 if ids is None else len(ids) for ids in rows]
-    return [address(grad) for grad in grads], sizes, codes, tasks, widths, [address(ids) for ids in rows], counts
+    addresses, of_rows = [address(grad) for grad in grads], [address(ids) for ids in rows]
+    return addresses, sizes, codes, tasks, widths, of_rows, counts, first_columns or []

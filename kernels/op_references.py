@@ -242,12 +242,32 @@ def _task_gradients(
     return [dense[t * count : (t + 1) * count] for t in range(tasks)]
 
 
-def _gram(grads: Sequence[Tensor | None], rows: Sequence[Tensor | None], tables: Sequence[int], tasks: int) -> Results:
-    return [reference.gram(_task_gradients(grads, tasks, rows, tables))]
+def _parts(first_columns: Sequence[int] | None) -> list[int] | None:
+    """For each column of the task gradients the number of its part of the model."""
+    if first_columns is None:
+        return None
+    return [part for part, (first, end) in enumerate(pairwise(first_columns)) for _ in range(first, end)]
 
 
-def _combine(grads: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]) -> Results:
-    return reference.combine(_task_gradients(grads, len(weights)), weights)  # type: ignore[return-value]
+def _gram(
+    grads: Sequence[Tensor | None],
+    rows: Sequence[Tensor | None],
+    tables: Sequence[int],
+    tasks: int,
+    first_columns: Sequence[int] | None = None,
+) -> Results:
+    parts, count = _parts(first_columns), len(first_columns or (0, 0)) - 1
+    return [reference.gram(_task_gradients(grads, tasks, rows, tables), parts, count)]
+
+
+def _combine(
+    grads: Sequence[Tensor | None],
+    weights: Tensor,
+    out: Sequence[Tensor],
+    first_columns: Sequence[int] | None = None,
+) -> Results:
+    of_tasks = _task_gradients(grads, weights.shape[-1])
+    return reference.combine(of_tasks, weights, _parts(first_columns))  # type: ignore[return-value]
 
 
 def _combine_adamw(
@@ -263,6 +283,7 @@ def _combine_adamw(
     low_bits: Sequence[Tensor],
     skip_unless: Tensor | None,
     scalars: Sequence[float],
+    first_columns: Sequence[int] | None = None,
 ) -> Results:
     """Of parameters that are joined where they were split; the gradients' rows are those of `_task_gradients`."""
     shrink, beta1, beta2, eps, step_size, ema_decay = scalars
@@ -271,7 +292,7 @@ def _combine_adamw(
     state = [[tensor.clone() for tensor in tensors] for tensors in (params, exp_avgs, exp_avg_sqs, ema)]
     reference.combine_adamw_(
         state[0],
-        _task_gradients(grads, len(weights), rows, tables),
+        _task_gradients(grads, weights.shape[-1], rows, tables),
         weights,
         state[1],
         state[2],
@@ -283,6 +304,7 @@ def _combine_adamw(
         ema=state[3] or None,
         ema_decay=ema_decay,
         skip_unless=skip_unless,
+        parts=_parts(first_columns),
     )
     made = [param.to(copy.dtype) for param, copy in zip(state[0], copies, strict=bool(copies)) if copy.numel()]
     return [tensor for tensors in (*state, made) for tensor in tensors]

@@ -16,26 +16,50 @@ from .native import library
 
 @torch.library.custom_op("minbert::gram", mutates_args=(), device_types=("cpu", "cuda"))
 @recorded("gram")
-def _gram(grads: Sequence[Tensor | None], rows: Sequence[Tensor | None], tables: Sequence[int], tasks: int) -> Tensor:
-    arguments, device = native_calls.task_gradients(grads, tasks, rows, tables), native_calls.any_of(grads).device
+def _gram(
+    grads: Sequence[Tensor | None],
+    rows: Sequence[Tensor | None],
+    tables: Sequence[int],
+    tasks: int,
+    first_columns: Sequence[int] | None = None,
+) -> Tensor:
+    arguments = native_calls.task_gradients(grads, tasks, rows, tables, first_columns)
+    device = native_calls.any_of(grads).device
     parts = library().CHUNK_PARTS if device.type == "cuda" else 1
     chunks = sum(-(-size // library().CHUNK) for size in arguments[1])
     chunks += 2 * sum(len(ids) for ids in rows if ids is not None)  # each row is a part, and those between two rows are
     partials = torch.empty(chunks, parts, tasks, tasks, dtype=torch.float64, device=device)
-    gram = torch.empty(tasks, tasks, dtype=torch.float64, device=device)
+    gram = torch.empty(*_parts_of(first_columns), tasks, tasks, dtype=torch.float64, device=device)
     native_calls.run("gram", device, arguments, partials.data_ptr(), gram.data_ptr())
     return gram
 
 
 @_gram.register_fake
-def _(grads: Sequence[Tensor | None], rows: Sequence[Tensor | None], tables: Sequence[int], tasks: int) -> Tensor:
-    return torch.empty(tasks, tasks, dtype=torch.float64, device=native_calls.any_of(grads).device)
+def _(
+    grads: Sequence[Tensor | None],
+    rows: Sequence[Tensor | None],
+    tables: Sequence[int],
+    tasks: int,
+    first_columns: Sequence[int] | None = None,
+) -> Tensor:
+    device = native_calls.any_of(grads).device
+    return torch.empty(*_parts_of(first_columns), tasks, tasks, dtype=torch.float64, device=device)
+
+
+def _parts_of(first_columns: Sequence[int] | None) -> list[int]:
+    """The dimension that several parts of the model add: their number."""
+    return [] if first_columns is None else [len(first_columns) - 1]
 
 
 @torch.library.custom_op("minbert::combine_", mutates_args=("out",), device_types=("cpu", "cuda"))
 @recorded("combine_")
-def _combine_(grads: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]) -> None:
-    arguments = native_calls.task_gradients(grads, weights.shape[0])
+def _combine_(
+    grads: Sequence[Tensor | None],
+    weights: Tensor,
+    out: Sequence[Tensor],
+    first_columns: Sequence[int] | None = None,
+) -> None:
+    arguments = native_calls.task_gradients(grads, weights.shape[-1], first_columns=first_columns)
     native_calls.run("combine", weights.device, arguments, weights.data_ptr(), [tensor.data_ptr() for tensor in out])
 
 
@@ -49,11 +73,12 @@ def _(*_: Any) -> None:
 def _surgery_weights(
     gram: Tensor, orders: Tensor | None, weights: Tensor | None, own_square: Tensor | None, max_norm: float, mean: bool
 ) -> tuple[Tensor, Tensor]:
-    tasks = gram.shape[0]
-    result, stats, scratch = gram.new_empty(tasks), gram.new_empty(4), gram.new_empty(tasks + 3, tasks)
+    tasks, shape = gram.shape[-1], gram.shape[:-1]
+    parts = shape[0] if len(shape) > 1 else 1
+    result, stats, scratch = gram.new_empty(shape), gram.new_empty(4), gram.new_empty(tasks + 3, *shape)
     given = (native_calls.address(tensor) for tensor in (gram, orders, weights, own_square))
     written = (tensor.data_ptr() for tensor in (result, stats, scratch))
-    arguments = (tasks, *given, max_norm, mean, *written)  # csrc/kernels.h's SurgeryProblem and SurgeryResult
+    arguments = (parts, tasks, *given, max_norm, mean, *written)  # csrc/kernels.h's SurgeryProblem and SurgeryResult
     if gram.device.type == "cpu":
         library().surgery_weights(arguments)  # on one thread
     else:
@@ -63,44 +88,56 @@ def _surgery_weights(
 
 @_surgery_weights.register_fake
 def _(gram: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return gram.new_empty(gram.shape[0]), gram.new_empty(4)
+    return gram.new_empty(gram.shape[:-1]), gram.new_empty(4)
 
 
-def gram(grads: Sequence[Sequence[Tensor | None]]) -> Tensor:
-    """The Gram matrix of the task gradients, in one pass over memory for any T.
+def gram(
+    grads: Sequence[Sequence[Tensor | None]], parts: Sequence[int] | None = None, part_count: int | None = None
+) -> Tensor:
+    """The Gram matrix of the task gradients, in one pass over memory for any T; or one for each part of the model.
 
     Args:
         grads: for each of T tasks one list of tensors (float32, bfloat16 or float64). None stands for zeros. The
             tensors at one position agree in shape, dtype and layout over the tasks, and are dense; or, on the CPU, all
             are sparse with some rows of a matrix: COO, coalesced, with one sparse dimension and one dense.
+        parts: for each position the number of the part of the model that it belongs to.
+        part_count: of the parts, G; one more than the largest number when left out. A part without tensors has zeros.
 
     Returns:
-        float64 [T, T]: entry (i, j) is the sum over all elements of g_i g_j, accumulated in float64. The same bits for
-        any number of threads and in every repetition. NaN and Inf spread to the entries of their own task.
+        float64 [T, T]: entry (i, j) is the sum over all elements of g_i g_j, accumulated in float64. With `parts`
+        [G, T, T]: matrix p has the bits that the tensors of part p alone give. The same bits for any number of threads
+        and in every repetition. NaN and Inf spread to the entries of their own task.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
     columns = checks.task_gradients("gram", grads, sparse=True)
+    count = checks.parts("gram", parts, len(columns), part_count)
     present = [k for k, column in enumerate(columns) if column is not None]
     if not present:
-        return torch.zeros(len(grads), len(grads), dtype=torch.float64)
+        shape = [len(grads)] * 2 if parts is None else [count, len(grads), len(grads)]
+        return torch.zeros(shape, dtype=torch.float64)
     device = columns[present[0]].device  # type: ignore[union-attr]
     if is_compiled("gram", device):
-        return _gram(*native_calls.sparse_parts(grads, present), len(grads))
-    return reference.gram(grads)
+        ordered, first_columns = native_calls.by_part(present, parts, count)
+        return _gram(*native_calls.sparse_parts(grads, ordered), len(grads), first_columns)
+    return reference.gram(grads, parts, count)
 
 
 def combine(
-    grads: Sequence[Sequence[Tensor | None]], weights: Tensor, out: Sequence[Tensor | None] | None = None
+    grads: Sequence[Sequence[Tensor | None]],
+    weights: Tensor,
+    out: Sequence[Tensor | None] | None = None,
+    parts: Sequence[int] | None = None,
 ) -> list[Tensor | None]:
     """The weighted sum of the task gradients, tensor by tensor, in one pass over memory.
 
     Args:
         grads: as for `gram`, all dense.
-        weights: float64 [T].
+        weights: float64 [T]; with `parts` [G, T].
         out: where to write, one tensor per position, shaped and laid out like the gradients there; new tensors when
             left out. A tensor of `out` may be one task's gradient at the same position (and may not overlap another).
+        parts: for each position the number of its part of the model, whose row of the weights it has.
 
     Returns:
         one tensor per position, accumulated in float32 (float64 for float64) and rounded once; None where no task has
@@ -113,7 +150,7 @@ def combine(
     if out is not None and len(out) != len(columns):
         raise ValueError(f"combine: out must have one entry for each of the {len(columns)} tensors, got {len(out)}")
     present = [(k, column) for k, column in enumerate(columns) if column is not None]
-    checks.tensor("combine", "weights", weights, [len(grads)], [torch.float64])
+    count = checks.weights_by_part("combine", weights, parts, len(columns), len(grads))
     if not present:
         return [None] * len(columns)
     device = present[0][1].device
@@ -129,10 +166,11 @@ def combine(
         results[k] = target
 
     if is_compiled("combine", device):
-        columns_of = [row[k] for row in grads for k, _ in present]
-        _combine_(columns_of, weights.to(device), [results[k] for k, _ in present])
+        ordered, first_columns = native_calls.by_part([k for k, _ in present], parts, count)
+        columns_of = [row[k] for row in grads for k in ordered]
+        _combine_(columns_of, weights.to(device), [results[k] for k in ordered], first_columns)
     else:
-        for target, value in zip(results, reference.combine(grads, weights), strict=True):
+        for target, value in zip(results, reference.combine(grads, weights, parts), strict=True):
             if target is not None and value is not None:
                 target.copy_(value)
     return results
@@ -176,12 +214,16 @@ def surgery_weights(
 
     The weights are PCGrad's (Yu et al. 2020, algorithm 1) where `orders` are given: each task's gradient walks the
     others in its order, and loses its component along each original gradient that it conflicts with. Where `weights`
-    are given they are those of any other surgery; with neither, each task has the plain weight.
+    are given they are those of any other surgery; with neither, each task has the plain weight. The gradients of G
+    parts of the model have weights of their own, part by part; norm, clipping and projected share are those of all
+    parts together.
 
     Args:
-        gram: float64 [T, T], as from `gram`. If one of its numbers is not finite, PCGrad projects nothing.
-        orders: int64 [T, T]: row i is a permutation of the tasks (where i itself stands in it does not matter).
-        weights: float64 [T].
+        gram: float64 [T, T], as from `gram`, or [G, T, T] of G parts. If one of its numbers is not finite, PCGrad
+            projects nothing in the part.
+        orders: int64, shaped like `gram`: row i is a permutation of the tasks (where i itself stands in it does not
+            matter).
+        weights: float64 [T] or [G, T].
         reduction: "sum" or "mean" of the (projected) gradients. It does not change given `weights`, only the
             plain weights that they are compared with: 1, or 1 / T.
         own_square: float64 scalar, the squared L2 norm of the gradients that belong to one task alone: they count for
@@ -189,8 +231,9 @@ def surgery_weights(
         max_norm: of all gradients after surgery; 0 does not clip.
 
     Returns:
-        the clipped weights, float64 [T], and float64 [4]:
-        0. the norm before clipping, sqrt(w' G w + own_square), where rounding below 0 counts as 0;
+        the clipped weights, float64 [T] or [G, T], and float64 [4]:
+        0. the norm before clipping, the root of own_square and w' G w of all parts, of which one that rounding takes
+           below 0 counts as 0;
         1. the clip scale, by which gradients of one task alone are yet to be multiplied: 1 where nothing is clipped;
         2. 1 where the norm is finite, else 0, for `combine_adamw_`'s `skip_unless`; what is not finite clips nothing;
         3. the projected share, |weighted - plain| / |plain| of the sums of gradients; NaN where the plain sum is 0.
@@ -199,18 +242,19 @@ def surgery_weights(
         ValueError, TypeError: an argument is not as described.
     """
     op = "surgery_weights"
-    checks.tensor(op, "gram", gram, ["T", "T"], [torch.float64])
-    tasks = gram.shape[0]
-    checks.tensor(op, "gram", gram, [tasks, tasks], [torch.float64])
+    parts = ["G"] if isinstance(gram, Tensor) and gram.dim() == 3 else []
+    checks.tensor(op, "gram", gram, [*parts, "T", "T"], [torch.float64])
+    shape = [*gram.shape[:-1], gram.shape[-2]]
+    checks.tensor(op, "gram", gram, shape, [torch.float64])
     checks.choice(op, "reduction", reduction, ("sum", "mean"))
     checks.number(op, "max_norm", max_norm)
     if orders is not None and weights is not None:
         raise ValueError(f"{op}: orders and weights exclude each other, got both")
     if orders is not None:
-        checks.tensor(op, "orders", orders, [tasks, tasks], [torch.int64], like=gram)
+        checks.tensor(op, "orders", orders, shape, [torch.int64], like=gram)
         checks.permutations(op, "orders", orders)
     if weights is not None:
-        checks.tensor(op, "weights", weights, [tasks], [torch.float64], like=gram)
+        checks.tensor(op, "weights", weights, shape[:-1], [torch.float64], like=gram)
     if own_square is not None:
         checks.tensor(op, "own_square", own_square, [], [torch.float64], like=gram)
     mean = reduction == "mean"

@@ -121,8 +121,9 @@ void combine_adamw(const TaskGradients& g, const double* weights, AdamWState sta
   const int64_t work = g.tasks * gradient_bytes(g) + kStateBytes * elements;
   parallel(threads, g.first_chunk[g.tensors], work, [&](int64_t index) {
     const Chunk chunk = find_chunk(g, index);
+    const double* const own = weights_of(g, chunk, weights);
     with_element(g.dtypes[chunk.tensor],
-                 [&](auto element) { update_chunk<decltype(element)>(g, chunk, weights, state, step); });
+                 [&](auto element) { update_chunk<decltype(element)>(g, chunk, own, state, step); });
   });
 }
 

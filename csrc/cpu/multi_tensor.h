@@ -10,14 +10,25 @@ struct Chunk {
   int64_t tensor, begin, length;
 };
 
-Chunk find_chunk(const TaskGradients& g, int64_t chunk) {
-  int64_t low = 0, high = g.tensors;  // first_chunk[low] <= chunk < first_chunk[high]
+// The interval of `value`: first[i] <= value < first[i + 1] of count + 1 rising numbers.
+int64_t find_interval(const int64_t* first, int64_t count, int64_t value) {
+  int64_t low = 0, high = count;  // first[low] <= value < first[high]
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    (g.first_chunk[middle] <= chunk ? low : high) = middle;
+    (first[middle] <= value ? low : high) = middle;
   }
+  return low;
+}
+
+Chunk find_chunk(const TaskGradients& g, int64_t chunk) {
+  const int64_t low = find_interval(g.first_chunk, g.tensors, chunk);
   const int64_t begin = (chunk - g.first_chunk[low]) * kChunk;
   return {low, begin, smaller(kChunk, g.sizes[low] - begin)};
+}
+
+// The weights of the chunk's part of the model, of weights [G, T].
+const double* weights_of(const TaskGradients& g, const Chunk& chunk, const double* weights) {
+  return g.first_tensor ? weights + g.tasks * find_interval(g.first_tensor, g.model_parts, chunk.tensor) : weights;
 }
 
 template <class Element>

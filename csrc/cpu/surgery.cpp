@@ -116,19 +116,23 @@ bool is_a_gradient(const TaskGradients& g, const Chunk& chunk, const void* out) 
 }  // namespace
 
 void gram(const TaskGradients& g, double* partials, double* gram, int threads) noexcept {
-  const int64_t chunks = g.first_chunk[g.tensors], entries = g.tasks * g.tasks;
-  parallel(threads, chunks, g.tasks * gradient_bytes(g), [&](int64_t index) {
+  const int64_t entries = g.tasks * g.tasks;
+  parallel(threads, g.first_chunk[g.tensors], g.tasks * gradient_bytes(g), [&](int64_t index) {
     const Chunk chunk = find_chunk(g, index);
     with_element(g.dtypes[chunk.tensor],
                  [&](auto element) { gram_of_chunk<decltype(element)>(g, chunk, partials + index * entries); });
   });
-  for (int64_t i = 0; i < g.tasks; ++i)
-    for (int64_t j = i; j < g.tasks; ++j) {
-      double lanes[kLanes] = {};
-      for (int64_t chunk = 0; chunk < chunks; ++chunk)
-        lanes[chunk % kLanes] += partials[chunk * entries + i * g.tasks + j];
-      gram[i * g.tasks + j] = gram[j * g.tasks + i] = sum_of_lanes(lanes);
-    }
+  for (int64_t part = 0; part < g.model_parts; ++part, gram += entries) {
+    const int64_t first = g.first_chunk[g.first_tensor ? g.first_tensor[part] : 0];
+    const int64_t chunks = g.first_chunk[g.first_tensor ? g.first_tensor[part + 1] : g.tensors] - first;
+    for (int64_t i = 0; i < g.tasks; ++i)
+      for (int64_t j = i; j < g.tasks; ++j) {
+        double lanes[kLanes] = {};
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+          lanes[chunk % kLanes] += partials[(first + chunk) * entries + i * g.tasks + j];
+        gram[i * g.tasks + j] = gram[j * g.tasks + i] = sum_of_lanes(lanes);
+      }
+  }
 }
 
 void surgery_weights(const SurgeryProblem& problem, const SurgeryResult& result) noexcept {
@@ -139,13 +143,14 @@ void combine(const TaskGradients& g, const double* weights, void* const* out, in
   const int64_t output_bytes = gradient_bytes(g);
   parallel(threads, g.first_chunk[g.tensors], (g.tasks + 1) * output_bytes, [&](int64_t index) {
     const Chunk chunk = find_chunk(g, index);
+    const double* const own = weights_of(g, chunk, weights);
     with_element(g.dtypes[chunk.tensor], [&](auto element) {
       using Element = decltype(element);
       Element* to = static_cast<Element*>(out[chunk.tensor]) + chunk.begin;
       if (pays_to_stream(out[chunk.tensor], output_bytes) && !is_a_gradient(g, chunk, out[chunk.tensor]))
-        combine_chunk<true>(g, chunk, weights, to);
+        combine_chunk<true>(g, chunk, own, to);
       else
-        combine_chunk<false>(g, chunk, weights, to);
+        combine_chunk<false>(g, chunk, own, to);
     });
   });
 }

@@ -23,6 +23,7 @@ constexpr int kTableTensors = 40, kTableAddresses = 350;
 struct TableTensor {
   int64_t size;         // in elements
   int32_t first_chunk;  // among those of all tensors
+  int16_t model_part;   // at most kModelParts - 1
   bool aligned;         // whether all its addresses are multiples of 16
 };
 
@@ -72,7 +73,9 @@ static inline const char* for_each_table(const TaskGradients& g, DType dtype,
     table.tensors = 0;
     return error;
   };
+  int16_t model_part = 0;
   for (int64_t k = 0; k < g.tensors; ++k) {
+    while (g.first_tensor && g.first_tensor[model_part + 1] <= k) ++model_part;
     if (g.dtypes[k] != dtype || g.sizes[k] == 0) continue;
     if (table.tensors == kTableTensors || (table.tensors + 1) * table.addresses_each > kTableAddresses)
       if (const char* const error = finish()) return error;
@@ -85,7 +88,7 @@ static inline const char* for_each_table(const TaskGradients& g, DType dtype,
     };
     for (int64_t task = 0; task < g.tasks; ++task) add(g.data[task * g.tensors + k]);
     for (void* const* const other : others) add(other ? other[k] : nullptr);
-    table.tensor[table.tensors] = {g.sizes[k], static_cast<int32_t>(g.first_chunk[k]), bits % 16 == 0};
+    table.tensor[table.tensors] = {g.sizes[k], static_cast<int32_t>(g.first_chunk[k]), model_part, bits % 16 == 0};
     const int64_t blocks = (g.first_chunk[k + 1] - g.first_chunk[k]) * kChunkParts;
     table.first_block[table.tensors + 1] = table.first_block[table.tensors] + static_cast<int32_t>(blocks);
     ++table.tensors;

@@ -130,14 +130,23 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<Element, 2 * kTile>))
     Tile<kTile, kTile, false, Element>().run(table, part, left * kTile, right * kTile, partials);
 }
 
-// One block per entry of the matrix. A chunk's sum is the sum of its parts, in order.
+// Parts of the model, each of which has the chunks from first_chunk[p] up to first_chunk[p + 1].
+constexpr int kTableParts = 400;
+struct PartTable {
+  int32_t first_chunk[kTableParts + 1];
+};
+
+// One block per entry of a part's matrix. A chunk's sum is the sum of its parts, in order.
 __global__ void __launch_bounds__(kThreads)
-    gram_of_chunks_kernel(const double* partials, int64_t chunks, int tasks, double* gram) {
-  const int i = blockIdx.x / tasks, j = blockIdx.x % tasks, entries = tasks * tasks;
+    gram_of_chunks_kernel(const __grid_constant__ PartTable table, const double* partials, int tasks, double* grams) {
+  const int entries = tasks * tasks, model_part = blockIdx.x / entries, entry = blockIdx.x % entries;
+  const int i = entry / tasks, j = entry % tasks;
   if (j < i) return;
+  double* const gram = grams + int64_t{model_part} * entries;
   double mine[1] = {0};
-  for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kThreads) {
-    const double* const part = partials + chunk * kChunkParts * entries + blockIdx.x;
+  const int64_t first = table.first_chunk[model_part], end = table.first_chunk[model_part + 1];
+  for (int64_t chunk = first + threadIdx.x; chunk < end; chunk += kThreads) {
+    const double* const part = partials + chunk * kChunkParts * entries + entry;
     double sum = 0;
 #pragma unroll
     for (int k = 0; k < kChunkParts; ++k) sum += part[k * entries];
@@ -191,13 +200,26 @@ const char* cuda_gram(const TaskGradients& g, double* partials, double* gram, vo
   });
   if (error) return error;
   const double* const found = partials;
-  const int64_t chunks = g.first_chunk[g.tensors];
   const int tasks = static_cast<int>(g.tasks);
-  return launch(gram_of_chunks_kernel, g.tasks * g.tasks, kThreads, stream, found, chunks, tasks, gram);
+  for (int64_t first = 0; first < g.model_parts; first += kTableParts) {
+    PartTable table;
+    const int64_t parts = g.model_parts - first < kTableParts ? g.model_parts - first : kTableParts;
+    for (int64_t part = 0; part <= parts; ++part) {
+      const int64_t tensor = g.first_tensor ? g.first_tensor[first + part] : part * g.tensors;
+      table.first_chunk[part] = static_cast<int32_t>(g.first_chunk[tensor]);
+    }
+    const int64_t entries = g.tasks * g.tasks;
+    double* const grams = gram + first * entries;
+    const char* const error =
+        launch(gram_of_chunks_kernel, parts * entries, kThreads, stream, table, found, tasks, grams);
+    if (error) return error;
+  }
+  return nullptr;
 }
 
 const char* cuda_surgery_weights(const SurgeryProblem& problem, const SurgeryResult& result, void* stream) noexcept {
-  const int threads = problem.tasks < 32 ? 32 : problem.tasks < kThreads ? static_cast<int>(problem.tasks) : kThreads;
+  const int64_t rows = problem.parts * problem.tasks;
+  const int threads = rows < 32 ? 32 : rows < kThreads ? static_cast<int>(rows) : kThreads;
   return launch(surgery_weights_kernel, 1, threads, stream, problem, result);
 }
 

@@ -79,7 +79,8 @@ __device__ inline T* address(const TaskTable& table, const Part& part, int i) {
   return first ? static_cast<T*>(first) + part.begin : nullptr;
 }
 
-// The weighted sum of a part's gradients: of `tasks` tasks, or of any number, in groups, where `tasks` is 0.
+// The weighted sum of a part's gradients, with the row of weights [G, T] of its part of the model: of `tasks` tasks, or
+// of any number, in groups, where `tasks` is 0.
 template <class Element, int tasks>
 class WeightedSum {
   using Scalar = typename ScalarOf<Element>::type;
@@ -87,7 +88,7 @@ class WeightedSum {
 
  public:
   __device__ WeightedSum(const TaskTable& table, const Part& part, const double* weights)
-      : table_(table), part_(part), weights_(weights) {
+      : table_(table), part_(part), weights_(weights + table.tensor[part.tensor].model_part * table.tasks) {
     if (tasks > 0) find_group(0, row_, weight_);
   }
 

@@ -2,10 +2,12 @@
 // exact size.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "kernels.h"
@@ -177,6 +179,80 @@ struct SplitParams {
     return static_cast<uint16_t*>(const_cast<Buffer&>(buffers[k]).data());
   }
 };
+
+// Some tensors of a problem, from `first` up to `end`.
+struct SomeTensors {
+  std::vector<const void*> data;
+  std::vector<int64_t> first_chunk{0};
+  TaskGradients view;
+
+  SomeTensors(const Problem& problem, int64_t first, int64_t end) {
+    const int64_t tensors = static_cast<int64_t>(problem.sizes.size());
+    for (int64_t t = 0; t < problem.tasks; ++t)
+      data.insert(data.end(), problem.data.begin() + t * tensors + first, problem.data.begin() + t * tensors + end);
+    for (int64_t k = first; k < end; ++k)
+      first_chunk.push_back(problem.first_chunk[k + 1] - problem.first_chunk[first]);
+    view = {problem.tasks,     end - first, data.data(), problem.dtypes.data() + first, problem.sizes.data() + first,
+            first_chunk.data()};
+  }
+};
+
+// The update of K tensors: their Gram matrices, and their parameters and moments after an AdamW step.
+struct UpdateKernels {
+  std::function<void(const TaskGradients&, double* partials, double* gram)> gram;
+  std::function<void(const TaskGradients&, const double* weights, void* const* out)> combine;
+  std::function<void(const TaskGradients&, const double* weights, AdamWState, AdamWStep)> combine_adamw;
+};
+
+// Each part of a model has the Gram matrix, the weighted sum and the AdamW step that its tensors have alone, to the
+// bit. A part may have no tensors.
+[[maybe_unused]] void check_model_parts(int64_t tasks, const UpdateKernels& kernels) {
+  Problem problem(tasks, {1, 7, 33, 1025, 0, 2049, kChunk + 13, 5}, 3);
+  const std::vector<int64_t> first_tensor = {0, 2, 2, 5, 8};
+  const int64_t tensors = 8, parts = 4, entries = tasks * tasks;
+  TaskGradients g = problem.view();
+  g.model_parts = parts;
+  g.first_tensor = first_tensor.data();
+  std::vector<double> partials(problem.first_chunk.back() * kChunkParts * entries, NAN);
+  std::vector<double> gram(parts * entries, NAN), alone(entries, NAN), weights;
+  for (int64_t i = 0; i < parts * tasks; ++i) weights.push_back(number(i));
+  const AdamWStep step{0.99, 0.9, 0.999, 1e-6, 0.01};
+  const auto tensors_of = [&](int part) { return Tensors(problem, 3, part); };
+  Tensors sums[] = {tensors_of(4), tensors_of(4)};
+  for (auto& tensors_of_sums : sums)
+    for (int64_t k = 0; k < tensors; ++k) {  // of the gradients' dtype
+      tensors_of_sums.buffers[k] = Buffer(problem.sizes[k], problem.dtypes[k], 3);
+      tensors_of_sums.addresses[k] = tensors_of_sums.buffers[k].data();
+    }
+  Tensors state[2][3] = {{tensors_of(0), tensors_of(1), tensors_of(2)}, {tensors_of(0), tensors_of(1), tensors_of(2)}};
+  const auto from = [&](Tensors* of_state, int64_t k) {
+    return AdamWState{of_state[0].addresses.data() + k, of_state[1].addresses.data() + k,
+                      of_state[2].addresses.data() + k};
+  };
+  kernels.gram(g, partials.data(), gram.data());
+  kernels.combine(g, weights.data(), sums[0].addresses.data());
+  kernels.combine_adamw(g, weights.data(), from(state[0], 0), step);
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = first_tensor[part], end = first_tensor[part + 1];
+    const SomeTensors some(problem, first, end);
+    std::fill(alone.begin(), alone.end(), 0);
+    if (end > first) {
+      kernels.gram(some.view, partials.data(), alone.data());
+      kernels.combine(some.view, &weights[part * tasks], sums[1].addresses.data() + first);
+      kernels.combine_adamw(some.view, &weights[part * tasks], from(state[1], first), step);
+    }
+    CHECK(std::memcmp(&gram[part * entries], alone.data(), entries * sizeof(double)) == 0,
+          "part %d of the model has another Gram matrix than its tensors alone", static_cast<int>(part));
+  }
+  for (int64_t k = 0; k < tensors; ++k)
+    for (int64_t i = 0; i < problem.sizes[k]; ++i) {
+      CHECK(sums[0].buffers[k].get(i) == sums[1].buffers[k].get(i), "the sums of tensor %d differ",
+            static_cast<int>(k));
+      for (int of_state = 0; of_state < 3; ++of_state)
+        CHECK(state[0][of_state].buffers[k].get(i) == state[1][of_state].buffers[k].get(i),
+              "the updates of tensor %d differ", static_cast<int>(k));
+    }
+}
 
 }  // namespace
 }  // namespace minbert

@@ -144,6 +144,23 @@ void test_gram_of_launches(int64_t tasks) {
   }
 }
 
+// A number in each of many parts of a model.
+void test_more_model_parts_than_a_launch_takes() {
+  const int64_t parts = kTableParts + 3;
+  const Problem problem(1, std::vector<int64_t>(parts, 1), 0);
+  std::vector<int64_t> first_tensor(parts + 1);
+  for (int64_t part = 0; part <= parts; ++part) first_tensor[part] = part;
+  TaskGradients g = problem.view();
+  g.model_parts = parts;
+  g.first_tensor = first_tensor.data();
+  std::vector<double> partials(parts * kChunkParts, NAN), gram(parts, NAN);
+  CHECK(cuda_gram(g, partials.data(), gram.data(), nullptr) == nullptr, "gram");
+  for (int64_t part = 0; part < parts; ++part) {
+    const double value = const_cast<Buffer&>(problem.rows[part]).get(0);
+    CHECK(gram[part] == value * value, "part %d", static_cast<int>(part));
+  }
+}
+
 void test_absent_gradients_are_orthogonal_to_infinity() {
   Problem problem(2, {5}, 0);
   problem.rows[0].set(2, INFINITY);
@@ -176,9 +193,9 @@ class Barrier {
 };
 
 std::vector<double> weights_and_stats(SurgeryProblem problem, int workers) {
-  const int64_t tasks = problem.tasks;
-  std::vector<double> result(tasks + 4, NAN), scratch((tasks + 3) * tasks, NAN);
-  const SurgeryResult to{result.data(), result.data() + tasks, scratch.data()};
+  const int64_t tasks = problem.tasks, rows = problem.parts * tasks;
+  std::vector<double> result(rows + 4, NAN), scratch((tasks + 3) * rows, NAN);
+  const SurgeryResult to{result.data(), result.data() + rows, scratch.data()};
   Barrier barrier(workers);
   std::vector<std::thread> threads;
   for (int worker = 0; worker < workers; ++worker)
@@ -187,27 +204,40 @@ std::vector<double> weights_and_stats(SurgeryProblem problem, int workers) {
   return result;
 }
 
-// Random gradients of few elements, so that many conflict. The bits do not depend on the number of threads.
-void test_weights_of_many_workers(int64_t tasks, bool mean) {
-  std::vector<double> gram(tasks * tasks, 0);
-  std::vector<int64_t> orders(tasks * tasks);
-  for (int64_t i = 0; i < tasks; ++i)
+// Random gradients of few elements, so that many conflict. The bits do not depend on the number of threads, and those
+// of a part not on the other parts, but for clipping.
+void test_weights_of_many_workers(int64_t parts, int64_t tasks, bool mean) {
+  const int64_t entries = tasks * tasks, rows = parts * tasks;
+  std::vector<double> gram(parts * entries, 0);
+  std::vector<int64_t> orders(parts * entries);
+  for (int64_t row = 0; row < rows; ++row)
     for (int64_t j = 0; j < tasks; ++j) {
-      for (int64_t e = 0; e < 5; ++e) gram[i * tasks + j] += number(i * 5 + e) * number(j * 5 + e);
-      orders[i * tasks + j] = (i * 3 + j) % tasks;
+      const int64_t other = row / tasks * tasks + j;
+      for (int64_t e = 0; e < 5; ++e) gram[row * tasks + j] += number(row * 5 + e) * number(other * 5 + e);
+      orders[row * tasks + j] = (row * 3 + j) % tasks;
     }
   const double own_square = 0.25;
-  const SurgeryProblem problem{tasks, gram.data(), orders.data(), nullptr, &own_square, 0.01, mean};
+  SurgeryProblem problem{parts, tasks, gram.data(), orders.data(), nullptr, &own_square, 0, mean};
+  const std::vector<double> unclipped = weights_and_stats(problem, 1);
+  double square = own_square;
+  for (int64_t part = 0; part < parts; ++part) {
+    const SurgeryProblem of_part{1, tasks, &gram[part * entries], &orders[part * entries], nullptr, nullptr, 0, mean};
+    const std::vector<double> found = weights_and_stats(of_part, 2);
+    CHECK(std::memcmp(found.data(), &unclipped[part * tasks], tasks * sizeof(double)) == 0, "weights of a part");
+    square += found[tasks] * found[tasks];
+  }
+  CHECK(std::abs(unclipped[rows] - std::sqrt(square)) <= 1e-14 * std::sqrt(square), "the norm of all parts");
+  problem.max_norm = 0.01;
   const std::vector<double> alone = weights_and_stats(problem, 1);
   for (const int workers : {2, 5})
     CHECK(weights_and_stats(problem, workers) == alone, "%d workers compute other weights", workers);
   if (kRunsKernels) {
-    std::vector<double> result(tasks + 4, NAN), scratch((tasks + 3) * tasks, NAN);
+    std::vector<double> result(rows + 4, NAN), scratch((tasks + 3) * rows, NAN);
     const char* const error =
-        cuda_surgery_weights(problem, {result.data(), result.data() + tasks, scratch.data()}, nullptr);
+        cuda_surgery_weights(problem, {result.data(), result.data() + rows, scratch.data()}, nullptr);
     CHECK(error == nullptr && result == alone, "the kernel computes other weights");
   }
-  CHECK(alone[tasks] > 0.01 && alone[tasks + 1] == 0.01 / alone[tasks] && alone[tasks + 2] == 1, "stats");
+  CHECK(alone[rows] > 0.01 && alone[rows + 1] == 0.01 / alone[rows] && alone[rows + 2] == 1, "stats");
   if (tasks != 2 || gram[1] >= 0) return;
   const double along[] = {alone[0] * gram[0] + alone[1] * gram[1], alone[0] * gram[2] + alone[1] * gram[3]};
   CHECK(along[0] > -1e-15 && along[1] > -1e-15, "the sum of two conflicts with %g, %g", along[0], along[1]);
@@ -297,9 +327,21 @@ void test_cuda_on_host() {
     test_absent_gradients_are_orthogonal_to_infinity();
     for (const int64_t tasks : {1, 2, 3, 4, 5, 9})
       for (const int64_t shift : {0, 3}) test_kernels_agree_with_the_cpu(tasks, shift);
+    for (const int64_t tasks : {1, 3, 5})
+      check_model_parts(tasks, {[](const TaskGradients& g, double* partials, double* gram) {
+                                  CHECK(!cuda_gram(g, partials, gram, nullptr), "gram");
+                                },
+                                [](const TaskGradients& g, const double* weights, void* const* out) {
+                                  CHECK(!cuda_combine(g, weights, out, nullptr), "combine");
+                                },
+                                [](const TaskGradients& g, const double* weights, AdamWState state, AdamWStep step) {
+                                  CHECK(!cuda_combine_adamw(g, weights, state, step, {}, nullptr), "combine_adamw");
+                                }});
+    test_more_model_parts_than_a_launch_takes();
   }
   for (const int64_t tasks : {1, 2, 3, 4, 9})
-    for (const bool mean : {false, true}) test_weights_of_many_workers(tasks, mean);
+    for (const bool mean : {false, true})
+      for (const int64_t parts : {1, 3}) test_weights_of_many_workers(parts, tasks, mean);
 }
 
 }  // namespace minbert

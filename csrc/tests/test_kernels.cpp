@@ -60,6 +60,20 @@ void test_surgery(Isa isa) {
     }
 }
 
+void test_model_parts(Isa isa) {
+  for (const int64_t tasks : {1, 3, 5})
+    for (const int threads : kThreadCounts)
+      check_model_parts(tasks, {[=](const TaskGradients& g, double* partials, double* gram) {
+                                  kernels(isa).gram(g, partials, gram, threads);
+                                },
+                                [=](const TaskGradients& g, const double* weights, void* const* out) {
+                                  kernels(isa).combine(g, weights, out, threads);
+                                },
+                                [=](const TaskGradients& g, const double* weights, AdamWState state, AdamWStep step) {
+                                  kernels(isa).combine_adamw(g, weights, state, step, {}, threads);
+                                }});
+}
+
 // Large enough for streaming stores, and written over row 0 itself.
 void test_large_combine(Isa isa) {
   const int64_t size = (int64_t{16} << 20) / 4 + 5;
@@ -137,6 +151,7 @@ int main() {
       continue;
     }
     test_surgery(isa);
+    test_model_parts(isa);
     test_large_combine(isa);
     test_masks(isa);
     test_adamw(isa);

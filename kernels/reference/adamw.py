@@ -70,6 +70,7 @@ def combine_adamw_(
     ema: Sequence[Tensor] | None = None,
     copies: Sequence[Tensor | None] | None = None,
     low_bits: Sequence[Tensor | None] | None = None,
+    parts: Sequence[int] | None = None,
     **options: Any,
 ) -> None:
     """`adamw_` with the gradients that `combine` gives, not rounded to a half precision in between.
@@ -77,7 +78,7 @@ def combine_adamw_(
     Parameters whose gradient is missing in every task stay as they are.
     """
     wide = [[None if grad is None else widened(grad.to_dense()) for grad in row] for row in grads]
-    summed = {k: grad for k, grad in enumerate(combine(wide, weights)) if grad is not None}
+    summed = {k: grad for k, grad in enumerate(combine(wide, weights, parts)) if grad is not None}
     state = ([tensors[k] for k in summed] for tensors in (exp_avgs, exp_avg_sqs))
     more = {"ema": ema, "copies": copies, "low_bits": low_bits}
     options |= {name: None if tensors is None else [tensors[k] for k in summed] for name, tensors in more.items()}

@@ -126,6 +126,46 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         "combine: out[0] must be float32 like the gradients there, got bfloat16",
     ),
     (
+        lambda: gram([[x, x]], [0]),
+        ValueError,
+        "gram: parts must have one number for each of the 2 tensors, got 1",
+    ),
+    (lambda: gram([[x, x]], [0, 2], 2), ValueError, "gram: parts[1] must be a number from 0 to 1, got 2"),
+    (lambda: gram([[x, x]], [0, -1]), ValueError, "gram: parts[1] must be a number from 0 to 32767, got -1"),
+    (lambda: gram([[x]], [0.5]), ValueError, "gram: parts[0] must be a number from 0 to 32767, got 0.5"),
+    (lambda: gram([[]], [], 0), ValueError, "gram: there must be 1 to 32768 parts, got 0"),
+    (lambda: gram([[x]], part_count=2), ValueError, "gram: part_count is given with parts, got 2 and None"),
+    (
+        lambda: combine([[x], [x]], w64, parts=[0]),
+        ValueError,
+        "combine: weights must have shape [G, 2], got [2]",
+    ),
+    (
+        lambda: combine([[x], [x]], gram2),
+        ValueError,
+        "combine: weights must have shape [2], got [2, 2]",
+    ),
+    (
+        lambda: fused_update(gram2, parts=[2]),
+        ValueError,
+        "combine_adamw_: parts[0] must be a number from 0 to 1, got 2",
+    ),
+    (
+        lambda: surgery_weights(gram2[None], weights=w64),
+        ValueError,
+        "surgery_weights: weights must have shape [1, 2], got [2]",
+    ),
+    (
+        lambda: surgery_weights(torch.ones(3, 2, 1, dtype=torch.float64)),
+        ValueError,
+        "surgery_weights: gram must have shape [3, 2, 2], got [3, 2, 1]",
+    ),
+    (
+        lambda: surgery_weights(gram2[None], orders=torch.tensor([[[0, 1], [1, 1]]])),
+        ValueError,
+        "surgery_weights: orders[0, 1] must be a permutation of 0 to 1, got [1, 1]",
+    ),
+    (
         lambda: surgery_weights(torch.ones(2, 3, dtype=torch.float64)),
         ValueError,
         "surgery_weights: gram must have shape [2, 2], got [2, 3]",

@@ -88,9 +88,24 @@ CALLS = {
 }
 
 
+BY_PART = torch.stack([WEIGHTS, -WEIGHTS])
+FIRST_COLUMNS = [0, 1, 2]  # of two parts of the model
+CALLS_BY_PART = {
+    "gram": lambda: (*CALLS["gram"](), FIRST_COLUMNS),
+    "combine_": lambda: (CALLS["combine_"]()[0], BY_PART, [torch.empty(4), torch.empty(3)], FIRST_COLUMNS),
+    "combine_adamw_": lambda: (*(BY_PART if x is WEIGHTS else x for x in CALLS["combine_adamw_"]()), FIRST_COLUMNS),
+    "surgery_weights": lambda: (torch.stack([GRAM, 2 * GRAM]), None, BY_PART, WEIGHTS[0], 0.1, True),
+}
+
+
 @pytest.mark.parametrize("op", CALLS)
 def test_opcheck(op: str, needs_native: None) -> None:
     torch.library.opcheck(getattr(torch.ops.minbert, op).default, CALLS[op]())
+
+
+@pytest.mark.parametrize("op", CALLS_BY_PART)
+def test_opcheck_by_parts_of_the_model(op: str, needs_native: None) -> None:
+    torch.library.opcheck(getattr(torch.ops.minbert, op).default, CALLS_BY_PART[op]())
 
 
 def surgery(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -103,6 +118,15 @@ def surgery(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def surgery_in_place(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     row = a.clone()
     return kernels.combine([[row], [b]], WEIGHTS, [row])[0] + row
+
+
+def surgery_by_parts(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    grads, parts = [[a, None, a], [b, b, None]], [1, 0, 1]
+    weights, stats = kernels.surgery_weights(kernels.gram(grads, parts), max_norm=1.0)
+    state = [[tensor.abs() for tensor in (a, b, b)] for _ in range(3)]
+    options = {"step": 1, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    kernels.combine_adamw_(state[0], grads, weights, state[1], state[2], parts=parts, **options)
+    return weights, stats, *kernels.combine(grads, weights, parts=parts), *state[0]
 
 
 def layer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -169,6 +193,7 @@ def all_layers(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 FUNCTIONS = [
     surgery,
+    surgery_by_parts,
     surgery_in_place,
     layer,
     first_tokens,

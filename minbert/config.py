@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from minbert.errors import UserError, dashed, require, require_known
 from minbert.files.json_yaml import dump_yaml, read_yaml
 from minbert.files.schema_checks import FORMAT, build, without_format
+from minbert.methods.rdrop import RDropConfig
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import check_surgery, needs_task_gradients
 from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
@@ -47,6 +48,7 @@ BY_TASK = (
     "l2",
     "label_smoothing",
     "smart.lambda_s",
+    "rdrop.alpha",
 )
 
 
@@ -98,7 +100,9 @@ class TrainConfig:
         surgery_reduction: whether pcgrad sums the projected gradients or takes their mean.
         surgery_groups: tasks whose gradients surgery sees as one, joined by +, such as sst+qqp+sts,cfimdb; left out,
             each task is a group.
-        smart: smoothness-inducing adversarial regularisation; off unless --smart.lambda-s is given.
+        smart: smoothness-inducing adversarial regularisation, and its relatives R3F, SiFT, virtual adversarial training
+            and FreeLB; off unless --smart.lambda-s is given.
+        rdrop: R-Drop, two passes with other dropout masks; off unless --rdrop.alpha is given.
         bregman: momentum Bregman proximal point method; off unless --bregman.mu is given.
         losses: by task, the loss, such as {sts: cosine_embedding}; the task's own for tasks left out.
         loss_weights: what a task's loss is multiplied by, such as {sst: 2}; 1 where left out.
@@ -193,6 +197,7 @@ class TrainConfig:
     surgery_reduction: Literal["sum", "mean"] = "sum"
     surgery_groups: list[str] | None = None
     smart: SmartConfig = field(default_factory=SmartConfig)
+    rdrop: RDropConfig = field(default_factory=RDropConfig)
     bregman: BregmanConfig = field(default_factory=BregmanConfig)
     losses: dict[str, str] = field(default_factory=dict)
     loss_weights: dict[str, float] | None = None
@@ -239,7 +244,8 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in (("smart", SmartConfig), ("bregman", BregmanConfig), ("scratch", ScratchConfig)):
+        records = {"smart": SmartConfig, "rdrop": RDropConfig, "bregman": BregmanConfig, "scratch": ScratchConfig}
+        for name, kind in records.items():
             require(isinstance(getattr(self, name), kind), name, f"a {kind.__name__}", getattr(self, name))
         if self.tasks is not None:
             self.find(self.tasks)
@@ -257,6 +263,7 @@ class TrainConfig:
         self._check_sampling()
         self._check_tasks()
         self._check_heads()
+        self._check_regularisers()
         self._check_split()
         check_surgery(self.surgery)
         if self.sampling != "joint" and needs_task_gradients(self.surgery):
@@ -289,7 +296,8 @@ class TrainConfig:
         """Refuse unknown tasks in options by task, and tasks that an option does not fit."""
         known = self.known_tasks
         for name in BY_TASK:
-            option = self.smart.lambda_s if name == "smart.lambda_s" else getattr(self, name)
+            record, _, of_record = name.rpartition(".")
+            option = getattr(getattr(self, record) if record else self, of_record)
             for task in option if isinstance(option, dict | list) else ():
                 require_known(f"{dashed(name)}: unknown task", task, known)
         auxiliary = [task.name for task in self.find(self.tasks or list(known)) if not task.evaluated]
@@ -321,17 +329,26 @@ class TrainConfig:
                 layer = f"--shared-layer {self.shared_layer}" if shared else f"--heads.{task.name} {task.head}"
                 raise UserError(f"--batch-size {self.batch_size}: {layer} normalises over a batch; give at least 2")
 
+    def _check_regularisers(self) -> None:
+        if self.rdrop.on and self.smart.on and self.smart.is_freelb:
+            raise UserError(
+                "--rdrop.alpha and --smart.objective task-loss both put another loss in place of a task's; leave one of"
+                " both out"
+            )
+        none = self.dropout == 0 or (self.dropout is None and self.model is None)
+        if self.rdrop.on and none and self.head_dropout == 0:
+            raise UserError("--rdrop.alpha compares two dropout masks, and nothing is dropped; give --dropout 0.1")
+
     def _check_split(self) -> None:
         unwanted = {
-            "precision": self.precision == "fp32",
-            "accumulate": self.accumulate > 1,
-            "mode": self.mode != "finetune",
+            "precision": (self.precision, self.precision == "fp32"),
+            "accumulate": (self.accumulate, self.accumulate > 1),
+            "mode": (self.mode, self.mode != "finetune"),
+            "smart.objective": (self.smart.objective, self.smart.on and self.smart.is_freelb),
         }
-        for name, is_set in unwanted.items() if self.split_master_weights else ():
+        for name, (value, is_set) in unwanted.items() if self.split_master_weights else ():
             if is_set:
-                raise UserError(
-                    f"{SPLITS}, and {dashed(name)} {getattr(self, name)} leaves none; leave one of both out"
-                )
+                raise UserError(f"{SPLITS}, and {dashed(name)} {value} leaves none; leave one of both out")
 
     @property
     def own_tasks(self) -> dict[str, Task]:

@@ -10,12 +10,14 @@ import torch
 
 from minbert.data import Encoded
 from minbert.distributed.unsharded_parameters import UnshardedParameters
+from minbert.methods.rdrop import RDropConfig
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import find_surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.tasks import Task, find_tasks
 from minbert.training.batches import Batches
+from minbert.training.freelb import FreeLB
 from minbert.training.objective import Objective
 from minbert.training.optimizer import AdamW, split_
 from minbert.training.trainer import Trainer, cuda_graphs
@@ -31,6 +33,24 @@ def examples(n: int, seed: int) -> Encoded:
     ids = rng.integers(1, 60, lengths.sum()).astype(np.int32)
     labels = rng.integers(0, 2, n).astype(np.float32)
     return Encoded(ids, np.zeros(len(ids), np.uint8), np.cumsum([0, *lengths]), labels, [""] * n, 0)
+
+
+REGULARISERS: dict[str, dict[str, Any]] = {  # options of `trainer`
+    "SMART": {"smart": SmartConfig(lambda_s=1.0)},
+    "R3F": {"smart": SmartConfig(lambda_s=1.0, steps=0, sigma=0.1, noise="uniform")},
+    "SiFT": {"smart": SmartConfig(lambda_s=1.0, epsilon=0.1, eta=0.1, normalized=True)},
+    "VAT": {
+        "smart": SmartConfig(
+            lambda_s=1.0, search="power", objective="kl", norm="2", per="sequence", sigma=0.5, epsilon=0.5
+        )
+    },
+    "FreeLB": {
+        "smart": SmartConfig(
+            lambda_s=1.0, objective="task-loss", steps=2, norm="2", per="sequence", epsilon=1.0, eta=0.7
+        )
+    },
+    "R-Drop": {"rdrop": RDropConfig(1.0)},
+}
 
 
 DATA = {task.name: examples(40, i) for i, task in enumerate(TASKS)}
@@ -55,6 +75,8 @@ def trainer(
     tasks: Sequence[Task] = TASKS,
     data: Mapping[str, Encoded] = DATA,
     loss_options: Mapping[str, Mapping[str, Any]] | None = None,
+    smart: SmartConfig | None = None,
+    rdrop: RDropConfig | None = None,
     **options,
 ) -> Trainer:
     torch.manual_seed(0)
@@ -73,10 +95,12 @@ def trainer(
     per_task = surgery != "sum"
     gradients = TaskGradients(model.encoder, len(tasks) if per_task else 1, parameters.copies)
     parameters.register_hooks(gradients)
-    smart = SmartConfig(lambda_s=weight)
-    added = {"loss_options": loss_options}
-    objective = Objective(model, smart, BregmanConfig(mu=mu), parameters.ema, parameters.copies, **added)
-    batches = Batches(data, [[task] for task in tasks], per_task, smart, 0, **options)
+    smart, rdrop = smart or SmartConfig(lambda_s=0.0 if rdrop else weight), rdrop or RDropConfig()
+    added = {"loss_options": loss_options, "rdrop": rdrop}
+    of_objective = FreeLB if smart.repeats_backward else Objective
+    objective = of_objective(model, smart, BregmanConfig(mu=mu), parameters.ema, parameters.copies, **added)
+    objective.share = 1 / len(sample(0))
+    batches = Batches(data, [[task] for task in tasks], per_task, smart, 0, rdrop=rdrop, **options)
     graphs = None
     if capture is not None:
         graphs = cuda_graphs(objective, gradients, CPU, capture=capture)

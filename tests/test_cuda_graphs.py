@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_trainer import parts, trainer
+from small_trainer import REGULARISERS, parts, trainer
 
 from minbert.training.cuda_graphs import Graph
 from minbert.training.host_device_copy import Layout
@@ -49,9 +49,14 @@ class Captures(list):
         return Graph(graph, layout, buffer, graph.losses, graph.grads)
 
 
-def test_replayed_steps_train_like_those_that_are_computed():
+@pytest.mark.parametrize("regulariser", REGULARISERS)
+def test_replayed_steps_train_like_those_that_are_computed(regulariser):
     captures = Captures()
-    options = {"bucket_to": 64, "sample": lambda step: [parts(step=0 if step < 3 else 1)]}  # one shape three times
+    options = {
+        **REGULARISERS[regulariser],
+        "bucket_to": 64,
+        "sample": lambda step: [parts(step=0 if step < 3 else 1)],
+    }  # one shape three times
     straight, replayed = trainer(**options), trainer(**options, capture=captures)
     for step in range(4):
         wanted, got = (training_step(steps, step, step / 4).result() for steps in (straight, replayed))

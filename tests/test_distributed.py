@@ -31,6 +31,12 @@ CASES = {
     "one-task-a-step": "--recipe=plain --sampling=round-robin --optimizers=per-task",
     "batch-norm": "--recipe=pcgrad --shared-layer=transform --heads.sst=layers --heads.sts=concatenated-layers-cosine",
     "negatives": "--recipe=plain --heads.qqp=difference --losses.qqp=multiple_negatives_ranking",
+    "r3f": "--recipe=r3f --surgery=pcgrad --smart.noise=uniform",
+    "rdrop": "--recipe=rdrop --surgery=pcgrad --rdrop.alpha=0 --rdrop.alpha.sst=1 --rdrop.alpha.sts=2",
+    "sift": "--recipe=sift --surgery=pcgrad",
+    "vat": "--recipe=vat --smart.epsilon=2 --smart.sigma=2",
+    "freelb": "--recipe=freelb --surgery=gse --smart.epsilon=2 --smart.eta=1 --accumulate=2 --bregman.mu=0.5",
+    "freelb-of-some": "--recipe=freelb --surgery=pcgrad --smart.lambda-s=0 --smart.lambda-s.sts=0.5",
     "norms": "--recipe=pcgrad --l2=0.1 --pooling=mean",
     "frozen": "--recipe=plain --mode=pretrain --pooling=pooler",
 }
@@ -52,7 +58,7 @@ def assert_same(one: Run, several: Run) -> None:
     assert_close(one.path, several.path)
     for mine, theirs in zip(one.metrics.records(), several.metrics.records(), strict=True):
         if "loss" in mine:
-            for what in ("loss", "smart", "cosine"):
+            for what in ("loss", "smart", "rdrop", "cosine"):
                 assert theirs.get(what, {}) == pytest.approx(mine.get(what, {}), rel=1e-5, abs=1e-6)
             for what in ("grad_norm", "perturbation"):
                 assert theirs.get(what, 0) == pytest.approx(mine.get(what, 0), rel=1e-5)

@@ -242,7 +242,7 @@ def test_a_run_writes_what_the_page_says(course_data, tmp_path):
         file.write("99\tbad\tthe film was good .\t7\n")
     out = tmp_path / "run"
     with drawing():
-        assert train.main([*quick_options(data, out), "--bregman.mu=0.1"]) == 0
+        assert train.main([*quick_options(data, out), "--bregman.mu=0.1", "--rdrop.alpha=1"]) == 0
     names = {path.name + "/" * path.is_dir() for path in out.iterdir()}
     assert names | {".lock", "tensorboard/", "trackers.json", "tasks.yaml"} == {*files()}
     written: dict[str, set[str]] = {
@@ -260,7 +260,7 @@ def test_a_run_writes_what_the_page_says(course_data, tmp_path):
         assert {path.name for path in (out / checkpoint).iterdir()} == {*described("files: checkpoint")}
     assert {path.name for path in (out / "plots").iterdir()} == {"curves.png", "timing.png", "conflicts.png"}
     phases = {phase for line in lines(out / "metrics.jsonl") for phase in line.get("seconds", {})}
-    assert phases == {"batch", "forward", "smart", "bregman", "backward", "update"}
+    assert phases == {"batch", "forward", "rdrop", "smart", "bregman", "backward", "update"}
 
 
 def lines(path: Path) -> list[dict]:

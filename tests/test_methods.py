@@ -69,7 +69,7 @@ def test_all_surgeries_on_one_task_are_the_plain_update_to_the_bit(weights_of, s
 
 def test_smart_and_pcgrad_change_the_weights(weights_of):
     plain = weights_of(*PLAIN)
-    for recipe in ("smart", "pcgrad", "smart-pcgrad", "gse", "smart-gse"):
+    for recipe in ("smart", "pcgrad", "smart-pcgrad", "gse", "smart-gse", "r3f", "rdrop", "sift", "freelb", "vat"):
         other = weights_of(f"--recipe={recipe}")
         assert any(not torch.equal(plain[name], other[name]) for name in plain), recipe
 
@@ -129,6 +129,9 @@ def test_gse_updates_twice_in_a_step(quick, tmp_path):
         ["--low-memory", "--surgery-groups=qqp+sts,sst", "--smart.steps=2"],
         [*EVERYTHING, *PAIRS_APART],
         [*PAIRS_APART, "--low-memory", "--surgery-groups=qqp+sts,sst", "--heads.sts=layers-cosine"],
+        ["--recipe=freelb", "--surgery=gse", "--bregman.mu=0.5", "--accumulate=2", "--batch-size=4"],
+        ["--recipe=sift", "--surgery=pcgrad", "--rdrop.alpha.sts=2", "--dropout=0.1", "--low-memory"],
+        ["--recipe=vat", "--smart.lambda-s=0", "--smart.lambda-s.sst=5", "--smart.noise=uniform", "--surgery=pcgrad"],
     ],
 )
 def test_everything_at_once_repeats_itself_and_resumes_to_the_bit(weights_of, quick, tmp_path, options, precision):

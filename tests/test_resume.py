@@ -37,8 +37,9 @@ FIXED = [
     "epoch_length", "epoch_times", "swap_pairs", "reviews_per_star", "heads", "losses", "l2", "label_smoothing",
     "shared_layer", "pooling", "max_length", "dropout", "head_dropout", "schedule", "warmup", "weight_decay",
     "adam_eps", "clip_norm", "smart.lambda_s", "smart.epsilon", "smart.sigma", "smart.eta", "smart.steps", "smart.norm",
-    "smart.per", "smart.projection", "smart.relative", "smart.masks", "smart.warmup", "smart.precision", "bregman.mu",
-    "bregman.beta", "scratch.vocab_size", "scratch.hidden_size", "scratch.num_hidden_layers",
+    "smart.per", "smart.projection", "smart.relative", "smart.masks", "smart.warmup", "smart.precision", "smart.noise",
+    "smart.normalized", "smart.search", "smart.objective", "rdrop.alpha", "bregman.mu", "bregman.beta",
+    "scratch.vocab_size", "scratch.hidden_size", "scratch.num_hidden_layers",
     "scratch.num_attention_heads", "scratch.intermediate_size",
 ]
 # fmt: on
@@ -76,6 +77,9 @@ CHANGED = {  # another value of each option that is not a number or a flag
     "smart.projection": "unit",
     "smart.masks": "independent",
     "smart.precision": "same",
+    "smart.noise": "uniform",
+    "smart.search": "power",
+    "smart.objective": "kl",
 }
 SEVERAL = {  # options that ask for others
     "fold": {"folds": 5, "fold": 2},

@@ -292,7 +292,7 @@ def test_bf16_rounds_small_perturbations_away(model):
     [
         ({"epsilon": -1.0}, "--smart.epsilon must be 0 or more, got -1"),
         ({"sigma": math.nan}, "--smart.sigma must be 0 or more, got nan"),
-        ({"steps": 0}, "--smart.steps must be at least 1, got 0"),
+        ({"steps": -1}, "--smart.steps must be 0 or more, got -1"),
         ({"lambda_s": -2.0}, "--smart.lambda-s must be 0 or more, got -2"),
         ({"lambda_s": {"sts": -1.0}}, "--smart.lambda-s must be 0 or more, got -1"),
         ({"warmup": 1.0}, "--smart.warmup must be at least 0 and below 1, got 1"),

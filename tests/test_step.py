@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from compare_runs import bf16_bound
-from small_trainer import DATA, SIZES, TASKS, parts, trainer
+from small_trainer import DATA, REGULARISERS, SIZES, TASKS, parts, trainer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from minbert import kernels
@@ -54,7 +54,10 @@ def unwatched(function):
     return run
 
 
-@pytest.mark.parametrize("options", [{}, {"surgery": "sum"}, {"surgery": "gse", "mu": 0.5}, {"low_memory": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"surgery": "sum"}, {"surgery": "gse", "mu": 0.5}, {"low_memory": True}, *REGULARISERS.values()],
+)
 def test_a_step_is_handed_over_without_looking_at_a_number(options, monkeypatch):
     steps = trainer(**options)
     training_step(steps, 0, 0.0).result()

@@ -1,6 +1,7 @@
 """Divergences between two outputs of a model, differentiable in both and computed in float32 or float64.
 
-SMART compares a task's outputs by the divergence of its loss (`DIVERGENCES`), a mean over the batch. `kl_loss`,
+SMART compares a task's outputs by the divergence of its loss (`DIVERGENCES`), a mean over the batch; virtual
+adversarial training takes the one from clean outputs that count as constant (`KL_DIVERGENCES`). `kl_loss`,
 `sym_kl_loss` and `js_loss` have the names and arguments of smart-pytorch's, for `minbert.integrations.SMARTLoss`.
 """
 
@@ -39,6 +40,31 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean_squared_error": mean_squared_error,
     "cosine_embedding": mean_squared_error,
     "multiple_negatives_ranking": symmetrised_kl,  # of each first sentence's softmax over the batch's second sentences
+}
+
+
+def binary_kl(logits: Tensor, clean: Tensor) -> Tensor:
+    """KL(clean || logits) of two classes, as in `symmetrised_binary_kl`; no gradient for `clean`."""
+    p, q = at_least_float32(clean.detach()), at_least_float32(logits)
+    log_ratios = F.logsigmoid(p) - F.logsigmoid(q), F.logsigmoid(-p) - F.logsigmoid(-q)
+    return (p.sigmoid() * log_ratios[0] + (-p).sigmoid() * log_ratios[1]).mean()
+
+
+def _kl_from(logits: Tensor, clean: Tensor) -> Tensor:
+    return kl_loss(logits, clean.detach())
+
+
+def _squared_distance_from(scores: Tensor, clean: Tensor) -> Tensor:
+    return mean_squared_error(scores, clean.detach())
+
+
+# By the task's loss, of outputs and of clean outputs that count as constant.
+KL_DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": _kl_from,
+    "binary_cross_entropy": binary_kl,
+    "mean_squared_error": _squared_distance_from,
+    "cosine_embedding": _squared_distance_from,
+    "multiple_negatives_ranking": _kl_from,
 }
 
 

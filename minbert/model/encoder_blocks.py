@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minbert import kernels
 from minbert.data.packing import Packed
+from minbert.kernels import task_views
 from minbert.model.config import EncoderConfig
 
 STREAM_IDS_PER_LAYER = 3  # places of dropout: attention probabilities, attention output, feed-forward output
@@ -59,6 +60,16 @@ class Embeddings(nn.Module):
             bounds=packed.token_bounds,
             sparse=self.sparse_gradient,
         )
+
+    def affine(self, offset: Tensor, packed: Packed, seed: Tensor | None) -> Tensor:
+        """What the output gains where `offset` [N, D] is added to the normalised rows: dropout(weight * offset).
+
+        It is linear and its own transpose: it takes the gradient of the output to that of the normalised rows.
+        """
+        (weights,), bounds = task_views.views("embeddings", len(offset), packed.token_bounds, weight=self.norm.weight)
+        scaled = task_views.by_segment(bounds, lambda task, rows: offset[rows] * weights[task])
+        dropout_p = self.dropout_p if self.training else 0.0
+        return kernels.dropout(scaled.to(offset.dtype), p=dropout_p, seed=seed, stream_id=0)
 
 
 class Layer(nn.Module):

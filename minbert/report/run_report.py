@@ -87,7 +87,9 @@ def method(config: TrainConfig) -> list[str]:
     """The surgery of the run, and the regularisers of its losses."""
     parts = [config.surgery] if config.mode == "finetune" else ["frozen encoder"]
     if config.smart.on:
-        parts.append("SMART")
+        parts.append(config.smart.title)
+    if config.rdrop.on:
+        parts.append("R-Drop")
     return [*parts, "Bregman"] if config.bregman.mu else parts
 
 

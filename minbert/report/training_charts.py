@@ -56,10 +56,11 @@ def gradient_figures(records: Sequence[Record], colours: Mapping[str, str]) -> d
         note = "2|a||b| / (|a|² + |b|²): 1 for gradients of one length, near 0 where one dominates."
         surgery.append(heat_map("Magnitude similarity", similarity, signed=False, note=note))
     surgery += lines("projected_share", "Projected share", "How much of the plain update surgery removes.")
-    note = "The divergence of perturbed from clean outputs, before lambda_s."
+    note = "The divergence of perturbed from clean outputs, or what FreeLB's search adds to the loss, before lambda_s."
     regularisers = lines("smart", "SMART's regulariser", note)
     note = "Below 1e-4 the regulariser does next to nothing."
     regularisers += lines("smart_share", "SMART's share of the loss", note)
+    regularisers += lines("rdrop", "R-Drop's divergence", "Of the outputs under two dropout masks, before alpha.")
     regularisers += lines("bregman", "Bregman divergence", "From the EMA teacher's outputs, before mu.")
     return {"Gradient surgery": surgery, "Regularisers": regularisers}
 

@@ -19,14 +19,15 @@ def fit_for_smart(model: MultitaskModel, config: TrainConfig, precision: str, co
     A warning says so where --smart.precision allows none.
     """
     encoder, smart = model.encoder, config.smart
-    if not smart.on or not rounds_away(model, smart, encoder.compute_dtype):
+    length = rounds_away(model, smart, encoder.compute_dtype) if smart.on else None
+    if length is None:
         return precision
-    reason = f"--smart.epsilon {smart.epsilon:g} lies below what {precision} rounds the embeddings by"
+    reason = f"--smart.{length} {getattr(smart, length):g} lies below what {precision} rounds the embeddings by"
     if precision == "bf16" and smart.precision == "auto":
         encoder.compute_dtype = torch.float32
         console.print(f"{reason}: the steps run in fp32 (--smart.precision same keeps {precision})")
         return "fp32"
-    console.print(f"warning: {reason}: SMART will do nothing")
+    console.print(f"warning: {reason}: {smart.title} will do nothing")
     return precision
 
 

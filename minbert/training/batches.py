@@ -1,11 +1,11 @@
-"""The batches of a training step: its examples in packed streams, with labels, seeds and SMART's weights.
+"""The batches of a training step: its examples in packed streams, with labels, seeds and regularisers' weights.
 
 All of it happens on the host; a batch is copied to the device as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby, pairwise
 from typing import Any
@@ -18,6 +18,7 @@ from minbert.data import Encoded, Plan, TaskSampler, pack_batches
 from minbert.data.packing import Packed
 from minbert.distributed.batch_shards import BatchShard, shard_examples
 from minbert.distributed.process_group import ProcessGroup
+from minbert.methods.rdrop import RDropConfig
 from minbert.methods.smart import SmartConfig
 from minbert.seeds import derive_seed
 from minbert.tasks import Task
@@ -57,7 +58,7 @@ class StepSampler:
 
 @dataclass(frozen=True)
 class SmartPart:
-    """Consecutive tasks of a batch that have SMART's regulariser: what goes through its passes."""
+    """Consecutive tasks of a batch that have a regulariser, SMART's or R-Drop's: what goes through its passes."""
 
     packed: Packed  # their sequences
     tasks: tuple[str, ...]
@@ -78,12 +79,13 @@ class Batch:
 
     packed: Packed  # of several ranks, this one's shard of the stream
     labels: Mapping[str, Tensor]  # by task, in the stream's order, all ranks' of them
-    # The seeds of dropout, of dropout in perturbed passes with masks of their own and of the noise, each with the
+    # The seeds of dropout, of dropout in further passes with masks of their own and of the noise, each with the
     # stream's index of the first row here. int64 [3, 2].
     seeds: Tensor
     smart_weights: Tensor  # float32 [tasks]: lambda_s of each
     shard: BatchShard | None = None
     smart_parts: tuple[SmartPart, ...] = ()
+    rdrop_parts: tuple[SmartPart, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -104,7 +106,10 @@ class Batch:
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order of `with_tensors`."""
         parts = [
-            tensor for part in self.smart_parts if part.packed is not self.packed for tensor in part.packed.tensors
+            tensor
+            for part in (*self.smart_parts, *self.rdrop_parts)
+            if part.packed is not self.packed
+            for tensor in part.packed.tensors
         ]
         return [*self.packed.tensors, *parts, *self.labels.values(), self.seeds, self.smart_weights]
 
@@ -113,13 +118,15 @@ class Batch:
         *rest, seeds, smart_weights = tensors
         cut, at = len(rest) - len(self.labels), len(self.packed.tensors)
         labels, packed, parts = dict(zip(self.labels, rest[cut:], strict=True)), self.packed.with_tensors(rest[:at]), []
-        for part in self.smart_parts:
+        for part in (*self.smart_parts, *self.rdrop_parts):
             of_part = packed
             if part.packed is not self.packed:
                 end = at + len(part.packed.tensors)
                 of_part, at = part.packed.with_tensors(rest[at:end]), end
             parts.append(replace(part, packed=of_part))
-        return Batch(packed, labels, seeds, smart_weights, self.shard, tuple(parts))
+        of_smart = len(self.smart_parts)
+        smart_parts, rdrop_parts = tuple(parts[:of_smart]), tuple(parts[of_smart:])
+        return Batch(packed, labels, seeds, smart_weights, self.shard, smart_parts, rdrop_parts)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, copied without waiting for the copy to end."""
@@ -152,6 +159,7 @@ class Batches:
         low_memory: whether each group goes through the model alone, rather than all in one stream.
         bucket_to: round the shapes of streams to buckets for CUDA graphs; no sequence may be longer than this.
         group: the ranks, each of which computes a shard of every stream, of about as many tokens.
+        rdrop: decides which tasks have R-Drop.
     """
 
     data: Mapping[str, Encoded]
@@ -162,6 +170,7 @@ class Batches:
     low_memory: bool = False
     bucket_to: int | None = None
     group: ProcessGroup = field(default_factory=ProcessGroup)
+    rdrop: RDropConfig = field(default_factory=RDropConfig)
 
     @property
     def names(self) -> list[str]:
@@ -202,18 +211,20 @@ class Batches:
             if shard is not None:
                 shard = replace(shard, bounds=(0, *accumulate(self._sequences(stream.examples))))
         labels = {name: torch.from_numpy(values) for name, values in self._labels(stream.examples)}
-        batch = make_batch(packed, labels, self.smart, seed=stream.seed, progress=progress, shard=shard)
+        batch = make_batch(packed, labels, self.smart, self.rdrop, seed=stream.seed, progress=progress, shard=shard)
         divisible = self.bucket_to is None and self.group.world_size == 1  # neither for CUDA graphs nor in shards
         if divisible and len(set(map(self.smart.applies_to, labels))) > 1:
-            batch = replace(batch, smart_parts=tuple(self._smart_parts(batch, own)))
+            batch = replace(batch, smart_parts=tuple(self._parts(batch, own, self.smart.applies_to)))
+        if divisible and len(set(map(self.rdrop.applies_to, labels))) > 1:
+            batch = replace(batch, rdrop_parts=tuple(self._parts(batch, own, self.rdrop.applies_to)))
         return batch
 
-    def _smart_parts(self, batch: Batch, examples: Examples) -> Iterator[SmartPart]:
-        """The runs of tasks with SMART."""
+    def _parts(self, batch: Batch, examples: Examples, applies_to: Callable[[str], bool]) -> Iterator[SmartPart]:
+        """The runs of tasks with a regulariser."""
         packed = batch.packed
         sizes = [len(indices) * self.data[task.name].width + packed.padding for task, indices in examples]
         starts = dict(zip(batch.counts, pairwise(accumulate(sizes, initial=0)), strict=True))
-        for applies, run in groupby(batch.counts, self.smart.applies_to):
+        for applies, run in groupby(batch.counts, applies_to):
             if applies:
                 tasks = tuple(run)
                 start, end = starts[tasks[0]][0], starts[tasks[-1]][1]
@@ -242,6 +253,7 @@ def make_batch(
     packed: Packed,
     labels: Mapping[str, Tensor],
     smart: SmartConfig,
+    rdrop: RDropConfig | None = None,
     *,
     seed: int,
     progress: float = 1.0,
@@ -251,5 +263,9 @@ def make_batch(
     first_row = shard.first_token if shard else 0
     seeds = [(derive_seed(seed, name), first_row) for name in ("dropout", "smart dropout", "smart noise")]
     weights = [smart.weight(name, progress) for name in labels]
-    parts = (SmartPart(packed, tuple(labels), 0),) if any(map(smart.applies_to, labels)) else ()
-    return Batch(packed, labels, torch.tensor(seeds), torch.tensor(weights, dtype=torch.float32), shard, parts)
+    whole = (SmartPart(packed, tuple(labels), 0),)
+    smart_parts, rdrop_parts = (
+        whole if config is not None and any(map(config.applies_to, labels)) else () for config in (smart, rdrop)
+    )
+    smart_weights = torch.tensor(weights, dtype=torch.float32)
+    return Batch(packed, labels, torch.tensor(seeds), smart_weights, shard, smart_parts, rdrop_parts)

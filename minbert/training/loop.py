@@ -58,11 +58,11 @@ def training_step(trainer: Trainer, step: int, progress: float) -> PendingStep:
             for stream in streams:  # one; several for accumulated batches, or task after task in low memory
                 batch = batches.pack(stream, progress)
                 timer.end("batch")
-                if stream is streams[-1]:
-                    trainer.parameters.reduce_next_backward()
                 if trainer.graphs is None:
                     tracked = partial(gradients.attached, stream.row)  # the forward reads per-task views of parameters
                     losses.append(trainer.objective(batch.to(group.device), tracked, on_phase=timer.end))
+                    if stream is streams[-1]:
+                        trainer.parameters.reduce_next_backward()
                     (losses[-1].total / (len(sampled) * group.world_size)).backward()
                 else:
                     losses.append(trainer.graphs(batch))  # the same forward and backward as a CUDA graph

@@ -45,6 +45,7 @@ from minbert.runs.checkpoint import check_fits
 from minbert.seeds import derive_seed
 from minbert.tasks import Task
 from minbert.training.batches import Batches, StepSampler
+from minbert.training.freelb import FreeLB
 from minbert.training.loss_options import loss_options
 from minbert.training.objective import Objective
 from minbert.training.optimizer import AdamW, split_
@@ -268,7 +269,7 @@ def build_optimizer(
         param_group["lr"] = peak * config.layer_decay ** param_group["depth"]
     one_stream = config.accumulate == 1 and not config.low_memory
     # What is read in half precision has such gradients: a sum over several backwards needs more.
-    one_backward = one_stream or (config.accumulate == 1 and rows > 1)
+    one_backward = (one_stream or (config.accumulate == 1 and rows > 1)) and not config.smart.repeats_backward
     low_bits = split_(_matrices_to_split(config, model, one_backward, group)) if config.split_master_weights else {}
     copies = model.encoder.copies() if one_backward else {}
     parameters: UnshardedParameters | ShardedParameters = UnshardedParameters(model.heads, copies)
@@ -327,9 +328,10 @@ def build_trainer(
     optimizer, parameters = build_optimizer(config, model, rows, group)
     l2 = {task.name: of_task(config.l2, task.name, 0.0) for task in data.tasks}
     options = loss_options(data.tasks, data.train, config.label_smoothing, group.device)
-    objective = Objective(
-        model, config.smart, config.bregman, parameters.ema, parameters.copies, config.loss_weights, l2, options
-    )
+    of_objective = FreeLB if config.smart.repeats_backward else Objective
+    methods = config.smart, config.bregman, parameters.ema, parameters.copies
+    objective = of_objective(model, *methods, config.loss_weights, l2, options, config.rdrop)
+    objective.share = 1 / (config.accumulate * group.world_size)
     one_stream = config.accumulate == 1 and not config.low_memory
     graphs = None
     replayable = config.cuda_graphs and not flight_recorder.is_on()  # a replay calls no op
@@ -350,6 +352,7 @@ def build_trainer(
             config.low_memory,
             data.max_length if graphs is not None else None,
             group,
+            config.rdrop,
         ),
         objective,
         parameters,

@@ -56,9 +56,12 @@ def method_line(config: TrainConfig, model: MultitaskModel) -> str:
     parts += [f"label smoothing {config.label_smoothing}"] if config.label_smoothing else []
     smart, scale = config.smart, embedding_scale(model)
     if smart.on:
-        epsilon = smart.epsilon * scale if smart.relative else smart.epsilon
-        radius = f"epsilon {epsilon:.2g} where embeddings have a root mean square of {scale:.2g}"
-        parts.append(f"SMART with lambda_s {smart.lambda_s}, {radius}")
+        name = smart.reach[0]  # epsilon; sigma without a search
+        length = getattr(smart, name) * (scale if smart.relative and not smart.normalized else 1.0)
+        size = "are normalised" if smart.normalized else f"have a root mean square of {scale:.2g}"
+        parts.append(f"{smart.title} with lambda_s {smart.lambda_s}, {name} {length:.2g} where embeddings {size}")
+    if config.rdrop.on:
+        parts.append(f"R-Drop with alpha {config.rdrop.alpha}")
     if config.bregman.mu:
         parts.append(f"Bregman proximal point with mu {config.bregman.mu}")
     return f"method: {'; '.join(parts)}"

@@ -50,6 +50,7 @@ class StepResult:
 
     loss: dict[str, float]
     smart: dict[str, float]
+    rdrop: dict[str, float]
     bregman: dict[str, float]
     smart_share: float  # of the whole loss; 0 without SMART
     perturbation: float  # mean over tokens of its infinity norm
@@ -65,6 +66,8 @@ class StepResult:
         kept: dict[str, Any] = {"loss": self.loss, "grad_norm": self.grad_norm}
         if self.smart:
             kept |= {"smart": self.smart, "smart_share": self.smart_share, "perturbation": self.perturbation}
+        if self.rdrop:
+            kept["rdrop"] = self.rdrop
         if self.bregman:
             kept["bregman"] = self.bregman
         if self.conflicts:
@@ -77,8 +80,8 @@ class PendingUpdate:
 
     Args:
         numbers: "gram" of the task gradients, "stats" of the weights (`kernels.surgery_weights`), "updated" (1, or 0
-            where a loss or gradient is not finite and nothing changes), and one number for each stream: (loss, smart or
-            bregman, task), "total", "smart", "perturbation".
+            where a loss or gradient is not finite and nothing changes), and one number for each stream: (loss, smart,
+            rdrop or bregman, task), "total", "smart", "perturbation".
         optimizer, counted: the optimizer, and the step counts that it has added one to.
         wait: waits for a CUDA event.
     """
@@ -121,7 +124,7 @@ class PendingStep:
         first, *_ = updates = [update.result() for update in self.updates]
         by_task = {
             kind: {key[1]: _mean(values) for key, values in first.items() if isinstance(key, tuple) and key[0] == kind}
-            for kind in ("loss", "smart", "bregman")
+            for kind in ("loss", "smart", "rdrop", "bregman")
         }
         norm, *_, share = first["stats"]
         gram = torch.tensor(first["gram"], dtype=torch.float64).view(len(self.names) or 1, -1)

@@ -62,13 +62,14 @@ class Trainer:
     def products(self) -> Iterator[None]:
         """How the products of an update run, on CPUs.
 
-        Weights are packed once where SMART reads them thrice. One process adds weight gradients in the product; several
-        have hooks on them, which send them.
+        Weights are packed once where regularisers read them again. One process adds weight gradients in the product;
+        several have hooks on them, which send them.
         """
         with ExitStack() as stack:
             if self.group.device.type == "cpu" and isinstance(self.parameters, UnshardedParameters):
                 stack.enter_context(kernels.weight_gradients_added())
-            if self.group.device.type == "cpu" and self.objective.smart.on and not self.batches.low_memory:
+            several = self.objective.smart.on or self.objective.rdrop.on
+            if self.group.device.type == "cpu" and several and not self.batches.low_memory:
                 stack.enter_context(kernels.weights_packed_once())
             yield
 
@@ -134,7 +135,8 @@ def step_numbers(
     """The numbers of an update that `PendingUpdate` reads back."""
     numbers: dict[Hashable, list[Tensor]] = defaultdict(list)
     for stream in losses:
-        for kind, by_task in (("loss", stream.task), ("smart", stream.smart), ("bregman", stream.bregman)):
+        by_kind = {"loss": stream.task, "smart": stream.smart, "rdrop": stream.rdrop, "bregman": stream.bregman}
+        for kind, by_task in by_kind.items():
             for name, value in by_task.items():
                 numbers[kind, name].append(value)
         numbers["smart"].append(stream.smart_term)

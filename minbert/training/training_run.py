@@ -198,9 +198,11 @@ class TrainingRun:
         share = progress.epoch_sums.smart_shares / max(1, steps)
         if self.config.smart.on and share < LEAST_SMART_SHARE and not progress.smart_warned:
             progress.smart_warned = True
+            smart = self.config.smart
+            lengths = ", ".join(f"--smart.{name}" for name in smart.reach)
             self.console.print(
-                f"warning: SMART's regulariser was {share:.1e} of the loss: it does nothing; give a larger"
-                " --smart.epsilon, --smart.eta or --smart.lambda-s"
+                f"warning: {smart.title}'s regulariser was {share:.1e} of the loss: it does nothing; give a larger"
+                f" {lengths} or --smart.lambda-s"
             )
 
     # The end of the run ------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """SMART and PCGrad against the same with transformers, Pytorch-PCGrad, smart-pytorch and TorchJD: a step's time and
-memory."""
+memory. And the time of every regulariser against a plain step's."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from minbert.data import Encoded
 from minbert.data.sources import DemoSource
 from minbert.device import keep_freed_memory, resolve_precision
 from minbert.distributed.process_group import ProcessGroup
+from minbert.methods.rdrop import RDropConfig
 from minbert.methods.smart import SmartConfig
 from minbert.methods.surgery import find_surgery
+from minbert.recipes import recipe
 from minbert.tasks import Task
 from minbert.training.loop import training_step
 from minbert.training.setup import TrainingData, build_model, build_plan, build_trainer
 
 TORCHJD = "PCGrad by TorchJD's autojac"
+REGULARISERS = ("plain", "r3f", "rdrop", "sift", "vat", "freelb", "smart")  # recipes, all without surgery
 METHODS = {"plain": ("sum", 0.0), "PCGrad": ("pcgrad", 0.0), "SMART": ("sum", 1.0), "SMART + PCGrad": ("pcgrad", 1.0)}
 
 
@@ -48,12 +51,23 @@ def ours(
     group: ProcessGroup | None = None,
     batches: int = 1,
 ) -> Callable[[], object]:
-    """A step of `minbert.train`, set up as it sets its own up, on the batches that the peers pad."""
-    surgery, weight = METHODS[method]
+    """A step of `minbert.train`, set up as it sets its own up, on the batches that the peers pad.
+
+    Args:
+        method: of `METHODS`, or a recipe.
+    """
+    if method in METHODS:
+        surgery, weight = METHODS[method]
+        smart, rdrop = SmartConfig(lambda_s=weight), RDropConfig()
+    else:
+        options = recipe(method)
+        surgery = options["surgery"]
+        smart, rdrop = SmartConfig(**options.get("smart", {})), RDropConfig(**options.get("rdrop", {}))
     group = group or ProcessGroup(device=torch.device(device))
     config = TrainConfig(
         surgery=surgery,
-        smart=SmartConfig(lambda_s=weight),
+        smart=smart,
+        rdrop=rdrop,
         precision="bf16" if dtype == torch.bfloat16 else "fp32",
         batch_size=batch_size,
         lr=1e-5,
@@ -110,6 +124,19 @@ def test_methods(race, smoke: bool, quick: bool, dtype: torch.dtype) -> None:
                 step = theirs(method, sizes, batch_size, dtype, attention, BATCHES)
                 contenders[f"transformers {attention} {method}"] = step
     race(f"step, 3 x {batch_size} sequences, {name}", contenders)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_regularisers(race, smoke: bool, dtype: torch.dtype) -> None:
+    """A step with each regulariser; the ratio is that to the plain step."""
+    if not smoke and dtype == torch.bfloat16 and resolve_precision("auto", torch.device("cpu")) != "bf16":
+        pytest.skip("this processor multiplies no bf16 matrices")
+    sizes, batch_size = shape(smoke), 2 if smoke else 32
+    name = str(dtype).removeprefix("torch.")
+    race(
+        f"regularisers, 3 x {batch_size} sequences, {name}",
+        {method: ours(method, sizes, batch_size, dtype, batches=BATCHES) for method in REGULARISERS},
+    )
 
 
 def _resident_peak() -> int:

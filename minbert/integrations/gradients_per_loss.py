@@ -1,4 +1,7 @@
-"""The gradient of each of several losses, for `PCGrad.pc_backward`: checks, autograd, and accumulation in `.grad`."""
+"""The gradient of each of several losses, for `GradientSurgery.backward`: checks, autograd, accumulation in `.grad`.
+
+`where` is the method that messages name.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,18 @@ from minbert.kernels import checks
 _TRANSPARENT = ("BackwardHookFunction", "CompiledFunction", "_DDPSink", "GeneratedBackwardFor_")
 
 
-def check_losses(losses: Iterable[Tensor]) -> list[Tensor]:
-    """The losses as a list, if they are real scalar tensors that require gradients."""
+def check_losses(where: str, losses: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """The losses as a list, if they are None or real scalar tensors that require gradients."""
     if not isinstance(losses, Iterable) or (isinstance(losses, Tensor) and losses.ndim == 0):
         got = type(losses).__name__
-        raise TypeError(f"PCGrad.pc_backward: losses must be a list of scalar tensors, got one {got}; write [loss]")
+        raise TypeError(f"{where}: losses must be a list of scalar tensors, got one {got}; write [loss]")
     losses = list(losses)
     if not losses:
-        raise ValueError("PCGrad.pc_backward: losses must hold one scalar tensor per task, got none")
+        raise ValueError(f"{where}: losses must hold one scalar tensor per task, got none")
     for task, loss in enumerate(losses):
-        name = f"PCGrad.pc_backward: losses[{task}]"
+        name = f"{where}: losses[{task}]"
+        if loss is None:
+            continue
         if not isinstance(loss, Tensor):
             raise TypeError(f"{name} must be a scalar tensor, got {type(loss).__name__}")
         if loss.numel() != 1:
@@ -41,24 +46,24 @@ def check_losses(losses: Iterable[Tensor]) -> list[Tensor]:
     return losses
 
 
-def check_parameters(parameters: list[Tensor]) -> None:
+def check_parameters(where: str, parameters: list[Tensor]) -> None:
     if not parameters:
-        raise ValueError("PCGrad.pc_backward: the optimizer needs a parameter that requires gradients, got none")
+        raise ValueError(f"{where}: the optimizer needs a parameter that requires gradients, got none")
     devices = list(dict.fromkeys(str(parameter.device) for parameter in parameters))
     if len(devices) > 1:
         raise ValueError(
-            f"PCGrad.pc_backward: the parameters must lie on one device, got {' and '.join(devices)}; the inner"
+            f"{where}: the parameters must lie on one device, got {' and '.join(devices)}; the inner"
             " products are over all of them"
         )
     for index, parameter in enumerate(parameters):
         if parameter.grad is not None and parameter.grad.layout != torch.strided:
             raise ValueError(
-                f"PCGrad.pc_backward: .grad of parameter {index}, of shape {list(parameter.shape)}, must be dense to be"
+                f"{where}: .grad of parameter {index}, of shape {list(parameter.shape)}, must be dense to be"
                 f" added to, got {parameter.grad.layout}; call zero_grad() first"
             )
 
 
-def python_functions(losses: list[Tensor]) -> list[str]:
+def python_functions(where: str, losses: Iterable[Tensor]) -> list[str]:
     """Names of the graph's nodes that are written in Python and may use parameters that the graph does not show.
 
     Raises:
@@ -75,7 +80,7 @@ def python_functions(losses: list[Tensor]) -> list[str]:
             name = node.name()
             if name == "CheckpointFunctionBackward":
                 raise ValueError(
-                    "PCGrad.pc_backward: the losses' graph has a reentrant checkpoint, which hides the parameters"
+                    f"{where}: the losses' graph has a reentrant checkpoint, which hides the parameters"
                     " inside from torch.autograd.grad, so that they would get no gradient; give checkpoint(...,"
                     " use_reentrant=False), or gradient_checkpointing_enable({'use_reentrant': False})"
                 )
@@ -88,7 +93,7 @@ def python_functions(losses: list[Tensor]) -> list[str]:
 
 
 @contextmanager
-def preserved_grad(parameters: list[Tensor]) -> Iterator[None]:
+def preserved_grad(where: str, parameters: list[Tensor]) -> Iterator[None]:
     """Restore every `.grad` afterwards, and raise a ValueError if a gradient was accumulated in one."""
     before = [parameter.grad for parameter in parameters]
     written: list[int] = []
@@ -102,27 +107,29 @@ def preserved_grad(parameters: list[Tensor]) -> Iterator[None]:
             parameter.grad = grad
     if written:
         raise ValueError(
-            "PCGrad.pc_backward: a function in the losses' graph ran another backward, which accumulated in .grad of"
+            f"{where}: a function in the losses' graph ran another backward, which accumulated in .grad of"
             f" parameter {written[0]} without surgery; give the parameters to the function as arguments, or use"
             " torch.utils.checkpoint(..., use_reentrant=False) in its place"
         )
 
 
-def loss_gradients(losses: list[Tensor], parameters: list[Tensor]) -> list[list[Tensor | None]]:
+def loss_gradients(losses: list[Tensor | None], parameters: list[Tensor]) -> list[list[Tensor | None]]:
     """Each loss's gradients, None of parameters it does not reach, by a backward per loss; the last frees the graph."""
-    rows = []
+    last = max((task for task, loss in enumerate(losses) if loss is not None), default=0)
+    rows: list[list[Tensor | None]] = []
     for task, loss in enumerate(losses):
-        row = torch.autograd.grad(loss, parameters, retain_graph=task < len(losses) - 1, allow_unused=True)
-        pairs = zip(row, parameters, strict=True)
-        rows.append([_contiguous_as(grad, parameter, task, k) for k, (grad, parameter) in enumerate(pairs)])
+        if loss is None:
+            rows.append([None] * len(parameters))
+            continue
+        rows.append([*torch.autograd.grad(loss, parameters, retain_graph=task < last, allow_unused=True)])
     return rows
 
 
-def _contiguous_as(grad: Tensor | None, parameter: Tensor, task: int, index: int) -> Tensor | None:
+def contiguous_as(where: str, grad: Tensor | None, parameter: Tensor, task: int, index: int) -> Tensor | None:
     """A gradient with its parameter's strides, as `backward` would store it; autograd may return an expanded one."""
     if grad is None:
         return None
-    name = f"PCGrad.pc_backward: losses[{task}]'s gradient of parameter {index}, of shape {list(parameter.shape)},"
+    name = f"{where}: losses[{task}]'s gradient of parameter {index}, of shape {list(parameter.shape)},"
     if grad.layout != torch.strided:
         raise ValueError(f"{name} must be dense, got {grad.layout}; build the layer with sparse=False")
     if grad.dtype not in checks.GRADIENTS:

@@ -67,8 +67,22 @@ def load_state(weighting: Any, path: Path, device: torch.device) -> None:
         Exception: the file holds no such state, or that of another object.
     """
     with safe_open(path, "pt") as file:
-        decoder = _Decoder({key: file.get_tensor(key) for key in file.keys()}, device)  # noqa: SIM118
-        decoder.object(json.loads(file.metadata()["state"]), weighting)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        restore_state(weighting, json.loads(file.metadata()["state"]), tensors, device)
+
+
+def restore_state(
+    weighting: Any, state: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device
+) -> None:
+    """Set the state of an object, constructed like the one that was saved, to what `state_of` returned.
+
+    Args:
+        device: for tensors that were not on the CPU.
+
+    Raises:
+        Exception: the state is that of another object.
+    """
+    _Decoder(tensors, device).object(state, weighting)
 
 
 class _Encoder:

@@ -189,11 +189,3 @@ def test_messages_of_parameters() -> None:
     phases = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(TypeError, match=r"must be float32, bfloat16 or float64, got torch.complex64"):
         PCGrad(torch.optim.SGD([phases])).pc_backward([phases.abs().sum()])
-
-
-def test_several_processes_are_told_that_nothing_averages(monkeypatch) -> None:
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    network = Network()
-    with pytest.warns(UserWarning, match=r"DistributedDataParallel does not average .*; average \.grad over the proc"):
-        network.optimizer().pc_backward(network.losses())

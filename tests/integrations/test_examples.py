@@ -13,8 +13,11 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").glob("*.py")
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_example_runs(path: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    if path.stem.startswith("transformers") and find_spec("transformers") is None:
-        pytest.skip("needs transformers, of the extra [test]")
+    needs = path.stem.partition("_")[0]
+    if needs in ("transformers", "lightning") and find_spec(needs) is None:
+        pytest.skip(f"needs {needs}, of the extra [test]")
+    if path.stem.endswith("trainer") and find_spec("accelerate") is None:
+        pytest.skip("needs accelerate, of the extra [test]")
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(path), run_name="__main__")
     assert len(capsys.readouterr().out.splitlines()) >= 3

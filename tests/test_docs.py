@@ -72,8 +72,12 @@ def test_the_code_of_a_section_runs(page, title, code, tmp_path, monkeypatch):
     """Its blocks one after the other; a block that begins with `# NAME.py` is a module, too."""
     if title == "A kernel" and not native.available():
         pytest.skip("needs the native extension")
-    if "transformers" in "".join(code):
-        pytest.importorskip("transformers")
+    names = "".join(code)
+    for package in ("transformers", "lightning"):
+        if package in names:
+            pytest.importorskip(package)
+    if "TrainingArguments" in names:
+        pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     namespace = {"__name__": f"{page.stem}_{title.lower().replace(' ', '_')}"}

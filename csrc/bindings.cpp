@@ -37,6 +37,8 @@ template <>
 struct pybind11::detail::type_caster<minbert::Address> : minbert::IntCaster<minbert::Address, uintptr_t> {};
 template <>
 struct pybind11::detail::type_caster<minbert::DType> : minbert::IntCaster<minbert::DType, int> {};
+template <>
+struct pybind11::detail::type_caster<minbert::WeightingRule> : minbert::IntCaster<minbert::WeightingRule, int> {};
 
 namespace minbert {
 namespace {
@@ -119,6 +121,11 @@ struct Argument<NormalStart>
 template <>
 struct Argument<Ascent> : RecordArgument<Ascent, Address, Address, Address, Address, DType, Address, int64_t, int64_t,
                                          int64_t, float, float, Address, bool, bool> {};
+
+template <>
+struct Argument<WeightingProblem>
+    : RecordArgument<WeightingProblem, WeightingRule, int64_t, int64_t, int64_t, Address, Address, Address, Address,
+                     Address, Address, Address, double, double> {};
 
 // `seed` points to int64 [2], the seed and the number of the op's first row; `row` is row 0's index in the op. `rows`
 // are the rows' indices where they are not consecutive.
@@ -233,8 +240,10 @@ PYBIND11_MODULE(_native, module) {
     return std::vector<uint32_t>(words.word, words.word + 4);
   });
 
+  module.def("weighting_scratch", &weighting_scratch, "How many numbers of scratch memory task_weights needs.");
   module.def("gram", call(&Kernels::gram), Unlocked());
   module.def("combine", call(&Kernels::combine), Unlocked());
+  module.def("task_weights", call(&Kernels::task_weights), Unlocked());
   module.def("smart_init", call(&Kernels::smart_init), Unlocked());
   module.def("smart_ascend", call(&Kernels::smart_ascend), Unlocked());
   module.def("dropout_forward", call(&Kernels::dropout_forward), Unlocked());
@@ -331,6 +340,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("cuda_dropout_mask", launch("dropout_mask", cuda_dropout_mask));
   module.def("cuda_smart_init", launch("smart_init", cuda_smart_init));
   module.def("cuda_smart_ascend", launch("smart_ascend", cuda_smart_ascend));
+  module.def("cuda_task_weights", launch("task_weights", cuda_task_weights));
   module.def("cuda_gram", launch("gram", cuda_gram));
   module.def("cuda_combine", launch("combine", cuda_combine));
   module.def("cuda_surgery_weights", [](const SurgeryArguments& arguments, Address stream) {

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace minbert {
 
 // Increases with every change of the binding's arguments: Python refuses a binary built from another checkout.
@@ -67,6 +69,48 @@ struct SurgeryResult {
   double* scratch;  // [T + 3, G, T]
 };
 using SurgeryWeights = void(const SurgeryProblem&, const SurgeryResult&) noexcept;
+
+// The rules of the literature for the weights of the tasks, in the order of kernels/weightings.py. Those from famo on
+// read the losses.
+enum class WeightingRule : int32_t {
+  upgrad,
+  dualproj,
+  mgda,
+  cagrad,
+  imtl_g,
+  aligned_mtl,
+  nash_mtl,
+  config,
+  gradvac,
+  fairgrad,
+  random,
+  famo,
+  uncertainty,
+  dwa,
+  gradnorm,
+  geometric_mean
+};
+
+// Computes weights by a rule as reference.task_weights does, for each of `parts` parts of the model alone. What the
+// rule does not read may be null. T is at most 16.
+struct WeightingProblem {
+  WeightingRule rule;
+  int64_t parts, tasks, state_size;
+  const double* gram;     // [parts, T, T]
+  const double* losses;   // [T]; null exactly where the rule does not read them
+  const double* noise;    // [parts, T]
+  const int64_t* orders;  // [parts, T, T]
+  double* state;          // [parts, state_size], updated in place
+  double* weights;        // [parts, T]
+  double* scratch;        // weighting_scratch(T) numbers, on a CUDA device for each part
+  double options[2];      // in the order of kernels/weightings.py
+};
+using TaskWeights = void(const WeightingProblem&) noexcept;
+// What a rule needs, and in all: T rows of UPGrad are computed at once on a CUDA device.
+static inline constexpr MINBERT_HOST_DEVICE int64_t rule_scratch(int64_t tasks) { return (3 * tasks + 8) * tasks; }
+static inline constexpr MINBERT_HOST_DEVICE int64_t weighting_scratch(int64_t tasks) {
+  return (2 * tasks + 1 + rule_scratch(tasks)) * tasks;
+}
 
 // out[k] = sum over t of w[t] g_t[k], for K tensors that each have a gradient in some task, where w is the row of
 // weights [G, T] of the tensor's part. out[k] may be the same memory as one of the g_t[k]. Accumulates in float32
@@ -278,6 +322,7 @@ using EncoderScratch = int64_t(const EncoderProblem&, int threads) noexcept;
   KERNEL(DropoutMask, dropout_mask)                                   \
   KERNEL(AttentionDropoutMask, attention_dropout_mask)                \
   KERNEL(SurgeryWeights, surgery_weights)                             \
+  KERNEL(TaskWeights, task_weights)                                   \
   KERNEL(CombineAdamW, combine_adamw)                                 \
   KERNEL(SmartInit, smart_init)                                       \
   KERNEL(SmartAscend, smart_ascend)                                   \
@@ -326,6 +371,7 @@ const char* cuda_smart_init(const NormalStart&, void* stream) noexcept;
 const char* cuda_smart_ascend(const Ascent&, void* stream) noexcept;
 const char* cuda_gram(const TaskGradients&, double* partials, double* gram, void* stream) noexcept;
 const char* cuda_surgery_weights(const SurgeryProblem&, const SurgeryResult&, void* stream) noexcept;
+const char* cuda_task_weights(const WeightingProblem&, void* stream) noexcept;
 const char* cuda_combine(const TaskGradients&, const double* weights, void* const* out, void* stream) noexcept;
 const char* cuda_combine_adamw(const TaskGradients&, const double* weights, AdamWState, AdamWStep, Gate,
                                void* stream) noexcept;

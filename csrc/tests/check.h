@@ -20,6 +20,7 @@ void test_adamw(Isa isa);
 void test_attention(Isa isa);
 void test_rowwise(Isa isa);
 void test_smart(Isa isa);
+void test_weightings(Isa isa);
 
 namespace {
 

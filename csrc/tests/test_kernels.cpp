@@ -156,6 +156,7 @@ int main() {
     test_masks(isa);
     test_adamw(isa);
     test_smart(isa);
+    test_weightings(isa);
     test_rowwise(isa);
     test_attention(isa);
     std::printf("%s: ok\n", kIsaNames[static_cast<int>(isa)]);

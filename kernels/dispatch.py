@@ -49,6 +49,7 @@ _COMPILED = {
     "smart_init": _Compiled("native", "native", _HALF_AND_SINGLE),
     "sums_of_rows": _Compiled("native", None, _HALF_AND_SINGLE),  # the gradient of a bias, within `linear`
     "surgery_weights": _Compiled("native", "native", _ANY),
+    "task_weights": _Compiled("native", "native", _ANY),
 }
 _WITH_HEADS = ("attention", "encoder_layers", "first_token_attention")
 OPS = (*(op for op in _COMPILED if op != "sums_of_rows"), "linear")

@@ -22,6 +22,7 @@ from .linear import linear
 from .smart import smart_ascend, smart_init
 from .split_float32 import split_float32
 from .surgery import combine, gram, surgery_weights
+from .weightings import WEIGHTING_RULES, task_weights, weighting_state_size
 
 Call = Callable[[], list[Tensor]]
 
@@ -151,6 +152,9 @@ def calls(
     of_parts, their_orders = gram(grads, PARTS), orders.repeat(2, 1, 1)
     found["surgery_weights, by parts"] = lambda: list(surgery_weights(of_parts, orders=their_orders, max_norm=1.0))
     found["surgery_weights, given"] = lambda: list(surgery_weights(matrix, weights=weights, max_norm=1.0))
+    inputs = {"losses": randn(TASKS).double().exp(), "noise": randn(TASKS).double(), "orders": orders}
+    for rule in WEIGHTING_RULES:
+        found[f"task_weights, {rule}"] = functools.partial(_two_weightings, matrix, rule, inputs)
     return found
 
 
@@ -178,6 +182,17 @@ def _combined(grads: Sequence[Sequence[Tensor]], weights: Tensor, parts: Sequenc
 
 def _ascend(ascend: Callable[..., Tensor], norm: str, per: str) -> list[Tensor]:
     return [ascend(norm=norm, per=per, projection=projection) for projection in ("ball", "unit")]
+
+
+def _two_weightings(matrix: Tensor, rule: str, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The weights of two calls, and the state after them."""
+    known, size = WEIGHTING_RULES[rule], weighting_state_size(rule, TASKS)
+    own: dict[str, Tensor] = {name: inputs[name] for name in known.needs}
+    if size:
+        own["state"] = matrix.new_zeros(size)
+    options = [option.default for option in known.options]
+    weights = [task_weights(matrix, rule, options, **own) for _ in range(2)]
+    return [*weights, own["state"]] if size else weights
 
 
 def _update(op: Callable[..., None], state: Sequence[Sequence[Tensor]], *grads: Any) -> list[Tensor]:

@@ -21,6 +21,7 @@ from .split_float32 import join_float32
 
 SLACK = 2.0**-23  # what a result may be off beyond twice the reference's error, which may be small by luck: a rounding
 SLACK_OF_GELU = 2.0**-17  # csrc/cpu/gelu.cpp keeps so much of the terms of a bias' gradient in half precision
+SLACK_OF_ITERATIONS = 1e-10  # of task_weights, whose two implementations solve the same problem in different ways
 NEARBY = 32  # calls
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -121,7 +122,8 @@ def _errors(call: Call) -> list[tuple[float, float, float]]:
     slack = SLACK_OF_GELU if call.op == "bias_gelu_backward" and dtypes[0] in _HALF else SLACK
     longest = max((tensor.numel() for tensor in _tensors(inputs)), default=1)
     results = results[: len(own)]  # what a backward reads comes after them
-    slacks = [2.0**-53 * longest if result.dtype == torch.float64 else slack for result in results]  # orders of sums
+    wide = SLACK_OF_ITERATIONS if call.op == "task_weights" else 2.0**-53 * longest  # orders of sums
+    slacks = [wide if result.dtype == torch.float64 else slack for result in results]
     return [
         (_error(mine, theirs, wanted), _error(theirs, theirs, wanted), its_slack)
         for mine, theirs, wanted, its_slack in zip(results, own, exact, slacks, strict=True)
@@ -149,7 +151,8 @@ def run(call: Call) -> list[Tensor]:
     """Run a call's op on copies of its inputs.
 
     Returns:
-        the op's results, or what it changes: the parameters, joined where they are split, moments, averages, copies.
+        the op's results, or what it changes: the parameters, joined where they are split, moments, averages, copies;
+        or both: the weights and the state of a rule.
     """
     arguments = _mapped(call.arguments, _copied)
     if call.op == "encoder_layers":
@@ -160,7 +163,7 @@ def run(call: Call) -> list[Tensor]:
         return list(arguments[2])
     if call.op == "combine_adamw_":
         return [*_joined(arguments), *(tensor for part in arguments[5:9] for tensor in part if tensor.numel())]
-    return _tensors([returned])
+    return _tensors([returned, arguments[-1] if call.op == "task_weights" else None])
 
 
 def _comparable(call: Call) -> list[Any]:

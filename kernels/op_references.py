@@ -316,6 +316,20 @@ def _surgery_weights(
     return list(reference.surgery_weights(gram, orders, weights, own_square, max_norm, mean))
 
 
+def _task_weights(
+    gram: Tensor,
+    rule: str,
+    options: Sequence[float],
+    losses: Tensor | None,
+    noise: Tensor | None,
+    orders: Tensor | None,
+    state: Tensor | None,
+) -> Results:
+    changed = None if state is None else state.clone()
+    weights = reference.task_weights(gram, rule, options, losses, noise, orders, changed)
+    return [weights] if changed is None else [weights, changed]
+
+
 def _smart_init(x: Tensor, sigma: float, seed: Tensor, stream_id: int, scale: Tensor | None = None) -> Results:
     return [smart_init(x, sigma=sigma, seed=seed, stream_id=stream_id, scale=None if scale is None else scale.float())]
 
@@ -364,4 +378,5 @@ REFERENCES: dict[str, Callable[..., Results]] = {
     "smart_ascend": _smart_ascend,
     "smart_init": _smart_init,
     "surgery_weights": _surgery_weights,
+    "task_weights": _task_weights,
 }

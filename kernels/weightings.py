@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, native_calls, reference
+from .dispatch import is_compiled
+from .flight_recorder import recorded
+from .native import library
 
-MOST_TASKS = 16  # csrc has its scratch memory on the stack
+MOST_TASKS = 16  # csrc/kernels.h's task_weights
 
 
 class Option(NamedTuple):
@@ -46,8 +49,8 @@ def _count(name: str, default: float) -> Option:
 _SHARE = ("from 0 to 1", lambda x: 0 <= x <= 1)
 _MODE = ("0 (min), 1 (median) or 2 (rmse)", lambda x: x in (0, 1, 2))
 
-# `kernels.reference.weightings` and `kernels.reference.loss_weightings` say what each does with them, and what of what
-# is in the state in which order.
+# In the order of csrc/kernels.h's WeightingRule. `kernels.reference.weightings` and
+# `kernels.reference.loss_weightings` say what each does with them, and what of what is in the state in which order.
 WEIGHTING_RULES: dict[str, WeightingRule] = {
     "upgrad": WeightingRule((_positive("eps", 1e-4),)),
     "dualproj": WeightingRule((_positive("eps", 1e-4),)),
@@ -70,6 +73,37 @@ WEIGHTING_RULES: dict[str, WeightingRule] = {
     ),
     "geometric-mean": WeightingRule(needs=("losses",)),
 }
+
+
+@torch.library.custom_op("minbert::task_weights", mutates_args=("state",), device_types=("cpu", "cuda"))
+@recorded("task_weights")
+def _task_weights(
+    gram: Tensor,
+    rule: str,
+    options: Sequence[float],
+    losses: Tensor | None,
+    noise: Tensor | None,
+    orders: Tensor | None,
+    state: Tensor | None,
+) -> Tensor:
+    tasks, parts = gram.shape[-1], gram.shape[:-2].numel()
+    of_cpu = gram.device.type == "cpu"
+    weights = gram.new_empty(gram.shape[:-1])
+    scratch = gram.new_empty(library().weighting_scratch(tasks) * (1 if of_cpu else parts))
+    sizes = parts, tasks, 0 if state is None else state.shape[-1]
+    addresses = map(native_calls.address, (gram, losses, noise, orders, state, weights, scratch))
+    numbers = *options, *[0.0] * (2 - len(options))
+    arguments = (list(WEIGHTING_RULES).index(rule), *sizes, *addresses, *numbers)  # csrc/kernels.h's WeightingProblem
+    if of_cpu:
+        library().task_weights(arguments)  # on one thread
+    else:
+        native_calls.run("task_weights", gram.device, arguments)
+    return weights
+
+
+@_task_weights.register_fake
+def _(gram: Tensor, *_: Any) -> Tensor:
+    return gram.new_empty(gram.shape[:-1])
 
 
 def weighting_state_size(rule: str, tasks: int) -> int:
@@ -150,4 +184,6 @@ def task_weights(
             checks.permutations(op, "orders", part)
     if state is not None:
         checks.tensor(op, "state", state, [*parts, size], float64, like=gram)
-    return reference.task_weights(gram, rule, [float(value) for value in options], losses, noise, orders, state)
+    given_options = [float(value) for value in options]
+    run = _task_weights if is_compiled(op, gram.device) else reference.task_weights
+    return run(gram, rule, given_options, losses, noise, orders, state)

@@ -27,12 +27,14 @@ SHARED_MEMORY = 48 * 1024  # bytes of a block, without asking the driver for mor
 # Kernels, by a part of their mangled names, that may take more registers or move less than 16 bytes at a time, and why.
 MORE_REGISTERS = {
     "ascend_tokens_kernelIfLi8E": (168, "keeps three rows of up to 1024 float32 numbers"),
+    "task_weights_kernel": (200, "runs in blocks of at most 16 threads"),
 }
 NARROW_LOADS = {
     "dropout_mask_kernel": "reads two numbers, the seed and the first row's",
     "7Singles": "for rows that do not lie at multiples of 16 bytes",
     "gram_of_chunks_kernel": "reads one number of each chunk",
     "surgery_weights_kernel": "reads T x T numbers",
+    "task_weights_kernel": "likewise",
 }
 NARROW_STORES = {
     "dropout_mask_kernel": "writes bytes; training never asks for it: there masks are made where they are used",
@@ -41,6 +43,7 @@ NARROW_STORES = {
     "gram_of_many_kernel": "likewise",
     "gram_of_chunks_kernel": "writes T x T numbers",
     "surgery_weights_kernel": "writes T numbers",
+    "task_weights_kernel": "likewise",
 }
 
 

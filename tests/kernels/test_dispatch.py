@@ -101,6 +101,7 @@ def test_dtypes(needs_native: None, cuda: None) -> None:
         assert against(op, "cpu", dtype=torch.float16) == ["takes float32 or bfloat16 or float64, not float16"]
         assert backends("cpu", dtype=torch.float64)[op] == "native"
     assert backends("cpu", dtype=torch.float64)["surgery_weights"] == "native"
+    assert backends("cpu", dtype=torch.float64)["task_weights"] == "native"
 
 
 def test_sizes(needs_native: None, cuda: None) -> None:
@@ -201,6 +202,6 @@ def test_calls_of_the_reference_compile_into_one_graph(op: str) -> None:
 def test_every_public_op_is_listed() -> None:
     computed_by_torch = {"clip_weights", "attention_plan", "split_float32", "join_float32"}
     public = {name for name in kernels.__all__ if callable(getattr(kernels, name)) and not name[0].isupper()}
-    of_settings = ("backend", "matmul", "pack", "dispatcher", "added")
+    of_settings = ("backend", "matmul", "pack", "dispatcher", "added", "state_size")
     settings = {name for name in public if any(word in name for word in of_settings)}
     assert public - settings - computed_by_torch == set(dispatch.OPS)

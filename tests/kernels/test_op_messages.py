@@ -26,6 +26,8 @@ from minbert.kernels import (
     smart_init,
     split_float32,
     surgery_weights,
+    task_weights,
+    weighting_state_size,
 )
 
 x, seed = torch.zeros(4, 6), torch.tensor(1)
@@ -199,6 +201,53 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         lambda: surgery_weights(gram2, max_norm=-1.0),
         ValueError,
         "surgery_weights: max_norm must be finite and at least 0, got -1.0",
+    ),
+    (
+        lambda: task_weights(torch.ones(3, 2, 3, dtype=torch.float64), "mgda"),
+        ValueError,
+        "task_weights: gram must have shape [3, 3, 3], got [3, 2, 3]",
+    ),
+    (
+        lambda: task_weights(torch.eye(17, dtype=torch.float64), "mgda"),
+        ValueError,
+        "task_weights: gram must be of at most 16 tasks, got 17",
+    ),
+    (
+        lambda: weighting_state_size("famo", 17),
+        ValueError,
+        "weighting_state_size: tasks must be 1 to 16, got 17",
+    ),
+    (
+        lambda: task_weights(gram2, "cagrad"),
+        ValueError,
+        "task_weights: options of cagrad must be 1 (c), got 0",
+    ),
+    (
+        lambda: task_weights(gram2, "nash-mtl", [1.0, 0.5], state=torch.zeros(3).double()),
+        ValueError,
+        "task_weights: every of nash-mtl must be a whole number of at least 1, got 0.5",
+    ),
+    (
+        lambda: task_weights(gram2, "famo", [0.1, 0.0], state=torch.zeros(9).double()),
+        ValueError,
+        "task_weights: famo needs losses",
+    ),
+    (
+        lambda: task_weights(gram2, "mgda", losses=w64),
+        ValueError,
+        "task_weights: mgda takes no losses",
+    ),
+    (
+        lambda: task_weights(gram2[None], "random", noise=w64),
+        ValueError,
+        "task_weights: noise must have shape [1, 2], got [2]",
+    ),
+    (
+        lambda: task_weights(
+            gram2, "gradvac", [0.5], orders=torch.tensor([[0, 0], [1, 0]]), state=torch.zeros(4).double()
+        ),
+        ValueError,
+        "task_weights: orders[0] must be a permutation of 0 to 1, got [0, 0]",
     ),
     (
         lambda: update(copies=[torch.zeros(3)]),

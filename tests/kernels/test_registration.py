@@ -60,6 +60,7 @@ CALLS = {
         [0.99, 0.9, 0.999, 1e-8, 0.1, 0.5],
     ),
     "surgery_weights": lambda: (GRAM, torch.tensor([[0, 1], [1, 0]]), None, WEIGHTS[0], 0.1, True),
+    "task_weights": lambda: (GRAM, "famo", [0.1, 0.001], WEIGHTS.abs(), None, None, torch.zeros(9).double()),
     "smart_init": lambda: (randn(4, 9), 0.1, SEED, 1),
     "smart_ascend": lambda: (*(randn(4, 9) for _ in range(3)), CU_SEQLENS, 0.1, 0.2, True, False, True),
     "dropout": lambda: (leaf(4, 9), 0.3, SEED, 1),
@@ -178,6 +179,14 @@ def clipped(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return kernels.clip_weights(kernels.gram([[a], [b]]), WEIGHTS, 1.0)
 
 
+def weighted(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    matrix, state = kernels.gram([[a], [b]]), a.new_zeros(3, dtype=torch.float64)
+    weights = [kernels.task_weights(matrix, "nash-mtl", [1.0, 2], state=state) for _ in range(2)]
+    orders, cosines = torch.tensor([[1, 0], [0, 1]]), a.new_zeros(4, dtype=torch.float64)
+    vaccinated = kernels.task_weights(matrix, "gradvac", [0.5], orders=orders, state=cosines)
+    return (*weights, state, vaccinated, cosines, kernels.task_weights(matrix, "upgrad", [1e-4]))
+
+
 def ascent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
     start = kernels.smart_init(a, sigma=0.1, seed=SEED, stream_id=1)
@@ -202,6 +211,7 @@ FUNCTIONS = [
     fused_update,
     split_update,
     clipped,
+    weighted,
     ascent,
     all_layers,
 ]

@@ -91,22 +91,22 @@ enum class WeightingRule : int32_t {
   geometric_mean
 };
 
-// Computes weights by a rule as reference.task_weights does, for each of `parts` parts of the model alone. What the
-// rule does not read may be null. T is at most 16.
+// Computes one weight per task by a rule, as reference.task_weights does, in each of G parts. What the rule does not
+// read may be null. T is at most 16.
 struct WeightingProblem {
   WeightingRule rule;
   int64_t parts, tasks, state_size;
-  const double* gram;     // [parts, T, T]
+  const double* gram;     // [G, T, T]
   const double* losses;   // [T]; null exactly where the rule does not read them
-  const double* noise;    // [parts, T]
-  const int64_t* orders;  // [parts, T, T]
-  double* state;          // [parts, state_size], updated in place
-  double* weights;        // [parts, T]
+  const double* noise;    // [G, T]
+  const int64_t* orders;  // [G, T, T]
+  double* state;          // [G, S], updated in place
+  double* weights;        // [G, T]
   double* scratch;        // weighting_scratch(T) numbers, on a CUDA device for each part
   double options[2];      // in the order of kernels/weightings.py
 };
 using TaskWeights = void(const WeightingProblem&) noexcept;
-// What a rule needs, and in all: T rows of UPGrad are computed at once on a CUDA device.
+// What a rule needs for itself; and for all: a CUDA device computes the T rows of UPGrad at once.
 static inline constexpr MINBERT_HOST_DEVICE int64_t rule_scratch(int64_t tasks) { return (3 * tasks + 8) * tasks; }
 static inline constexpr MINBERT_HOST_DEVICE int64_t weighting_scratch(int64_t tasks) {
   return (2 * tasks + 1 + rule_scratch(tasks)) * tasks;

@@ -16,6 +16,7 @@
 namespace minbert {
 
 void test_cuda_on_host();
+void test_quadratic_programs();
 void test_adamw(Isa isa);
 void test_attention(Isa isa);
 void test_rowwise(Isa isa);

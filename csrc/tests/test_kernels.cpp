@@ -145,6 +145,7 @@ void test_philox() {
 int main() {
   test_philox();
   test_cuda_on_host();
+  test_quadratic_programs();
   for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512bf16}) {
     if (!supports(isa)) {
       std::printf("%s: not on this processor\n", kIsaNames[static_cast<int>(isa)]);

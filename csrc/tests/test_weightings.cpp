@@ -1,66 +1,13 @@
 // task_weights: small linear algebra, the optimality conditions of the quadratic programs, what each rule promises,
 // over random and degenerate gradients, and the CUDA kernel on the host.
-#include <limits>
-#include <random>
-
 #include "check.h"
 #include "cuda/weightings.cu"
+#include "random_gradients.h"
 
 namespace minbert {
 namespace {
 
-using Matrix = std::vector<double>;
-
 constexpr int kRules = static_cast<int>(WeightingRule::geometric_mean) + 1;
-std::mt19937_64 generator(7);
-
-double normal() { return std::normal_distribution<double>()(generator); }
-int64_t below(int64_t count) { return std::uniform_int_distribution<int64_t>(0, count - 1)(generator); }
-
-// Gradients of T tasks in `dimensions` dimensions: kind 1 scales them by 1e-8 to 1e8, 2 makes some equal, 3 opposes
-// some, 4 makes some zero, 5 mixes all of these; 0 leaves them as they are.
-Matrix gram_of(int64_t tasks, int64_t dimensions, int kind) {
-  Matrix rows(tasks * dimensions), gram(tasks * tasks);
-  for (auto& entry : rows) entry = normal();
-  for (int64_t i = 0; i < tasks; ++i) {
-    const int own = kind == 5 ? static_cast<int>(below(5)) : below(3) || kind == 1 ? kind : 0;
-    const double scale = own == 1 ? std::pow(10, 8 * (2 * (below(1000) / 999.0) - 1)) : own == 4 ? 0 : 1;
-    const int64_t other = below(tasks);
-    for (int64_t e = 0; e < dimensions; ++e) {
-      double& entry = rows[i * dimensions + e];
-      if (own == 2) entry = rows[other * dimensions + e];
-      if (own == 3) entry = -rows[other * dimensions + e];
-      entry *= scale;
-    }
-  }
-  for (int64_t i = 0; i < tasks; ++i)
-    for (int64_t j = 0; j <= i; ++j) {
-      for (int64_t e = 0; e < dimensions; ++e)
-        gram[i * tasks + j] += rows[i * dimensions + e] * rows[j * dimensions + e];
-      gram[j * tasks + i] = gram[i * tasks + j];
-    }
-  return gram;
-}
-
-double trace(const Matrix& gram, int64_t tasks) {
-  double total = 0;
-  for (int64_t i = 0; i < tasks; ++i) total += gram[i * (tasks + 1)];
-  return total;
-}
-
-Matrix product(const Matrix& a, const Matrix& x) {
-  Matrix out(x.size());
-  for (size_t i = 0; i < x.size(); ++i)
-    for (size_t j = 0; j < x.size(); ++j) out[i] += a[i * x.size() + j] * x[j];
-  return out;
-}
-
-double dot_of(const Matrix& a, const Matrix& b) {
-  double total = 0;
-  for (size_t i = 0; i < a.size(); ++i) total += a[i] * b[i];
-  return total;
-}
-
 // A call of task_weights, with scratch memory of the exact size.
 struct Call {
   WeightingRule rule;
@@ -155,66 +102,6 @@ Matrix weights_of(Isa isa, WeightingRule rule, int64_t tasks, const Matrix& gram
   Call call = call_of(rule, tasks, gram);
   call.options = options;
   return call.run(isa);
-}
-
-// Small matrices and programs -----------------------------------------------------------------------------------------
-
-void test_eigenvalues(int64_t n, const Matrix& a) {
-  Matrix memory(spectrum_numbers(n));
-  Scratch scratch{memory.data()};
-  const Spectrum of = eigenvalues(a.data(), n, scratch);
-  const double unit = 40 * static_cast<double>(n) * kEps;
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < n; ++j) {
-      double entry = 0, inner = 0;
-      for (int64_t k = 0; k < n; ++k) {
-        entry += of.values[k] * of.vectors[k * n + i] * of.vectors[k * n + j];
-        inner += of.vectors[i * n + k] * of.vectors[j * n + k];
-      }
-      CHECK(std::abs(entry - a[i * n + j]) <= unit * trace(a, n), "entry %g, expected %g", entry, a[i * n + j]);
-      CHECK(std::abs(inner - (i == j)) <= unit, "eigenvectors have an inner product of %g", inner);
-    }
-}
-
-// The Karush-Kuhn-Tucker conditions of a matrix with a trace of 1, each within the rounding of its sums; or, of
-// gradients of very different lengths, within 1e-8: there a short gradient may count as dependent on long ones.
-void check_optimal(const QuadraticProgram& program, const double* x, bool scaled) {
-  const int64_t n = program.n;
-  const double unit = 1000 * static_cast<double>(n) * kEps;
-  double sum = 0, level = 0, rounding = 0;
-  Matrix slope(n), size(n);
-  for (int64_t i = 0; i < n; ++i) {
-    CHECK(x[i] >= -unit, "a variable is %g", x[i]);
-    slope[i] = program.b[i];
-    size[i] = std::abs(program.b[i]);
-    for (int64_t j = 0; j < n; ++j) {
-      slope[i] += program.a[i * n + j] * x[j];
-      size[i] += std::abs(program.a[i * n + j] * x[j]);
-    }
-    sum += x[i];
-    level += program.simplex ? x[i] * slope[i] : 0;
-    rounding += program.simplex ? x[i] * size[i] : 0;
-  }
-  CHECK(!program.simplex || std::abs(sum - 1) <= unit, "the sum is %.17g", sum);
-  for (int64_t i = 0; i < n; ++i) {
-    const double least = -unit * (size[i] + rounding) - 1e-8 * scaled, gain = slope[i] - level;
-    CHECK(gain >= least, "growth of variable %d of %d gains %g, rounding %g, simplex %d", static_cast<int>(i),
-          static_cast<int>(n), gain, least, program.simplex);
-    CHECK(x[i] <= unit || gain <= -least || x[i] * gain <= -least, "variable %d is %g with a slope of %g, rounding %g",
-          static_cast<int>(i), x[i], gain, least);
-  }
-}
-
-void test_quadratic_programs(int64_t n, const Matrix& gram, bool scaled) {
-  Matrix a(n * n), direction(n), b(n), x(n, NAN), memory(quadratic_program_numbers(n), NAN);
-  for (int64_t i = 0; i < n * n; ++i) a[i] = gram[i] / trace(gram, n);
-  for (auto& entry : direction) entry = below(2) ? normal() : 0;
-  for (const bool simplex : {false, true}) {
-    b = product(a, direction);
-    const QuadraticProgram program{n, a.data(), b.data(), simplex};
-    minimise(program, x.data(), {memory.data()});
-    check_optimal(program, x.data(), scaled);
-  }
 }
 
 // Rules ---------------------------------------------------------------------------------------------------------------
@@ -349,7 +236,7 @@ void check_gradvac(const Case& of) {
   call.options = {0, 0};
   const Matrix weights = call.run(of.isa);
   Matrix expected(of.tasks), stats(4), scratch((of.tasks + 3) * of.tasks);
-  kernels(of.isa).surgery_weights({of.tasks, of.gram.data(), call.orders.data(), nullptr, nullptr, 0, false},
+  kernels(of.isa).surgery_weights({1, of.tasks, of.gram.data(), call.orders.data(), nullptr, nullptr, 0, false},
                                   {expected.data(), stats.data(), scratch.data()});
   double size = 0;
   for (int64_t i = 0; i < of.tasks; ++i) size += std::abs(expected[i]) * std::sqrt(of.gram[i * (of.tasks + 1)]);
@@ -439,8 +326,6 @@ void test_gradients(Isa isa) {
         const Case of{isa, tasks, dimensions, kind, gram_of(tasks, dimensions, kind)};
         check_all_rules(of);
         if (trace(of.gram, tasks) == 0) continue;
-        test_eigenvalues(tasks, of.gram);
-        test_quadratic_programs(tasks, of.gram, of.scaled());
         check_dual_cone(of);
         for (const double c : {0.0, 0.1, 0.5, 0.9, 3.0}) check_cagrad(of, c);
         check_fair_rules(of);

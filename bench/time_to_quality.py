@@ -9,26 +9,21 @@ on, and its minutes are then unknown.
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
-from records import RESULTS, machine, write_record
+from training_runs import Parser, check, command_line, listed, require_distinct, train, with_deviation, write
 
 from minbert import cli
-from minbert.config import TrainConfig
 from minbert.errors import UserError, require
 from minbert.files.atomic import write_json, writing
 from minbert.files.json_yaml import read_json
 from minbert.runs.run_directory import Run
-from minbert.training.child_process import train_in_process
 from minbert.training.stop_signal import StopSignal
-
-OWN = ("--recipe", "--seed", "--epochs", "--out", "--data", "--model", "--resume")  # of minbert.train, given here
 
 
 @dataclass(frozen=True)
@@ -111,17 +106,11 @@ def outcome(run: Run, seed: int, target: float, minutes: float | None) -> Outcom
     )
 
 
-def train(directory: Path, seed: int, target: float, arguments: Sequence[str]) -> Outcome:
-    """Train the run of a directory unless it has finished, and time it.
-
-    Raises:
-        UserError: minbert.train refuses the options or the data, or fails.
-    """
+def timed(directory: Path, seed: int, target: float, arguments: Sequence[str]) -> Outcome:
+    """Train the run of a directory unless it has finished, and time it; errors as for `training_runs.train`."""
     clock = directory.with_suffix(".json")
     started, begun = time.time(), directory.exists()
-    if problem := train_in_process(directory, arguments):
-        raise UserError(problem.replace("--out", "--runs"))  # which chooses --out
-    run = Run(directory)
+    run = train(directory, arguments)
     if not begun:  # the last line of metrics.jsonl is that of the last dev score
         minutes = (run.metrics.path.stat().st_mtime - started) / 60
         with writing(clock, "free some space"):
@@ -155,7 +144,7 @@ def table(done: Sequence[Schedule]) -> str:
         row, first = schedule.row(), schedule.runs[0]
         met = ", ".join("-" if run.met_at is None else str(run.met_at) for run in schedule.runs)
         minutes = "-" if schedule.minutes is None else f"{schedule.minutes:.1f}"
-        final, best = (_with_deviation(row[name], row[f"{name}_deviation"]) for name in ("final", "best"))
+        final, best = (with_deviation([getattr(run, name) for run in schedule.runs]) for name in ("final", "best"))
         lines.append(
             f"| {schedule.name} | {first.steps} | {final} | {best} | {met} | {row['step_seconds']:.3f} | {minutes} |"
         )
@@ -169,38 +158,13 @@ def table(done: Sequence[Schedule]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _with_deviation(mean: Any, deviation: Any) -> str:
-    return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
-
-
 # The command line -----------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
-def listed(kind: type) -> Callable[[str], list[Any]]:
-    def values(text: str) -> list[Any]:
-        return [kind(part) for part in text.split(",") if part.strip()]
-
-    values.__name__ = f"list of {kind.__name__}"  # for argparse's message
-    return values
-
-
 def parser() -> Parser:
-    made = Parser(
-        usage="python bench/time_to_quality.py [--OPTION VALUE ...] [-- OPTIONS OF minbert.train]",
-        description=(__doc__ or "").partition(":")[0],
-    )
-    made.add_argument("--data", help="as for minbert.train")
-    made.add_argument("--model", help="likewise")
+    made = Parser("time_to_quality.py", (__doc__ or "").partition(":")[0], "runs/time-to-quality")
     made.add_argument(
         "--recipes", type=listed(str), default="plain,pcgrad,smart-pcgrad,gse", help="of minbert.train (%(default)s)"
-    )
-    made.add_argument(
-        "--seeds", type=listed(int), default="0,1,2", help="one run of every schedule for each (%(default)s)"
     )
     made.add_argument(
         "--epochs",
@@ -209,66 +173,42 @@ def parser() -> Parser:
         help="schedules: the next longer one where one is too short (%(default)s)",
     )
     made.add_argument("--target", type=float, default=0.74, help="overall dev score (%(default)s)")
-    made.add_argument(
-        "--runs", type=Path, default=Path("runs/time-to-quality"), help="directory of the runs (%(default)s)"
-    )
-    made.add_argument(
-        "--results", type=Path, default=RESULTS, help="directory of the record, TIME.json and TIME.md (bench/results)"
-    )
-    made.add_argument("options", nargs="*", help="further options of minbert.train, after --")
     return made
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
-    for name in ("recipes", "seeds", "epochs"):
-        given = getattr(options, name)
-        require(len(given) == len(set(given)) > 0, name, "a list without repetitions", ",".join(map(str, given)))
+    require_distinct(options, "recipes", "seeds", "epochs")
     require(0 < options.target < 1, "target", "between 0 and 1", options.target)
-    for argument in options.options:
-        if (name := argument.partition("=")[0]) in OWN:
-            raise UserError(f"{name} after --: this script gives it to every run; --help lists its own options")
 
     def given(recipe: str, epochs: int, seed: int) -> tuple[Path, list[str]]:
         directory = options.runs / recipe / f"epochs-{epochs}" / f"seed-{seed}"
         own = {"recipe": recipe, "epochs": epochs, "seed": seed, "out": directory}
-        own |= {name: getattr(options, name) for name in ("data", "model") if getattr(options, name) is not None}
-        return directory, [*options.options, *(f"--{name}={value}" for name, value in own.items())]
+        return directory, command_line(options, own)
 
     def runs(recipe: str, epochs: int) -> Iterable[Outcome]:
         for seed in options.seeds:
             directory, arguments = given(recipe, epochs, seed)
             print(f"{recipe}, {epochs} epochs, seed {seed}", flush=True)
-            yield train(directory, seed, options.target, arguments)
+            yield timed(directory, seed, options.target, arguments)
 
-    for recipe in options.recipes:  # every option is checked before the first run
-        for epochs in options.epochs:
-            for seed in options.seeds:
-                cli.parse_layers("train", TrainConfig, given(recipe, epochs, seed)[1])
-    with writing(options.runs, "choose another --runs"):
-        options.runs.mkdir(parents=True, exist_ok=True)
+    cases = itertools.product(options.recipes, options.epochs, options.seeds)
+    check([given(*case)[1] for case in cases], options.runs)
     with StopSignal():
         done = schedules(options.recipes, options.epochs, options.target, runs)
     text = table(done)
     print(text, end="")
-    path = write_record(
+    write(
+        "Time to quality",
+        ["python bench/time_to_quality.py", *arguments],
         [schedule.row() for schedule in done],
-        made_on=_machine_of(Run(given(done[-1].recipe, done[-1].epochs, options.seeds[0])[0])),
-        results=options.results,
+        text,
+        Run(given(done[-1].recipe, done[-1].epochs, options.seeds[0])[0]),
+        options.results,
         target=options.target,
         options=options.options,
     )
-    command = " ".join(["python bench/time_to_quality.py", *arguments])
-    path.with_suffix(".md").write_text(f"# Time to quality\n\n`{command}`\n\n{text}", encoding="utf-8")
-    print(f"written: {path} and {path.with_suffix('.md').name}")
     return 0
-
-
-def _machine_of(run: Run) -> dict[str, object]:
-    """This machine with what a run chose on it."""
-    config = run.config()
-    made_on = machine() | {"matmul": config.matmul, "precision": config.precision}
-    return made_on | ({"threads": config.threads} if config.threads is not None else {})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""What the scripts share that train several runs, one after another, and write a table of them.
+
+Each run is `minbert train` in a process of its own. A finished run is used again, and an interrupted one goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from records import RESULTS, machine, write_record
+
+from minbert import cli
+from minbert.config import TrainConfig
+from minbert.errors import UserError, require
+from minbert.files.atomic import writing
+from minbert.runs.run_directory import Run
+from minbert.training.child_process import train_in_process
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of a script; those of minbert.train stand after --.
+
+    Args:
+        script: its file.
+        runs: the default of --runs.
+    """
+
+    def __init__(self, script: str, description: str, runs: str) -> None:
+        usage = f"python bench/{script} [--OPTION VALUE ...] [-- OPTIONS OF minbert.train]"
+        super().__init__(usage=usage, description=description)
+        self.add_argument("--data", help="as for minbert.train")
+        self.add_argument("--model", help="likewise")
+        self.add_argument("--seeds", type=listed(int), default="0,1,2", help="one run of each for each (%(default)s)")
+        self.add_argument("--runs", type=Path, default=Path(runs), help="directory of the runs (%(default)s)")
+        self.add_argument(
+            "--results",
+            type=Path,
+            default=RESULTS,
+            help="directory of the record, TIME.json and TIME.md (bench/results)",
+        )
+        self.add_argument("options", nargs="*", help="further options of minbert.train, after --")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
+def listed(kind: type) -> Callable[[str], list[Any]]:
+    """A type of argparse's: values of `kind`, separated by commas."""
+
+    def values(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",") if part.strip()]
+
+    values.__name__ = f"list of {kind.__name__}"  # for argparse's message
+    return values
+
+
+def command_line(options: argparse.Namespace, own: Mapping[str, object]) -> list[str]:
+    """The arguments of minbert.train: those after --, --data, --model, and the run's own.
+
+    Raises:
+        UserError: an argument after -- that the script gives itself.
+    """
+    given = {name: getattr(options, name) for name in ("data", "model")}
+    ours = {f"--{name}" for name in (*given, *own, "resume")}
+    for argument in options.options:
+        if (name := argument.partition("=")[0]) in ours:
+            raise UserError(f"{name} after --: this script gives it to every run; --help lists its own options")
+    own = own | {name: value for name, value in given.items() if value is not None}
+    return [*options.options, *(f"--{name}={value}" for name, value in own.items())]
+
+
+def check(command_lines: Iterable[Sequence[str]], runs: Path) -> None:
+    """Check every option before the first run, and make the directory of the runs.
+
+    Raises:
+        UserError: minbert.train refuses an option, or the directory cannot be made.
+    """
+    for arguments in command_lines:
+        cli.parse_layers("train", TrainConfig, arguments)
+    with writing(runs, "choose another --runs"):
+        runs.mkdir(parents=True, exist_ok=True)
+
+
+def require_distinct(options: argparse.Namespace, *names: str) -> None:
+    """Refuse an empty list and one with repetitions."""
+    for name in names:
+        given = getattr(options, name)
+        require(len(given) == len(set(given)) > 0, name, "a list without repetitions", ",".join(map(str, given)))
+
+
+def train(directory: Path, arguments: Sequence[str]) -> Run:
+    """Train the run of a directory unless it has finished.
+
+    Raises:
+        UserError: minbert.train refuses the options or the data, or fails.
+    """
+    if problem := train_in_process(directory, arguments):
+        raise UserError(problem.replace("--out", "--runs"))  # which chooses --out
+    return Run(directory)
+
+
+def with_deviation(values: Sequence[float], digits: int = 4, sign: str = "") -> str:
+    """The mean of values, and of several the deviation of the sample."""
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def write(
+    title: str,
+    command: Sequence[str],
+    rows: Sequence[Mapping[str, object]],
+    table: str,
+    one: Run,
+    results: Path,
+    **more: Any,
+) -> None:
+    """Write the record TIME.json and beside it the table, TIME.md.
+
+    Args:
+        one: of the runs, which says what it chose on this machine.
+    """
+    config = one.config()
+    made_on = machine() | {"matmul": config.matmul, "precision": config.precision}
+    made_on |= {"threads": config.threads} if config.threads is not None else {}
+    path = write_record(rows, made_on=made_on, results=results, **more)
+    path.with_suffix(".md").write_text(f"# {title}\n\n`{' '.join(command)}`\n\n{table}", encoding="utf-8")
+    print(f"written: {path} and {path.with_suffix('.md').name}")

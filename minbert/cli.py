@@ -19,10 +19,12 @@ from minbert import kernels
 from minbert.errors import UserError, dashed, did_you_mean, one_line
 from minbert.files.json_yaml import dump_yaml, parse_yaml, read_yaml
 from minbert.files.schema_checks import checked, described, types_of_fields, without_format
-from minbert.methods.surgery import names_code
+from minbert.methods.surgery import names_code, with_options
 from minbert.recipes import recipe
 
 Config = TypeVar("Config")
+
+SURGERY = "surgery"  # the option whose value may have options: --surgery cagrad --surgery.c 0.4
 
 
 class Option(NamedTuple):
@@ -72,7 +74,8 @@ class Parser:
     def parse(self, arguments: Sequence[str]) -> list[tuple[str, Any]]:
         """Dotted names and values in the order of the arguments; --help and --help-all print options and exit.
 
-        `--batch-size 8` or `=8`, `--resume` or `=true`, `--tasks a b` or `=a,b`, `--heads.sts cosine` of a dictionary.
+        `--batch-size 8` or `=8`, `--resume` or `=true`, `--tasks a b` or `=a,b`, `--heads.sts cosine` of a dictionary,
+        `--surgery.c 0.4` for an option of the surgery.
 
         Raises:
             UserError: an unknown option, or a value of the wrong type.
@@ -105,11 +108,13 @@ class Parser:
         return given
 
     def _find(self, option: str) -> tuple[str, Any]:
-        """The dotted name and the type of an option, or of an entry of one that is a dictionary."""
+        """The dotted name and the type of an option, of an entry of one that is a dictionary, or of a surgery's."""
         name = option[2:].replace("-", "_")
         if option.startswith("--") and name in self.options:
             return name, self.options[name].type
         parent = name.rpartition(".")[0]
+        if parent == SURGERY and parent in self.options:
+            return name, str  # the surgery itself checks it
         if parent in self.options and (dictionaries := _members(self.options[parent].type, dict)):
             return f"{parent}.{option.rpartition('.')[2]}", typing.get_args(dictionaries[0])[1]
         raise UserError(
@@ -135,12 +140,18 @@ class Parser:
     def merged(self, values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         """The last value of each option; an entry of a dictionary joins those before it."""
         merged: dict[str, Any] = {}
+        of_surgery: dict[str, str] = {}
         for name, value in values:
             if name not in self.options:
                 name, _, key = name.rpartition(".")
+                if name == SURGERY:  # wherever its name stands
+                    of_surgery[key] = value
+                    continue
                 before = merged.get(name)
                 value = {**(before if isinstance(before, dict) else {}), key: value}
             merged[name] = value
+        if of_surgery:
+            merged[SURGERY] = with_options(merged.get(SURGERY, self.options[SURGERY].default), of_surgery)
         return merged
 
     def build(self, record: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
@@ -248,8 +259,8 @@ def parse_layers(command: str, config: type[Config], arguments: Sequence[str] | 
     chosen += [options["recipe"] for options in files if options.get("recipe")]
     recipes = [dict(of_files.checked(recipe(name))) for name in chosen[:1]]
     values = parser.merged([*(option for layer in (*recipes, *files) for option in layer.items()), *given])
-    surgery = str(values.get("surgery"))
-    if names_code(surgery) and "surgery" not in dict(given) and not values.get("allow_code"):
+    surgery = str(values.get(SURGERY))
+    if names_code(surgery) and SURGERY not in dict(given) and not values.get("allow_code"):
         raise UserError(
             f"surgery {surgery} names code to import, and does not stand on the command line; give --surgery"
             " MODULE:NAME there, or --allow-code if you trust the file and the module"

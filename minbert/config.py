@@ -94,9 +94,11 @@ class TrainConfig:
     Method:
         recipe: named options of minbert; --config and the command line override them.
         surgery: how the tasks' gradients become one update: sum, mean, pcgrad, gse (a pcgrad update with the mean, then
-            one with the sum), or MODULE:NAME of a callable from Gram matrix to weights, such as TorchJD's weightings,
-            with arguments if need be: MODULE:NAME(c=0.4). It is imported and called: from the command line only, unless
-            --allow-code is given there.
+            one with the sum); upgrad, dualproj, mgda, cagrad, imtl-g, aligned-mtl, nash-mtl, config, gradvac, fairgrad,
+            random, famo, uncertainty, dwa, gradnorm, geometric-mean or constant, whose options follow as
+            --surgery.OPTION VALUE or in the name, as in cagrad(c=0.4); or MODULE:NAME of a callable from Gram matrix to
+            weights, such as TorchJD's weightings, with arguments if need be: MODULE:NAME(c=0.4). That is imported and
+            called: from the command line only, unless --allow-code is given there.
         surgery_reduction: whether pcgrad sums the projected gradients or takes their mean.
         surgery_groups: tasks whose gradients surgery sees as one, joined by +, such as sst+qqp+sts,cfimdb; left out,
             each task is a group.
@@ -265,7 +267,7 @@ class TrainConfig:
         self._check_heads()
         self._check_regularisers()
         self._check_split()
-        check_surgery(self.surgery)
+        object.__setattr__(self, "surgery", check_surgery(self.surgery))  # with all options of a rule
         if self.sampling != "joint" and needs_task_gradients(self.surgery):
             raise UserError(
                 f"--surgery {self.surgery} needs a batch of every task in each step, and --sampling {self.sampling}"

@@ -77,6 +77,8 @@ def trainer(
     loss_options: Mapping[str, Mapping[str, Any]] | None = None,
     smart: SmartConfig | None = None,
     rdrop: RDropConfig | None = None,
+    task_groups: Sequence[Sequence[Task]] | None = None,
+    weights: Mapping[str, float] | None = None,
     **options,
 ) -> Trainer:
     torch.manual_seed(0)
@@ -93,15 +95,19 @@ def trainer(
     if mu:
         parameters.keep_ema(optimizer)
     per_task = surgery != "sum"
-    gradients = TaskGradients(model.encoder, len(tasks) if per_task else 1, parameters.copies)
+    task_groups = task_groups or [[task] for task in tasks]
+    gradients = TaskGradients(model.encoder, len(task_groups) if per_task else 1, parameters.copies)
     parameters.register_hooks(gradients)
     smart, rdrop = smart or SmartConfig(lambda_s=0.0 if rdrop else weight), rdrop or RDropConfig()
-    added = {"loss_options": loss_options, "rdrop": rdrop}
+    added = {"loss_options": loss_options, "rdrop": rdrop, "weights": weights}
     of_objective = FreeLB if smart.repeats_backward else Objective
     objective = of_objective(model, smart, BregmanConfig(mu=mu), parameters.ema, parameters.copies, **added)
     objective.share = 1 / len(sample(0))
-    batches = Batches(data, [[task] for task in tasks], per_task, smart, 0, rdrop=rdrop, **options)
+    batches = Batches(data, task_groups, per_task, smart, 0, rdrop=rdrop, **options)
     graphs = None
     if capture is not None:
         graphs = cuda_graphs(objective, gradients, CPU, capture=capture)
-    return Trainer(sample, batches, objective, parameters, optimizer, find_surgery(surgery), 1.0, graphs)
+    surgeries = find_surgery(surgery)
+    for each in surgeries:
+        each.prepare(len(gradients.rows), CPU)
+    return Trainer(sample, batches, objective, parameters, optimizer, surgeries, 1.0, graphs)

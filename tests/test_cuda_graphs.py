@@ -49,11 +49,15 @@ class Captures(list):
         return Graph(graph, layout, buffer, graph.losses, graph.grads)
 
 
-@pytest.mark.parametrize("regulariser", REGULARISERS)
-def test_replayed_steps_train_like_those_that_are_computed(regulariser):
+METHODS = {name: {"surgery": "pcgrad", **options} for name, options in REGULARISERS.items()}
+METHODS |= {name: {"surgery": name} for name in ("famo", "gradvac")}  # whose states are not in the graph
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replayed_steps_train_like_those_that_are_computed(method):
     captures = Captures()
     options = {
-        **REGULARISERS[regulariser],
+        **METHODS[method],
         "bucket_to": 64,
         "sample": lambda step: [parts(step=0 if step < 3 else 1)],
     }  # one shape three times
@@ -65,6 +69,10 @@ def test_replayed_steps_train_like_those_that_are_computed(regulariser):
     theirs = dict(straight.model.named_parameters())
     for name, param in replayed.model.named_parameters():
         torch.testing.assert_close(param, theirs[name], rtol=1e-5, atol=1e-7)
+    if method in ("famo", "gradvac"):
+        states = [steps.surgeries[0].weighting.state for steps in (straight, replayed)]
+        assert states[0].any()
+        torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)
 
 
 def test_shapes_beyond_the_most_graphs_are_computed():

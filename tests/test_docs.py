@@ -28,6 +28,7 @@ from minbert.export.__main__ import ExportConfig
 from minbert.kernels import native
 from minbert.methods.divergences import DIVERGENCES
 from minbert.methods.losses import LOSSES
+from minbert.methods.weightings import WEIGHTINGS
 from minbert.model import HEADS, POOLINGS, SHARED_LAYERS
 from minbert.predict import PredictConfig
 from minbert.push import PushConfig
@@ -202,7 +203,8 @@ def test_every_option_exists(page):
     commands += (DoctorConfig, ReplayConfig, ExportConfig, PushConfig)
     options = {name for command in commands for name, _ in options_of(command)}
     by_task = {f"{name}.{task}" for name in BY_TASK for task in (*TASKS, *OWN_TASKS, "TASK")}
-    known = {dashed(name) for name in options | by_task} | OTHERS
+    of_rules = {f"surgery.{field.name}" for rule in WEIGHTINGS.values() for field in dataclasses.fields(rule)}
+    known = {dashed(name) for name in options | by_task | of_rules | {"surgery.OPTION"}} | OTHERS
     written = re.findall(r"(?<![\w-])--[a-z][a-zA-Z0-9.-]*\w", prose(page))
     assert sorted({option.rstrip(".") for option in written} - known) == []
 
@@ -273,7 +275,7 @@ def lines(path: Path) -> list[dict]:
 
 def test_the_options_page_has_every_choice():
     page = text_of(ROOT / "docs" / "options.md")
-    for name in (*HEADS, *LOSSES, *POOLINGS, *SHARED_LAYERS):
+    for name in (*HEADS, *LOSSES, *POOLINGS, *SHARED_LAYERS, *WEIGHTINGS):
         assert f"`{name}`" in page, name
     samplings = get_args(get_type_hints(TrainConfig)["sampling"])
     assert r"\|".join(samplings[1:]) in page

@@ -132,6 +132,7 @@ class NashMTL(Weighting):
     """
 
     rule: ClassVar[str] = "nash-mtl"
+    reduction: ClassVar[str] = "sum"
     max_norm: float = 1.0
     every: int = 1
 
@@ -148,6 +149,7 @@ class ConFIG(Weighting):
     """
 
     rule: ClassVar[str] = "config"
+    reduction: ClassVar[str] = "sum"
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ class GradVac(Weighting):
     """
 
     rule: ClassVar[str] = "gradvac"
+    reduction: ClassVar[str] = "sum"
     beta: float = 0.5
 
 
@@ -201,6 +204,7 @@ class Constant(Weighting):
     """
 
     rule: ClassVar[str] = "constant"
+    reduction: ClassVar[str] = "sum"
     values: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -216,6 +220,7 @@ class Constant(Weighting):
         return list(self.values)
 
     def state(self, tasks: int, parts: int | None = None, device: torch.device | str = "cpu") -> Tensor | None:
+        require(len(self.values) == tasks, "surgery.values", f"{tasks} numbers, one for each task", list(self.values))
         return None
 
     def weights(

@@ -44,6 +44,7 @@ class Uncertainty(Weighting):
     """
 
     rule: ClassVar[str] = "uncertainty"
+    reduction: ClassVar[str] = "sum"
     lr: float = 0.01
 
 
@@ -62,6 +63,7 @@ class DWA(Weighting):
     """
 
     rule: ClassVar[str] = "dwa"
+    reduction: ClassVar[str] = "sum"
     temperature: float = 2.0
     every: int = 100
 
@@ -81,6 +83,7 @@ class GradNorm(Weighting):
     """
 
     rule: ClassVar[str] = "gradnorm"
+    reduction: ClassVar[str] = "sum"
     alpha: float = 1.5
     lr: float = 0.025
 

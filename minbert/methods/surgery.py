@@ -1,12 +1,14 @@
 """Gradient surgery: from the Gram matrix of the task gradients to one weight for each of them.
 
-A surgery is a function `weights(gram, generator)`; whatever it is, the update is the weighted sum of the gradients. So
-no surgery reads a gradient: the T x T numbers that `minbert.kernels.gram` gives are all it needs.
+A surgery is a function `weights(gram, generator)`, of the tasks' losses too for some; whatever it is, the update is the
+weighted sum of the gradients. So no surgery reads a gradient: the T x T numbers that `minbert.kernels.gram` gives are
+all it needs. `minbert.methods.weightings` has the rules that have options or a state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,9 @@ from torch import Tensor
 
 from minbert import kernels
 from minbert.errors import UserError, did_you_mean
+from minbert.methods.built_in_weighting import BuiltInWeighting
 from minbert.methods.user_weighting import UserWeighting, check_reference
+from minbert.methods.weightings import WEIGHTINGS, random_orders, weighting_from
 
 
 def sum_weights(gram: Tensor) -> Tensor:
@@ -49,14 +53,8 @@ def pcgrad_weights(gram: Tensor, generator: torch.Generator | None = None, reduc
         raise ValueError(f"pcgrad_weights: gram must be [T, T], got {list(gram.shape)}")
     if reduction not in ("sum", "mean"):
         raise ValueError(f"pcgrad_weights: reduction must be 'sum' or 'mean', got {reduction!r}")
-    orders = _orders(len(gram), generator, gram.device)
+    orders = random_orders(gram, generator)
     return kernels.surgery_weights(gram.double(), orders=orders, reduction=reduction)[0]
-
-
-def _orders(tasks: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """A random order of the tasks for each of them, int64 [T, T]."""
-    orders = torch.stack([torch.randperm(tasks, generator=generator) for _ in range(tasks)])
-    return orders if device.type == "cpu" else orders.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,28 @@ class Surgery:
 
     name: str
     projects: bool = False  # whether the weights are PCGrad's
-    weighting: UserWeighting | None = None
-    reduction: str = "sum"  # of the (projected) gradients, where there is no weighting: "sum" or "mean"
+    weighting: BuiltInWeighting | UserWeighting | None = None
+    reduction: str = "sum"  # of the (projected) gradients: "sum" or "mean"; with a weighting, its plain weights'
     per_task: bool = True  # whether it needs the tasks' gradients apart; if not, T is 1 whatever the tasks
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether `weights` has to be given the losses of the tasks."""
+        return self.weighting is not None and self.weighting.needs_losses
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weights are constant: those of the sum or the mean."""
+        return not self.projects and self.weighting is None
+
+    def prepare(self, tasks: int, device: torch.device) -> None:
+        """Make the state for a run with so many task gradients; needed once before `weights`.
+
+        Raises:
+            UserError: they are too many for the surgery.
+        """
+        if self.weighting is not None:
+            self.weighting.prepare(tasks, device)
 
     def weights(
         self,
@@ -76,19 +93,26 @@ class Surgery:
         own_square: Tensor,
         max_norm: float,
         agree: Callable[[Tensor], Tensor] = lambda weights: weights,
+        losses: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Clipped weights [T], and what else `kernels.surgery_weights` says of them.
 
-        Waits for no device, except to call a weighting of the user's.
+        Waits for no device, except to call a weighting of the user's. The state of a weighting goes on only where the
+        update is not skipped.
 
         Args:
             gram: float64 [T, T].
-            generator: what a random order follows.
+            generator: what random numbers follow.
             own_square, max_norm: as for `kernels.surgery_weights`.
             agree: gives all processes one's weights; only a user's weighting could give each process others.
+            losses: float64 [T], where `needs_losses`.
         """
-        orders = _orders(len(gram), generator, gram.device) if self.projects else None
-        weights = agree(self.weighting(gram, generator)) if self.weighting is not None else None
+        orders = random_orders(gram, generator) if self.projects else None
+        weights = None
+        if self.weighting is not None:
+            seen = gram + (own_square - own_square)  # not finite where the update is skipped for the other gradients
+            weights = self.weighting(seen, generator, losses)
+            weights = agree(weights) if isinstance(self.weighting, UserWeighting) else weights
         return kernels.surgery_weights(
             gram, orders=orders, weights=weights, reduction=self.reduction, own_square=own_square, max_norm=max_norm
         )
@@ -104,19 +128,56 @@ def names_code(name: str) -> bool:
     return ":" in name
 
 
-def check_surgery(name: str) -> None:
+def with_options(name: str, options: Mapping[str, str]) -> str:
+    """The name of a surgery with further options: cagrad and {"c": "0.5"} are cagrad(c=0.5).
+
+    Args:
+        options: by their names, Python's literals or texts; they replace those in `name`. A name that cannot be parsed
+            is left as it is: `check_surgery` refuses it.
+    """
+    function, _, rest = name.partition("(")
+    try:
+        call = ast.parse(f"f({rest or ')'}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        keywords = {str(keyword.arg): ast.unparse(keyword.value) for keyword in call.keywords}
+    except (AssertionError, SyntaxError, ValueError, MemoryError, RecursionError):
+        return name
+    keywords |= {key.replace("-", "_"): repr(_literal(value)) for key, value in options.items()}
+    arguments = [*map(ast.unparse, call.args), *(f"{key}={value}" for key, value in keywords.items())]
+    return f"{function}({', '.join(arguments)})"
+
+
+def _literal(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def check_surgery(name: str) -> str:
     """Check the name of a surgery, or the form of a MODULE:NAME. Imports nothing.
 
+    Returns:
+        the name in the form that config.yaml has: a rule with all of its options, such as cagrad(c=0.4); any other name
+        as it is.
+
     Raises:
-        UserError: an unknown name, or another form.
+        UserError: an unknown name or option, or another form.
     """
+    rule, bracket, _ = name.partition("(")
+    if rule in WEIGHTINGS:
+        return str(weighting_from(name))
     if names_code(name):
         check_reference(name)
     elif name not in NAMES:
+        if rule in NAMES and bracket:
+            raise UserError(f"--surgery {name}: {rule} has no options; give --surgery {rule}")
+        known = [*NAMES, *WEIGHTINGS]
         raise UserError(
-            f"--surgery {name}: unknown{did_you_mean(name, NAMES)}; expected {', '.join(NAMES)}, or MODULE:NAME of a"
+            f"--surgery {name}: unknown{did_you_mean(rule, known)}; expected {', '.join(known)}, or MODULE:NAME of a"
             " callable from Gram matrix to weights"
         )
+    return name
 
 
 def needs_task_gradients(name: str) -> bool:
@@ -131,17 +192,22 @@ def find_surgery(name: str, reduction: str = "sum") -> list[Surgery]:
     summed loss at the new parameters.
 
     Args:
-        name: "sum", "mean", "pcgrad", "gse", or "MODULE:NAME": a callable from Gram matrix to weights, or a class of
-            such, as TorchJD's weightings are; "MODULE:NAME(0.4, norm_eps=1e-4)" calls it first, with Python's literals.
-            Such a name is code: pass none on from a file that is not trusted.
+        name: "sum", "mean", "pcgrad", "gse", a rule of `WEIGHTINGS` with its options, or "MODULE:NAME": a callable from
+            Gram matrix to weights, or a class of such, as TorchJD's weightings are; "MODULE:NAME(0.4, norm_eps=1e-4)"
+            calls it first, with Python's literals. Such a name is code: pass none on from a file that is not trusted.
         reduction: of "pcgrad".
 
     Raises:
         UserError: an unknown name, nothing callable there, or one whose state cannot be saved.
     """
-    check_surgery(name)
+    name = check_surgery(name)
     known = {"sum": [_SUM], "mean": [_MEAN], "pcgrad": [_PCGRAD[reduction]], "gse": [_PCGRAD["mean"], _SUM]}
-    return known[name] if name in known else [Surgery(name, weighting=UserWeighting(name))]
+    if name in known:
+        return known[name]
+    if names_code(name):
+        return [Surgery(name, weighting=UserWeighting(name))]
+    rule = weighting_from(name)
+    return [Surgery(name, weighting=BuiltInWeighting(rule), reduction=rule.reduction)]
 
 
 @dataclass(frozen=True)

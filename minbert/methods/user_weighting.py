@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import operator
 import random
 from collections.abc import Callable, Iterator
@@ -13,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minbert.errors import UserError
 from minbert.methods.weighting_state import UnsupportedAttribute, load_state, save_state, state_of
 
 STATE = "surgery.safetensors"  # file in a checkpoint
 
-Weighting = Callable[[Tensor], Tensor]  # gram [T, T] -> weights [T], as TorchJD's weightings are
+Weighting = Callable[..., Tensor]  # gram [T, T] -> weights [T], as TorchJD's weightings are; perhaps with losses=
 
 
 def check_reference(name: str) -> tuple[str, str, list[Any] | None, dict[str, Any]]:
@@ -54,6 +55,9 @@ class UserWeighting:
 
     Every process calls it in every step, with the same Gram matrix, and uses the weights of rank 0.
 
+    Attributes:
+        needs_losses: whether the weighting has a parameter `losses`: float64 [T], of the tasks or groups.
+
     Raises:
         UserError: it cannot be imported or constructed, is not callable, or has a state that cannot be saved.
     """
@@ -71,15 +75,20 @@ class UserWeighting:
         if not callable(weighting):
             raise UserError(f"--surgery {name}: expected a callable from Gram matrix to weights, got {weighting!r}")
         self.weighting: Weighting = weighting
+        self.needs_losses = _has_parameter(weighting, "losses")
         self._state()
 
-    def __call__(self, gram: Tensor, generator: torch.Generator) -> Tensor:
+    def prepare(self, tasks: int, device: torch.device) -> None:
+        """Nothing: the weighting makes its state itself."""
+
+    def __call__(self, gram: Tensor, generator: torch.Generator, losses: Tensor | None = None) -> Tensor:
         """The weights [T] for a Gram matrix [T, T], with torch's, numpy's and Python's default generators seeded.
 
         The weighting is not called for a matrix that is not finite, of a step that is skipped; the weights are then 1.
 
         Args:
             generator: its seed is the default generators' during the call.
+            losses: float64 [T], for a weighting that needs them.
 
         Raises:
             UserError: the weighting raised an exception, or did not return one number per task.
@@ -88,7 +97,7 @@ class UserWeighting:
             return gram.new_ones(len(gram))
         try:
             with _seeded(generator.initial_seed()):
-                weights = self.weighting(gram)
+                weights = self.weighting(gram, **({"losses": losses} if self.needs_losses else {}))
         except Exception as error:
             problem = f"raised {type(error).__name__}: {_one_line(error)}"
             raise UserError(f"--surgery {self.name}: {problem}, for a Gram matrix {list(gram.shape)}") from error
@@ -137,6 +146,14 @@ class UserWeighting:
                 f"--surgery {self.name}: its attribute {attribute} cannot be saved in a checkpoint; give the class"
                 " state_dict() and load_state_dict(state), of numbers, strings, tensors and containers of them"
             ) from None
+
+
+def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+    """Whether a callable, or the forward of a module, has a parameter of this name."""
+    try:
+        return name in inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
+    except (TypeError, ValueError):  # of some functions in C
+        return False
 
 
 @contextmanager

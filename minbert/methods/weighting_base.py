@@ -23,6 +23,7 @@ class Weighting:
     """
 
     rule: ClassVar[str]  # its name on the command line and in kernels.WEIGHTING_RULES
+    reduction: ClassVar[str] = "mean"  # the plain update that its own is compared with: "mean" or "sum"
     needs_losses: ClassVar[bool] = False
     needs_noise: ClassVar[bool] = False
     needs_orders: ClassVar[bool] = False

@@ -55,7 +55,8 @@ def gradient_figures(records: Sequence[Record], colours: Mapping[str, str]) -> d
         surgery.append(heat_map("Conflict", cosine, signed=True, note=note))
         note = "2|a||b| / (|a|² + |b|²): 1 for gradients of one length, near 0 where one dominates."
         surgery.append(heat_map("Magnitude similarity", similarity, signed=False, note=note))
-    surgery += lines("projected_share", "Projected share", "How much of the plain update surgery removes.")
+    surgery += lines("projected_share", "Projected share", "How much of the plain update surgery changes.")
+    surgery += lines("weights", "Weights", "What each task's gradient is multiplied by, before clipping.")
     note = "The divergence of perturbed from clean outputs, or what FreeLB's search adds to the loss, before lambda_s."
     regularisers = lines("smart", "SMART's regulariser", note)
     note = "Below 1e-4 the regulariser does next to nothing."

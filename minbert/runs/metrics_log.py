@@ -24,7 +24,7 @@ FIELDS: dict[str, Any] = {  # of a line, without dev
     **dict.fromkeys(("lr", "grad_norm", "smart_share", "perturbation", "projected_share"), float | None),
     **dict.fromkeys(("examples_per_second", "bytes_sent"), float | None),
     **dict.fromkeys(("loss", "smart", "rdrop", "bregman", "cosine", "magnitude_similarity"), Numbers),
-    **dict.fromkeys(("train_loss", "conflict_rate"), Numbers),
+    **dict.fromkeys(("train_loss", "conflict_rate", "weights"), Numbers),
     "seconds": dict[str, float],
 }
 

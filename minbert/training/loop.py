@@ -69,22 +69,23 @@ def training_step(trainer: Trainer, step: int, progress: float) -> PendingStep:
                 timer.end("backward")
 
         shared, own = trainer.parameters.wait_for_gradients()  # one gradient per task of shared parameters
-        products = gradient_products(len(gradients.rows), shared, own, losses, group)  # the Gram matrix
+        by_group = trainer.losses_by_group(losses, len(sampled)) if surgery.needs_losses else None
+        products = gradient_products(len(gradients.rows), shared, own, losses, group, by_group)  # the Gram matrix
         generator = torch.Generator().manual_seed(derive_seed(batches.seed, "surgery", step, number))
         norms = products.own_square, trainer.clip_norm
-        weights, stats = surgery.weights(products.gram, generator, *norms, group.broadcast)
+        weights, stats = surgery.weights(products.gram, generator, *norms, group.broadcast, products.losses)
         finite = finite * stats[2]
         if trainer.last_update is not None:
             trainer.last_update.result()  # corrects the optimizer's step counts if that update changed nothing
         counted = optimizer.combined_step(shared, weights, stats[1:2], skip_unless=finite)  # combine, clip and AdamW
         trainer.parameters.all_gather()
 
-        numbers = step_numbers(losses, products, stats, finite)  # metrics, on their way to the host
+        numbers = step_numbers(losses, products, weights, stats, finite)  # metrics, on their way to the host
         trainer.last_update = PendingUpdate(numbers, optimizer, counted, group.liveness.wait_for)
         updates.append(trainer.last_update)
         timer.end("update")
     examples = sum(len(indices) for batch in sampled for _, indices in batch)
-    return PendingStep(updates, batches.names, examples, timer)
+    return PendingStep(updates, batches.names, examples, timer, weighs=not trainer.surgeries[0].is_plain)
 
 
 def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:

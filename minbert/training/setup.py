@@ -325,6 +325,8 @@ def build_trainer(
     groups = task_groups(data.tasks, config.surgery_groups)
     per_task = any(surgery.per_task for surgery in surgeries)
     rows = len(groups) if per_task else 1
+    for surgery in surgeries:
+        surgery.prepare(rows, group.device)
     optimizer, parameters = build_optimizer(config, model, rows, group)
     l2 = {task.name: of_task(config.l2, task.name, 0.0) for task in data.tasks}
     options = loss_options(data.tasks, data.train, config.label_smoothing, group.device)

@@ -57,6 +57,7 @@ class StepResult:
     grad_norm: float  # of all gradients after surgery, before clipping
     conflicts: dict[str, dict[str, float]]  # measure -> pair of tasks -> value; empty for one gradient
     projected_share: float
+    weights: dict[str, float]  # of the task gradients, before clipping; empty for one gradient, and for constant ones
     updated: bool  # whether loss and gradient were finite; if not, nothing has changed
     examples: int
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
@@ -72,6 +73,8 @@ class StepResult:
             kept["bregman"] = self.bregman
         if self.conflicts:
             kept |= {**self.conflicts, "projected_share": self.projected_share}
+        if self.weights:
+            kept["weights"] = self.weights
         return {**kept, "seconds": self.seconds}
 
 
@@ -79,7 +82,7 @@ class PendingUpdate:
     """An update that the device has been given, whose numbers are on their way to the host.
 
     Args:
-        numbers: "gram" of the task gradients, "stats" of the weights (`kernels.surgery_weights`), "updated" (1, or 0
+        numbers: "gram" of the task gradients, "weights" and "stats" of `kernels.surgery_weights`, "updated" (1, or 0
             where a loss or gradient is not finite and nothing changes), and one number for each stream: (loss, smart,
             rdrop or bregman, task), "total", "smart", "perturbation".
         optimizer, counted: the optimizer, and the step counts that it has added one to.
@@ -112,12 +115,14 @@ class PendingStep:
     Args:
         updates: one, or as many as the surgery takes.
         names: of the rows of task gradients, where there are several.
+        weighs: whether the first update's weights are worth a record: not those of the plain sum or mean.
     """
 
     updates: Sequence[PendingUpdate]
     names: Sequence[str]
     examples: int
     timer: PhaseTimer
+    weighs: bool = False
 
     def result(self) -> StepResult:
         """What the step did; waits for it."""
@@ -126,7 +131,7 @@ class PendingStep:
             kind: {key[1]: _mean(values) for key, values in first.items() if isinstance(key, tuple) and key[0] == kind}
             for kind in ("loss", "smart", "rdrop", "bregman")
         }
-        norm, *_, share = first["stats"]
+        norm, scale, _, share = first["stats"]
         gram = torch.tensor(first["gram"], dtype=torch.float64).view(len(self.names) or 1, -1)
         conflicts = Conflicts.of(gram, share) if self.names else None
         return StepResult(
@@ -136,10 +141,15 @@ class PendingStep:
             grad_norm=norm,
             conflicts=self._by_pair(conflicts) if conflicts else {},
             projected_share=conflicts.projected_share if conflicts else 0.0,
+            weights=self._by_name(first["weights"], scale) if self.weighs else {},
             updated=all(update["updated"][0] for update in updates),
             examples=self.examples,
             seconds=self.timer.seconds(),
         )
+
+    def _by_name(self, weights: Sequence[float], scale: float) -> dict[str, float]:
+        """The weights before clipping; of several parts of the model, their means."""
+        return {name: _mean(weights[row :: len(self.names)]) / scale for row, name in enumerate(self.names)}
 
     def _by_pair(self, conflicts: Conflicts) -> dict[str, dict[str, float]]:
         pairs = list(combinations(range(len(self.names)), 2))

@@ -77,6 +77,26 @@ class Trainer:
     def group(self) -> ProcessGroup:
         return self.batches.group
 
+    def losses_by_group(self, losses: Sequence[Losses], batches: int) -> Tensor:
+        """The loss of each group of tasks, float64 [T]: the sum of its task losses, weighted, without regularisers.
+
+        Args:
+            losses: of each stream.
+            batches: of each task in these streams, over which the mean is taken.
+        """
+        weights = self.objective.weights
+        sums = []
+        for tasks in self.batches.task_groups:
+            names = [task.name for task in tasks]
+            of_tasks = [
+                weights.get(name, 1.0) * stream.task[name].detach().double()
+                for stream in losses
+                for name in names
+                if name in stream.task
+            ]
+            sums.append(torch.stack(of_tasks).sum())
+        return torch.stack(sums) / batches
+
 
 def cuda_graphs(objective: Objective, gradients: TaskGradients, device: torch.device, **options: Any) -> CudaGraphs:
     """CUDA graphs of the forward and backward of a step that is one stream in one process."""
@@ -95,6 +115,7 @@ class GradientProducts(NamedTuple):
     gram: Tensor  # float64 [T, T]: of the task gradients of the shared parameters
     own_square: Tensor  # float64 []: squared norm of all other gradients; not finite where a loss is not
     perturbations: Tensor  # float64 [streams]: mean norm of SMART's perturbation; empty without SMART
+    losses: Tensor | None  # float64 [T]: those given; the same bits on all ranks
 
 
 def gradient_products(
@@ -103,6 +124,7 @@ def gradient_products(
     own: Sequence[Tensor],
     losses: Sequence[Losses],
     group: ProcessGroup,
+    by_group: Tensor | None = None,
 ) -> GradientProducts:
     """Compute the Gram matrix of the task gradients and the other gradients' norm, summed over the ranks at once.
 
@@ -111,15 +133,18 @@ def gradient_products(
         shared: by parameter that the tasks share, its T gradients; None where no loss reached it.
         own: the gradients of all other parameters.
         losses: of each stream.
+        by_group: `Trainer.losses_by_group`, where a surgery needs it; all ranks get rank 0's.
     """
     by_task = [list(row) for row in zip(*shared.values(), strict=True)] or [[] for _ in range(rows)]
     sizes = [stream.perturbation.view(1) for stream in losses if stream.perturbation is not None]
     products = [_gram(by_task, group.device).flatten(), _gram([own], group.device).flatten()]
-    gram, own_square, perturbations = group.all_reduce_sum(torch.cat([*products, *sizes])).split(
-        [rows**2, 1, len(sizes)]
+    seen = [] if by_group is None else [by_group if group.is_main else torch.zeros_like(by_group)]
+    gram, own_square, perturbations, agreed = group.all_reduce_sum(torch.cat([*products, *sizes, *seen])).split(
+        [rows**2, 1, len(sizes), sum(map(len, seen))]
     )
-    total = torch.stack([stream.total for stream in losses]).sum().double()
-    return GradientProducts(gram.view(rows, rows), own_square[0] + (total - total), perturbations)
+    total = torch.stack([stream.total.detach() for stream in losses]).sum().double()
+    own_square = own_square[0] + (total - total)
+    return GradientProducts(gram.view(rows, rows), own_square, perturbations, agreed if seen else None)
 
 
 def _gram(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:
@@ -130,7 +155,7 @@ def _gram(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tens
 
 
 def step_numbers(
-    losses: Sequence[Losses], products: GradientProducts, stats: Tensor, updated: Tensor
+    losses: Sequence[Losses], products: GradientProducts, weights: Tensor, stats: Tensor, updated: Tensor
 ) -> dict[Hashable, Tensor]:
     """The numbers of an update that `PendingUpdate` reads back."""
     numbers: dict[Hashable, list[Tensor]] = defaultdict(list)
@@ -143,5 +168,5 @@ def step_numbers(
         numbers["total"].append(stream.total)
     if len(products.perturbations):
         numbers["perturbation"] = list(products.perturbations)
-    numbers |= {"gram": [products.gram], "stats": [stats], "updated": [updated]}
+    numbers |= {"gram": [products.gram], "weights": [weights], "stats": [stats], "updated": [updated]}
     return {name: torch.stack(values) for name, values in numbers.items()}

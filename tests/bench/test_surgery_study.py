@@ -1,0 +1,96 @@
+"""bench/surgery_study.py: its runs, what it makes of their scores, its record, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import surgery_study
+from groups import quick_options
+from surgery_study import Outcome, Row, main, table
+
+from minbert.errors import UserError
+from minbert.runs.run_directory import Run
+
+
+def outcome(seed: int, overall: float, rate: float | None = None) -> Outcome:
+    return Outcome(seed, 100, {"sst": overall, "sts": 0.8}, overall, 60.0 + seed, rate, rate)
+
+
+def test_differences_are_taken_seed_by_seed():
+    first = Row("sum", [outcome(0, 0.5), outcome(1, 0.7)])
+    row = Row("pcgrad", [outcome(0, 0.52, 0.25), outcome(1, 0.71, 0.75)])
+    assert row.record(first)["less_first"] == pytest.approx(0.015)
+    assert row.record(first)["overall_deviation"] == pytest.approx(0.134350, abs=1e-6)
+    assert row.record(first)["seconds"] == 60.5
+    lines = table([first, row]).splitlines()
+    assert lines[0] == "| surgery | sst | sts | overall | less sum | seconds | conflicts | projected |"
+    deviation = "0.6000 ± 0.1414"
+    assert lines[2] == f"| sum | {deviation} | 0.8000 ± 0.0000 | {deviation} |  | 60 | - | - |"
+    assert "| +0.0150 ± 0.0071 | 60 | 0.50 | 0.50 |" in lines[3]
+    assert lines[-1] == "Of 2 seeds, 100 steps each."
+    assert "± " not in table([Row("sum", first.runs[:1])])
+
+
+@pytest.mark.slow
+def test_runs_are_trained_once_and_recorded(course_data, tmp_path):
+    own = quick_options(course_data, tmp_path)
+    rest = [option for option in own if option.split("=")[0] not in ("--data", "--out", "--epochs")]
+    given = ["--data", course_data, "--surgeries", "sum", "cagrad(c=0.5) --clip-norm=2", "--seeds", "3"]
+    command = [*given, "--runs", tmp_path / "runs", "--results", tmp_path / "results", "--", *rest]
+    assert main([*map(str, command)]) == 0
+    (path,) = (tmp_path / "results").glob("*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["sum", "cagrad(c=0.5) --clip-norm=2"]
+    directories = ("sum", "cagrad-c=0.5-clip-norm=2")
+    runs = [Run(tmp_path / "runs" / name / "seed-3") for name in directories]
+    assert [run.config().clip_norm for run in runs] == [1, 2]
+    for run, found in zip(runs, [found for row in rows for found in row["runs"]], strict=True):
+        records = run.metrics.records()
+        (scored,) = [record for record in records if "dev" in record]
+        assert (found["overall"], found["steps"]) == (scored["dev"]["overall"], run.summary()["steps"])
+        assert found["scores"]["sst"] == scored["dev"]["sst"]["accuracy"]
+        cosines = [cosine for record in records for cosine in record.get("cosine", {}).values()]
+        if cosines:  # every step is logged
+            assert found["conflict_rate"] == pytest.approx(sum(cosine < 0 for cosine in cosines) / len(cosines))
+    assert rows[0]["runs"][0]["conflict_rate"] is None
+    text = path.with_suffix(".md").read_text()
+    assert "`python bench/surgery_study.py --data" in text
+    assert "| cagrad(c=0.5) --clip-norm=2 |" in text
+
+    before = [run.metrics.path.stat().st_mtime_ns for run in runs]
+    path.unlink()
+    assert main([*map(str, command)]) == 0
+    assert [run.metrics.path.stat().st_mtime_ns for run in runs] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--surgeries", "cagard"], "--surgery cagard: unknown (did you mean 'cagrad'?)"),
+        (["--surgeries", "sum", "sum"], "--surgeries must be a list without repetitions, got sum,sum"),
+        (["--surgeries", "cagrad(c=1)", "cagrad[c=1]"], "no two have one directory"),
+        (["--surgeries", "sum --lrate=1"], "unknown option --lrate"),
+        (["--seeds", "0,one"], "argument --seeds: invalid list of int value: '0,one'"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--speed"], "unrecognized arguments: --speed; --help lists the options"),
+        (["--", "--surgery", "sum"], "--surgery after --: this script gives it to every run"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_run(arguments, message, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        main(["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), *arguments])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_surgeries_are_studied_by_default(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(surgery_study, "check", lambda lines, runs: seen.extend(lines))
+    monkeypatch.setattr(surgery_study, "train", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
+    with pytest.raises(UserError, match="enough"):
+        main(["--seeds", "0", "--runs", str(tmp_path)])
+    named = [option.removeprefix("--surgery=") for line in seen for option in line if "--surgery=" in option]
+    assert named[:5] == ["sum", "mean", "pcgrad", "gse", "upgrad"]
+    assert {"famo", "geometric-mean"} <= {*named}
+    assert "constant" not in named

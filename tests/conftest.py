@@ -17,6 +17,7 @@ import pytest
 from course import write_course_data
 from groups import SMALL, quick_options, quickly
 
+from minbert import kernels
 from minbert.device import resolve_precision
 
 
@@ -69,3 +70,12 @@ def shared(course_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def quick(course_data: Path, tmp_path: Path) -> list[str]:
     """Options of a run of twelve steps in two epochs with a very small encoder, in `tmp_path / "run"`."""
     return quick_options(course_data, tmp_path / "run")
+
+
+@pytest.fixture(params=["reference", "native"])
+def weights_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The reference and the native code of `kernels.task_weights` in turn."""
+    if request.param == "native" and kernels.backends("cpu").get("task_weights") != "native":
+        pytest.skip(kernels.native.missing_reason() or "task_weights has no native code")
+    with kernels.use_backend("auto" if request.param == "native" else "reference"):
+        yield request.param

@@ -67,7 +67,7 @@ class CAGrad(Weighting):
 
     Of all updates within c |g_0| of the mean gradient g_0, the one whose least inner product with a gradient is
     largest: g_0 + c |g_0| g_w / |g_w|, with w on the simplex and the least g_w' g_0 + c |g_0| |g_w|. Zero weights where
-    |g_w| is below 1e-4 of the root of trace(G): a point where no direction helps all.
+    |g_w| is below 1e-4 of the root of trace(G), as with a gradient of 0: nothing helps all tasks.
     Promises: converges to where the mean is stationary for c < 1; conflicts with no task for c >= 1; w >= 0; the same
     scale.
 

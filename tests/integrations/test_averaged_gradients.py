@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minbert.integrations import GradientSurgery, PCGrad
+from minbert.integrations import GradientSurgery, PCGrad, TaskBatch
 from minbert.integrations.averaged_gradients import averaged
 
 RULES = ["upgrad", "famo", "gradvac", "pcgrad", "random", "mean"]
@@ -53,6 +53,25 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
+def by_one_backward(trunk: nn.Module, heads: nn.ModuleList, rows: slice) -> Tensor:
+    """The parameters after two steps with a TaskBatch; each half of the data has two examples of each of two tasks."""
+    inner = torch.optim.SGD([*trunk.parameters(), *heads[:2].parameters()], lr=0.05)
+    optimizer = GradientSurgery(inner, "upgrad")
+    x, y = data()
+    order = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7]) if rows == slice(8) else torch.arange(rows.start, rows.stop)
+    for _ in range(2):
+        batch = TaskBatch(trunk, [0] * (len(order) // 2) + [1] * (len(order) // 2))
+        with batch:
+            hidden = trunk(x[order])
+        losses = [
+            (heads[t](hidden[its]) - y[0, order[its]]).square().mean() for t, its in enumerate(map(batch.rows, (0, 1)))
+        ]
+        optimizer.zero_grad()
+        optimizer.backward(losses, batch=batch)
+        optimizer.step()
+    return torch.cat([flat(trunk), flat(heads)])
+
+
 def _rank(rank: int, folder: Path) -> None:
     """All cases in one group of processes; each rank writes a file of what came out."""
     torch.set_num_threads(1)
@@ -78,6 +97,9 @@ def _rank(rank: int, folder: Path) -> None:
         optimizer.backward([loss / 2 for loss in losses_of(network, rows)], hold=part == 0)
     optimizer.step()
     results["held"] = flat(network), optimizer.weights
+
+    trunk, heads = Network().trunk, Network().heads
+    results["batch"] = by_one_backward(DistributedDataParallel(trunk), heads, halves)
 
     model = DistributedDataParallel(Network().train())  # buffers follow the first process
     for _ in range(2):
@@ -141,6 +163,14 @@ def test_held_batches_are_averaged_once(ranks) -> None:
     optimizer.step()
     assert torch.equal(*(rank["held"][0] for rank in ranks))
     torch.testing.assert_close(ranks[0]["held"][0], flat(network), rtol=1e-5, atol=1e-6)
+
+
+def test_one_backward_for_all_tasks_is_averaged_too(ranks) -> None:
+    network = Network()
+    expected = by_one_backward(network.trunk, network.heads, slice(8))
+    assert torch.equal(*(rank["batch"] for rank in ranks))
+    assert not torch.equal(expected, torch.cat([flat(Network().trunk), flat(Network().heads)]))
+    torch.testing.assert_close(ranks[0]["batch"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_wrapper_sends_buffers(ranks) -> None:

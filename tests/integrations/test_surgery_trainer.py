@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -155,3 +158,55 @@ def test_an_optimizer_of_ones_own_is_wrapped_and_options_are_passed(tmp_path) ->
     run.train()
     assert run.surgery.optimizer is inner
     assert run.surgery.conflicts.cosine.shape == (2, 2)
+
+
+class Both(nn.Module):
+    """Two losses of each example, whose means over two halves of a batch average to those of the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.heads = nn.Embedding(20, 8), nn.ModuleList(nn.Linear(8, 1) for _ in range(2))
+
+    def forward(self, input_ids: Tensor, task: Tensor, labels: Tensor) -> dict:
+        hidden = self.trunk(input_ids).mean(1)
+        return {
+            "losses": [
+                (head(hidden)[:, 0] - sign * labels).square().mean()
+                for head, sign in zip(self.heads, (1, -2), strict=True)
+            ]
+        }
+
+
+def _rank(rank: int, folder: Path, port: int) -> None:
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    torch.set_num_threads(1)
+    run = trainer(folder / "run", Both(), ddp_backend="gloo", optim="sgd")
+    run.train()
+    assert isinstance(run.model_wrapped, nn.parallel.DistributedDataParallel)
+    torch.save(flat(run.model), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_make_the_steps_of_one(tmp_path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    group = [context.Process(target=_rank, args=(rank, tmp_path, port)) for rank in range(2)]
+    for process in group:
+        process.start()
+    try:
+        for process in group:
+            process.join(120)
+        assert [process.exitcode for process in group] == [0, 0]
+    finally:
+        for process in group:
+            process.kill()
+    run = trainer(tmp_path, Both(), per_device_train_batch_size=8, optim="sgd")
+    run.train()
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert torch.equal(*ranks)
+    assert not torch.equal(ranks[0], flat(Both()))
+    torch.testing.assert_close(ranks[0], flat(run.model), rtol=1e-5, atol=1e-7)

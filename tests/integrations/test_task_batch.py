@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from minbert.integrations import GradientSurgery, TaskBatch
 
@@ -116,6 +117,25 @@ def test_one_backward_runs_and_surgery_is_the_same() -> None:
     assert backwards == [False] * 6 + [True] * 2
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+
+
+def test_its_matrix_products_are_those_of_the_plain_sum() -> None:
+    """Where a backward for each of the three losses takes three times the products of a backward."""
+    counts = {}
+    for name in ("plain", "split", "each"):
+        network = Network(encoder(attention="eager")).eval()
+        optimizer = GradientSurgery(torch.optim.SGD(network.parameters()), "upgrad")
+        batch = TaskBatch(network.encoder, TASKS)
+        with FlopCounterMode(display=False) as counter:
+            losses = network.losses(batch, split=name == "split")
+            forward = counter.get_total_flops()
+            if name == "plain":
+                torch.stack([loss for loss in losses if loss is not None]).sum().backward()
+            else:
+                optimizer.backward(losses, batch=batch if name == "split" else None)
+        counts[name] = counter.get_total_flops() - forward
+    assert counts["split"] == counts["plain"] > 0
+    assert counts["each"] > 2.9 * counts["plain"]
 
 
 # What is refused ----------------------------------------------------------------------------------------------------

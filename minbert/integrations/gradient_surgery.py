@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -23,29 +22,16 @@ from minbert.integrations.gradients_per_loss import (
     preserved_grad,
     python_functions,
 )
+from minbert.integrations.surgery_memory import SurgeryMemory
 from minbert.integrations.task_batch import TaskBatch
 from minbert.integrations.wrapped_optimizer import WrappedOptimizer
 from minbert.kernels import checks, combine, gram, surgery_weights
 from minbert.methods.surgery import Conflicts, mean_weights, pcgrad_weights, sum_weights
+from minbert.methods.user_weighting import has_parameter
 from minbert.methods.weighting_state import UnsupportedAttribute, restore_state, state_of
 from minbert.methods.weightings import Weighting, weighting_from
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"sum": sum_weights, "mean": mean_weights}
-
-
-@dataclass
-class _Memory:
-    """What changes from call to call. Lightning's wrapper of an optimizer shares it with the optimizer."""
-
-    conflicts: Conflicts | None = None
-    weights: Tensor | None = None
-    state: Tensor | None = None  # of the rule
-    rows: list[dict[Tensor, Tensor]] = field(default_factory=list)  # for each task the gradients that are held
-    losses: list[list[Tensor]] = field(default_factory=list)  # for each task, float64 scalars
-    warned: bool = False
-
-    def drop(self) -> None:
-        self.rows, self.losses = [], []
 
 
 class GradientSurgery(WrappedOptimizer):
@@ -84,7 +70,8 @@ class GradientSurgery(WrappedOptimizer):
     Args:
         optimizer: its parameters are float32, bfloat16 or float64, on one device.
         rule: "sum", "mean", "pcgrad" or a name of `minbert.methods.weightings`, with options like "cagrad(c=0.4)"; an
-            object of these; or a callable, gram float64 [T, T] -> weights [T], like TorchJD's weightings.
+            object of these; or a callable, gram float64 [T, T] -> weights [T], like TorchJD's weightings, which gets
+            `losses`, float64 [T], too if it has a parameter of that name.
         reduction: "sum" or "mean", the unweighted combination: of PCGrad's projected gradients; of gradients that are
             not finite; and what `conflicts.projected_share` compares with.
         shared: the parameters that surgery applies to; when left out, those that at least two of an update's losses
@@ -107,7 +94,7 @@ class GradientSurgery(WrappedOptimizer):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        rule: str | Weighting | Callable[[Tensor], Tensor] = "upgrad",
+        rule: str | Weighting | Callable[..., Tensor] = "upgrad",
         *,
         reduction: str = "sum",
         shared: Iterable[Tensor] | None = None,
@@ -127,11 +114,12 @@ class GradientSurgery(WrappedOptimizer):
             rule = _PLAIN.get(rule) or self._named(rule)
         elif not callable(rule) and not isinstance(rule, Weighting):
             raise TypeError(f"{name}: rule must be a name, a Weighting or a callable, got {type(rule).__name__}")
-        self._rule: Weighting | Callable[[Tensor], Tensor] = rule
+        self._rule: Weighting | Callable[..., Tensor] = rule
+        self._needs_losses = rule.needs_losses if isinstance(rule, Weighting) else has_parameter(rule, "losses")
         self._plain, self._reduction = _PLAIN[reduction], reduction
         self._generator, self._group = generator, process_group
         self._shared = None if shared is None else self._known(shared)
-        self._memory = _Memory()
+        self._memory = SurgeryMemory()
 
     @property
     def conflicts(self) -> Conflicts | None:
@@ -190,29 +178,12 @@ class GradientSurgery(WrappedOptimizer):
         self._warn_once(
             functions, [not any(grad is not None for grad in column) for column in zip(*grads, strict=True)]
         )
-        rows, values = self._with_held(parameters, grads, losses)
+        rows, values = self._memory.plus(where, parameters, grads, losses)
         if hold:
             self._memory.rows, self._memory.losses = rows, values
         else:
             self._update(parameters, rows, values, 1.0 if scaler is None else scaler.get_scale())
             self._memory.drop()
-
-    def _with_held(
-        self, parameters: list[Tensor], grads: list[list[Tensor | None]], losses: list[Tensor | None]
-    ) -> tuple[list[dict[Tensor, Tensor]], list[list[Tensor]]]:
-        """For each task its gradients and its losses, with those that are held."""
-        held, values = self._memory.rows or [{} for _ in losses], self._memory.losses or [[] for _ in losses]
-        if len(held) != len(losses):
-            raise ValueError(
-                f"{self._method}: losses must be {len(held)}, as many as those whose gradients are held, got"
-                f" {len(losses)}; give None for a task without examples"
-            )
-        rows = []
-        for before, row in zip(held, grads, strict=True):
-            new = {parameter: grad for parameter, grad in zip(parameters, row, strict=True) if grad is not None}
-            rows.append(before | {p: grad if p not in before else before[p] + grad for p, grad in new.items()})
-        now = [[] if loss is None else [loss.detach().double().reshape(())] for loss in losses]
-        return rows, [before + after for before, after in zip(values, now, strict=True)]
 
     @torch.no_grad()
     def _update(
@@ -231,7 +202,8 @@ class GradientSurgery(WrappedOptimizer):
             shared = [parameter for parameter in parameters if sum(columns[parameter]) > 1]
         else:
             shared = [parameter for parameter in parameters if parameter in self._shared]
-        others = [parameter for parameter in parameters if parameter not in set(shared)]
+        chosen = set(shared)
+        others = [parameter for parameter in parameters if parameter not in chosen]
         grads = [[row.get(parameter) for parameter in shared] for row in rows]
         own = [[row.get(parameter) for parameter in others] for row in rows]
         if distributed:
@@ -255,22 +227,19 @@ class GradientSurgery(WrappedOptimizer):
     def _weights(self, products: Tensor, losses: Tensor, given: Tensor) -> Tensor:
         """The rule's weights for a Gram matrix of finite numbers."""
         rule, memory, tasks = self._rule, self._memory, len(products)
+        if self._needs_losses and not given.all():
+            missing = given.tolist().index(False)
+            raise ValueError(
+                f"{self._method}: the rule needs a loss of every task in each update, got none of losses[{missing}]"
+            )
         if isinstance(rule, Weighting):
-            if rule.needs_losses and not given.all():
-                missing = given.tolist().index(False)
-                raise ValueError(
-                    f"{self._method}: {rule.rule} needs a loss of every task in each update, got none of"
-                    f" losses[{missing}]"
-                )
             if memory.state is None:
                 memory.state = rule.state(tasks, device=products.device)
             elif memory.state.device != products.device:
                 memory.state = memory.state.to(products.device)
-            weights = rule.weights(
-                products, losses if rule.needs_losses else None, memory.state, generator=self._generator
-            )
+            weights = rule.weights(products, losses, memory.state, generator=self._generator)
         else:
-            weights = rule(products)
+            weights = rule(products, **({"losses": losses} if self._needs_losses else {}))
         if not isinstance(weights, Tensor) or weights.shape != products.shape[:1]:
             got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"{self._name}: weighting must return one weight for each of {tasks} losses, got {got}")

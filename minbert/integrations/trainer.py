@@ -42,7 +42,7 @@ class SurgeryTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        rule: str | Weighting | Callable[[Tensor], Tensor] = "upgrad",
+        rule: str | Weighting | Callable[..., Tensor] = "upgrad",
         surgery: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:

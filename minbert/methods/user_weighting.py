@@ -75,7 +75,7 @@ class UserWeighting:
         if not callable(weighting):
             raise UserError(f"--surgery {name}: expected a callable from Gram matrix to weights, got {weighting!r}")
         self.weighting: Weighting = weighting
-        self.needs_losses = _has_parameter(weighting, "losses")
+        self.needs_losses = has_parameter(weighting, "losses")
         self._state()
 
     def prepare(self, tasks: int, device: torch.device) -> None:
@@ -148,7 +148,7 @@ class UserWeighting:
             ) from None
 
 
-def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+def has_parameter(function: Callable[..., Any], name: str) -> bool:
     """Whether a callable, or the forward of a module, has a parameter of this name."""
     try:
         return name in inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters

@@ -14,6 +14,7 @@ from minbert.integrations import GradientSurgery, PCGrad
 from minbert.methods.weightings import WEIGHTINGS, Weighting, weighting_from
 
 TEXTS = {"constant": "constant(values=[0.5, 1.0, 2.0])"}
+PARTS = [slice(0, 4), slice(4, 8), slice(8, 12)]
 RULES = [TEXTS.get(name, name) for name in WEIGHTINGS]
 STATEFUL = ["nash-mtl(every=2)", "gradvac", "famo", "uncertainty", "dwa(every=2)", "gradnorm"]
 
@@ -92,6 +93,15 @@ def test_a_name_an_object_and_a_callable_are_one_rule() -> None:
     assert not torch.allclose(results[0], grads_of(network))
 
 
+def test_a_callable_with_a_parameter_losses_gets_them() -> None:
+    network = Network()
+    optimizer = network.optimizer(lambda gram, losses: 1 / losses)
+    for part in PARTS:
+        optimizer.backward(network.losses(part), hold=part is not PARTS[-1])
+    expected = sum(flat(network.losses(part)) for part in PARTS)
+    torch.testing.assert_close(optimizer.weights, 1 / expected)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_pcgrad_is_one_of_the_rules(reduction: str) -> None:
     one, other = Network(), Network()
@@ -103,8 +113,6 @@ def test_pcgrad_is_one_of_the_rules(reduction: str) -> None:
 
 
 # Accumulation -------------------------------------------------------------------------------------------------------
-
-PARTS = [slice(0, 4), slice(4, 8), slice(8, 12)]
 
 
 @pytest.mark.parametrize("rule", ["upgrad", "famo", "pcgrad", "nash-mtl"])
@@ -171,7 +179,9 @@ def test_held_gradients_are_neither_lost_nor_used_by_accident() -> None:
 def test_a_rule_that_needs_losses_says_which_is_missing() -> None:
     network = Network()
     losses = network.losses()
-    with pytest.raises(ValueError, match=r"famo needs a loss of every task in each update, got none of losses\[1\]"):
+    with pytest.raises(
+        ValueError, match=r"the rule needs a loss of every task in each update, got none of losses\[1\]"
+    ):
         network.optimizer("famo").backward([losses[0], None, losses[2]])
     assert network.trunk[0].weight.grad is None
 

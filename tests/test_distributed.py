@@ -36,7 +36,7 @@ CASES = {
     "sift": "--recipe=sift --surgery=pcgrad",
     "vat": "--recipe=vat --smart.epsilon=2 --smart.sigma=2",
     "freelb": "--recipe=freelb --surgery=gse --smart.epsilon=2 --smart.eta=1 --accumulate=2 --bregman.mu=0.5",
-    "freelb-of-some": "--recipe=freelb --surgery=pcgrad --smart.lambda-s=0 --smart.lambda-s.sts=0.5",
+    "freelb-by-task": "--recipe=freelb --smart.lambda-s.sst=0.25 --smart.lambda-s.qqp=0.5 --smart.lambda-s.sts=1",
     "norms": "--recipe=pcgrad --l2=0.1 --pooling=mean",
     "frozen": "--recipe=plain --mode=pretrain --pooling=pooler",
 }

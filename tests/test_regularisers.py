@@ -1,148 +1,54 @@
-"""R3F, SiFT, virtual adversarial training, FreeLB and R-Drop against their papers' equations in plain PyTorch.
-
-The model computes f in float64; everything around it (noise, search, divergences, gradients) is stated here anew.
-"""
+"""R3F, SiFT, virtual adversarial training and R-Drop against their papers' equations in plain PyTorch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from plain_regularisers import (
+    COUNTS,
+    FREELB,
+    LAMBDAS,
+    R3F,
+    SIFT,
+    VAT,
+    Outputs,
+    assert_same,
+    divergence,
+    embedding_block,
+    function,
+    gradients,
+    lengths_of,
+    normalised,
+    seeds,
+    small_batch,
+    small_model,
+    task_losses,
+    trained,
+    weighted,
+)
 from torch import Tensor
 
 from minbert import kernels
 from minbert.config import TrainConfig
-from minbert.data.packing import pack
+from minbert.data.packing import Packed
 from minbert.errors import UserError
 from minbert.methods.rdrop import RDropConfig
-from minbert.methods.smart import BregmanConfig, SmartConfig, embedding_scale, rounds_away, start
-from minbert.model import Encoder, EncoderConfig, MultitaskModel
+from minbert.methods.smart import SmartConfig, embedding_scale, rounds_away, start
+from minbert.model import MultitaskModel
 from minbert.recipes import recipe
-from minbert.tasks import find_tasks
-from minbert.training.batches import make_batch
-from minbert.training.freelb import FreeLB
-from minbert.training.objective import Objective
-
-TASKS = find_tasks(["sst", "qqp", "sts"])
-LABELS = {"sst": torch.tensor([0.0, 4, 2]), "qqp": torch.ones(1), "sts": torch.tensor([1.0, 4.5])}
-COUNTS = {name: len(labels) for name, labels in LABELS.items()}
-LAMBDAS = {"sst": 0.75, "qqp": 0.5, "sts": 1.0}
-R3F = SmartConfig(lambda_s=LAMBDAS, steps=0, sigma=0.3)
-SIFT = SmartConfig(lambda_s=LAMBDAS, epsilon=0.1, sigma=0.05, eta=0.2, steps=2, normalized=True)
-VAT = SmartConfig(
-    lambda_s=LAMBDAS, search="power", objective="kl", norm="2", per="sequence", steps=2, sigma=0.1, epsilon=1.5
-)
-FREELB = SmartConfig(
-    lambda_s=LAMBDAS, objective="task-loss", norm="2", per="sequence", steps=2, epsilon=1.0, eta=0.7, relative=False
-)
-
-Outputs = dict[str, Tensor]
 
 
 @pytest.fixture
 def model() -> MultitaskModel:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    config = EncoderConfig(vocab_size=50, **sizes).with_dropout(0.2)
-    model = MultitaskModel(Encoder(config), TASKS).train()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    for head in model.heads.values():
-        torch.nn.init.normal_(head.weight, std=0.5)
-    return model.double()
+    return small_model()
 
 
 @pytest.fixture
-def packed():
-    generator = torch.Generator().manual_seed(0)
-    return pack([torch.randint(1, 50, (n,), generator=generator).tolist() for n in (7, 1, 40, 33, 2, 13)])
-
-
-def objective(model: MultitaskModel, smart: SmartConfig, rdrop: RDropConfig | None = None, **options) -> Objective:
-    kind = FreeLB if smart.objective == "task-loss" else Objective
-    return kind(model, smart, BregmanConfig(), rdrop=rdrop, **options)
-
-
-def trained(model, packed, smart=SmartConfig(), rdrop=None, seed=0, **options):  # noqa: B008
-    """The losses, and the gradient of each parameter."""
-    model.zero_grad()
-    losses = objective(model, smart, rdrop, **options)(make_batch(packed, LABELS, smart, rdrop, seed=seed))
-    losses.total.backward()
-    return losses, {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
-
-
-def seeds(packed, seed: int = 0) -> Tensor:
-    return make_batch(packed, LABELS, SmartConfig(), seed=seed).seeds
-
-
-def gradients(model: MultitaskModel, total: Tensor) -> dict[str, Tensor]:
-    names = [name for name, param in model.named_parameters() if param.requires_grad]
-    params = [param for param in model.parameters() if param.requires_grad]
-    found = torch.autograd.grad(total, params, allow_unused=True)
-    return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
-
-
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-
-
-# In plain PyTorch ----------------------------------------------------------------------------------------------------
-
-
-def task_losses(outputs: Outputs) -> Outputs:
-    return {
-        "sst": F.cross_entropy(outputs["sst"], LABELS["sst"].long()),
-        "qqp": F.binary_cross_entropy_with_logits(outputs["qqp"], LABELS["qqp"].double()),
-        "sts": F.mse_loss(outputs["sts"], LABELS["sts"].double()),
-    }
-
-
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of logits [n, C], the mean over the examples."""
-    log_p, log_q = p.log_softmax(1), q.log_softmax(1)
-    return (log_p.exp() * (log_p - log_q)).sum(1).mean()
-
-
-def both(logits: Tensor) -> Tensor:
-    return torch.stack([torch.zeros_like(logits), logits], 1)
-
-
-def divergence(p: Outputs, q: Outputs, symmetric: bool = True) -> Outputs:
-    """KL(p || q), with KL(q || p) added, of classes; the squared distance of scores."""
-
-    def of_classes(one: Tensor, other: Tensor) -> Tensor:
-        return kl(one, other) + kl(other, one) if symmetric else kl(one, other)
-
-    return {
-        "sst": of_classes(p["sst"], q["sst"]),
-        "qqp": of_classes(both(p["qqp"]), both(q["qqp"])),
-        "sts": F.mse_loss(p["sts"], q["sts"]),
-    }
-
-
-def weighted(values: Outputs, weights: dict[str, float]) -> Tensor:
-    return sum(weights[name] * value for name, value in values.items())
-
-
-def lengths_of(x: Tensor, packed) -> Tensor:
-    """The L2 norm of each sequence, for each of its tokens [N, 1]."""
-    norms = [part.norm().repeat(len(part)) for part in x.split(packed.lengths.tolist())]
-    return torch.cat(norms)[:, None]
-
-
-def into_ball(offset: Tensor, packed, radius: float) -> Tensor:
-    return offset * (radius / lengths_of(offset, packed).clamp(min=1e-300)).clamp(max=1)
-
-
-def function(model, packed) -> Callable[[Tensor], Outputs]:
-    """f: from embeddings to outputs, under the dropout masks of a batch's clean pass."""
-    return lambda x: model.from_embedded(x, packed, COUNTS, seed=seeds(packed)[0])
+def packed() -> Packed:
+    return small_batch()
 
 
 # R3F -----------------------------------------------------------------------------------------------------------------
@@ -235,21 +141,6 @@ def test_vats_clean_side_is_constant(model, packed):
 # SiFT ----------------------------------------------------------------------------------------------------------------
 
 
-def normalised(model, packed) -> Tensor:
-    """The rows of the embedding block before LayerNorm's affine part."""
-    table = model.encoder.embeddings
-    ids = packed.token_ids, packed.token_type_ids, packed.position_ids
-    total = sum(of[i] for of, i in zip((table.word, table.token_type, table.position), ids, strict=True))
-    return F.layer_norm(total, (total.shape[1],), eps=table.norm.eps)
-
-
-def embedding_block(model, packed, n: Tensor) -> Tensor:
-    """dropout(g n + b) with the mask of a batch's clean pass."""
-    table, p = model.encoder.embeddings, model.encoder.embeddings.dropout_p
-    keep = kernels.dropout_mask(*n.shape, p, seeds(packed)[0], 0)
-    return (table.norm.weight * n + table.norm.bias) * keep / (1 - p)
-
-
 @pytest.mark.parametrize("objective_of", ["divergence", "kl"])
 def test_sift_is_smart_before_the_affine_part(model, packed, objective_of):
     """The search and every gradient, LayerNorm's weight among them, with autograd through the whole composition."""
@@ -297,78 +188,6 @@ def test_scaled_embeddings_change_nothing_of_sift(model, packed):
             model.encoder.embeddings.token_type *= scale
         found.append(trained(model, packed, SIFT)[0].smart)
     torch.testing.assert_close(*found, rtol=1e-6, atol=0)
-
-
-# FreeLB --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("normalized", [False, True])
-def test_freelb_averages_the_loss_over_the_steps_of_its_ascent(model, packed, steps, normalized):
-    config = replace(FREELB, steps=steps, normalized=normalized)
-    losses, found = trained(model, packed, config)
-    f, n, r, passes = function(model, packed), normalised(model, packed), None, []
-    for _ in range(steps + 1):
-        r = torch.zeros_like(n) if r is None else r
-
-        def moved(r: Tensor) -> Tensor:
-            if normalized:
-                return embedding_block(model, packed, n + r)
-            return embedding_block(model, packed, n) + r
-
-        passes.append(task_losses(f(moved(r.detach()))))
-        leaf = r.detach().requires_grad_()
-        (g,) = torch.autograd.grad(sum(task_losses(f(moved(leaf))).values()), leaf)
-        r = into_ball(r + config.eta * g / lengths_of(g, packed), packed, config.epsilon)
-    mean = {name: sum(each[name] for each in passes) / len(passes) for name in COUNTS}
-    total = sum((1 - LAMBDAS[name]) * passes[0][name] + LAMBDAS[name] * mean[name] for name in COUNTS)
-    torch.testing.assert_close(losses.total, total, rtol=1e-8, atol=0)
-    torch.testing.assert_close(losses.task, passes[0], rtol=1e-8, atol=0)
-    torch.testing.assert_close(losses.smart, {name: mean[name] - passes[0][name] for name in COUNTS})
-    assert losses.smart["sts"] > 0
-    assert_same(found, gradients(model, total))
-
-
-def test_freelb_that_moves_nothing_has_the_plain_gradient(model, packed):
-    plain, wanted = trained(model, packed)
-    losses, found = trained(model, packed, replace(FREELB, lambda_s=1.0, epsilon=0.0))
-    assert all(value.abs() < 1e-12 for value in losses.smart.values())
-    torch.testing.assert_close(losses.total, plain.total)
-    assert_same(found, wanted)
-
-
-def test_freelb_keeps_to_the_callers_scale_and_the_weights_of_losses(model, packed):
-    weights = {"sst": 2.0, "sts": 0.5}
-    (_, whole), (_, halved) = (trained(model, packed, FREELB, weights=weights) for _ in range(2))
-    assert_same(halved, whole)
-    model.zero_grad()
-    of_half = objective(model, FREELB, weights=weights)
-    of_half.share = 0.5
-    (0.5 * of_half(make_batch(packed, LABELS, FREELB, seed=0)).total).backward()
-    assert_same({n: 2 * p.grad for n, p in model.named_parameters() if p.grad is not None}, whole)
-    losses, _ = trained(model, packed, FREELB, weights=weights)
-    terms = [weights.get(n, 1.0) * (losses.task[n] + LAMBDAS[n] * losses.smart[n]) for n in COUNTS]
-    torch.testing.assert_close(losses.total, sum(terms))
-    torch.testing.assert_close(
-        losses.smart_term, losses.total - sum(weights.get(n, 1) * losses.task[n] for n in COUNTS)
-    )
-
-
-def test_freelb_of_one_task_runs_the_others_once(model, packed):
-    only = replace(FREELB, lambda_s={"sts": 1.0})
-    _, plain = trained(model, packed)
-    _, found = trained(model, packed, only)
-    for name in ("heads.sst.weight", "heads.qqp.weight"):
-        torch.testing.assert_close(found[name], plain[name])
-    assert not torch.allclose(found["heads.sts.weight"], plain["heads.sts.weight"])
-
-
-def test_freelbs_bregman_divergence_is_of_clean_inputs(model, packed):
-    teacher = {param: (param + 0.1).detach() for param in model.parameters()}
-    batch = make_batch(packed, LABELS, FREELB, seed=0)
-    wanted = Objective(model, SmartConfig(), BregmanConfig(mu=0.5), teacher)(make_batch(packed, LABELS, FREELB, seed=0))
-    found = FreeLB(model, FREELB, BregmanConfig(mu=0.5), teacher)(batch)
-    torch.testing.assert_close(found.bregman, wanted.bregman)
 
 
 # R-Drop --------------------------------------------------------------------------------------------------------------

@@ -45,17 +45,18 @@ class SmartConfig:
 
     Args:
         lambda_s: weight of the regulariser, or one for each task, such as {sst: 5, sts: 1}; 0 is without it. With
-            task-loss, at most 1: what perturbed passes make of the task's loss.
-        epsilon: radius of the ball around the embeddings in which the worst perturbation is sought; with power, the
-            length of the perturbation. No part with 0 steps.
+            objective task-loss, at most 1: the share of the mean over the passes in the task's loss.
+        epsilon: radius of the ball around the embeddings in which the worst perturbation is sought; with search power,
+            the length of the perturbation. Unused with 0 steps.
         sigma: standard deviation of the noise that the search starts from; uniform noise lies between -sigma and sigma.
-            With power, the noise is scaled to this length (xi of virtual adversarial training). No part with task-loss.
-        eta: length of a step of the search. No part with power, nor with 0 steps.
+            With search power, the noise is scaled to this length (xi of virtual adversarial training). Unused with
+            objective task-loss.
+        eta: length of a step of the search. Unused with search power, and with 0 steps.
         steps: steps of the search, T_x in the paper; 0 is R3F, noise alone. FreeLB's K is one more.
         norm: whose ball and step lengths: inf or 2.
         per: whether a norm is taken over each token or over each whole sequence.
-        projection: ball is the paper's; unit rescales every perturbation to epsilon, as released implementations do. No
-            part with power, nor with 0 steps.
+        projection: ball is the paper's; unit rescales every perturbation to epsilon, as released implementations do.
+            Unused with search power, and with 0 steps.
         relative: whether epsilon, sigma and eta are in units of the embeddings' root mean square, which differs from
             model to model (0.5 in a small pretrained BERT, 1 from scratch). Of normalized embeddings it is 1.
         masks: whether clean and perturbed passes drop the same elements (shared) or each its own (independent).

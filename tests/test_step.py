@@ -28,7 +28,7 @@ from minbert.training.step_result import PendingUpdate
 STEP_OPS = {
     *("embedding", "linear", "attention", "first_token_attention"),
     *("dropout_add_layer_norm", "bias_gelu", "dropout"),
-    *("smart_init", "smart_ascend", "gram", "surgery_weights", "combine_adamw_"),
+    *("smart_init", "smart_ascend", "gram", "task_weights", "surgery_weights", "combine_adamw_"),
 }
 
 
@@ -56,7 +56,12 @@ def unwatched(function):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"surgery": "sum"}, {"surgery": "gse", "mu": 0.5}, {"low_memory": True}, *REGULARISERS.values()],
+    [
+        *({}, {"surgery": "sum"}, {"surgery": "gse", "mu": 0.5}, {"low_memory": True}),
+        *REGULARISERS.values(),
+        *({"surgery": name} for name in kernels.WEIGHTING_RULES),
+        {"surgery": "constant(values=[1, 2, 3])"},
+    ],
 )
 def test_a_step_is_handed_over_without_looking_at_a_number(options, monkeypatch):
     steps = trainer(**options)
@@ -142,7 +147,8 @@ def test_between_the_step_and_an_op_lie_at_most_six_frames(monkeypatch):
 
     for name in STEP_OPS:
         monkeypatch.setattr(kernels, name, noting(name, getattr(kernels, name)))
-    training_step(trainer("gse", mu=0.5), 0, 0.0).result()
+    for surgery in ("gse", "famo"):
+        training_step(trainer(surgery, mu=0.5), 0, 0.0).result()
     assert {frames[-1] for frames in found} == STEP_OPS
     assert max(map(len, found)) == 6
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minbert.errors import require
-from minbert.methods.weighting_base import Weighting
+from minbert.methods.weighting_base import Weighting, moved
 
 
 @dataclass(frozen=True)
@@ -231,4 +231,4 @@ class Constant(Weighting):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         require(len(self.values) == gram.shape[-1], "surgery.values", f"{gram.shape[-1]} numbers", list(self.values))
-        return gram.new_tensor(self.values).expand(gram.shape[:-1]).contiguous()
+        return moved(torch.tensor(self.values, dtype=torch.float64), gram.device).expand(gram.shape[:-1]).contiguous()

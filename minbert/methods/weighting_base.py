@@ -97,14 +97,15 @@ class Weighting:
 
 def random_noise(gram: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal numbers for each task, float64 [T] or [G, T], on gram's device."""
-    return _moved(torch.randn(gram.shape[:-1], dtype=torch.float64, generator=generator), gram.device)
+    return moved(torch.randn(gram.shape[:-1], dtype=torch.float64, generator=generator), gram.device)
 
 
 def random_orders(gram: Tensor, generator: torch.Generator | None) -> Tensor:
     """A random order of the tasks for each of them, int64 [T, T] or [G, T, T], on gram's device."""
     rows = [torch.randperm(gram.shape[-1], generator=generator) for _ in range(gram.shape[:-1].numel())]
-    return _moved(torch.stack(rows).view(gram.shape), gram.device)
+    return moved(torch.stack(rows).view(gram.shape), gram.device)
 
 
-def _moved(values: Tensor, device: torch.device) -> Tensor:
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """The values on a device, without waiting for the copy."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)

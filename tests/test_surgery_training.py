@@ -16,6 +16,7 @@ from small_trainer import CPU, TASKS, parts, trainer
 from minbert import kernels, train
 from minbert.cli import parse_layers
 from minbert.config import TrainConfig
+from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.kernels.weightings import MOST_TASKS
 from minbert.methods.surgery import check_surgery, find_surgery
@@ -24,6 +25,8 @@ from minbert.methods.weightings import WEIGHTINGS
 from minbert.report.training_charts import gradient_figures
 from minbert.runs.run_directory import Run
 from minbert.training.loop import training_step
+from minbert.training.objective import Losses
+from minbert.training.trainer import gradient_products
 
 NAMES = [f"{name}(values=[1, 0.5, 2])" if name == "constant" else name for name in WEIGHTINGS]
 STATEFUL = [name for name, rule in kernels.WEIGHTING_RULES.items() if rule.state_size(3)]
@@ -177,6 +180,28 @@ def test_losses_are_weighted_sums_of_groups_and_means_of_batches_without_regular
     (seen,) = steps.surgeries[0].weighting.weighting.losses
     assert seen == pytest.approx([result.loss["sst"], 3 * result.loss["qqp"] + result.loss["sts"]])
     assert result.smart["sst"] > 0
+
+
+def test_all_ranks_see_the_bits_of_rank_0s_losses():
+    """Each computes them from the same numbers, which machines of several kinds may round differently."""
+    losses, sent = torch.tensor([0.1, 0.7, 1 / 3], dtype=torch.float64), {}
+
+    def seen_by(rank: int, own: torch.Tensor, others: torch.Tensor | float) -> torch.Tensor:
+        group = ProcessGroup(rank, 2)
+
+        def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+            sent[rank] = tensor.clone()
+            return tensor + others
+
+        group.all_reduce_sum = all_reduce_sum
+        row = [torch.ones(4)]
+        streams = [Losses({}, {}, {}, {}, torch.ones(()), torch.zeros(()))]
+        return gradient_products(3, {row[0]: row * 3}, row, streams, group, own).losses
+
+    rounded = torch.nextafter(losses, torch.ones(()).double())
+    seen_by(1, rounded, 0.0)
+    assert torch.equal(seen_by(0, losses, sent[1]), losses)
+    assert torch.equal(seen_by(1, rounded, sent[0]), losses)
 
 
 def test_a_weighting_without_losses_in_its_signature_gets_none():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from peers import flattened_pcgrad, seeded
 from torch import Tensor
 
-from minbert.kernels import combine, gram, reference
+from minbert.kernels import combine, combine_adamw_, gram, reference, surgery_weights
 from minbert.methods.surgery import pcgrad_weights
 
 TASKS = 3
@@ -86,3 +87,47 @@ def test_pcgrad(race, smoke: bool, dtype: torch.dtype) -> None:
         "copy": 2 * size,
     }
     race(f"PCGrad, {TASKS} x {elements / 1e6:.1f}M {str(dtype).removeprefix('torch.')}", functions, moved)
+
+
+def by_layer(shapes: list[tuple[int, ...]], layers: int) -> list[int]:
+    """The parts of `bert_shapes` by layer: embeddings, each layer, pooler."""
+    each = (len(shapes) - 7) // layers
+    return [0] * 5 + [1 + k // each for k in range(each * layers)] + [1 + layers] * 2
+
+
+def by_module(shapes: list[tuple[int, ...]]) -> list[int]:
+    """The parts of `bert_shapes` by module: a matrix and its bias, or a norm's two vectors, but for the tables."""
+    return [0] * 3 + [1 + k // 2 for k in range(len(shapes) - 3)]
+
+
+def part_of(tensors: list[Tensor], parts: list[int], part: int) -> list[Tensor]:
+    return [tensor for tensor, number in zip(tensors, parts, strict=True) if number == part]
+
+
+@pytest.mark.parametrize("with_update", [False, True], ids=["surgery", "update"])
+@pytest.mark.parametrize(("hidden", "layers"), [(384, 6), (768, 12)], ids=["22.7M", "110M"])
+def test_parts_of_the_model(race, smoke: bool, hidden: int, layers: int, with_update: bool) -> None:
+    """Gram matrices and weights, or these and the fused update: of the whole model, and by layer and module."""
+    shapes = bert_shapes(64, 2, 1000) if smoke else bert_shapes(hidden, layers, 30522)
+    grads = conflicting_gradients(shapes, torch.float32)
+    state = [[torch.zeros_like(tensor) for tensor in grads[0]] for _ in range(3)]
+    options = {"step": 1, "lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+
+    def run(parts: list[int] | None, orders: Tensor) -> None:
+        weights, stats = surgery_weights(gram(grads, parts), orders=orders, max_norm=1.0)
+        if with_update:
+            more = {"skip_unless": stats[2], "parts": parts, **options}
+            combine_adamw_(state[0], grads, weights, *state[1:], **more)
+
+    layered = by_layer(shapes, 2 if smoke else layers)
+    functions: dict[str, Callable[[], object]] = {}
+    for name, parts in (("the whole model", None), ("by layer", layered), ("by module", by_module(shapes))):
+        count = 1 if parts is None else max(parts) + 1
+        orders = torch.stack([torch.randperm(TASKS) for _ in range(count * TASKS)])
+        shaped = orders if parts is None else orders.view(count, TASKS, TASKS)
+        functions[name if parts is None else f"{name}, {count} parts"] = partial(run, parts, shaped)
+    for part, matrix in enumerate(gram(grads, layered)):
+        assert torch.equal(matrix, gram([part_of(row, layered, part) for row in grads]))
+    elements = sum(tensor.numel() for tensor in grads[0])
+    what = "with the update" if with_update else "Gram matrices and weights"
+    race(f"PCGrad by parts of the model, {what}, {TASKS} x {elements / 1e6:.1f}M float32", functions)

@@ -100,6 +100,8 @@ class TrainConfig:
             weights, such as TorchJD's weightings, with arguments if need be: MODULE:NAME(c=0.4). That is imported and
             called: from the command line only, unless --allow-code is given there.
         surgery_reduction: whether pcgrad sums the projected gradients or takes their mean.
+        surgery_scope: what has a Gram matrix and weights of its own: the whole model; each layer, as which embeddings,
+            pooler and shared layer count too; or each module that has parameters.
         surgery_groups: tasks whose gradients surgery sees as one, joined by +, such as sst+qqp+sts,cfimdb; left out,
             each task is a group.
         smart: smoothness-inducing adversarial regularisation, and its relatives R3F, SiFT, virtual adversarial training
@@ -197,6 +199,7 @@ class TrainConfig:
     recipe: str | None = None
     surgery: str = "pcgrad"
     surgery_reduction: Literal["sum", "mean"] = "sum"
+    surgery_scope: Literal["model", "layer", "module"] = "model"
     surgery_groups: list[str] | None = None
     smart: SmartConfig = field(default_factory=SmartConfig)
     rdrop: RDropConfig = field(default_factory=RDropConfig)
@@ -272,6 +275,11 @@ class TrainConfig:
             raise UserError(
                 f"--surgery {self.surgery} needs a batch of every task in each step, and --sampling {self.sampling}"
                 " takes one task a step; give --surgery sum, or --sampling joint"
+            )
+        if self.surgery_scope != "model" and not needs_task_gradients(self.surgery):
+            raise UserError(
+                f"--surgery-scope {self.surgery_scope} does nothing with --surgery {self.surgery}, whose weights are"
+                " the same for every part; leave it out, or give another --surgery"
             )
         if self.surgery_groups is not None and self.tasks is not None:
             task_groups(self.find(self.tasks), self.surgery_groups)

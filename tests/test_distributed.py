@@ -27,6 +27,8 @@ CASES = {
     "accumulate": "--accumulate=2 --recipe=pcgrad",
     "low-memory": "--low-memory --recipe=pcgrad",
     "groups": "--recipe=pcgrad --surgery-groups=sst+qqp,sts",
+    "by-layer": "--recipe=pcgrad --surgery-scope=layer",
+    "by-module": "--recipe=gse --surgery-scope=module --shared-layer=linear",
     "weighting": "--recipe=plain --surgery=test_user_weighting:Unseeded",
     "one-task-a-step": "--recipe=plain --sampling=round-robin --optimizers=per-task",
     "batch-norm": "--recipe=pcgrad --shared-layer=transform --heads.sst=layers --heads.sts=concatenated-layers-cosine",

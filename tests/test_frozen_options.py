@@ -44,6 +44,7 @@ OPTIONS = {
         "freeze_layers": 0,
         "surgery": "pcgrad",
         "surgery_reduction": "sum",
+        "surgery_scope": "model",
         "surgery_groups": None,
         "low_memory": False,
         "split_master_weights": False,

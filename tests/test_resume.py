@@ -32,8 +32,8 @@ from minbert.runs.run_directory import Run
 # fmt: off
 FIXED = [
     "tasks", "model", "folds", "fold", "batch_size", "lr", "head_lr", "layer_decay", "seed", "precision", "mode",
-    "freeze_layers", "surgery", "surgery_reduction", "surgery_groups", "low_memory", "accumulate", "cuda_graphs",
-    "loss_weights", "optimizers", "sampling", "sampling_alpha", "sampling_alpha_end", "sampling_weights",
+    "freeze_layers", "surgery", "surgery_reduction", "surgery_scope", "surgery_groups", "low_memory", "accumulate",
+    "cuda_graphs", "loss_weights", "optimizers", "sampling", "sampling_alpha", "sampling_alpha_end", "sampling_weights",
     "epoch_length", "epoch_times", "swap_pairs", "reviews_per_star", "heads", "losses", "l2", "label_smoothing",
     "shared_layer", "pooling", "max_length", "dropout", "head_dropout", "schedule", "warmup", "weight_decay",
     "adam_eps", "clip_norm", "smart.lambda_s", "smart.epsilon", "smart.sigma", "smart.eta", "smart.steps", "smart.norm",
@@ -62,6 +62,7 @@ CHANGED = {  # another value of each option that is not a number or a flag
     "mode": "pretrain",
     "surgery": "mean",
     "surgery_reduction": "mean",
+    "surgery_scope": "layer",
     "surgery_groups": ["sst+qqp", "sts"],
     "loss_weights": {"sst": 2.0},
     "epoch_length": "largest",

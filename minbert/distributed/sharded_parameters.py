@@ -124,6 +124,10 @@ class ShardedParameters:
             {**group, "params": [values for param in group["params"] for values in shards[param]]} for group in groups
         ]
 
+    def by_shard(self, numbers: Mapping[Tensor, int]) -> Mapping[Tensor, int]:
+        """The parameters' numbers, by this rank's part of each (`ParameterShard.values`)."""
+        return {shard.values: numbers[shard.param] for shard in self.shards if shard.param in numbers}
+
     # Gradients ---------------------------------------------------------------------------------------------------
 
     def register_hooks(self, gradients: TaskGradients) -> None:

@@ -33,6 +33,10 @@ class UnshardedParameters:
         """The optimizer's parameter groups."""
         return [dict(group) for group in groups]
 
+    def by_shard(self, numbers: Mapping[Tensor, int]) -> Mapping[Tensor, int]:
+        """The parameters' numbers, by the parameters that the optimizer updates."""
+        return numbers
+
     def register_hooks(self, gradients: TaskGradients) -> None:
         self.gradients = gradients
 

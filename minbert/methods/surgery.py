@@ -77,14 +77,17 @@ class Surgery:
         """Whether the weights are constant: those of the sum or the mean."""
         return not self.projects and self.weighting is None
 
-    def prepare(self, tasks: int, device: torch.device) -> None:
+    def prepare(self, tasks: int, device: torch.device, parts: int | None = None) -> None:
         """Make the state for a run with so many task gradients; needed once before `weights`.
+
+        Args:
+            parts: of the model, where each has weights of its own.
 
         Raises:
             UserError: they are too many for the surgery.
         """
         if self.weighting is not None:
-            self.weighting.prepare(tasks, device)
+            self.weighting.prepare(tasks, device, parts)
 
     def weights(
         self,
@@ -95,13 +98,13 @@ class Surgery:
         agree: Callable[[Tensor], Tensor] = lambda weights: weights,
         losses: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Clipped weights [T], and what else `kernels.surgery_weights` says of them.
+        """Clipped weights [T] or [G, T], and what else `kernels.surgery_weights` says of them.
 
         Waits for no device, except to call a weighting of the user's. The state of a weighting goes on only where the
         update is not skipped.
 
         Args:
-            gram: float64 [T, T].
+            gram: float64 [T, T], or [G, T, T] of G parts of the model, each of which has random numbers of its own.
             generator: what random numbers follow.
             own_square, max_norm: as for `kernels.surgery_weights`.
             agree: gives all processes one's weights; only a user's weighting could give each process others.

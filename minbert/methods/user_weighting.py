@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from minbert.errors import UserError
 from minbert.methods.weighting_state import UnsupportedAttribute, load_state, save_state, state_of
+from minbert.seeds import derive_seed
 
 STATE = "surgery.safetensors"  # file in a checkpoint
 
+State = tuple[dict[str, Any], dict[str, Tensor]] | None  # as from `state_of`
 Weighting = Callable[..., Tensor]  # gram [T, T] -> weights [T], as TorchJD's weightings are; perhaps with losses=
 
 
@@ -78,11 +80,13 @@ class UserWeighting:
         self.needs_losses = has_parameter(weighting, "losses")
         self._state()
 
-    def prepare(self, tasks: int, device: torch.device) -> None:
+    def prepare(self, tasks: int, device: torch.device, parts: int | None = None) -> None:
         """Nothing: the weighting makes its state itself."""
 
     def __call__(self, gram: Tensor, generator: torch.Generator, losses: Tensor | None = None) -> Tensor:
         """The weights [T] for a Gram matrix [T, T], with torch's, numpy's and Python's default generators seeded.
+
+        Of matrices [G, T, T] of G parts of the model it is called for one after the other, and the weights are [G, T].
 
         The weighting is not called for a matrix that is not finite, of a step that is skipped; the weights are then 1.
 
@@ -93,6 +97,8 @@ class UserWeighting:
         Raises:
             UserError: the weighting raised an exception, or did not return one number per task.
         """
+        if gram.dim() == 3:
+            return self._by_part(gram, generator, losses)
         if not gram.isfinite().all():
             return gram.new_ones(len(gram))
         try:
@@ -108,6 +114,23 @@ class UserWeighting:
             self._state()  # checks the attributes that the first call added
         self._called = True
         return weights.detach().to(gram)
+
+    def _by_part(self, grams: Tensor, generator: torch.Generator, losses: Tensor | None) -> Tensor:
+        """The weights of each part of the model, each with seeds of its own.
+
+        Raises:
+            UserError: the weighting keeps a state from call to call, which several parts would share.
+        """
+        before, weights = self._state(), []
+        for part, gram in enumerate(grams):
+            seeded = torch.Generator().manual_seed(derive_seed(generator.initial_seed(), "part", part))
+            weights.append(self(gram, seeded, losses))
+        if len(grams) > 1 and not _equal(before, self._state()):
+            raise UserError(
+                f"--surgery {self.name} keeps a state from call to call, which the parts of --surgery-scope would"
+                " share; leave --surgery-scope out"
+            )
+        return torch.stack(weights)
 
     def save(self, directory: Path) -> None:
         """Write the state, if any, to a checkpoint.
@@ -138,7 +161,7 @@ class UserWeighting:
             problem = f"{path} does not fit --surgery {self.name} ({_one_line(error)})"
             raise UserError(f"{problem}; resume with the weighting that wrote it") from None
 
-    def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def _state(self) -> State:
         try:
             return state_of(self.weighting)
         except UnsupportedAttribute as attribute:
@@ -154,6 +177,14 @@ def has_parameter(function: Callable[..., Any], name: str) -> bool:
         return name in inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
     except (TypeError, ValueError):  # of some functions in C
         return False
+
+
+def _equal(one: State, other: State) -> bool:
+    """Whether two states of `state_of` are the same."""
+    if one is None or other is None:
+        return one is other
+    (values, tensors), (others, their_tensors) = one, other
+    return values == others and all(torch.equal(tensor, their_tensors[name]) for name, tensor in tensors.items())
 
 
 @contextmanager

@@ -70,14 +70,17 @@ def training_step(trainer: Trainer, step: int, progress: float) -> PendingStep:
 
         shared, own = trainer.parameters.wait_for_gradients()  # one gradient per task of shared parameters
         by_group = trainer.losses_by_group(losses, len(sampled)) if surgery.needs_losses else None
-        products = gradient_products(len(gradients.rows), shared, own, losses, group, by_group)  # the Gram matrix
+        parts = trainer.parts  # of the model, for surgery by layer or module
+        products = gradient_products(len(gradients.rows), shared, own, losses, group, by_group, parts)  # Gram matrix
         generator = torch.Generator().manual_seed(derive_seed(batches.seed, "surgery", step, number))
         norms = products.own_square, trainer.clip_norm
         weights, stats = surgery.weights(products.gram, generator, *norms, group.broadcast, products.losses)
         finite = finite * stats[2]
         if trainer.last_update is not None:
             trainer.last_update.result()  # corrects the optimizer's step counts if that update changed nothing
-        counted = optimizer.combined_step(shared, weights, stats[1:2], skip_unless=finite)  # combine, clip and AdamW
+        counted = optimizer.combined_step(  # combine, clip and AdamW
+            shared, weights, stats[1:2], skip_unless=finite, parts=parts.numbers if parts is not None else None
+        )
         trainer.parameters.all_gather()
 
         numbers = step_numbers(losses, products, weights, stats, finite)  # metrics, on their way to the host

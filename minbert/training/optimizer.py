@@ -94,15 +94,17 @@ class AdamW(torch.optim.Optimizer):
         scale: Tensor | None = None,
         *,
         skip_unless: Tensor | None = None,
+        parts: Mapping[Tensor, int] | None = None,
     ) -> list[Tensor]:
         """Update with a weighted sum of task gradients, which is never stored.
 
         Args:
             shared: by parameter, its gradient for each of T tasks; one without any stays as it is.
-            weights: float64 [T].
+            weights: float64 [T]; with `parts` [G, T].
             scale: what the gradients of all other parameters, their `.grad`, are multiplied by: float64 [1].
             skip_unless: a float64 scalar: where it is 0, no parameter and no moment changes. The steps are counted
                 nevertheless; `uncount` corrects that once the host has read the 0.
+            parts: by shared parameter, the number of its part of the model, whose row of the weights it has.
 
         Returns:
             the step counts that were increased, for `uncount`.
@@ -133,6 +135,7 @@ class AdamW(torch.optim.Optimizer):
                     copies=[self.copies.get(param) for param in params] if self.copies else None,
                     low_bits=[self.low_bits.get(param) for param in params] if self.low_bits else None,
                     skip_unless=skip_unless,
+                    parts=[parts[param] for param in params] if is_shared and parts is not None else None,
                 )
         return counted
 

@@ -39,6 +39,7 @@ from minbert.kernels import flight_recorder
 from minbert.methods.surgery import Surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel, pair_encoding
+from minbert.model.parts import parts_of
 from minbert.model.weights import check_shapes
 from minbert.options_by_task import of_task, task_groups, with_head_and_loss
 from minbert.runs.checkpoint import check_fits
@@ -325,8 +326,9 @@ def build_trainer(
     groups = task_groups(data.tasks, config.surgery_groups)
     per_task = any(surgery.per_task for surgery in surgeries)
     rows = len(groups) if per_task else 1
+    parts = parts_of(model, config.surgery_scope)
     for surgery in surgeries:
-        surgery.prepare(rows, group.device)
+        surgery.prepare(rows, group.device, None if parts is None else len(parts.names))
     optimizer, parameters = build_optimizer(config, model, rows, group)
     l2 = {task.name: of_task(config.l2, task.name, 0.0) for task in data.tasks}
     options = loss_options(data.tasks, data.train, config.label_smoothing, group.device)
@@ -362,4 +364,5 @@ def build_trainer(
         surgeries,
         config.clip_norm,
         graphs,
+        parts and parts._replace(numbers=parameters.by_shard(parts.numbers)),
     )

@@ -14,6 +14,7 @@ from minbert.device import describe
 from minbert.distributed.process_group import ProcessGroup
 from minbert.methods.smart import embedding_scale
 from minbert.model import MultitaskModel
+from minbert.model.parts import parts_of
 from minbert.training.setup import TrainingData
 
 
@@ -40,7 +41,11 @@ def kernels_line(device: torch.device) -> str:
 def method_line(config: TrainConfig, model: MultitaskModel) -> str:
     """What is added to the task losses, and how the tasks' gradients become one update."""
     frozen = not any(param.requires_grad for param in model.trunk.parameters())
-    parts = ["no surgery: the encoder is frozen" if frozen else f"surgery {config.surgery}"]
+    surgery = f"surgery {config.surgery}"
+    if (scopes := parts_of(model, config.surgery_scope)) is not None:
+        listed = f" ({', '.join(scopes.names)})" if config.surgery_scope == "layer" else ""
+        surgery += f" of {len(scopes.names)} parts by {config.surgery_scope}{listed}"
+    parts = ["no surgery: the encoder is frozen" if frozen else surgery]
     parts += [
         f"{task.name} with head {task.head} and {task.loss.replace('_', ' ')}"
         for task in model.tasks.values()

@@ -18,6 +18,7 @@ from minbert.distributed.unsharded_parameters import UnshardedParameters
 from minbert.methods.surgery import Surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import MultitaskModel
+from minbert.model.parts import ModelParts
 from minbert.training.batches import Batch, Batches, Examples
 from minbert.training.cuda_graphs import CudaGraphs
 from minbert.training.objective import Losses, Objective
@@ -38,6 +39,7 @@ class Trainer:
         surgeries: the updates of a step.
         clip_norm: gradients are scaled down to this norm; 0 leaves them.
         graphs: run forward and backward as CUDA graphs, where a step is one stream and one batch.
+        parts: of the model, whose numbers are by the parameters that the optimizer updates; None for one.
     """
 
     sample: Callable[[int], Sequence[Examples]]
@@ -48,6 +50,7 @@ class Trainer:
     surgeries: Sequence[Surgery]
     clip_norm: float
     graphs: CudaGraphs | None = None
+    parts: ModelParts | None = None
     last_update: PendingUpdate | None = field(default=None, init=False)
 
     @property
@@ -112,7 +115,7 @@ def cuda_graphs(objective: Objective, gradients: TaskGradients, device: torch.de
 class GradientProducts(NamedTuple):
     """Inner products of the gradients of all ranks, on the device."""
 
-    gram: Tensor  # float64 [T, T]: of the task gradients of the shared parameters
+    gram: Tensor  # float64 [T, T]: of the task gradients of the shared parameters; of parts of the model [G, T, T]
     own_square: Tensor  # float64 []: squared norm of all other gradients; not finite where a loss is not
     perturbations: Tensor  # float64 [streams]: mean norm of SMART's perturbation; empty without SMART
     losses: Tensor | None  # float64 [T]: those given; the same bits on all ranks
@@ -125,6 +128,7 @@ def gradient_products(
     losses: Sequence[Losses],
     group: ProcessGroup,
     by_group: Tensor | None = None,
+    parts: ModelParts | None = None,
 ) -> GradientProducts:
     """Compute the Gram matrix of the task gradients and the other gradients' norm, summed over the ranks at once.
 
@@ -134,24 +138,35 @@ def gradient_products(
         own: the gradients of all other parameters.
         losses: of each stream.
         by_group: `Trainer.losses_by_group`, where a surgery needs it; all ranks get rank 0's.
+        parts: of the model, which have Gram matrices of their own; their numbers are by those parameters.
     """
     by_task = [list(row) for row in zip(*shared.values(), strict=True)] or [[] for _ in range(rows)]
     sizes = [stream.perturbation.view(1) for stream in losses if stream.perturbation is not None]
-    products = [_gram(by_task, group.device).flatten(), _gram([own], group.device).flatten()]
+    count, numbers = (None, None) if parts is None else (len(parts.names), [parts.numbers[param] for param in shared])
+    own_gram, of_tasks = _gram([own], group.device), _gram(by_task, group.device, numbers, count)
+    products = [of_tasks.flatten(), own_gram.flatten()]
     seen = [] if by_group is None else [by_group if group.is_main else torch.zeros_like(by_group)]
     gram, own_square, perturbations, agreed = group.all_reduce_sum(torch.cat([*products, *sizes, *seen])).split(
-        [rows**2, 1, len(sizes), sum(map(len, seen))]
+        [of_tasks.numel(), 1, len(sizes), sum(map(len, seen))]
     )
     total = torch.stack([stream.total.detach() for stream in losses]).sum().double()
     own_square = own_square[0] + (total - total)
-    return GradientProducts(gram.view(rows, rows), own_square, perturbations, agreed if seen else None)
+    if parts is not None:  # what is not finite in one part marks all: a weighting's state stays in each
+        own_square = own_square + (gram - gram).sum()
+    return GradientProducts(gram.view_as(of_tasks), own_square, perturbations, agreed if seen else None)
 
 
-def _gram(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:
+def _gram(
+    rows: Sequence[Sequence[Tensor | None]],
+    device: torch.device,
+    parts: Sequence[int] | None = None,
+    part_count: int | None = None,
+) -> Tensor:
     """`kernels.gram`; zeros on the device where there is no gradient, as of a frozen encoder."""
     if any(grad is not None for row in rows for grad in row):
-        return kernels.gram(rows)
-    return torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
+        return kernels.gram(rows, parts, part_count)
+    of_parts = [] if part_count is None else [part_count]
+    return torch.zeros(*of_parts, len(rows), len(rows), dtype=torch.float64, device=device)
 
 
 def step_numbers(
@@ -168,5 +183,6 @@ def step_numbers(
         numbers["total"].append(stream.total)
     if len(products.perturbations):
         numbers["perturbation"] = list(products.perturbations)
-    numbers |= {"gram": [products.gram], "weights": [weights], "stats": [stats], "updated": [updated]}
+    gram = products.gram if products.gram.dim() == 2 else products.gram.sum(0)  # of the whole model
+    numbers |= {"gram": [gram], "weights": [weights], "stats": [stats], "updated": [updated]}
     return {name: torch.stack(values) for name, values in numbers.items()}

@@ -1,6 +1,7 @@
-// The weights of the tasks by a rule of the literature, for host and device. Each of up to T workers calls the function
-// for one part of the model; `sync` is their barrier. UPGrad has work for all of them, the other rules for the first.
-// The operations are the same everywhere; compilers fuse products and sums in different places, so bits may differ.
+// The weights of the tasks by a rule of the literature, for host and device. Each of up to T workers calls
+// `task_weights` for one part of the model; `sync` is their barrier. UPGrad has work for all of them, the other rules
+// for the first. The operations are the same everywhere; compilers fuse products and sums in different places, so bits
+// may differ.
 #pragma once
 
 #include "fair_weightings.h"
@@ -11,7 +12,7 @@ namespace minbert {
 namespace {
 
 // Whether all Gram matrices, their traces and all losses are finite: one worker's share of them.
-inline MINBERT_HOST_DEVICE bool share_is_finite(const WeightingProblem& problem, int64_t worker, int64_t workers) {
+inline MINBERT_HOST_DEVICE bool are_finite(const WeightingProblem& problem, int64_t worker, int64_t workers) {
   const int64_t tasks = problem.tasks, entries = tasks * tasks;
   bool finite = true;
   for (int64_t part = worker; part < problem.parts; part += workers) {
@@ -70,24 +71,21 @@ inline MINBERT_HOST_DEVICE double plain_weight(WeightingRule rule, int64_t tasks
   return of_sum ? 1 : 1 / static_cast<double>(tasks);
 }
 
+// finite: `are_finite` of all workers' shares.
 template <class Sync>
-inline MINBERT_HOST_DEVICE void task_weights(const WeightingProblem& problem, int64_t part, Scratch scratch,
-                                             int64_t worker, int64_t workers, const Sync& sync) {
+inline MINBERT_HOST_DEVICE void task_weights(const WeightingProblem& problem, int64_t part, bool finite,
+                                             Scratch scratch, int64_t worker, int64_t workers, const Sync& sync) {
   const int64_t tasks = problem.tasks, entries = tasks * tasks;
   const WeightingRule rule = problem.rule;
   const double* const gram = problem.gram + part * entries;
-  double *const weights = problem.weights + part * tasks, *const finite = scratch.take(tasks),
-                *const scaled = scratch.take(entries), *const rows = scratch.take(entries);
-  finite[worker] = share_is_finite(problem, worker, workers);
+  double *const weights = problem.weights + part * tasks, *const scaled = scratch.take(entries),
+                *const rows = scratch.take(entries);
   double trace = 0;
   for (int64_t i = 0; i < tasks; ++i) trace += gram[i * (tasks + 1)];
   for (int64_t i = worker; i < entries; i += workers) scaled[i] = trace > 0 ? gram[i] / trace : 0;
   sync();
-  bool all_finite = true;
-  for (int64_t i = 0; i < workers; ++i) all_finite = all_finite && finite[i] == 1;
-  const bool runs = all_finite && (trace > 0 || problem.losses);
-  const double plain = all_finite ? plain_weight(rule, tasks) : 1;
-  if (!runs) {
+  const double plain = finite ? plain_weight(rule, tasks) : 1;
+  if (!finite || (!(trace > 0) && !problem.losses)) {
     for (int64_t i = worker; i < tasks; i += workers) weights[i] = plain;
     return;
   }
@@ -114,9 +112,8 @@ inline MINBERT_HOST_DEVICE void task_weights(const WeightingProblem& problem, in
   }
   if (worker != 0) return;
   run_rule(rule, of, scratch);
-  bool are_finite = true;
-  for (int64_t i = 0; i < tasks; ++i) are_finite = are_finite && is_finite(weights[i]);
-  for (int64_t i = 0; i < tasks && !are_finite; ++i) weights[i] = plain;
+  for (int64_t i = 0; i < tasks; ++i) finite = finite && is_finite(weights[i]);
+  for (int64_t i = 0; i < tasks && !finite; ++i) weights[i] = plain;
 }
 
 }  // namespace

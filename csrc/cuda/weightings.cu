@@ -8,8 +8,13 @@ namespace minbert {
 namespace {
 
 __global__ void task_weights_kernel(WeightingProblem problem) {
-  double* const scratch = problem.scratch + blockIdx.x * weighting_scratch(problem.tasks);
-  task_weights(problem, blockIdx.x, Scratch{scratch}, threadIdx.x, blockDim.x, [] { __syncthreads(); });
+  Scratch scratch{problem.scratch + blockIdx.x * weighting_scratch(problem.tasks)};
+  double* const shares = scratch.take(problem.tasks);
+  shares[threadIdx.x] = are_finite(problem, threadIdx.x, blockDim.x);
+  __syncthreads();
+  bool finite = true;
+  for (int64_t i = 0; i < problem.tasks; ++i) finite = finite && shares[i] == 1;
+  task_weights(problem, blockIdx.x, finite, scratch, threadIdx.x, blockDim.x, [] { __syncthreads(); });
 }
 
 }  // namespace

@@ -236,6 +236,37 @@ def test_weights_have_the_bits_of_the_reference(tasks: int, reduction: str) -> N
         assert all(same_bits(a, b) for a, b in zip(result, expected, strict=True))
 
 
+@pytest.mark.parametrize("tasks", TASKS)
+def test_each_part_of_the_model_has_the_numbers_of_its_tensors_alone(tasks: int) -> None:
+    grads, parts, count = task_gradients(tasks), [k * 5 % 3 for k in range(len(SIZES))], 4  # part 3 has no tensors
+    weights = randn(count * tasks, 9, torch.float64).view(count, tasks)
+    dtypes = [torch.float64 if k % 7 % 3 == 2 else torch.float32 for k in range(len(SIZES))]
+    state, alone = state_for(dtypes), state_for(dtypes)
+    matrices, sums = gram(grads, parts, count), combine(grads, weights, parts=parts)
+    combine_adamw_(state[0], grads, weights, *state[1:], parts=parts, **OPTIONS)
+    for part in range(3):
+        columns = [k for k, number in enumerate(parts) if number == part]
+        rows = [[row[k] for k in columns] for row in grads]
+        assert same_bits(matrices[part], gram(rows))
+        for k, wanted in zip(columns, combine(rows, weights[part]), strict=True):
+            assert same_bits(sums[k], wanted)
+        of_part = [[tensors[k] for k in columns] for tensors in alone]
+        combine_adamw_(of_part[0], rows, weights[part], *of_part[1:], **OPTIONS)
+    assert not matrices[3].any()
+    for mine, wanted in zip(state, alone, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(mine, wanted, strict=True))
+
+
+@pytest.mark.parametrize("parts", [2, 90])
+def test_weights_by_part_have_the_bits_of_the_reference(parts: int) -> None:
+    rows = torch.randn(parts, 3, 2, generator=torch.Generator().manual_seed(parts), dtype=torch.float64)
+    matrices, orders = rows @ rows.mT, torch.tensor([[2, 1, 0], [0, 2, 1], [1, 0, 2]]).repeat(parts, 1, 1)
+    result = surgery_weights(matrices.to(DEVICE), orders=orders.to(DEVICE), max_norm=0.1)
+    with use_backend("reference"):
+        expected = surgery_weights(matrices, orders=orders, max_norm=0.1)
+    assert all(same_bits(a, b) for a, b in zip(result, expected, strict=True))
+
+
 class Update:
     """PCGrad, clipping and AdamW, all on the device."""
 

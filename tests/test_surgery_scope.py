@@ -248,7 +248,7 @@ def test_what_conflicts_in_no_part_conflicts_nowhere(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["pcgrad", "mgda"])
 def test_parts_may_have_no_common_descent_where_the_whole_model_has(name: str) -> None:
-    """The example of docs/options.md: two parameters, and the gradients (2, -1) and (-1, 2)."""
+    """The example of docs/surgery.md: two parameters, and the gradients (2, -1) and (-1, 2)."""
     parts = torch.tensor([[[2.0], [-1.0]], [[-1.0], [2.0]]], dtype=torch.float64)
     grams = parts @ parts.mT
     (surgery,) = find_surgery(name)

@@ -37,6 +37,7 @@ inline MINBERT_HOST_DEVICE void minimise(const FairProgram& program, double* y, 
   const int64_t n = program.n;
   double *const hessian = scratch.take(n * n), *const gradient = scratch.take(n), *const size = scratch.take(n),
                 *const step = scratch.take(n), *const next = scratch.take(n);
+  // The share of each y that a step leaves at least. With a small power y has to fall far to change c y^-p.
   const double shrinks = program.power < 0.3 ? pow(10, -1 / program.power) : 1e-3;
   for (int64_t i = 0; i < n; ++i) y[i] = 1;
   bool done = program.gradient(y, gradient, size);

@@ -135,6 +135,9 @@ def task_weights(
     Gram matrix of zeros the weights are 1 / T, of "nash-mtl", "config" and "gradvac" 1, and their state does not
     change; rules that need losses have no such case.
 
+    Native code gives the reference's weights up to rounding, and the same bits in every call. Where gradients depend on
+    each other, several weights may give the same update, and another implementation may choose others.
+
     Args:
         gram: float64 [T, T] as from `gram`, or [G, T, T] of G parts of a model, each of which has weights of its own.
             T is 1 to 16.

@@ -100,6 +100,22 @@ def test_parts_have_the_bits_of_calls_of_their_own(isa: str, rule: str, tasks: i
             assert torch.equal(together["state"], torch.stack([each["state"] for each in alone]))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@RULES
+@pytest.mark.parametrize("tasks", [1, 3, 8, 16])
+def test_weights_of_a_gpu_are_those_of_a_cpu(rule: str, tasks: int) -> None:
+    own = arguments(rule, tasks, 6, 4)
+    on_gpu = {name: tensor.cuda() for name, tensor in own.items()}
+    for step in range(3):
+        gradients = rows(tasks, 2 * tasks, step, 4)
+        gram = gradients @ gradients.mT
+        weights = task_weights(gram.cuda(), rule, defaults(rule), **on_gpu)
+        assert close(weights.cpu(), task_weights(gram, rule, defaults(rule), **own))
+    if "state" in own:
+        assert close(on_gpu["state"].cpu(), own["state"])
+
+
 @RULES
 def test_every_call_gives_the_same_bits(isa: str, rule: str) -> None:
     gradients = rows(9, 6, 8)  # dependent

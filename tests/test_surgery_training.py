@@ -47,9 +47,13 @@ def unfinished():
 
 @pytest.fixture(scope="module")
 def runs(shared):
-    """`runs(size)`: the directory with a run of every rule by so many processes."""
-    cases = {name: [*shared[1], *options_of(name)] for name in NAMES}
-    return lambda size: once(shared[0] / f"surgery-{size}", lambda out: train_all(cases, size, out))
+    """`runs(size, scope)`: the directory with a run of every rule by so many processes."""
+
+    def trained(size: int, scope: str = "model") -> Path:
+        cases = {name: [*shared[1], *options_of(name, f"--surgery-scope={scope}")] for name in NAMES}
+        return once(shared[0] / f"surgery-{scope}-{size}", lambda out: train_all(cases, size, out))
+
+    return trained
 
 
 @pytest.fixture
@@ -90,11 +94,13 @@ def test_a_rule_trains_and_records_its_weights_and_its_state(name, runs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scope", ["model", "layer"])
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_give_the_weights_of_one(name, runs):
-    assert_close(runs(1) / name, runs(2) / name)
-    for one, two in zip(*(steps_of(Run(runs(size) / name)) for size in (1, 2)), strict=True):
-        assert two["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-6)
+def test_two_processes_give_the_weights_of_one(name, scope, runs):
+    one, two = (Run(runs(size, scope) / name) for size in (1, 2))
+    assert_close(one.path, two.path)
+    for mine, theirs in zip(steps_of(one), steps_of(two), strict=True):
+        assert theirs["weights"] == pytest.approx(mine["weights"], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -333,23 +339,24 @@ def test_the_start_line_says_the_rule_with_its_options_and_others_do_not_resume_
 
 
 @pytest.mark.parametrize(
-    ("writer", "tasks", "message"),
+    ("writer", "tasks", "parts", "message"),
     [
-        (None, 3, "is missing: the checkpoint holds no state of --surgery famo"),
-        ("dwa", 3, r"holds the state of --surgery dwa\(.*\) with 3 tasks, and this run has famo\(.*\) with 3;"),
-        ("famo(lr=0.5)", 3, r"holds the state of --surgery famo\(lr=0.5.*; resume with the surgery"),
-        ("famo", 2, r"with 2 tasks, and this run has famo\(.*\) with 3; resume with the surgery"),
-        (f"{__name__}:Seen", 3, "holds the state of --surgery another kind"),
-        ("nan", 3, "is damaged; restore it from a copy"),
-        ("bytes", 3, "damaged or cut short"),
+        (None, 3, None, "is missing: the checkpoint holds no state of --surgery famo"),
+        ("dwa", 3, None, r"holds the state of --surgery dwa\(.*\) \(3 tasks, 1 parts\), and this run has famo\("),
+        ("famo(lr=0.5)", 3, None, r"holds the state of --surgery famo\(lr=0.5.*; resume with those that wrote it"),
+        ("famo", 2, None, r"\(2 tasks, 1 parts\), and this run has famo\(.*\) \(3 tasks, 1 parts\); resume with"),
+        ("famo", 3, 4, r"\(3 tasks, 4 parts\), and this run has famo\(.*\) \(3 tasks, 1 parts\); resume with"),
+        (f"{__name__}:Seen", 3, None, "holds the state of --surgery another kind"),
+        ("nan", 3, None, "is damaged; restore it from a copy"),
+        ("bytes", 3, None, "damaged or cut short"),
     ],
 )
-def test_a_state_that_does_not_fit_is_one_line(writer, tasks, message, tmp_path):
+def test_a_state_that_does_not_fit_is_one_line(writer, tasks, parts, message, tmp_path):
     if writer == "bytes":
         (tmp_path / STATE).write_bytes(b"\xff" * 100)
     elif writer is not None:
         (other,) = find_surgery("famo" if writer == "nan" else writer)
-        other.prepare(tasks, CPU)
+        other.prepare(tasks, CPU, parts)
         if writer == "nan":
             other.weighting.state[0] = math.nan
         other.weighting.save(tmp_path)

@@ -26,7 +26,7 @@ class BuiltInWeighting:
 
     def __init__(self, rule: Weighting) -> None:
         self.rule, self.needs_losses = rule, rule.needs_losses
-        self.tasks = 0
+        self.tasks = self.parts = 0
         self.state: Tensor | None = None
 
     def prepare(self, tasks: int, device: torch.device, parts: int | None = None) -> None:
@@ -40,7 +40,7 @@ class BuiltInWeighting:
                 f"--surgery {self.rule} takes at most {MOST_TASKS} gradients, and {tasks} tasks have one each;"
                 " join some by --surgery-groups, or give --surgery pcgrad, mean or sum"
             )
-        self.tasks, self.state = tasks, self.rule.state(tasks, parts, device)
+        self.tasks, self.parts, self.state = tasks, parts or 1, self.rule.state(tasks, parts, device)
 
     def __call__(self, gram: Tensor, generator: torch.Generator, losses: Tensor | None = None) -> Tensor:
         """The weights [T] for a Gram matrix [T, T]; the state changes, unless a number of the matrix is not finite."""
@@ -55,7 +55,7 @@ class BuiltInWeighting:
         """Load the state from a checkpoint.
 
         Raises:
-            UserError: the checkpoint has none, or that of another surgery or number of tasks; or it is damaged.
+            UserError: the checkpoint has none, a damaged one, or that of another surgery or number of tasks or parts.
         """
         if self.state is None:
             return
@@ -65,16 +65,19 @@ class BuiltInWeighting:
                 f"{path} is missing: the checkpoint holds no state of --surgery {self.rule}; start a new run"
             )
         with open_safetensors(path) as file:
-            written = {"rule": "another kind", "tasks": "?"} | (file.metadata() or {})
+            written, expected = file.metadata() or {}, self._metadata()
             state = file.get_tensor("state") if "state" in file.keys() else torch.empty(0)  # noqa: SIM118
-        if {name: written[name] for name in ("rule", "tasks")} != self._metadata() or state.shape != self.state.shape:
+        if written != expected or state.shape != self.state.shape:
+            was, now = (
+                f"{each.get('rule', 'another kind')} ({each.get('tasks', '?')} tasks, {each.get('parts', '?')} parts)"
+                for each in (written, expected)
+            )
             raise UserError(
-                f"{path} holds the state of --surgery {written['rule']} with {written['tasks']} tasks, and this run"
-                f" has {self.rule} with {self.tasks}; resume with the surgery and the tasks that wrote it"
+                f"{path} holds the state of --surgery {was}, and this run has {now}; resume with those that wrote it"
             )
         if state.dtype != self.state.dtype or not state.isfinite().all():
             raise UserError(f"{path} is damaged; restore it from a copy, or use another checkpoint")
         self.state.copy_(state)
 
     def _metadata(self) -> dict[str, str]:
-        return {"rule": str(self.rule), "tasks": str(self.tasks)}
+        return {"rule": str(self.rule), "tasks": str(self.tasks), "parts": str(self.parts)}

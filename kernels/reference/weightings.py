@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
-from scipy.optimize import brentq, nnls
+from scipy.optimize import brentq, lsq_linear, nnls
 from scipy.special import softmax
 from torch import Tensor
 
@@ -91,9 +91,18 @@ def _dualproj(given: Given, eps: float) -> Array:
 
 
 def _dual_projection(given: Given, least: Array, eps: float) -> Array:
-    """The v >= least with the least v' (G + eps I) v: with z = v - least, least squares with z >= 0."""
-    root = np.linalg.cholesky(given.gram + eps * np.eye(len(least))).T  # |root v|^2 is what is minimised
-    return least + nnls(root, -root @ least)[0]
+    """The v >= least with the least v' (G + eps I) v: with x = v - least, least squares with x >= 0.
+
+    It gives which x are 0, and the others are solved for once more. (scipy's nnls errs for gradients of very different
+    norms.)
+    """
+    regular = given.gram + eps * np.eye(len(least))
+    root = np.linalg.cholesky(regular).T  # |root v|^2 is what is minimised
+    lengths = np.linalg.norm(root, axis=0)
+    free = lsq_linear(root / lengths, -root @ least, (0, np.inf), method="bvls", tol=1e-15).active_mask == 0
+    v = least.copy()
+    v[free] -= np.linalg.solve(regular[np.ix_(free, free)], (regular @ least)[free])
+    return v
 
 
 def _mgda(given: Given) -> Array:

@@ -14,11 +14,15 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from course import write_course_data
 from groups import SMALL, quick_options, quickly
 
 from minbert import kernels
 from minbert.device import resolve_precision
+
+if not torch.cuda.is_available():  # for tests/triton, before a module of other tests imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

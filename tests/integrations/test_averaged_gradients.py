@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from pathlib import Path
 
@@ -117,6 +118,9 @@ def _rank(rank: int, folder: Path) -> None:
     means = averaged(values, None)
     results["means"] = [mean.flatten().tolist() for mean in means], [mean.stride() for mean in means]
     torch.save(results, folder / f"rank{rank}.pt")
+    # DistributedDataParallel as a group's last owner waits, with Python's lock held, for threads that may wait for it.
+    del model, optimizer
+    gc.collect()
     dist.destroy_process_group()
 
 
@@ -129,7 +133,7 @@ def ranks(tmp_path_factory) -> list[dict]:
         process.start()
     try:
         for process in group:
-            process.join(120)
+            process.join(240)
         assert [process.exitcode for process in group] == [0, 0]
     finally:
         for process in group:

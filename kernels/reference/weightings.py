@@ -148,7 +148,7 @@ def _cagrad(given: Given, c: float) -> Array:
 
     if beyond(LEAST_NORM) < 0:
         return np.zeros_like(middle)
-    norm = brentq(beyond, LEAST_NORM, 2.0, xtol=1e-300, rtol=1e-15)  # the norms of the gradients are at most 1
+    norm = brentq(beyond, LEAST_NORM, 2.0, xtol=1e-300, rtol=1e-15, maxiter=5000)  # no gradient is longer than 1
     return given.mean + radius / norm * inner(norm)
 
 

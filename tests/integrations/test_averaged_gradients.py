@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from spawned_ranks import run_two_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -127,17 +127,7 @@ def _rank(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("spawn")
-    group = [context.Process(target=_rank, args=(rank, folder)) for rank in range(2)]
-    for process in group:
-        process.start()
-    try:
-        for process in group:
-            process.join(240)
-        assert [process.exitcode for process in group] == [0, 0]
-    finally:
-        for process in group:
-            process.kill()
+    run_two_ranks(_rank, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import socket
 from pathlib import Path
 
 import pytest
 import torch
+from spawned_ranks import run_two_ranks
 from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="needs transformers, of the extra [test]")
@@ -197,17 +197,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    group = [context.Process(target=_rank, args=(rank, tmp_path, port)) for rank in range(2)]
-    for process in group:
-        process.start()
-    try:
-        for process in group:
-            process.join(240)
-        assert [process.exitcode for process in group] == [0, 0]
-    finally:
-        for process in group:
-            process.kill()
+    run_two_ranks(_rank, tmp_path, port)
     run = trainer(tmp_path, Both(), per_device_train_batch_size=8, optim="sgd")
     run.train()
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

@@ -216,7 +216,8 @@ def embedding(
     """dropout(LayerNorm(word + token type + position)) for every token (Devlin et al. 2019, section 3).
 
     Args:
-        token_ids, token_type_ids, position_ids: int64 [N], rows of the three tables.
+        token_ids, token_type_ids, position_ids: int64 [N], rows of the three tables. On a GPU they are not checked, and
+            compiled code gives NaN to a token with an id outside its table.
         word, token_type, position: float [V, D], [types, D], [positions, D], of one dtype; or T views of each.
         weight, bias: float [D], of the layer norm; or T views of each.
         eps: added to the variance.

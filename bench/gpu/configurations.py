@@ -180,6 +180,7 @@ def _row_wise(
     *,
     p: float | None = None,
     options: Mapping[str, Any] = row_tiles.OPTIONS,
+    constants: Mapping[str, Any] | None = None,
 ) -> Compilation:
     """A kernel with tiles of that shape.
 
@@ -187,9 +188,10 @@ def _row_wise(
         activations: the arguments that are tensors of `dtype`.
         others: argument -> type.
         p: of dropout, for kernels with dropout.
+        constants: further ones of the kernel.
     """
     types = {**dict.fromkeys(activations, POINTERS[dtype]), **others}
-    constants: dict[str, Any] = {"SHAPE": shape}
+    constants = {**(constants or {}), "SHAPE": shape}
     if "numbers" in kernel.arg_names and "numbers" not in types:
         constants["numbers"] = None
     title = f"{name}, {POINTERS[dtype][1:]}, {shape.columns} columns"
@@ -243,13 +245,14 @@ def _embedding() -> Iterator[Compilation]:
     tables |= ids | dict.fromkeys(("weight", "mean_rstd"), "*fp32")
     forward: dict[str, Any] = {**tables, "bias": "*fp32", "end": "i32", "eps": "fp32"}
     backward = {**tables, **dict.fromkeys(("d_total", "partials"), "*fp32"), **CHUNKS}
+    sizes = {"SIZES": (30522, 2, 512)}
     for columns, dtype, p in _cases():
         case = row_tiles.whole(columns), dtype
-        yield _row_wise("embedding forward", embedding.forward_kernel, *case, ("y",), forward, p=p)
+        yield _row_wise("embedding forward", embedding.forward_kernel, *case, ("y",), forward, p=p, constants=sizes)
         kernel, roomy = embedding.backward_kernel, row_tiles.ROOMY
-        yield _row_wise("embedding backward", kernel, *case, ("d_y",), backward, p=p, options=roomy)
+        yield _row_wise("embedding backward", kernel, *case, ("d_y",), backward, p=p, options=roomy, constants=sizes)
     numbers: dict[str, Any] = {**ids, "keys": "*i32", "bounds": segment_sums.signature(3), "count": "i32"}
-    constants: dict[str, Any] = {"SIZES": (30522, 2, 512), "TOKENS": embedding.TOKENS}
+    constants: dict[str, Any] = {**sizes, "TOKENS": embedding.TOKENS}
     aligned: tuple[str, ...] = (*ids, "keys")
     yield Compilation("numbers of the tables' rows", embedding.number_rows_kernel, numbers, constants, aligned, 4, 3)
     joined = {"keys": "*i32", "out": "*fp32", "parts": "*fp32", "entries": "i32"}

@@ -28,26 +28,38 @@ TOKENS = 1024  # of a program that numbers rows
 
 
 @triton.jit
-def _gather(table, ids, row, end, SHAPE: tl.constexpr):
-    """The rows of the table that ids `row` to `end` name."""
+def _gather(table, ids, SIZE: tl.constexpr, row, end, SHAPE: tl.constexpr):
+    """The rows of a table of SIZE rows that ids `row` to `end` name, or 0, and [rows, 1] whether the table has them."""
     below = row + tl.arange(0, SHAPE.rows)[:, None]
-    offset = tl.load(ids + below, mask=below < end, other=0) * SHAPE.columns
+    index = tl.load(ids + below, mask=below < end, other=0)
+    known = (index >= 0) & (index < SIZE)
+    offset = index * SHAPE.columns
     tile = ()
     for part in tl.static_range(tl.constexpr(SHAPE.parts)):
         column = part * SHAPE.block + tl.arange(0, SHAPE.block)[None, :]
-        mask = (below < end) & (column < SHAPE.columns)
+        mask = (below < end) & known & (column < SHAPE.columns)
         tile = tile + (tl.load(table + offset + column, mask=mask, other=0.0).to(tl.float32),)
-    return tile
+    return tile, known
 
 
 @triton.jit
 def _total(
-    token_ids, token_type_ids, position_ids, word_table, token_type_table, position_table, row, end, SHAPE: tl.constexpr
+    token_ids,
+    token_type_ids,
+    position_ids,
+    word_table,
+    token_type_table,
+    position_table,
+    SIZES: tl.constexpr,
+    row,
+    end,
+    SHAPE: tl.constexpr,
 ):
-    total = row_tiles.add(
-        _gather(word_table, token_ids, row, end, SHAPE), _gather(token_type_table, token_type_ids, row, end, SHAPE)
-    )
-    return row_tiles.add(total, _gather(position_table, position_ids, row, end, SHAPE))
+    """The sums of three rows each, and [rows, 1] whether all tables have theirs."""
+    words, known_word = _gather(word_table, token_ids, SIZES[0], row, end, SHAPE)
+    types, known_type = _gather(token_type_table, token_type_ids, SIZES[1], row, end, SHAPE)
+    positions, known_position = _gather(position_table, position_ids, SIZES[2], row, end, SHAPE)
+    return row_tiles.add(row_tiles.add(words, types), positions), known_word & known_type & known_position
 
 
 @triton.jit(do_not_specialize=["end", "stream_id"])
@@ -67,14 +79,16 @@ def forward_kernel(
     seed,
     scale,
     stream_id,
+    SIZES: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
     row = tl.program_id(0) * SHAPE.rows
-    total = _total(
-        token_ids, token_type_ids, position_ids, word_table, token_type_table, position_table, row, end, SHAPE
+    total, known = _total(
+        token_ids, token_type_ids, position_ids, word_table, token_type_table, position_table, SIZES, row, end, SHAPE
     )
     mean, rstd = layer_norm.mean_and_rstd(total, eps, SHAPE)
+    mean = tl.where(known, mean, float("nan"))
     layer_norm.store_mean_rstd(mean_rstd, mean, rstd, row, end, SHAPE)
     normed = layer_norm.affine(layer_norm.normalise(total, mean, rstd), weight, bias, SHAPE)
     kept = row_tiles.keep(seed, stream_id, row, THRESHOLD, SHAPE)
@@ -99,6 +113,7 @@ def backward_kernel(
     seed,
     scale,
     stream_id,
+    SIZES: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
@@ -107,8 +122,17 @@ def backward_kernel(
     row = start
     while row < end:
         mean, rstd = layer_norm.load_mean_rstd(mean_rstd, row, end, SHAPE)
-        total = _total(
-            token_ids, token_type_ids, position_ids, word_table, token_type_table, position_table, row, end, SHAPE
+        total, _ = _total(
+            token_ids,
+            token_type_ids,
+            position_ids,
+            word_table,
+            token_type_table,
+            position_table,
+            SIZES,
+            row,
+            end,
+            SHAPE,
         )
         normed = layer_norm.normalise(total, mean, rstd)
         kept = row_tiles.keep(seed, stream_id, row, THRESHOLD, SHAPE)
@@ -123,7 +147,8 @@ def backward_kernel(
 def number_rows_kernel(
     token_ids, token_type_ids, position_ids, keys, bounds, count, SIZES: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """keys [3, N]: the row, of the gradients of all tables and tasks one below the other, that gets a token's."""
+    """keys [3, N]: the row, of the gradients of all tables and tasks one below the other, that gets a token's; -1 where
+    its table has no such row."""
     ids = (token_ids, token_type_ids, position_ids)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     task = tl.full([TOKENS], 0, tl.int64)
@@ -131,7 +156,8 @@ def number_rows_kernel(
         task += (token >= segment_sums.bound(bounds, other)).to(tl.int64)
     first = 0
     for i in tl.static_range(3):
-        row = first + task * SIZES[i] + tl.load(ids[i] + token, mask=token < count, other=0)
+        index = tl.load(ids[i] + token, mask=token < count, other=0)
+        row = tl.where((index >= 0) & (index < SIZES[i]), first + task * SIZES[i] + index, -1)
         tl.store(keys + i * count + token, row.to(tl.int32), mask=token < count)
         first += (len(bounds) - 1) * SIZES[i]
 
@@ -207,13 +233,17 @@ def forward(
     stream_id: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and each token's mean and 1 / standard deviation, float32 [N, 2]."""
+    """The output, and each token's mean and 1 / standard deviation, float32 [N, 2].
+
+    A token with an id outside its table gets NaN: the ids cannot be checked on the host without waiting for the GPU.
+    """
     tokens, shape = len(ids[0]), row_tiles.whole(len(weight))
     y, mean_rstd = weight.new_empty(tokens, len(weight), dtype=dtype), weight.new_empty(tokens, 2)
     drop = row_tiles.dropout_arguments(p, seed, stream_id)
     grid = (triton.cdiv(tokens, shape.rows),)
+    constants = {"SIZES": tuple(map(len, tables)), "SHAPE": shape}
     forward_kernel[grid](
-        *ids, *tables, weight, bias, y, mean_rstd, tokens, eps, **drop, SHAPE=shape, **row_tiles.launch(shape)
+        *ids, *tables, weight, bias, y, mean_rstd, tokens, eps, **drop, **constants, **row_tiles.launch(shape)
     )
     return y, mean_rstd
 
@@ -230,17 +260,17 @@ def backward(
     stream_id: int,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the tables, one below the other: T of the words, T of the token types, T of the positions, all
-    float32; and of T weights and biases, float32 [T, 2, D]."""
+    float32; and of T weights and biases, float32 [T, 2, D]. A token with an id outside its table adds to none of them.
+    """
     shape = row_tiles.whole(len(weight))
     chunk = segment_sums.chunk_rows(bounds, shape.rows, layer_norm.PROGRAMS)
     d_total = torch.empty_like(d_y, dtype=torch.float32)
     partials = weight.new_empty(segment_sums.chunks(bounds, chunk), 2, len(weight))
     drop = row_tiles.dropout_arguments(p, seed, stream_id)
     tensors = (d_y, *ids, *tables, weight, mean_rstd, d_total, partials)
-    backward_kernel[(len(partials),)](
-        *tensors, segment_sums.arguments(bounds), chunk, **drop, SHAPE=shape, **row_tiles.launch(shape, row_tiles.ROOMY)
-    )
-    sizes = tuple(len(table) for table in tables)
+    sizes = tuple(map(len, tables))
+    constants = {"SIZES": sizes, "SHAPE": shape, **row_tiles.launch(shape, row_tiles.ROOMY)}
+    backward_kernel[(len(partials),)](*tensors, segment_sums.arguments(bounds), chunk, **drop, **constants)
     d_tables = weight.new_zeros((len(bounds) - 1) * sum(sizes), len(weight))
     _add_rows(d_total, _numbers(ids, bounds, sizes), d_tables)
     return d_tables, layer_norm.sum_up(partials, bounds, chunk)

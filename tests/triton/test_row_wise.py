@@ -259,6 +259,31 @@ def test_rows_are_added_wherever_their_runs_begin_and_end(ids, device):
     assert torch.equal(out.cpu(), torch.zeros(50, columns).index_add_(0, of_tables.flatten(), values.repeat(3, 1)))
 
 
+def test_tokens_with_ids_outside_their_tables_get_nan_and_change_nothing_else(device):
+    """Each table is the middle of a larger one, as other tensors' memory lies around it."""
+    ids, _, (*tables, weight, bias) = case("embedding", 12, 64, torch.float32)
+    around = [torch.cat([torch.ones(2, 64), table, torch.ones(2, 64)]).to(device) for table in tables]
+    inside = [table[2:-2] for table in around]
+    wrong = [index.clone() for index in ids]
+    for number, (index, size) in enumerate(zip(wrong, TABLES, strict=True)):
+        index[2 * number], index[2 * number + 1] = -1, size
+    bounds, grad = [0, 7, 12], randn(12, 64, seed=99).to(device)
+    drop = 0.3, torch.tensor(SEED, device=device), STREAM_ID
+    found = []
+    for given in (ids, wrong):
+        given, params = [index.to(device) for index in given], (weight.to(device), bias.to(device))
+        y, mean_rstd = embedding.forward(given, inside, *params, EPS, *drop, torch.float32)
+        d_tables, _ = embedding.backward(grad, given, inside, params[0], mean_rstd, bounds, *drop)
+        found.append((y.cpu(), d_tables.cpu()))
+    (y, d_tables), (y_wrong, d_wrong) = found
+    assert torch.equal(y_wrong[6:], y[6:])
+    assert y_wrong[:6].isnan().all()
+    rows = torch.stack([index[:6] for index in ids]) + torch.tensor([0, 2 * TABLES[0], 2 * sum(TABLES[:2])])[:, None]
+    others = torch.ones(len(d_tables), dtype=torch.bool)
+    others[rows.flatten()] = False
+    assert torch.equal(d_wrong[others], d_tables[others])
+
+
 def test_integers_never_make_triton_compile_anew():
     assert all(value % 2 == 1 and value > 1 for value in segment_sums.arguments(range(100)))
 

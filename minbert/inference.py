@@ -115,7 +115,11 @@ def in_batches(
         compute: a row for each example of a batch, from its packed stream and its number of examples.
         group: who shares the work, all of them with the same model.
         count: called with the numbers of examples and tokens of each batch after it.
+
+    Raises:
+        ValueError: an id outside the encoder's tables.
     """
+    model.encoder.check_ids(encoded.id_ranges)
     group = group or ProcessGroup()
     training = model.training
     model.eval()

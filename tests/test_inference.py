@@ -34,6 +34,14 @@ def examples(lengths: list[int], seed: int = 0) -> Encoded:
     return Encoded(ids, np.zeros(len(ids), np.uint8), offsets, None, [str(i) for i in range(len(lengths))], 0)
 
 
+@pytest.mark.parametrize("array", ["token_ids", "token_type_ids"])
+def test_ids_outside_the_encoders_tables_are_refused_before_a_batch_goes_to_the_device(model, array):
+    encoded = examples([3, 9])
+    getattr(encoded, array)[7] = 50
+    with pytest.raises(ValueError, match="id 50 is outside the encoder's table of"):
+        inference.in_batches(model, encoded, torch.device("meta"), lambda packed, n: pytest.fail("it was computed"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("library", ["blas", "onednn"])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.model import HEADS
-from minbert.training.setup import TrainingData, build_data, build_model, build_optimizer, build_plan
+from minbert.training.setup import TrainingData, build_data, build_model, build_optimizer, build_plan, build_trainer
 
 SCRATCH = ScratchConfig(
     vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
@@ -114,6 +116,16 @@ def test_matrices_have_copies_in_half_precision_where_one_backward_gives_the_gra
         config = config_of(course_data, precision="bf16", **options)
         optimizer, parameters = build_optimizer(config, build_model(config, data), 3, ProcessGroup())
         assert len(parameters.copies) == len(optimizer.copies) == expected
+
+
+def test_training_examples_with_ids_outside_the_encoders_tables_are_refused(course_data, data):
+    config = config_of(course_data)
+    model, examples = build_model(config, data), data.train["sst"]
+    ids = examples.token_ids.copy()
+    ids[5] = model.encoder.config.vocab_size
+    data.train["sst"] = replace(examples, token_ids=ids)
+    with pytest.raises(ValueError, match=f"token id {ids[5]} is outside the encoder's table of {ids[5]}"):
+        build_trainer(config, data, build_plan(config, data), model, [], ProcessGroup())
 
 
 def test_a_plan_has_the_steps_of_the_smallest_task(course_data, data):

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from minbert.data.examples import Examples
 from minbert.data.line_reader import shorten
-from minbert.data.packing import Packed, length_bucket, pack_flat, padding_lengths
+from minbert.data.packing import IdRanges, Packed, id_ranges, length_bucket, pack_flat, padding_lengths
 from minbert.data.skipped import SHOWN
 from minbert.files.cache_directory import TEMPORARY, cache_directory, cache_limit, keep_within_limit, touch
 from minbert.tasks import PAIR_ENCODINGS
@@ -59,6 +59,11 @@ class Encoded:
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64 [n]."""
         return np.diff(self.offsets[:: self.width])
+
+    @property
+    def id_ranges(self) -> IdRanges:
+        """For `Encoder.check_ids`: batches of these examples are not checked again where they are on a GPU."""
+        return id_ranges(self.token_ids, self.token_type_ids)
 
     @property
     def without_tokens(self) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,19 @@ from minbert.kernels import AttentionPlan, attention_plan
 # met again soon. A task's 32 sequences of the real data have 900 tokens, give or take 70.
 TOKEN_BUCKET = 128
 SHORTEST_BUCKET = 32  # of the longest sequence's
+
+
+class IdRanges(NamedTuple):
+    """The smallest and the largest of some tokens' ids, and of their types'."""
+
+    token_ids: tuple[int, int]
+    token_type_ids: tuple[int, int]
+
+
+def id_ranges(token_ids: np.ndarray, token_type_ids: np.ndarray) -> IdRanges:
+    """Those of at least one token."""
+    tokens, types = ((int(ids.min()), int(ids.max())) for ids in (token_ids, token_type_ids))
+    return IdRanges(tokens, types)
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class Packed:
     # Of T tasks, task t has sequences sequence_bounds[t] to [t + 1], and tokens token_bounds[t] to [t + 1].
     sequence_bounds: tuple[int, ...] | None = None
     token_bounds: tuple[int, ...] | None = None
+    id_ranges: IdRanges | None = None  # of `pack`: ids that are on a GPU are checked by them, which waits for nothing
 
     @property
     def lengths(self) -> Tensor:
@@ -95,6 +110,7 @@ class Packed:
             self.padding,
             clipped(self.sequence_bounds, start, end),
             clipped(self.token_bounds, first, last),
+            self.id_ranges,
         )
 
 
@@ -119,7 +135,8 @@ def pack(token_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[i
         raise ValueError("token_type_ids must have one entry for every token of token_ids")
     else:
         types = np.concatenate([np.asarray(row, np.int64) for row in token_type_ids])
-    return pack_flat(np.concatenate([np.asarray(row, np.int64) for row in token_ids]), types, lengths)
+    ids = np.concatenate([np.asarray(row, np.int64) for row in token_ids])
+    return replace(pack_flat(ids, types, lengths), id_ranges=id_ranges(ids, types))
 
 
 def pack_flat(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minbert import kernels
-from minbert.data.packing import Packed
+from minbert.data.packing import IdRanges, Packed
 from minbert.files.hub import WEIGHTS, checkpoint_directory
 from minbert.model.config import EncoderConfig
 from minbert.model.encoder_blocks import STREAM_IDS_PER_LAYER, Embeddings, Layer, Projection
@@ -233,24 +233,42 @@ class Encoder(nn.Module):
         return draw_seed(self._word.device) if seed is None and self.training else seed
 
     def check(self, packed: Packed) -> None:
-        """Check that positions and ids lie in the embedding tables: ids on the CPU only, where that waits for nothing.
+        """Check that positions and ids lie in the embedding tables.
+
+        Ids on a GPU are not read, which would wait for it: they are checked by what `pack` found. Without that, a token
+        with an id outside its table gets NaN (`kernels.embedding`).
 
         Raises:
             ValueError: one does not.
         """
-        config = self.config
-        if packed.max_seqlen > config.max_position_embeddings:
+        if packed.max_seqlen > self.config.max_position_embeddings:
             raise ValueError(
                 f"a sequence of {packed.max_seqlen} tokens is longer than the encoder's max_position_embeddings,"
-                f" {config.max_position_embeddings}; truncate it (max_length of Tokenizer.encode_batch)"
+                f" {self.config.max_position_embeddings}; truncate it (max_length of Tokenizer.encode_batch)"
             )
-        if packed.token_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
-        for name, ids, size, remedy in (
-            ("token", packed.token_ids, config.vocab_size, "use the tokenizer of the same checkpoint"),
-            ("token type", packed.token_type_ids, config.type_vocab_size, "encode single texts, not pairs"),
+        ranges = packed.id_ranges
+        if packed.token_ids.device.type == "cpu":
+            ranges = IdRanges(*(_range(ids) for ids in (packed.token_ids, packed.token_type_ids)))
+        if ranges is not None:
+            self.check_ids(ranges)
+
+    def check_ids(self, ranges: IdRanges) -> None:
+        """Check that ids of tokens and their types lie in the embedding tables.
+
+        Raises:
+            ValueError: one does not.
+        """
+        for name, (low, high), size, remedy in (
+            ("token", ranges.token_ids, self.config.vocab_size, "use the tokenizer of the same checkpoint"),
+            ("token type", ranges.token_type_ids, self.config.type_vocab_size, "encode single texts, not pairs"),
         ):
-            low, high = (int(end) for end in torch.aminmax(ids))
             if low < 0 or high >= size:
                 wrong = low if low < 0 else high
                 raise ValueError(f"{name} id {wrong} is outside the encoder's table of {size}; {remedy}")
+
+
+def _range(ids: Tensor) -> tuple[int, int]:
+    low, high = torch.aminmax(ids)
+    return int(low), int(high)

@@ -322,7 +322,13 @@ def build_trainer(
     surgeries: list[Surgery],
     group: ProcessGroup,
 ) -> Trainer:
-    """Everything that a training step works with."""
+    """Everything that a training step works with.
+
+    Raises:
+        ValueError: an id of a training example is outside the encoder's tables.
+    """
+    for examples in data.train.values():
+        model.encoder.check_ids(examples.id_ranges)
     groups = task_groups(data.tasks, config.surgery_groups)
     per_task = any(surgery.per_task for surgery in surgeries)
     rows = len(groups) if per_task else 1

@@ -264,6 +264,21 @@ def test_ids_outside_their_table_are_refused(tiny_config: EncoderConfig, wrong: 
         Encoder(replace(tiny_config, type_vocab_size=1))(pack([[1, 2]], [[0, wrong % 7]]))
 
 
+@pytest.mark.parametrize("wrong", [-1, 50])
+def test_ids_on_a_gpu_are_checked_by_what_was_packed(tiny_config: EncoderConfig, wrong: int) -> None:
+    """The meta device has no numbers to read, as a GPU has none without waiting for it."""
+    encoder, stream = Encoder(tiny_config), pack([[1, 2], [3]])
+    encoder.check(stream.to("meta"))
+    with pytest.raises(ValueError, match=f"token id {wrong} is outside the encoder's table of 50"):
+        encoder.check(pack([[1, 2], [wrong]]).to("meta"))
+    with pytest.raises(ValueError, match="token type id 2 is outside the encoder's table of 2"):
+        encoder.check(pack([[1, 2]], [[0, 2]]).to("meta"))
+    unknown = replace(pack([[wrong]]), id_ranges=None)
+    encoder.check(unknown.to("meta"))
+    with pytest.raises(ValueError, match=f"token id {wrong}"):
+        encoder.check(unknown)
+
+
 def test_compute_dtype_other_than_the_parameters_or_bfloat16_is_refused(tiny_config: EncoderConfig) -> None:
     encoder = Encoder(tiny_config)
     assert encoder.compute_dtype == torch.float32

@@ -29,16 +29,22 @@ except ImportError:  # Windows
 def resolve_device(name: str) -> torch.device:
     """The device called `name`: auto, cpu, cuda or cuda:N. Of several processes on a machine each has a GPU of its own.
 
-    auto is the CPU where the GPU is older than minbert's kernels take; a line on standard error says so.
+    auto is the CPU where the GPU is older than minbert's kernels take; a line on standard error says so. Several
+    processes take the same: where one's GPU is that old, all of the machine's are on the CPU.
 
     Raises:
         UserError: no such device here, or a GPU that is too old.
     """
-    own = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"  # of torchrun's processes
+    rank = os.environ.get("LOCAL_RANK")  # of torchrun's processes
+    own = "cuda" if rank is None else f"cuda:{rank}"
     if name == "auto":
         name = own if torch.cuda.is_available() else "cpu"
-        if name != "cpu" and (old := too_old(torch.device(name))) is not None:
-            _warn_once(f"the CPU is used: minbert {old}")
+        ranks = range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        everyones = ["cuda"] if rank is None else [f"cuda:{other}" for other in ranks]
+        old = next(filter(None, map(too_old, map(torch.device, everyones))), None)
+        if name != "cpu" and old is not None:
+            if rank in (None, "0"):
+                _warn_once(f"the CPU is used: minbert {old}")
             name = "cpu"
     if name == "cuda":
         name = own
@@ -65,7 +71,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
+        fast = too_old(device) is None  # older GPUs emulate bf16
     else:
         features = kernels.native.cpu_features()
         fast = features["avx512_bf16"] or features["amx_bf16"]

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_gpus import NAME, forget, pretend
 
-from minbert import evaluate, predict, train
+from minbert import cli, doctor, evaluate, predict, train
 from minbert.model import HEADS
 
 
@@ -113,3 +114,29 @@ def test_idle_threads_spin_briefly_unless_the_user_says_otherwise(given, expecte
     command = [sys.executable, "-c", "import minbert, os; print(os.environ.get('GOMP_SPINCOUNT'))"]
     result = subprocess.run(command, env={**environment, **given}, capture_output=True, text=True)
     assert result.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("command", [train, evaluate, predict, doctor], ids=lambda module: module.__name__)
+def test_a_gpu_that_is_too_old_is_refused_by_every_command_in_one_line(command, run, course_data, monkeypatch, capsys):
+    options = {
+        train: [f"--data={course_data}"],
+        evaluate: [str(run)],
+        predict: [str(run), "--task=sst", f"--input={course_data / 'ids-sst-dev.csv'}"],
+        doctor: ["--check"],
+    }
+    pretend(monkeypatch, (7, 5))
+    with pytest.raises(SystemExit) as stop:
+        cli.run(command.main, [*options[command], "--device=cuda"])
+    assert stop.value.code == 2
+    needed = f"minbert needs a GPU of compute capability 8.0 or newer, and {NAME} has 7.5"
+    assert capsys.readouterr().err == f"error: --device cuda: {needed}; use --device cpu\n"
+    forget()
+
+
+def test_evaluate_takes_the_cpu_in_place_of_a_gpu_that_is_too_old(run, monkeypatch, capsys):
+    pretend(monkeypatch, (7, 5))
+    assert evaluate.main([str(run)]) == 0
+    shown = capsys.readouterr()
+    assert "/best on CPU (" in shown.out
+    assert shown.err.startswith("warning: the CPU is used: minbert needs a GPU of compute capability 8.0 or newer")
+    forget()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fake_gpus import forget, pretend
 
 from minbert import device, kernels
 from minbert.errors import UserError
@@ -15,19 +16,8 @@ OLD = "minbert needs a GPU of compute capability 8.0 or newer, and Tesla T4 has 
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with a GPU of the given compute capability."""
-
-    def of(*capability: int) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    for cached in (dispatch.too_old, device._warn_once):
-        cached.cache_clear()
-    yield of
-    for cached in (dispatch.too_old, device._warn_once):
-        cached.cache_clear()
+    yield lambda *capability: pretend(monkeypatch, capability)
+    forget()
 
 
 def test_auto_takes_the_cpu_in_place_of_a_gpu_that_is_too_old_and_says_so_once(gpu, capsys):
@@ -51,6 +41,29 @@ def test_newer_gpus_are_taken(gpu, capability, capsys):
     assert device.resolve_device("auto") == torch.device("cuda")
     assert device.resolve_device("cuda:0") == torch.device("cuda:0")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_processes_of_a_machine_take_the_cpu_where_one_has_a_gpu_that_is_too_old(rank, monkeypatch, gpu, capsys):
+    pretend(monkeypatch, (9, 0), (7, 5))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert device.resolve_device("auto") == torch.device("cpu")
+    assert capsys.readouterr().err == ("" if rank else f"warning: the CPU is used: {OLD}\n")
+    if rank:
+        with pytest.raises(UserError) as raised:
+            device.resolve_device("cuda")
+        assert str(raised.value) == f"--device cuda:1: {OLD}; use --device cpu"
+    else:
+        assert device.resolve_device("cuda") == torch.device("cuda:0")
+
+
+def test_bf16_is_not_chosen_where_a_gpu_only_emulates_it(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    gpu(7, 5)
+    assert device.resolve_precision("auto", torch.device("cuda")) == "fp32"
+    gpu(8, 0)
+    assert device.resolve_precision("auto", torch.device("cuda")) == "bf16"
 
 
 def test_a_gpu_that_is_not_there_is_refused(gpu):

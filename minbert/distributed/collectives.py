@@ -19,17 +19,22 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def reduce_scatter(output: Tensor, input: Tensor, backend: str, tag: int) -> Wait:
     """Start to write this rank's shard of the sum of all ranks' `input` [world_size * n] to `output` [n].
 
+    The sum has `output`'s precision, and what is sent has `input`'s. NCCL sums in the precision of what it sends, so
+    where the two differ the ranks exchange their shards.
+
     Args:
-        backend: `nccl` for torch's collective, `gloo` for sends and receives.
+        backend: `nccl` for torch's collectives, `gloo` for sends and receives.
         tag: the number of the collective, the same on all ranks; other collectives at the same time have others.
     """
     if backend == "nccl":
+        if output.dtype != input.dtype:
+            return _exchange_and_sum(output, input)
         return _reduce_scatter(output, input, async_op=True).wait  # type: ignore[no-any-return]
     shards, received = (tensor.chunk(dist.get_world_size()) for tensor in (input, torch.empty_like(input)))
     arrivals = _exchange(shards, received, tag)
 
     def wait() -> None:
-        total = shards[dist.get_rank()]
+        total = shards[dist.get_rank()].to(output.dtype)
         for rank in arrivals:
             total = torch.add(total, received[rank], out=output)
 
@@ -80,6 +85,18 @@ def reduce_scatter_rows(matrix: Tensor, size: int, tags: Sequence[int]) -> tuple
     others = [shard for shard in ranks if shard != rank]
     nbytes = sum(tensor.nbytes for shard in others for tensor in (sent[shard], ids[cuts[shard]], values[cuts[shard]]))
     return total.view(-1)[rank * size - start * columns :][:size], wait, nbytes
+
+
+def _exchange_and_sum(output: Tensor, input: Tensor) -> Wait:
+    """`reduce_scatter` over NCCL without a sum on the way; after the wait this rank adds up, all at once."""
+    received = torch.empty_like(input)
+    exchanged = dist.all_to_all_single(received, input, async_op=True)
+
+    def wait() -> None:
+        exchanged.wait()
+        torch.sum(received.view(-1, output.numel()), 0, dtype=output.dtype, out=output)
+
+    return wait
 
 
 def _exchange(send: Sequence[Tensor], receive: Sequence[Tensor], tag: int) -> Iterator[int]:

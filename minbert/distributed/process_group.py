@@ -32,6 +32,7 @@ class ProcessGroup:
 
     Attributes:
         device: where the tensors of collectives are.
+        one_machine: whether all ranks are on one.
         bytes_sent: by this rank, in collectives of tensors on the device, as ring algorithms send them: of B bytes an
             all-gather or a reduce-scatter sends B (world_size - 1) / world_size, an all-reduce twice that.
     """
@@ -41,6 +42,7 @@ class ProcessGroup:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bytes_sent: int = 0
     liveness: Liveness = field(default_factory=Liveness)
+    one_machine: bool = True
     _collectives: int = 0  # those started so far
     _host: Any = None  # a gloo group, for objects and numbers
 
@@ -89,6 +91,7 @@ class ProcessGroup:
     def _initialize(self, timeout: timedelta) -> None:
         try:
             store, self.rank, self.world_size = next(dist.rendezvous("env://", timeout=timeout))
+            self.one_machine = os.environ.get("LOCAL_WORLD_SIZE", str(self.world_size)) == str(self.world_size)
             # After a restart, and for a further group, the store may be the same, with the keys of those before.
             start = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}, group {next(_groups)}"
             store = dist.PrefixStore(start, store)
@@ -113,6 +116,15 @@ class ProcessGroup:
         return "gloo" if self.device.type == "cpu" else "nccl"
 
     @property
+    def sends_half_precision(self) -> bool:
+        """Whether gradients in half precision are sent as they are, and summed in float32 by the rank that gets them.
+
+        Not over NCCL on several machines. A sum on the way crosses the network between two machines once, and the
+        shards of every rank cross it by themselves.
+        """
+        return self.backend == "gloo" or self.one_machine
+
+    @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
@@ -130,7 +142,10 @@ class ProcessGroup:
         return self.all_reduce_sum(tensor if self.is_main else torch.zeros_like(tensor))
 
     def reduce_scatter(self, output: Tensor, input: Tensor) -> PendingCollective:
-        """Start to write this rank's shard of the sum of all ranks' `input` [world_size * n] to `output` [n]."""
+        """Start to write this rank's shard of the sum of all ranks' `input` [world_size * n] to `output` [n].
+
+        The sum has `output`'s precision: float32 sums of bfloat16 inputs are not rounded on the way.
+        """
         return self._start(collectives.reduce_scatter, output, input, full=input)
 
     def reduce_scatter_rows(self, matrix: Tensor, size: int) -> tuple[Tensor, PendingCollective]:
@@ -182,9 +197,22 @@ class ProcessGroup:
 
     def all_reduce_max(self, number: int) -> int:
         """The largest of all ranks' numbers."""
+        return self.start_all_reduce_max(number)()
+
+    def start_all_reduce_max(self, number: int) -> Callable[[], int]:
+        """Start to find the largest of all ranks' numbers; what is returned waits for it."""
+        if self.world_size == 1:
+            return lambda: number
         largest = torch.tensor(number)
-        self._call(dist.all_reduce, largest, dist.ReduceOp.MAX, group=self._host)
-        return int(largest)
+        with self.liveness.detect_lost_ranks():
+            started = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._host, async_op=True)
+
+        def wait() -> int:
+            with self.liveness.detect_lost_ranks():
+                started.wait()
+            return int(largest)
+
+        return wait
 
     def _call(self, collective: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         if self.world_size > 1:

@@ -3,7 +3,8 @@
 Every rank has all parameters, in buckets: flat tensors in the order in which a backward completes their gradients. It
 owns one of world_size equal shards of each bucket. It gets the sum of all ranks' gradients of its shard (one
 reduce-scatter per task, as soon as the bucket's gradient is complete), updates the parameters there and alone keeps
-their optimizer state. Then an all-gather gives all ranks the updated parameters.
+their optimizer state. Then an all-gather gives all ranks the updated parameters, in the precision in which forwards
+read them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -36,30 +38,43 @@ class ParameterShard(NamedTuple):
 
 
 class Bucket:
-    """Parameters in one flat tensor, `flat`, with `tasks` gradients each."""
+    """Parameters in one flat tensor, with `tasks` gradients each.
 
-    def __init__(self, params: Sequence[Tensor], tasks: int, group: ProcessGroup) -> None:
+    Args:
+        dtype: of what forwards read, and so of the gradients.
+
+    Attributes:
+        flat: the parameters.
+        read: what forwards read: `flat` itself, or a copy in `dtype`.
+        gradient_dtype: in which gradients are sent.
+    """
+
+    def __init__(self, params: Sequence[Tensor], tasks: int, group: ProcessGroup, dtype: torch.dtype) -> None:
         self.params, self.tasks = params, tasks
-        self.starts, end = [], 0
+        self._sizes: list[int] = []  # of each parameter, and of what is free after it
         for param in params:
-            self.starts.append(end)
-            end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
+            self._sizes += [param.numel(), -param.numel() % ALIGNMENT]
+        end = sum(self._sizes)
         size = -(-end // (group.world_size * ALIGNMENT)) * ALIGNMENT  # of a shard
+        self._sizes[-1] += group.world_size * size - end
         self.flat = params[0].new_zeros(group.world_size * size)
         self.shards = []
         own, first = group.shard(self.flat), group.rank * size
-        for param, start, view in zip(params, self.starts, self.views(self.flat), strict=True):
+        starts = list(accumulate(self._sizes, initial=0))[:-1:2]
+        for param, start, view in zip(params, starts, self.views(self.flat), strict=True):
             view.copy_(param.detach())
             param.data = view
             low, high = max(0, start - first), min(size, start + param.numel() - first)
             if low < high:
                 elements = slice(first + low - start, first + high - start)
                 self.shards.append(ParameterShard(param, own[low:high].detach(), slice(low, high), elements))
+        self.read = self.flat.to(dtype)
+        self.gradient_dtype = dtype if group.sends_half_precision else self.flat.dtype
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parts of a tensor like `flat` that belong to each parameter, in its shape."""
-        starts = zip(self.params, self.starts, strict=True)
-        return [flat[start : start + param.numel()].view(param.shape) for param, start in starts]
+        parts = zip(flat.split(self._sizes)[::2], self.params, strict=True)
+        return [part.view(param.shape) for part, param in parts]
 
 
 class ShardedParameters:
@@ -69,8 +84,9 @@ class ShardedParameters:
     the same order:
 
         sharded = ShardedParameters(heads, trunk, tasks, group)
-        sharded.all_gather()  # all ranks start from the same weights
-        optimizer = AdamW(sharded.param_groups(groups))
+        sharded.all_gather_masters()  # all ranks start from the same weights
+        sharded.all_gather()
+        optimizer = AdamW(sharded.param_groups(groups), copies=sharded.optimizer_copies)
         sharded.register_hooks(gradients)
         while training:
             sharded.reduce_next_backward()  # as DDP does for a backward outside of `no_sync()`
@@ -83,10 +99,13 @@ class ShardedParameters:
         own: parameters with one gradient, in `.grad`: those of the heads.
         shared: parameters with one gradient per task, in the leaves of the `TaskGradients` of `register_hooks`.
         tasks: number of gradients of a shared parameter.
-        copies: by parameter, its half-precision copy, which every all-gather of parameters refreshes.
+        copies: by parameter, its half-precision copy, which forwards read.
         table: a shared parameter whose gradients may be sparse: then only their rows are sent. It has its own bucket.
 
     Attributes:
+        copies: those given, which have moved into buckets; an all-gather after each update gives all ranks these, and
+            the parameters themselves only when `all_gather_masters` is called.
+        optimizer_copies: the copies of this rank's shards, which the optimizer writes.
         gradients: those of `register_hooks`.
         ema: by parameter, its exponential moving average, all-gathered too; empty without `keep_ema`.
     """
@@ -100,17 +119,28 @@ class ShardedParameters:
         copies: Mapping[Tensor, Tensor] | None = None,
         table: Tensor | None = None,
     ) -> None:
-        self.group, self.copies = group, copies or {}
-        self.optimizer_copies: Mapping[Tensor, Tensor] = {}  # the optimizer writes none
+        self.group = group
         self.gradients: TaskGradients
-        self.buckets = [Bucket(params, 1, group) for params in _bucketed(own)]
+        dtypes = {param: copy.dtype for param, copy in (copies or {}).items()}
         dense, tables = (
             [param for param in reversed(shared) if (param is table) == wanted] for wanted in (False, True)
         )
-        self.buckets += [Bucket(params, tasks, group) for params in (*_bucketed(dense), *_bucketed(tables))]
+        self.buckets = [
+            Bucket(bucket, rows, group, dtypes.get(bucket[0], bucket[0].dtype))
+            for params, rows in ((own, 1), (dense, tasks), (tables, tasks))
+            for bucket in _bucketed(params, dtypes)
+        ]
         self.shards = [shard for bucket in self.buckets for shard in bucket.shards]
+        self.copies: dict[Tensor, Tensor] = {}
+        self.optimizer_copies: dict[Tensor, Tensor] = {}
+        self._copied = [bucket for bucket in self.buckets if bucket.read is not bucket.flat]
+        for bucket in self._copied:
+            self.copies |= dict(zip(bucket.params, bucket.views(bucket.read), strict=True))
+            own_copies = group.shard(bucket.read)
+            self.optimizer_copies |= {shard.values: own_copies[shard.indices] for shard in bucket.shards}
         self.ema: dict[Tensor, Tensor] = {}
-        self._all_gathered = [bucket.flat for bucket in self.buckets]
+        self._all_gathered = [bucket.read for bucket in self.buckets]
+        self._masters_gathered = False
         self._shared = set(shared)
         self._bucket_gradients: list[_BucketGradient] = []
         self._reducing = False
@@ -197,27 +227,39 @@ class ShardedParameters:
             gradient.shard, pending = self.group.reduce_scatter_rows(coalesced(grad), size)
             self._in_flight.append(pending)
             return
-        flat = torch.empty_like(bucket.flat)
-        gradient.reached = set()
-        for param, leaf, view in zip(bucket.params, gradient.leaves, bucket.views(flat), strict=True):
-            if leaf.grad is None:
-                view.zero_()
-                continue
-            gradient.reached.add(param)
-            view.copy_(leaf.grad.to_dense())
+        grads = {
+            param: leaf.grad.to_dense()
+            for param, leaf in zip(bucket.params, gradient.leaves, strict=True)
+            if leaf.grad is not None
+        }
+        gradient.reached = set(grads)
+        for leaf in gradient.leaves:
             leaf.grad = None
-        gradient.shard = torch.empty_like(self.group.shard(flat))
+        new = bucket.flat.new_empty if len(grads) == len(bucket.params) else bucket.flat.new_zeros
+        flat = new(bucket.flat.shape, dtype=bucket.gradient_dtype)
+        if grads:
+            views = zip(bucket.params, bucket.views(flat), strict=True)
+            torch._foreach_copy_([view for param, view in views if param in grads], list(grads.values()))
+        gradient.shard = torch.empty_like(self.group.shard(bucket.flat))
         self._in_flight.append(self.group.reduce_scatter(gradient.shard, flat))
 
     # Parameters --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def all_gather(self) -> None:
-        """Give all ranks each rank's shards of the parameters, and of their EMA if the optimizer keeps it."""
-        for pending in [self.group.all_gather(flat) for flat in self._all_gathered]:
+        """Give all ranks each rank's shards of what forwards read, and of the EMA if the optimizer keeps it."""
+        self._all_gather(self._all_gathered)
+        self._masters_gathered = False
+
+    def all_gather_masters(self) -> None:
+        """Give all ranks each rank's shards of the parameters that forwards read copies of."""
+        if not self._masters_gathered:
+            self._all_gather([bucket.flat for bucket in self._copied])
+        self._masters_gathered = True
+
+    @torch.no_grad()
+    def _all_gather(self, flats: Sequence[Tensor]) -> None:
+        for pending in [self.group.all_gather(flat) for flat in flats]:
             pending.wait()
-        for param, copy in self.copies.items():
-            copy.copy_(param.detach())
 
     def keep_ema(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the EMA of all parameters on all ranks, in `ema`; this rank's optimizer updates its shards of it."""
@@ -232,11 +274,15 @@ class ShardedParameters:
         """Bytes that this rank sends in reduce-scatters and all-gathers of an update.
 
         With P shared parameters, H others and T tasks: 4 (T P + P + 2 H) (world_size - 1) / world_size, and
-        4 (P + H) (world_size - 1) / world_size more for the EMA; P and H are rounded up to whole shards. Less where
-        gradients are sparse: of those, what their rows have.
+        4 (P + H) (world_size - 1) / world_size more for the EMA; P and H are rounded up to whole shards. Half of it for
+        parameters that forwards read in half precision, but for the EMA. Less where gradients are sparse: of those,
+        what their rows have.
         """
-        all_gathers = 2 if ema else 1
-        total = sum((bucket.tasks + all_gathers) * bucket.flat.nbytes for bucket in self.buckets)
+        total = sum(
+            bucket.tasks * bucket.flat.numel() * bucket.gradient_dtype.itemsize + bucket.read.nbytes
+            for bucket in self.buckets
+        )
+        total += sum(bucket.flat.nbytes for bucket in self.buckets) if ema else 0
         return total * (self.group.world_size - 1) // self.group.world_size
 
     # Optimizer state ---------------------------------------------------------------------------------------------
@@ -291,14 +337,25 @@ class _BucketGradient:
         self.shard: Tensor  # this rank's, of the sum over the ranks
 
 
-def _bucketed(params: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Split parameters, in order, into buckets of at most `BUCKET_ELEMENTS`, or of one parameter."""
+def _bucketed(params: Sequence[Tensor], dtypes: Mapping[Tensor, torch.dtype]) -> list[list[Tensor]]:
+    """Split parameters into buckets of at most `BUCKET_ELEMENTS`, or of one parameter.
+
+    Args:
+        params: in the order in which a backward completes their gradients.
+        dtypes: of the gradients, where they are not the parameters' own. A bucket has gradients of one dtype.
+
+    Returns:
+        the buckets, in the order in which a backward completes them.
+    """
     buckets: list[list[Tensor]] = []
-    room = 0
+    of_dtype: dict[torch.dtype, list[Tensor]] = {}  # the last bucket of each
+    room = dict.fromkeys((dtypes.get(param, param.dtype) for param in params), 0)
     for param in params:
-        if param.numel() > room:
-            buckets.append([])
-            room = BUCKET_ELEMENTS
-        buckets[-1].append(param)
-        room -= param.numel()
-    return buckets
+        dtype = dtypes.get(param, param.dtype)
+        if param.numel() > room[dtype]:
+            of_dtype[dtype], room[dtype] = [], BUCKET_ELEMENTS
+            buckets.append(of_dtype[dtype])
+        of_dtype[dtype].append(param)
+        room[dtype] -= param.numel()
+    completed = {param: number for number, param in enumerate(params)}
+    return sorted(buckets, key=lambda bucket: completed[bucket[-1]])

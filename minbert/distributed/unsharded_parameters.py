@@ -52,6 +52,9 @@ class UnshardedParameters:
     def all_gather(self) -> None:
         pass
 
+    def all_gather_masters(self) -> None:
+        pass
+
     def keep_ema(self, optimizer: Any) -> None:
         """Take the EMA from the optimizer, which keeps and updates it."""
         self.ema = optimizer.ema

@@ -279,7 +279,8 @@ def build_optimizer(
         parameters = ShardedParameters(
             list(model.heads.parameters()), trunk, rows, group, copies, model.encoder.embeddings.word
         )
-        parameters.all_gather()  # every rank starts with the same parameters
+        parameters.all_gather_masters()  # every rank starts with the same parameters
+        parameters.all_gather()
     optimizer = AdamW(
         parameters.param_groups(param_groups),
         lr=config.lr,
@@ -290,7 +291,7 @@ def build_optimizer(
     )
     if config.bregman.mu:
         parameters.keep_ema(optimizer)
-    parameters.register_hooks(TaskGradients(model.trunk, rows, copies))
+    parameters.register_hooks(TaskGradients(model.trunk, rows, parameters.copies))
     model.encoder.embeddings.sparse_gradient = group.device.type == "cpu" and group.backend == "gloo"
     return optimizer, parameters
 

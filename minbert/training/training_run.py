@@ -63,6 +63,7 @@ class TrainingRun:
         """Write a checkpoint, and before it the lines of metrics.jsonl up to it; all ranks call this together."""
         self.directory.metrics.sync()
         trainer = self.trainer
+        trainer.parameters.all_gather_masters()
         state = trainer.parameters.gather_full_state(trainer.optimizer.state)
         if self.group.is_main:
             model, master = trainer.model, trainer.optimizer.master
@@ -160,6 +161,7 @@ class TrainingRun:
         data, progress, directory, model = self.data, self.progress, self.directory, self.trainer.model
         dev = data.splits["dev"]
         evaluated = [task for task in data.tasks if task.name in dev]
+        self.trainer.parameters.all_gather_masters()
         try:
             with (
                 stop.deferred(self.group.world_size > 1),  # several processes stop together, after a step

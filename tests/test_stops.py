@@ -12,10 +12,16 @@ from unittest.mock import patch
 
 import pytest
 from compare_runs import assert_equal_runs
-from groups import quick_options
+from groups import quick_options, quickly
+from rich.console import Console
+from spawned_ranks import free_port, joined, run_two_ranks
 
 from minbert import train
+from minbert.cli import parse_layers
+from minbert.config import TrainConfig
+from minbert.distributed.process_group import ProcessGroup
 from minbert.runs.run_directory import Run
+from minbert.training import loop
 from minbert.training.stop_signal import Stopped, StopSignal
 
 
@@ -101,6 +107,37 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(finished, quick, tmp_path
     ]
     assert records[0] == records[1]
     assert (last.parent / "report.html").exists()
+
+
+def _stopped_rank(rank: int, port: int, words: list[str], out: Path) -> None:
+    waits = []
+    all_reduce_max = ProcessGroup.all_reduce_max
+
+    def counted(group: ProcessGroup, number: int) -> int:
+        waits.append(number)
+        return all_reduce_max(group, number)
+
+    with joined(rank, 2, port) as group, quickly(), patch.object(ProcessGroup, "all_reduce_max", counted):
+        # Rank 1 alone gets a signal, in a step; ranks wait for one another where an epoch ends, at steps 6 and 8.
+        for call, step, waited in ((3, 4, 0), (8, 8, 2)):
+            waits.clear()
+            run = out / str(step)
+            config = parse_layers("train", TrainConfig, [*words, "--steps=8", f"--out={run}"])
+            signals = signalling("minbert.training.loop.gradient_products", signal.SIGTERM, call if rank else 0)
+            with signals, pytest.raises(Stopped) as found:
+                loop.train(config, Console(quiet=True), group)
+            assert found.value.number == signal.SIGTERM
+            assert len(waits) == waited
+            if group.is_main:  # which writes
+                assert f"last holds step {step}:" in Run(run).where_it_stands()
+
+
+def test_processes_stop_together_without_waiting_for_one_another(finished, quick, tmp_path):
+    run_two_ranks(_stopped_rank, free_port(), quick, tmp_path)
+    whole = [step for step, *_ in losses_and_scores(finished)]
+    for stopped in ("4", "8"):
+        assert train.main([*quick, "--steps=8", f"--out={tmp_path / stopped}", "--resume"]) == 0
+        assert [step for step, *_ in losses_and_scores(tmp_path / stopped)] == whole
 
 
 def test_while_a_resumed_run_is_made_ready_it_says_what_is_saved(quick, tmp_path, capsys):

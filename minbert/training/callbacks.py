@@ -67,38 +67,38 @@ class CallbackCalls:
 
     Attributes:
         callbacks: what this rank calls: on other ranks than the first, nothing.
-        after_steps: whether rank 0 has a callback for steps.
+        after_steps, after_epochs: whether rank 0 has a callback for steps, and for epochs.
+        asked: what the callbacks of rank 0 ask for, on all ranks: GO_ON, STOP, or FAILED for an error.
         error: what a callback raised.
     """
 
     def __init__(self, callbacks: Callbacks, group: ProcessGroup) -> None:
         self.callbacks = callbacks if group.is_main else Callbacks()
         self.error: BaseException | None = None
-        self._group, self._asked = group, GO_ON
+        self.asked, self._group = GO_ON, group
         given = [self.callbacks.on_step is not None, self.callbacks.on_epoch is not None]
-        self.after_steps, self._after_epochs = group.broadcast_object(given)
+        self.after_steps, self.after_epochs = group.broadcast_object(given)
 
-    def call(self, function: Callable[[Any], object], info: StepInfo | EpochInfo) -> None:
-        """Call one of the callbacks, and note its answer, or the error that it raised.
+    def call(self, function: Callable[[Any], object] | None, info: StepInfo | EpochInfo) -> None:
+        """Call one of the callbacks, and note its answer, or the error that it raised; all ranks call this together.
+
+        Args:
+            function: None on other ranks than the first.
 
         Raises:
             Stopped: a second signal came meanwhile.
         """
+        asked = self.asked
         try:
-            answer = function(info)
+            answer = function(info) if function is not None else None
         except Stopped:
             raise
         except BaseException as error:
-            self.error, self._asked = error, FAILED
+            self.error, asked = error, FAILED
         else:
             if isinstance(answer, bool | np.bool_) and answer:
-                self._asked = max(self._asked, STOP)
-
-    def asked(self) -> int:
-        """What the callbacks of rank 0 ask for: GO_ON, STOP, or FAILED for an error; all ranks call this together."""
-        if not (self.after_steps or self._after_epochs):
-            return GO_ON
-        return self._group.all_reduce_max(self._asked)
+                asked = max(asked, STOP)
+        self.asked = self._group.all_reduce_max(asked)
 
     def raise_error(self) -> None:
         """Raise what a callback raised; on other ranks than the first a RuntimeError."""

@@ -108,7 +108,7 @@ def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
         if (progress.step == plan.steps or progress.step % plan.epoch_steps == 0) and not run.is_scored(epoch):
             run.finish_epoch(epoch, stop)
         for step in range(progress.step, plan.steps):
-            if run.is_out_of_patience or calls.asked():
+            if run.is_out_of_patience or calls.asked:
                 break
             started = time.perf_counter()
             position, length = step, plan.steps
@@ -120,12 +120,14 @@ def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
             for param_group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
                 param_group["lr"] = peak * factor
 
-            sent_before = group.bytes_sent
+            sent_before, signalled = group.bytes_sent, group.start_all_reduce_max(stop.number)
             next_step = training_step(trainer, step, step / plan.steps)
             pending.append((step, factor, group.bytes_sent - sent_before, next_step))
 
             ends_epoch = (step + 1) % plan.epoch_steps == 0 or step + 1 == plan.steps
-            stops = group.all_reduce_max(stop.number)
+            stops = signalled()  # of signals before the step: no rank waits for another here
+            if not stops and (ends_epoch or group.world_size == 1):
+                stops = group.all_reduce_max(stop.number)
             saves = ends_epoch or (step + 1) % config.checkpoint_steps == 0 or stops
             while len(pending) > (0 if saves else ahead):
                 done, its_factor, sent, pending_step = pending.popleft()
@@ -139,8 +141,8 @@ def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
                     directory.metrics.append({"step": progress.step, "epoch": epoch, **record})
                 loss = sum(progress.epoch_sums.mean_losses().values())
                 display.update(progress.step, f"epoch {epoch}/{epochs}", rate, loss)
-                if (on_step := calls.callbacks.on_step) is not None:
-                    calls.call(on_step, StepInfo(progress.step, epoch, dict(result.loss), lr, rate))
+                if calls.after_steps:
+                    calls.call(calls.callbacks.on_step, StepInfo(progress.step, epoch, dict(result.loss), lr, rate))
                 started = time.perf_counter()
 
             if ends_epoch and not stops:
@@ -150,9 +152,9 @@ def train_steps(run: TrainingRun, stop: StopSignal) -> dict[str, object]:
             if stops:
                 raise Stopped(stops)
         epoch = math.ceil(progress.step / plan.epoch_steps)
-        if calls.asked() != FAILED and not run.is_scored(epoch):  # a callback stopped the run within the epoch
+        if calls.asked != FAILED and not run.is_scored(epoch):  # a callback stopped the run within the epoch
             run.finish_epoch(epoch, stop)
-        if calls.asked() == FAILED:
+        if calls.asked == FAILED:
             run.save(directory.last)
             run.console.print(f"a callback raised an error; {directory.where_it_stands()}")
             calls.raise_error()

@@ -184,9 +184,9 @@ class TrainingRun:
         if progress.scores.add(epoch, scores, data.tasks):
             self.save(directory.best)
         self.save(directory.last)
-        if (on_epoch := self.calls.callbacks.on_epoch) is not None:
+        if self.calls.after_epochs:
             copied = {name: dict(of_task) for name, of_task in scores.items()}
-            self.calls.call(on_epoch, EpochInfo(epoch, progress.step, copied, total, losses))
+            self.calls.call(self.calls.callbacks.on_epoch, EpochInfo(epoch, progress.step, copied, total, losses))
 
     def _as_loaded(self, param: nn.Parameter) -> Tensor:
         """A parameter as a model that is loaded from a checkpoint reads it, which rounds the ties of bf16 to even."""

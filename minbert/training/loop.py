@@ -31,7 +31,7 @@ from minbert.training.setup import (
     build_trainer,
     default_learning_rate,
 )
-from minbert.training.startup_report import data_lines, device_lines, kernels_line
+from minbert.training.startup_report import data_lines, device_lines, graphs_lines, kernels_line
 from minbert.training.step_result import PendingStep, PendingUpdate, PhaseTimer
 from minbert.training.stop_signal import Stopped, StopSignal
 from minbert.training.trainer import Trainer, gradient_products, step_numbers

@@ -18,10 +18,14 @@ from minbert.training.optimizer import AdamW
 
 
 class PhaseTimer:
-    """Seconds by phase, on the device's clock."""
+    """Seconds by phase, on the device's clock.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Args:
+        wait: waits for a CUDA event.
+    """
+
+    def __init__(self, device: torch.device, wait: Callable[[Any], None] = torch.cuda.Event.synchronize) -> None:
+        self._device, self._wait = device, wait
         self._marks = [("", self._now())]
 
     def end(self, phase: str) -> None:
@@ -29,8 +33,10 @@ class PhaseTimer:
         self._marks.append((phase, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """The seconds of each phase in all; on a GPU once it has reached the last mark."""
+        """The seconds of each phase in all; waits for the last mark, which a GPU reaches after all others."""
         total: dict[str, float] = {}
+        if self._device.type == "cuda":
+            self._wait(self._marks[-1][1])
         for (_, start), (phase, end) in pairwise(self._marks):
             took = start.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - start
             total[phase] = total.get(phase, 0.0) + took

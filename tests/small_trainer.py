@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from minbert.data import Encoded
+from minbert.distributed.process_group import ProcessGroup
 from minbert.distributed.unsharded_parameters import UnshardedParameters
 from minbert.methods.rdrop import RDropConfig
 from minbert.methods.smart import BregmanConfig, SmartConfig
@@ -79,11 +80,12 @@ def trainer(
     rdrop: RDropConfig | None = None,
     task_groups: Sequence[Sequence[Task]] | None = None,
     weights: Mapping[str, float] | None = None,
+    device: torch.device = CPU,
     **options,
 ) -> Trainer:
     torch.manual_seed(0)
     config = EncoderConfig(**SIZES, max_position_embeddings=64).with_dropout(dropout)
-    model = MultitaskModel(Encoder(config), tasks, head_dropout=dropout).train()
+    model = MultitaskModel(Encoder(config), tasks, head_dropout=dropout).to(device).train()
     model.encoder.compute_dtype = dtype
     model.freeze_layers(freeze)
     model.encoder.embeddings.sparse_gradient = sparse
@@ -103,11 +105,12 @@ def trainer(
     of_objective = FreeLB if smart.repeats_backward else Objective
     objective = of_objective(model, smart, BregmanConfig(mu=mu), parameters.ema, parameters.copies, **added)
     objective.share = 1 / len(sample(0))
-    batches = Batches(data, task_groups, per_task, smart, 0, rdrop=rdrop, **options)
+    group = ProcessGroup(device=device)
+    batches = Batches(data, task_groups, per_task, smart, 0, rdrop=rdrop, **{"group": group, **options})
     graphs = None
     if capture is not None:
-        graphs = cuda_graphs(objective, gradients, CPU, capture=capture)
+        graphs = cuda_graphs(objective, gradients, device, capture=capture)
     surgeries = find_surgery(surgery)
     for each in surgeries:
-        each.prepare(len(gradients.rows), CPU)
+        each.prepare(len(gradients.rows), device)
     return Trainer(sample, batches, objective, parameters, optimizer, surgeries, 1.0, graphs)

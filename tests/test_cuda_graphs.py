@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_trainer import REGULARISERS, parts, trainer
+from small_trainer import DATA, REGULARISERS, parts, trainer
 
+from minbert.data.buckets import Buckets
+from minbert.methods.rdrop import RDropConfig
+from minbert.methods.smart import SmartConfig
 from minbert.training.cuda_graphs import Graph
 from minbert.training.host_device_copy import Layout
 from minbert.training.loop import training_step
@@ -49,8 +52,15 @@ class Captures(list):
         return Graph(graph, layout, buffer, graph.losses, graph.grads)
 
 
+BUCKETS = Buckets(DATA, 64)
+OF_ONE = {"sst": 1.0}  # the regulariser's weight
 METHODS = {name: {"surgery": "pcgrad", **options} for name, options in REGULARISERS.items()}
 METHODS |= {name: {"surgery": name} for name in ("famo", "gradvac")}  # whose states are not in the graph
+METHODS |= {
+    f"SMART of one task, {surgery}": {"surgery": surgery, "smart": SmartConfig(lambda_s=OF_ONE)}
+    for surgery in ("sum", "pcgrad")
+}
+METHODS["R-Drop of one task"] = {"surgery": "pcgrad", "rdrop": RDropConfig(OF_ONE)}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -58,7 +68,7 @@ def test_replayed_steps_train_like_those_that_are_computed(method):
     captures = Captures()
     options = {
         **METHODS[method],
-        "bucket_to": 64,
+        "buckets": BUCKETS,
         "sample": lambda step: [parts(step=0 if step < 3 else 1)],
     }  # one shape three times
     straight, replayed = trainer(**options), trainer(**options, capture=captures)
@@ -75,10 +85,55 @@ def test_replayed_steps_train_like_those_that_are_computed(method):
         torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)
 
 
-def test_shapes_beyond_the_most_graphs_are_computed():
-    captures = Captures()
-    steps = trainer(bucket_to=64, sample=lambda step: [parts()], capture=captures)
-    steps.graphs.most = 0
-    for step in range(3):
-        assert training_step(steps, step, 0.0).result().updated
-    assert not captures
+def test_only_what_has_a_regulariser_goes_through_its_passes():
+    steps = trainer(buckets=BUCKETS, **METHODS["SMART of one task, sum"])
+    shapes = set()
+    for step in range(5):
+        (stream,) = steps.batches.streams([parts(step=step)], step, 0)
+        batch = steps.batches.pack(stream)
+        (part,) = batch.smart_parts
+        assert part.tasks == ("sst",)
+        assert len(part.packed.token_ids) < len(batch.packed.token_ids) / 2
+        shapes.add((len(batch.packed.token_ids), batch.packed.max_seqlen, batch.packed.padding))
+        shapes.add((len(part.packed.token_ids), part.packed.max_seqlen, part.packed.padding))
+    assert len(shapes) <= 6
+
+
+# Which graphs are kept --------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_graph_goes():
+    """Shapes a, b and c, of which two have graphs: a third one takes the place of b, which is captured anew."""
+    order, captures = "aabbaaccaabbb", Captures()
+    number = {"a": 8, "b": 7, "c": 6}
+    sample = [[parts(n=number[name])] for name in order]
+    options = {"weight": 0.0, "buckets": BUCKETS, "sample": sample.__getitem__}
+    straight, replayed = trainer(**options), trainer(**options, capture=captures)
+    replayed.graphs.most = 2
+    captured = []
+    for step in range(len(order)):
+        wanted, got = (training_step(steps, step, 0.0).result() for steps in (straight, replayed))
+        assert got.loss == pytest.approx(wanted.loss)
+        captured.append(len(captures))
+    assert captured == [0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4]
+
+
+def test_a_step_that_cannot_be_captured_runs_without_a_graph():
+    calls, lines = [], []
+
+    def fails(compute, batch, leaves, device):
+        calls.append(batch)
+        compute(batch)
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    options = {"buckets": BUCKETS, "sample": lambda step: [parts()]}
+    straight, replayed = trainer(**options), trainer(**options, capture=fails)
+    replayed.graphs.report = lines.append
+    for step in range(4):
+        wanted, got = (training_step(steps, step, 0.0).result() for steps in (straight, replayed))
+        assert (got.loss, got.grad_norm) == (wanted.loss, wanted.grad_norm)
+    assert len(calls) == 1
+    assert lines == [
+        "warning: no more CUDA graphs: a step cannot be captured (operation not permitted when stream is capturing);"
+        " it runs without"
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from minbert import kernels
 from minbert.data import pack_batches
-from minbert.data.packing import TOKEN_BUCKET, length_bucket, pack, padding_lengths
+from minbert.data.buckets import MULTIPLE, Buckets
+from minbert.data.packing import pack
 from minbert.kernels import checks
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.task_gradients import TaskGradients
@@ -156,29 +158,13 @@ def test_between_the_step_and_an_op_lie_at_most_six_frames(monkeypatch):
 # Buckets ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_seqlen", [3, 32, 64, 100, 128, 512])
-def test_padding_makes_round_numbers_of_few_short_sequences(max_seqlen):
-    counts = set()
-    for tokens in range(1, 3 * TOKEN_BUCKET):
-        extra = padding_lengths(tokens, max_seqlen)
-        assert (tokens + extra.sum()) % TOKEN_BUCKET == 0
-        assert 1 <= extra.min() <= extra.max() <= max_seqlen
-        assert extra.sum() < TOKEN_BUCKET + len(extra)
-        counts.add(len(extra))
-    assert len(counts) == 1
-
-
-def test_length_buckets_hold_the_longest():
-    assert [length_bucket(n, 300) for n in (1, 32, 33, 64, 129, 257, 300)] == [32, 32, 64, 64, 256, 300, 300]
-
-
 @pytest.mark.parametrize("surgery", ["sum", "pcgrad"])
 def test_padding_changes_no_loss_and_no_gradient(surgery):
     found = []
-    for bucket_to in (None, 64):
+    for pad in (None, partial(Buckets(DATA, 64).pad, tasks=list(DATA), segments=[1] * len(DATA))):
         steps = trainer(surgery, weight=0.0, dropout=0.0)
-        packed = pack_batches([(DATA[task.name], indices) for task, indices in parts()], bucket_to)
-        assert bucket_to is None or all(n % TOKEN_BUCKET == 0 for n in [len(packed.token_ids)])
+        packed = pack_batches([(DATA[task.name], indices) for task, indices in parts()], pad)
+        assert pad is None or len(packed.token_ids) % MULTIPLE == 0
         if surgery != "sum":
             packed = packed.by_task([len(indices) + packed.padding for _, indices in parts()])
         labels = {task.name: torch.from_numpy(DATA[task.name].labels[indices]) for task, indices in parts()}
@@ -287,9 +273,9 @@ def test_gradients_in_bf16_are_as_near_to_float64_as_its_roundings_are_many(surg
 
 
 def test_batches_of_one_bucket_have_as_many_tiles():
-    shapes = set()
+    shapes, pad = set(), partial(Buckets(DATA, 64).pad, tasks=list(DATA), segments=[1] * len(DATA))
     for step in range(4):
-        packed = pack_batches([(DATA[task.name], indices) for task, indices in parts(step=step)], 64)
+        packed = pack_batches([(DATA[task.name], indices) for task, indices in parts(step=step)], pad)
         tile_bounds = packed.attention_plan.tile_bounds
         first, last = tile_bounds.T
         filled = first < last

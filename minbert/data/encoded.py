@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, overload
@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from minbert.data.examples import Examples
 from minbert.data.line_reader import shorten
-from minbert.data.packing import IdRanges, Packed, id_ranges, length_bucket, pack_flat, padding_lengths
+from minbert.data.packing import IdRanges, Packed, id_ranges, pack_flat
 from minbert.data.skipped import SHOWN
 from minbert.files.cache_directory import TEMPORARY, cache_directory, cache_limit, keep_within_limit, touch
 from minbert.tasks import PAIR_ENCODINGS
@@ -129,20 +129,22 @@ class TokenWarnings:
         return lines
 
 
-def pack_batches(parts: Sequence[tuple[Encoded, np.ndarray]], bucket_to: int | None = None) -> Packed:
+# From the lengths of each task's sequences to the length that stands for the longest, and the lengths of padding
+# sequences after each task's own (`minbert.data.buckets.Buckets.pad`).
+Padding = Callable[[Sequence[np.ndarray]], tuple[int, Sequence[np.ndarray]]]
+
+
+def pack_batches(parts: Sequence[tuple[Encoded, np.ndarray]], pad: Padding | None = None) -> Packed:
     """Pack batches of several tasks into one stream, in which each task is a contiguous segment.
 
     Args:
         parts: of each task its examples, and the indices of those in its batch (int64, at least one).
-        bucket_to: round the stream's shape up to a bucket: the longest length to at most this, and each task's number
-            of tokens by padding sequences after its own.
+        pad: gives the stream's shape, for CUDA graphs; without it nothing is padded.
     """
     batches = [_select(encoded, indices) for encoded, indices in parts]
-    longest = max(int(lengths.max()) for _, _, lengths in batches)
-    padding = 0
-    if bucket_to is not None:
-        longest = length_bucket(longest, bucket_to)
-        added = [padding_lengths(int(lengths.sum()), longest) for _, _, lengths in batches]
+    longest = padding = 0
+    if pad is not None:
+        longest, added = pad([lengths for _, _, lengths in batches])
         padding = len(added[0])
         batches = [_pad(*arrays, extra) for arrays, extra in zip(batches, added, strict=True)]
     token_ids, token_type_ids, lengths = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))

@@ -12,11 +12,6 @@ from torch import Tensor
 
 from minbert.kernels import AttentionPlan, attention_plan
 
-# Batches for CUDA graphs come in buckets of these numbers of tokens: small enough to waste little, large enough to be
-# met again soon. A task's 32 sequences of the real data have 900 tokens, give or take 70.
-TOKEN_BUCKET = 128
-SHORTEST_BUCKET = 32  # of the longest sequence's
-
 
 class IdRanges(NamedTuple):
     """The smallest and the largest of some tokens' ids, and of their types'."""
@@ -41,7 +36,7 @@ class Packed:
     cu_seqlens: Tensor  # int32 [S + 1]: cumulative sequence lengths, from 0 to N
     max_seqlen: int  # the longest sequence's length in tokens
     attention_plan: AttentionPlan | None = None  # for `kernels.attention`
-    padding: int = 0  # sequences that each task has after its own, for round numbers of tokens (`padding_lengths`)
+    padding: int = 0  # sequences that each task has after its own (`minbert.data.buckets`)
     # Of T tasks, task t has sequences sequence_bounds[t] to [t + 1], and tokens token_bounds[t] to [t + 1].
     sequence_bounds: tuple[int, ...] | None = None
     token_bounds: tuple[int, ...] | None = None
@@ -95,7 +90,7 @@ class Packed:
         """The sequences from `start` to `end` of a CPU batch, as a batch that shares its memory."""
         first, last = (int(self.cu_seqlens[sequence]) for sequence in (start, end))
         cu_seqlens = self.cu_seqlens[start : end + 1] - first
-        max_seqlen = int(cu_seqlens.diff().max())
+        max_seqlen = self.max_seqlen if self.padding else int(cu_seqlens.diff().max())
 
         def clipped(bounds: tuple[int, ...] | None, low: int, high: int) -> tuple[int, ...] | None:
             return None if bounds is None else tuple(min(max(bound, low), high) - low for bound in bounds)
@@ -156,18 +151,3 @@ def pack_flat(
         attention_plan(cu_seqlens, max_seqlen, fixed_size=padding > 0),
         padding,
     )
-
-
-def length_bucket(longest: int, limit: int) -> int:
-    """The power of 2 from `SHORTEST_BUCKET` on that holds `longest` tokens, or `limit` if that is less."""
-    return min(limit, max(SHORTEST_BUCKET, 1 << (longest - 1).bit_length()))
-
-
-def padding_lengths(tokens: int, max_seqlen: int) -> np.ndarray:
-    """Lengths of the sequences that bring `tokens` to a multiple of `TOKEN_BUCKET`.
-
-    Their number depends on max_seqlen alone, none is empty, and none is longer than it.
-    """
-    count = -(-(TOKEN_BUCKET - 1) // (max_seqlen - 1))
-    spare = -(tokens + count) % TOKEN_BUCKET + count
-    return np.full(count, spare // count) + (np.arange(count) < spare % count)

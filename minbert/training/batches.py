@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate, groupby, pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minbert.data import Encoded, Plan, TaskSampler, pack_batches
+from minbert.data.buckets import Buckets
 from minbert.data.packing import Packed
 from minbert.distributed.batch_shards import BatchShard, shard_examples
 from minbert.distributed.process_group import ProcessGroup
@@ -157,7 +159,7 @@ class Batches:
         smart: decides the weights of SMART's regularisers.
         seed: of the run; dropout and noise follow it.
         low_memory: whether each group goes through the model alone, rather than all in one stream.
-        bucket_to: round the shapes of streams to buckets for CUDA graphs; no sequence may be longer than this.
+        buckets: pad streams to few shapes, for CUDA graphs.
         group: the ranks, each of which computes a shard of every stream, of about as many tokens.
         rdrop: decides which tasks have R-Drop.
     """
@@ -168,7 +170,7 @@ class Batches:
     smart: SmartConfig
     seed: int
     low_memory: bool = False
-    bucket_to: int | None = None
+    buckets: Buckets | None = None
     group: ProcessGroup = field(default_factory=ProcessGroup)
     rdrop: RDropConfig = field(default_factory=RDropConfig)
 
@@ -205,14 +207,18 @@ class Batches:
         own, shard = stream.examples, None
         if self.group.world_size > 1:
             own, shard = self._shard(own)
-        packed = pack_batches([(self.data[task.name], indices) for task, indices in own], self.bucket_to)
-        if self.per_task and stream.row is None:
+        by_row, pad = self.per_task and stream.row is None, None
+        if self.buckets is not None:
+            tasks, segments = [task.name for task, _ in own], self._segments(own, by_row)
+            pad = partial(self.buckets.pad, tasks=tasks, segments=segments)
+        packed = pack_batches([(self.data[task.name], indices) for task, indices in own], pad)
+        if by_row:
             packed = packed.by_task(self._sequences(own, packed.padding))
             if shard is not None:
                 shard = replace(shard, bounds=(0, *accumulate(self._sequences(stream.examples))))
         labels = {name: torch.from_numpy(values) for name, values in self._labels(stream.examples)}
         batch = make_batch(packed, labels, self.smart, self.rdrop, seed=stream.seed, progress=progress, shard=shard)
-        divisible = self.bucket_to is None and self.group.world_size == 1  # neither for CUDA graphs nor in shards
+        divisible = self.group.world_size == 1
         if divisible and len(set(map(self.smart.applies_to, labels))) > 1:
             batch = replace(batch, smart_parts=tuple(self._parts(batch, own, self.smart.applies_to)))
         if divisible and len(set(map(self.rdrop.applies_to, labels))) > 1:
@@ -229,6 +235,15 @@ class Batches:
                 tasks = tuple(run)
                 start, end = starts[tasks[0]][0], starts[tasks[-1]][1]
                 yield SmartPart(packed.part(start, end), tasks, int(packed.cu_seqlens[start]))
+
+    def _segments(self, examples: Examples, by_row: bool) -> list[int]:
+        """The numbers of tasks in runs that have the same row of gradients and the same regularisers."""
+        rows = {task.name: row for row, tasks in enumerate(self.task_groups) for task in tasks}
+        kinds = [
+            (by_row and rows[task.name], self.smart.applies_to(task.name), self.rdrop.applies_to(task.name))
+            for task, _ in examples
+        ]
+        return [len(list(run)) for _, run in groupby(kinds)]
 
     def _labels(self, examples: Examples) -> Iterator[tuple[str, np.ndarray]]:
         for task, indices in examples:

@@ -46,7 +46,7 @@ def training_step(trainer: Trainer, step: int, progress: float) -> PendingStep:
         progress: share of the run's steps that are done.
     """
     batches, gradients, optimizer, group = trainer.batches, trainer.gradients, trainer.optimizer, trainer.group
-    timer, updates = PhaseTimer(group.device), list[PendingUpdate]()
+    timer, updates = PhaseTimer(group.device, group.liveness.wait_for), list[PendingUpdate]()
     finite = torch.ones((), dtype=torch.float64, device=group.device)
 
     sampled = trainer.sample(step)
@@ -214,6 +214,8 @@ def start(
         config = config.replace(precision=fit_for_smart(model, config, config.precision, console))
     config = config.replace(matmul=choose_matmul(config, model.encoder.config, group))
     console.print(kernels_line(group.device))
+    for line in graphs_lines(config, model, group):
+        console.print(line)
     config = config.replace(
         tasks=[task.name for task in data.tasks if not task.head_of],
         max_length=data.max_length,
@@ -224,6 +226,8 @@ def start(
         console.print(part)
     plan = build_plan(config, data)
     trainer = build_trainer(config, data, plan, model, surgeries, group)
+    if trainer.graphs is not None:
+        trainer.graphs.report = console.print
     if group.world_size > 1:
         sent = len(surgeries) * trainer.parameters.bytes_per_update(ema=bool(config.bregman.mu))
         console.print(f"each process sends at most {sent / 1e6:.1f} MB a step")

@@ -29,13 +29,13 @@ from minbert.data import (
     skipped_rows,
     swapped,
 )
+from minbert.data.buckets import Buckets
 from minbert.data.tokenizer import Tokenizer
 from minbert.distributed.process_group import ProcessGroup
 from minbert.distributed.sharded_parameters import ShardedParameters
 from minbert.distributed.unsharded_parameters import UnshardedParameters
 from minbert.errors import UserError
 from minbert.files.hub import WEIGHTS, checkpoint_directory
-from minbert.kernels import flight_recorder
 from minbert.methods.surgery import Surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import Encoder, EncoderConfig, MultitaskModel, pair_encoding
@@ -46,6 +46,7 @@ from minbert.runs.checkpoint import check_fits
 from minbert.seeds import derive_seed
 from minbert.tasks import Task
 from minbert.training.batches import Batches, StepSampler
+from minbert.training.cuda_graphs import reason_against
 from minbert.training.freelb import FreeLB
 from minbert.training.loss_options import loss_options
 from minbert.training.objective import Objective
@@ -343,10 +344,8 @@ def build_trainer(
     methods = config.smart, config.bregman, parameters.ema, parameters.copies
     objective = of_objective(model, *methods, config.loss_weights, l2, options, config.rdrop)
     objective.share = 1 / (config.accumulate * group.world_size)
-    one_stream = config.accumulate == 1 and not config.low_memory
     graphs = None
-    replayable = config.cuda_graphs and not flight_recorder.is_on()  # a replay calls no op
-    if group.device.type == "cuda" and replayable and one_stream and group.world_size == 1:
+    if group.device.type == "cuda" and reason_against(config, model.encoder.config, group) is None:
         graphs = cuda_graphs(objective, parameters.gradients, group.device)
     samplers = {
         name: TaskSampler(len(encoded), config.batch_size_of(name), config.seed, name)
@@ -361,7 +360,7 @@ def build_trainer(
             config.smart,
             config.seed,
             config.low_memory,
-            data.max_length if graphs is not None else None,
+            Buckets(data.train, data.max_length) if graphs is not None else None,
             group,
             config.rdrop,
         ),

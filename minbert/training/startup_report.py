@@ -15,6 +15,7 @@ from minbert.distributed.process_group import ProcessGroup
 from minbert.methods.smart import embedding_scale
 from minbert.model import MultitaskModel
 from minbert.model.parts import parts_of
+from minbert.training.cuda_graphs import reason_against
 from minbert.training.setup import TrainingData
 
 
@@ -36,6 +37,14 @@ def kernels_line(device: torch.device) -> str:
     line = f"kernels{isa}: " + "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in sorted(by_backend.items()))
     missing = kernels.native.missing_reason()
     return f"{line}\n{missing}" if missing else line
+
+
+def graphs_lines(config: TrainConfig, model: MultitaskModel, group: ProcessGroup) -> list[str]:
+    """Of a run on a GPU, whether its steps are replayed as CUDA graphs, and if not, why."""
+    if group.device.type != "cuda":
+        return []
+    reason = reason_against(config, model.encoder.config, group)
+    return ["steps are replayed as CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"]
 
 
 def method_line(config: TrainConfig, model: MultitaskModel) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minbert.data import Encoded, Examples, encode, pack_batches
+from minbert.data.buckets import Buckets
 from minbert.data.packing import Packed, pack
 from minbert.data.tokenizer import Tokenizer
 
@@ -139,7 +141,8 @@ def test_a_pair_read_apart_is_two_sequences_and_both_ways_are_three(encoded, tmp
 
 def test_padding_comes_after_all_sequences_of_a_task(tmp_path):
     apart = encode(EXAMPLES, Letters(), 8, tmp_path, pair_encoding="bi-encoder")
-    packed = pack_batches([(apart, np.array([1, 0])), (apart, np.array([2]))], 32)
+    pad = partial(Buckets({"sts": apart}, 32).pad, tasks=["sts", "sts"], segments=[1, 1])
+    packed = pack_batches([(apart, np.array([1, 0])), (apart, np.array([2]))], pad)
     lengths = packed.lengths.tolist()
     assert lengths[:4] == [5, 4, 3, 3]
     assert lengths[4 + packed.padding : 6 + packed.padding] == [1, 2]

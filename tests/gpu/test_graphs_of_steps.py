@@ -1,0 +1,97 @@
+"""A training step that is replayed as a CUDA graph gives the bits of the step itself on the same padded batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_trainer import DATA, REGULARISERS, parts, trainer
+
+from minbert import kernels
+from minbert.data.buckets import Buckets
+from minbert.methods.rdrop import RDropConfig
+from minbert.methods.smart import SmartConfig
+from minbert.training.cuda_graphs import Capture
+from minbert.training.loop import training_step
+
+pytestmark = pytest.mark.gpu
+
+METHODS = {"plain": {"surgery": "sum", "weight": 0.0}, "PCGrad": {"surgery": "pcgrad", "weight": 0.0}}
+METHODS |= {f"{name} + PCGrad": {"surgery": "pcgrad", **options} for name, options in REGULARISERS.items()}
+METHODS |= {
+    "SMART of one task": {"surgery": "sum", "smart": SmartConfig(lambda_s={"sst": 1.0})},
+    "R-Drop of one task": {"surgery": "pcgrad", "rdrop": RDropConfig({"sst": 1.0})},
+    "EMA teacher": {"surgery": "pcgrad", "weight": 0.0, "mu": 0.5},
+    "GSE": {"surgery": "gse", "weight": 0.0},
+}
+ORDER = [8, 8, 8, 6, 6, 8, 6, 4, 4, 4, 8]  # examples of each task in a step: three shapes, each met at least thrice
+
+
+def train(device: torch.device, *, graphs: bool, most: int = 20, **options):
+    """The trainer after its steps, and their results."""
+    steps = trainer(
+        **options,
+        device=device,
+        buckets=Buckets(DATA, 64),
+        sparse=False,
+        copied=options.get("dtype") == torch.bfloat16,
+        sample=lambda step: [parts(n=ORDER[step], step=step % 3)],
+        capture=Capture() if graphs else None,
+    )
+    if graphs:
+        steps.graphs.most, steps.graphs.report = most, pytest.fail
+    return steps, [training_step(steps, step, step / len(ORDER)).result() for step in range(len(ORDER))]
+
+
+def assert_same_bits(one, other) -> None:
+    (steps, results), (others, wanted) = one, other
+    for got, expected in zip(results, wanted, strict=True):
+        assert got.record().keys() == expected.record().keys()
+        for name in ("loss", "smart", "rdrop", "bregman", "grad_norm", "weights"):
+            assert getattr(got, name) == getattr(expected, name), name
+    theirs = dict(others.model.named_parameters())
+    for name, param in steps.model.named_parameters():
+        assert torch.equal(param, theirs[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_replayed_steps_have_the_bits_of_the_steps_themselves(cuda, method, dtype):
+    options = {**METHODS[method], "dtype": dtype}
+    graphs = train(cuda, graphs=True, **options)
+    assert_same_bits(graphs, train(cuda, graphs=False, **options))
+    assert len(graphs[0].graphs._graphs) >= 3
+
+
+def test_so_they_have_when_graphs_go_and_come_back(cuda):
+    options = METHODS["SMART + PCGrad"]
+    graphs = train(cuda, graphs=True, most=1, **options)
+    assert_same_bits(graphs, train(cuda, graphs=False, **options))
+    assert len(graphs[0].graphs._graphs) == 1
+
+
+def test_a_second_gpu_trains_as_the_first(cuda):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    options, second = METHODS["SMART + PCGrad"], torch.device("cuda", 1)
+    assert torch.cuda.current_device() == 0
+    on_second = train(second, graphs=True, **options)
+    assert_same_bits(on_second, train(second, graphs=False, **options))
+    assert {param.device for param in on_second[0].model.parameters()} == {second}
+
+
+def test_a_step_that_cannot_be_captured_runs_and_later_graphs_work(cuda):
+    """The reference of attention reads numbers of the device."""
+    lines, options = [], {"surgery": "pcgrad", "weight": 0.0, "buckets": Buckets(DATA, 64), "sparse": False}
+    found = []
+    with kernels.use_backend("reference"):
+        for capture in (None, Capture()):
+            steps = trainer(**options, device=cuda, sample=lambda step: [parts()], capture=capture)
+            if capture is not None:
+                steps.graphs.report = lines.append
+            found.append([training_step(steps, step, 0.0).result().loss for step in range(4)])
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: no more CUDA graphs: a step cannot be captured")
+    for got, wanted in zip(*found, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-5)
+    assert torch.rand(1, device=cuda).item() < 1  # torch's generator is not left capturing
+    assert_same_bits(train(cuda, graphs=True, **METHODS["PCGrad"]), train(cuda, graphs=False, **METHODS["PCGrad"]))

@@ -193,7 +193,7 @@ OTHERS = {  # options of other programs, and of those in bench/ and tests/
         "--quick",
         "--minbert-results",
     ),
-    *("--recipes", "--target", "--plot"),
+    *("--recipes", "--target", "--plot", "--since", "--write"),
 }
 
 

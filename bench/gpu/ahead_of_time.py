@@ -13,15 +13,15 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
+from operator import methodcaller
 from pathlib import Path
+from typing import Any
 
 import estimates
 import machine_code
@@ -40,9 +40,7 @@ class Resources:
     local_memory: int  # bytes a thread: spilled registers
     shared_memory: int  # bytes a program
     programs_per_sm: int  # at once on a multiprocessor
-    matrix_instructions: int
-    wide_accesses: int  # of global memory, 16 bytes a thread
-    accesses: int
+    code: machine_code.Summary
     broken: tuple[str, ...]  # the limits that it does not keep
     ptx: str = field(repr=False)
     sass: str = field(repr=False)
@@ -50,6 +48,23 @@ class Resources:
     @property
     def warps_per_sm(self) -> int:
         return self.programs_per_sm * self.num_warps
+
+    @property
+    def matrix_instructions(self) -> int:
+        return self.code.matrix_instructions
+
+    @property
+    def wide_accesses(self) -> int:
+        """Of global memory, 16 bytes a thread or more."""
+        return self.code.wide_loads + self.code.wide_stores
+
+    @property
+    def accesses(self) -> int:
+        return self.code.loads + self.code.stores
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {name: value for name, value in asdict(self).items() if name not in ("code", "ptx", "sass")}
+        return {**fields, **self.code._asdict()}
 
 
 def programs_per_sm(registers: int, shared_memory: int, num_warps: int, architecture: int) -> int:
@@ -76,15 +91,14 @@ def compile_for(compilation: Compilation, architecture: int) -> Resources:
     )
     options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, **compilation.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    text = disassemble(compiled.asm["cubin"])
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", text)}
-    counts = machine_code.executed(machine_code.parse(text))
-    wide, accesses = machine_code.global_accesses(counts)
+    text = machine_code.disassemble(compiled.asm["cubin"])
+    usage = machine_code.resources(text)
+    code = machine_code.summary(machine_code.executed(machine_code.parse(text)))
     registers, local_memory, shared_memory = usage["REG"], usage["STACK"], compiled.metadata.shared
     limits = {
         f"{registers} registers of {compilation.registers}": registers > compilation.registers,
         f"{local_memory} bytes of spilled registers": local_memory > 0,
-        f"{machine_code.local_accesses(counts)} accesses of local memory": machine_code.local_accesses(counts) > 0,
+        f"{code.local_accesses} accesses of local memory": code.local_accesses > 0,
         f"{shared_memory} bytes of shared memory of {compilation.shared_memory}": shared_memory
         > compilation.shared_memory,
     }
@@ -97,24 +111,11 @@ def compile_for(compilation: Compilation, architecture: int) -> Resources:
         local_memory,
         shared_memory,
         programs_per_sm(registers, shared_memory, compilation.num_warps, architecture),
-        machine_code.matrix_instructions(counts),
-        wide,
-        accesses,
+        code,
         tuple(limit for limit, is_broken in limits.items() if is_broken),
         compiled.asm["ptx"],
         text,
     )
-
-
-def disassemble(cubin: bytes) -> str:
-    """A cubin's resources and instructions as printed by cuobjdump, which Triton installs."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 # All of them -----------------------------------------------------------------------------------------------------
@@ -151,10 +152,10 @@ def jobs(module: str, sample: int | None, only: str) -> list[Job]:
     return found
 
 
-def compile_all(work: Sequence[Job], processes: int) -> Iterator[Resources]:
-    """In parallel processes of low priority, in the order of `work`."""
+def compile_all(work: Sequence[Any], processes: int) -> Iterator[Any]:
+    """What `run` of each returns, in the order of `work`: in parallel processes of low priority."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=os.nice, initargs=(10,)) as pool:
-        yield from pool.map(Job.run, work)
+        yield from pool.map(methodcaller("run"), work)
 
 
 COLUMNS = (
@@ -223,8 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.text:
         write_text(options.text, found)
     if options.json:
-        kept = [{k: v for k, v in asdict(each).items() if k not in ("ptx", "sass")} for each in found]
-        options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        content = json.dumps([each.to_json() for each in found], indent=1)
+        options.json.write_text(content + "\n", encoding="utf-8")
     broken = [f"sm_{each.architecture} {each.name}: {', '.join(each.broken)}" for each in found if each.broken]
     print("\n".join(broken) if broken else f"all {len(found)} keep their limits", file=sys.stderr)
     return 1 if broken else 0

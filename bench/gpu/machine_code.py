@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
 _HGMMA = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
 _BRANCH_TARGET = re.compile(r"(0x[0-9a-f]+)\s*$")
+_LOADS, _STORES = ("LDG", "LDGSTS"), ("STG",)  # of global memory
 _MATRIX = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "IMMA", "DMMA")
 
 # Cycles for which one warp instruction keeps a pipe of its quarter of a core busy: 32 lanes over the lanes per clock
@@ -43,6 +47,22 @@ class Instruction:
         """Where a branch goes."""
         found = _BRANCH_TARGET.search(self.operands.strip()) if self.base == "BRA" else None
         return int(found[1], 16) if found else None
+
+
+def disassemble(cubin: bytes) -> str:
+    """A cubin's resources and instructions as printed by cuobjdump, which Triton installs."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(text: str) -> dict[str, int]:
+    """One kernel's REG, STACK and SHARED: registers of a thread, bytes of its stack, bytes of a block."""
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", text)}
 
 
 def parse(text: str) -> list[Instruction]:
@@ -81,15 +101,32 @@ def matrix_instructions(counts: Counter[str]) -> int:
     return sum(n for name, n in counts.items() if name.startswith(_MATRIX))
 
 
-def global_accesses(counts: Counter[str]) -> tuple[int, int]:
-    """Loads and stores of global memory: those of 16 bytes a thread, and all of them."""
-    names = {name: n for name, n in counts.items() if name.partition(".")[0] in ("LDG", "STG", "LDGSTS")}
-    return sum(n for name, n in names.items() if ".128" in name), sum(names.values())
+class Summary(NamedTuple):
+    """How many instructions of some kinds a kernel has."""
+
+    instructions: int
+    matrix_instructions: int
+    loads: int  # of global memory
+    wide_loads: int  # of them those of 16 bytes a thread or more
+    stores: int
+    wide_stores: int
+    local_accesses: int  # loads and stores of local memory: spilled registers, and arrays that are indexed at run time
 
 
-def local_accesses(counts: Counter[str]) -> int:
-    """Loads and stores of local memory: spilled registers, and arrays that are indexed at run time."""
-    return sum(n for name, n in counts.items() if name.partition(".")[0] in ("LDL", "STL"))
+def summary(counts: Counter[str]) -> Summary:
+    """Of instructions by name, as `executed` counts them."""
+
+    def number(bases: Sequence[str], *widths: str) -> int:
+        wanted = (n for name, n in counts.items() if name.partition(".")[0] in bases and _is_as_wide(name, widths))
+        return sum(wanted)
+
+    wide = ("128", "256")
+    memory = number(_LOADS), number(_LOADS, *wide), number(_STORES), number(_STORES, *wide)
+    return Summary(sum(counts.values()), matrix_instructions(counts), *memory, number(("LDL", "STL")))
+
+
+def _is_as_wide(name: str, widths: Sequence[str]) -> bool:
+    return not widths or not set(widths).isdisjoint(name.split("."))
 
 
 def busy_cycles(counts: Counter[str]) -> dict[str, float]:

@@ -28,8 +28,15 @@ def test_machine_code_is_read_up_to_its_last_exit_and_loops_count_as_often_as_th
     assert counts["LDG.E.128"] == counts["EXIT"] == 1
     assert "RET.REL.NODEC" not in counts
     assert machine_code.matrix_instructions(counts) == 5
-    assert machine_code.global_accesses(counts) == (1, 2)
-    assert machine_code.local_accesses(counts) == 1
+    assert machine_code.summary(counts) == machine_code.Summary(
+        instructions=sum(counts.values()),
+        matrix_instructions=5,
+        loads=1,
+        wide_loads=1,
+        stores=1,
+        wide_stores=0,
+        local_accesses=1,
+    )
     assert (
         machine_code.busy_cycles(counts)["matrix"] == 5 * 32
     )  # 64 x 64 x 16 products for four quarters of 512 a cycle

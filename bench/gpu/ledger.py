@@ -218,7 +218,8 @@ def compare(
         if version is None:
             print(f"{compiler} is not here: its kernels are not compared")
         elif version != known and path is None:
-            print(f"{compiler} is {version}, and the ledger's {known}: its kernels are not compared")
+            written = f"is of {known}" if known else "has none of its kernels"
+            print(f"{compiler} is {version}, and the ledger {written}: they are not compared")
         else:
             taken[compiler] = version
     units = [unit for compiler in taken for unit in UNITS[compiler]()]

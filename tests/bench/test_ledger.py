@@ -97,7 +97,7 @@ def test_kernels_that_are_gone_and_new_are_named(compiled, capsys):
 @pytest.mark.parametrize(
     ("versions", "said"),
     [
-        ({**VERSIONS, "triton": "3.10"}, "triton is 3.10, and the ledger's 3.9: its kernels are not compared"),
+        ({**VERSIONS, "triton": "3.10"}, "triton is 3.10, and the ledger is of 3.9: they are not compared"),
         ({"nvcc": None, "triton": "3.9"}, "nvcc is not here: its kernels are not compared"),
     ],
 )

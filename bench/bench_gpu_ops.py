@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ import roofline
 import torch
 import torch.nn.functional as F
 from batches import DECILES, lengths
+from session import FOUND, Found
 from timing import Numbered, input_sets
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,11 +32,17 @@ BATCHES = {  # sequence lengths; the goals on an H100, forward and backward, in 
         None,
     ),
 }
+# Attention of packed sequences without dropout: the module, its function of q, k, v, cu_seqlens of queries and of keys,
+# max_seqlen of both, and how many of the last four it takes by position.
+WITHOUT_DROPOUT = {
+    "torch varlen_attn": ("torch.nn.attention.varlen", "varlen_attn", 4),  # FlashAttention 2, from torch 2.10 on
+    "FlashAttention 3": ("flash_attn_interface", "flash_attn_varlen_func", 4),
+    "FlashAttention 4": ("flash_attn.cute", "flash_attn_varlen_func", 2),
+}
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
 }
 
 
@@ -45,8 +53,8 @@ def randn(*shape: int, device: torch.device) -> Tensor:
 class Contest:
     """Contenders of an op's forward or backward, on sets of inputs; those that cannot run here are left out."""
 
-    def __init__(self, way: str) -> None:
-        self.way = way
+    def __init__(self, case: str, way: str, found: Found) -> None:
+        self.case, self.way, self.found = case, way, found
         self.contenders: dict[str, Numbered] = {}
 
     def add(
@@ -58,18 +66,31 @@ class Contest:
             results = [forward(i) for i in range(len(inputs))]
             backward = lambda i: torch.autograd.grad(results[i], inputs[i], grads[i], retain_graph=True)  # noqa: E731
             backward(0)
-        except (RuntimeError, ImportError) as error:
+        except Exception as error:  # whatever a library that is not ours finds to say
             if name == "minbert":
                 raise
-            print(f"{name}: left out, {str(error).splitlines()[0]}")
+            self.found.leave_out(self.case, name, error)
         else:
             self.contenders[name] = forward if self.way == "forward" else backward
 
 
-@pytest.mark.parametrize("dropout_p", [P, 0.0])
+def result(returned: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """What FlashAttention returns, in some versions beside the log-sum-exp."""
+    return returned[0] if isinstance(returned, tuple) else returned
+
+
 @pytest.mark.parametrize("way", ["forward", "backward"])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_attention(gpu_race, device: torch.device, smoke: bool, batch: str, way: str, dropout_p: float) -> None:
+@pytest.mark.parametrize("dropout_p", [P, 0.0])
+def test_attention(
+    gpu_race,
+    device: torch.device,
+    request: pytest.FixtureRequest,
+    smoke: bool,
+    batch: str,
+    way: str,
+    dropout_p: float,
+) -> None:
     sizes, *goals = BATCHES[batch]
     sizes = [min(n, 40) for n in sizes[:2]] if smoke else sizes
     tokens, longest = sum(sizes), max(sizes)
@@ -100,26 +121,29 @@ def test_attention(gpu_race, device: torch.device, smoke: bool, batch: str, way:
 
         return forward
 
-    def torch_varlen() -> Numbered:
-        from torch.nn.attention.varlen import varlen_attn
+    bounds = (cu_seqlens, cu_seqlens, longest, longest)  # of queries and keys
 
-        return lambda i: varlen_attn(*packed[i].unbind(1), cu_seqlens, cu_seqlens, longest, longest)
+    def varlen(module: str, function: str, taken: int, *more: object) -> Callable[[], Numbered]:
+        def make() -> Numbered:
+            attend = getattr(importlib.import_module(module), function)
+            return lambda i: result(attend(*packed[i].unbind(1), *bounds[:taken], *more))
 
-    def flash_attention() -> Numbered:
-        from flash_attn import flash_attn_varlen_qkvpacked_func
+        return make
 
-        return lambda i: flash_attn_varlen_qkvpacked_func(packed[i], cu_seqlens, longest, dropout_p)
-
-    contest, inputs = Contest(way), [[x] for x in packed]
+    case = f"attention {way}, {batch}, p {dropout_p}"
+    contest, inputs = Contest(case, way, request.config.stash[FOUND]), [[x] for x in packed]
     contest.add("minbert", lambda: ours, inputs, grads)
     for name, backend in BACKENDS.items():
         contest.add(f"SDPA {name}, padded", lambda backend=backend: sdpa(backend), padded, padded_grads)
-    if dropout_p == 0:  # it knows no dropout
-        contest.add("torch varlen_attn (FlashAttention 2)", torch_varlen, inputs, grads)
-    contest.add("FlashAttention", flash_attention, inputs, grads)
+    contest.add("FlashAttention 2", varlen("flash_attn", "flash_attn_varlen_func", 4, dropout_p), inputs, grads)
+    for name, where in WITHOUT_DROPOUT.items():
+        if dropout_p == 0:
+            contest.add(name, varlen(*where), inputs, grads)
+        else:
+            contest.found.leave_out(case, name, "knows no dropout")
     goal = goals[way == "backward"]
     gpu_race(
-        f"attention {way}, {batch}, p {dropout_p}",
+        case,
         contest.contenders,
         roofline.attention(sizes, HEADS, HEAD_DIM, backward=way == "backward"),
         sets=sets,
@@ -129,7 +153,7 @@ def test_attention(gpu_race, device: torch.device, smoke: bool, batch: str, way:
 
 @pytest.mark.parametrize("op", ["dropout_add_layer_norm", "bias_gelu"])
 @pytest.mark.parametrize("way", ["forward", "backward"])
-def test_rows(gpu_race, device: torch.device, smoke: bool, op: str, way: str) -> None:
+def test_rows(gpu_race, device: torch.device, request: pytest.FixtureRequest, smoke: bool, op: str, way: str) -> None:
     rows, columns = (16, 64) if smoke else (8192, HIDDEN if op == "dropout_add_layer_norm" else INNER)
     normalises = op == "dropout_add_layer_norm"
     sets = input_sets(5 * rows * columns * 2, device)
@@ -162,7 +186,8 @@ def test_rows(gpu_race, device: torch.device, smoke: bool, op: str, way: str) ->
     def inputs(params: Sequence[Tensor]) -> list[list[Tensor]]:
         return [[*x, *params] if normalises else [x[0], params[-1]] for x in activations]
 
-    contest = Contest(way)
+    case = f"{op} {way}, {rows} x {columns}"
+    contest = Contest(case, way, request.config.stash[FOUND])
     contest.add("minbert", lambda: ours, inputs([weight, bias]), grads)
     contest.add("torch eager", lambda: lambda i: eager(*activations[i], *half), inputs(half), grads)
     if device.type == "cuda":
@@ -172,4 +197,4 @@ def test_rows(gpu_race, device: torch.device, smoke: bool, op: str, way: str) ->
     goal = {"dropout_add_layer_norm": (20, 24), "bias_gelu": (40, 60)}[op][way == "backward"] * MICROSECOND
     floor = roofline.layer_norm if normalises else roofline.gelu
     work = floor(rows, columns, backward=way == "backward")
-    gpu_race(f"{op} {way}, {rows} x {columns}", contest.contenders, work, sets=sets, goal=goal)
+    gpu_race(case, contest.contenders, work, sets=sets, goal=goal)

@@ -12,6 +12,7 @@ from bench_smart import EPSILON, ETA, SIGMA, eager_ascent, eager_start
 from bench_surgery import TASKS, bert_shapes
 from bench_update import MAX_NORM, OPTIONS
 from peers import flattened_pcgrad, seeded
+from session import FOUND
 from timing import input_sets
 from torch import Tensor
 
@@ -95,18 +96,22 @@ def test_adamw(gpu_race, update: Update) -> None:
     gpu_race(f"AdamW, {update.elements / 1e6:.0f}M", contenders, work)
 
 
-def test_pcgrad_update(gpu_race, update: Update) -> None:
+def test_pcgrad_update(gpu_race, request: pytest.FixtureRequest, update: Update) -> None:
     """Gram matrix, weights, clipping and AdamW, against all of Pytorch-PCGrad and fused AdamW, and TorchJD's PCGrad."""
     contenders = {"minbert": update.whole, "Pytorch-PCGrad + clip + fused AdamW": update.pytorch_pcgrad}
+    case = f"PCGrad + clip + AdamW, {TASKS} x {update.elements / 1e6:.0f}M"
+    theirs = "TorchJD PCGrad alone, flat gradients"
     if importlib.util.find_spec("torchjd"):
         from torchjd.aggregation import PCGrad
 
         jacobian, aggregate = update.flat(), PCGrad()
-        contenders["TorchJD PCGrad alone, flat gradients"] = lambda i: aggregate(jacobian)
+        contenders[theirs] = lambda i: aggregate(jacobian)
+    else:
+        request.config.stash[FOUND].leave_out(case, theirs, "torchjd is not installed")
     work = roofline.Work(
         roofline.gram(TASKS, update.elements).bytes + roofline.combine_adamw(TASKS, update.elements).bytes
     )
-    gpu_race(f"PCGrad + clip + AdamW, {TASKS} x {update.elements / 1e6:.0f}M", contenders, work)
+    gpu_race(case, contenders, work)
 
 
 @pytest.mark.parametrize("where", ["memory", "L2 cache"])

@@ -29,6 +29,7 @@ from minbert.recipes import recipe
 from minbert.tasks import Task
 from minbert.training.loop import training_step
 from minbert.training.setup import TrainingData, build_model, build_plan, build_trainer
+from minbert.training.trainer import Trainer
 
 TORCHJD = "PCGrad by TorchJD's autojac"
 REGULARISERS = ("plain", "r3f", "rdrop", "sift", "vat", "freelb", "smart")  # recipes, all without surgery
@@ -42,7 +43,7 @@ def encoded(task: str, seed: int, batch_size: int, batches: int, vocabulary: int
     return Encoded(ids, np.zeros(len(ids), np.uint8), offsets, targets, [str(i) for i in range(len(rows))], 0)
 
 
-def ours(
+def our_trainer(
     method: str,
     sizes: dict[str, int],
     batch_size: int,
@@ -50,19 +51,21 @@ def ours(
     device: str = "cpu",
     group: ProcessGroup | None = None,
     batches: int = 1,
-) -> Callable[[], object]:
-    """A step of `minbert.train`, set up as it sets its own up, on the batches that the peers pad.
+    **options: Any,
+) -> Trainer:
+    """A trainer as `minbert.train` builds it, of the batches that the peers pad, in turns.
 
     Args:
         method: of `METHODS`, or a recipe.
+        options: more of `TrainConfig`'s.
     """
     if method in METHODS:
         surgery, weight = METHODS[method]
         smart, rdrop = SmartConfig(lambda_s=weight), RDropConfig()
     else:
-        options = recipe(method)
-        surgery = options["surgery"]
-        smart, rdrop = SmartConfig(**options.get("smart", {})), RDropConfig(**options.get("rdrop", {}))
+        named = recipe(method)
+        surgery = named["surgery"]
+        smart, rdrop = SmartConfig(**named.get("smart", {})), RDropConfig(**named.get("rdrop", {}))
     group = group or ProcessGroup(device=torch.device(device))
     config = TrainConfig(
         surgery=surgery,
@@ -73,18 +76,24 @@ def ours(
         lr=1e-5,
         dropout=0.1,
         scratch=ScratchConfig(**sizes),
+        **options,
     )
     train = {name: encoded(name, 100 * i, batch_size, batches, sizes["vocab_size"]) for i, name in enumerate(DECILES)}
     tokenizer: Any = SimpleNamespace(vocab_size=sizes["vocab_size"])
     data = TrainingData(DemoSource(), TASKS, tokenizer, MAX_LENGTH, {"train": train}, {})
     model = build_model(config, data, device=group.device).train()
     trainer = build_trainer(config, data, build_plan(config, data), model, find_surgery(surgery), group)
-    numbers = itertools.count()
 
     def sample(step: int) -> list[list[tuple[Task, np.ndarray]]]:
         return [[(task, np.arange(batch_size) + step % batches * batch_size) for task in TASKS]]
 
     trainer.sample = sample
+    return trainer
+
+
+def ours(*arguments: Any, **options: Any) -> Callable[[], object]:
+    """A step of `our_trainer`, results and all."""
+    trainer, numbers = our_trainer(*arguments, **options), itertools.count()
     return lambda: training_step(trainer, next(numbers), 1.0).result()
 
 

@@ -59,7 +59,9 @@ def flattened_pcgrad(grads: list[list[Tensor]], generator: torch.Generator | Non
 class Padded:
     """transformers' BERT with a linear head for each task, on a batch of each task padded to its longest sequence.
 
-    A call of `plain`, `pcgrad`, `smart` or `smart_pcgrad` is a whole step: losses, gradients, clipping, fused AdamW.
+    A call of `plain`, `pcgrad`, `smart`, `smart_pcgrad` or `torchjd` is a whole step: the batch's copy to the device,
+    losses, gradients, clipping, fused AdamW. It returns the loss, on the device. Batches are padded beforehand, as the
+    workers of a DataLoader do, and lie in pinned memory where the device is a GPU.
     """
 
     def __init__(
@@ -89,20 +91,25 @@ class Padded:
             if dtype == torch.float32
             else lambda: torch.autocast(self.words.weight.device.type, dtype)
         )
-        self.targets = {name: target.to(device) for name, target in labels(batch_size).items()}
-        self.batches: list[dict[str, Tensor]] = []
+        self.device = torch.device(device)
+        self.batches: list[dict[str, tuple[Tensor, Tensor]]] = []
         for turn in range(batches):
-            ids = {}
+            batch = {}
             for i, name in enumerate(DECILES):
                 rows = map(torch.tensor, drawn(name, batch_size, sizes["vocab_size"], 100 * i + turn))
-                ids[name] = nn.utils.rnn.pad_sequence([*rows], batch_first=True).to(device)
-            self.batches.append(ids)
+                pair = nn.utils.rnn.pad_sequence([*rows], batch_first=True), labels(batch_size)[name]
+                batch[name] = tuple(x.pin_memory() for x in pair) if self.device.type == "cuda" else pair
+            self.batches.append(batch)
         self.steps = 0
+        self.ids: dict[str, Tensor] = {}  # by task the batch of this step, whose padding is token 0
+        self.targets: dict[str, Tensor] = {}
 
-    @property
-    def ids(self) -> dict[str, Tensor]:
-        """By task the batch of this step, whose padding is token 0."""
-        return self.batches[self.steps % len(self.batches)]
+    def load(self) -> None:
+        """Copy the next batch to the device."""
+        batch = self.batches[self.steps % len(self.batches)]
+        self.ids, self.targets = (
+            {name: pair[i].to(self.device, non_blocking=True) for name, pair in batch.items()} for i in range(2)
+        )
 
     def output(self, task: Task, words: Tensor) -> Tensor:
         """The task's outputs from its words' embeddings."""
@@ -126,20 +133,26 @@ class Padded:
         worst = (moved / (moved.abs().amax(-1, keepdim=True) + 1e-6)).detach()
         return DIVERGENCES[task.loss](self.output(task, words + worst), output)
 
-    def summed(self, smart: bool) -> None:
-        torch.stack([self.loss(task, smart) for task in TASKS]).sum().backward()
+    def summed(self, smart: bool) -> Tensor:
+        self.load()
+        loss = torch.stack([self.loss(task, smart) for task in TASKS]).sum()
+        loss.backward()
         self.update()
+        return loss.detach()
 
-    def projected(self, smart: bool) -> None:
+    def projected(self, smart: bool) -> Tensor:
         """As Pytorch-PCGrad goes: a backward for each task, gradients of parameters it does not reach set to 0."""
-        rows = []
+        self.load()
+        rows, losses = [], []
         for task in TASKS:
             self.optimizer.zero_grad(set_to_none=True)
-            self.loss(task, smart).backward()
+            losses.append(self.loss(task, smart))
+            losses[-1].backward()
             rows.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.params])
         for param, grad in zip(self.params, flattened_pcgrad(rows), strict=True):
             param.grad = grad
         self.update()
+        return torch.stack(losses).sum().detach()
 
     def update(self) -> None:
         nn.utils.clip_grad_norm_([p for p in self.params if p.grad is not None], 1.0)
@@ -147,24 +160,26 @@ class Padded:
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
 
-    def torchjd(self, smart: bool = False) -> None:
+    def torchjd(self, smart: bool = False) -> Tensor:
         """PCGrad by TorchJD's autojac: the Jacobian of the losses, then its aggregation."""
         from torchjd.aggregation import PCGrad
         from torchjd.autojac import backward, jac_to_grad
 
+        self.load()
         losses = [self.loss(task, smart) for task in TASKS]
         backward(losses, inputs=self.params, parallel_chunk_size=1)
         jac_to_grad(self.params, PCGrad())
         self.update()
+        return torch.stack(losses).sum().detach()
 
-    def plain(self) -> None:
-        self.summed(smart=False)
+    def plain(self) -> Tensor:
+        return self.summed(smart=False)
 
-    def smart(self) -> None:
-        self.summed(smart=True)
+    def smart(self) -> Tensor:
+        return self.summed(smart=True)
 
-    def pcgrad(self) -> None:
-        self.projected(smart=False)
+    def pcgrad(self) -> Tensor:
+        return self.projected(smart=False)
 
-    def smart_pcgrad(self) -> None:
-        self.projected(smart=True)
+    def smart_pcgrad(self) -> Tensor:
+        return self.projected(smart=True)

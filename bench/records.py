@@ -64,9 +64,11 @@ def write_record(
     *,
     made_on: Mapping[str, object] | None = None,
     results: Path = RESULTS,
+    path: Path | None = None,
     **more: Any,
 ) -> Path:
-    """Write rows as `results`/TIME.json, with the machine (`machine()` unless given), versions, commit and `more`.
+    """Write rows as `path`, or else `results`/TIME.json, with the machine (`machine()` unless given), versions, commit
+    and `more`.
 
     Returns:
         the file.
@@ -80,7 +82,7 @@ def write_record(
         "rows": rows,
         **more,
     }
-    path = results / f"{now:%Y-%m-%d-%H%M%S}.json"
-    results.mkdir(parents=True, exist_ok=True)
+    path = path or results / f"{now:%Y-%m-%d-%H%M%S}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path

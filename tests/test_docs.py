@@ -187,6 +187,7 @@ OTHERS = {  # options of other programs, and of those in bench/ and tests/
         "--only",
         "--text",
         "--estimates",
+        "--budget",
         "--dry-run",
         "--help",
         "--help-all",

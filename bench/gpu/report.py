@@ -12,7 +12,21 @@ from collections.abc import Callable
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "torchjd", "flash-attn", "liger-kernel", "numpy", "pytest")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "torchjd",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "liger-kernel",
+    "numpy",
+    "pytest",
+    "setuptools",
+    "pybind11",
+    "cmake",
+)
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit,pstate"
 
 
@@ -58,8 +72,8 @@ def report() -> dict[str, object]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "nvcc": ask("nvcc", "--version").splitlines()[-1],
-        "compute-sanitizer": ask("compute-sanitizer", "--version").splitlines()[-1],
+        "nvcc": ask("nvcc", "--version").rpartition("\n")[2],
+        "compute-sanitizer": ask("compute-sanitizer", "--version").rpartition("\n")[2],
         "packages": {name: version(name) for name in PACKAGES},
         "clocks before": dict(zip(CLOCKS.split(","), ask(*smi).split(", "), strict=False)),
     }

@@ -12,7 +12,9 @@ import torch
 from roofline import Ceilings
 
 Numbered = Callable[[int], object]  # does its work on input set i
+StartStep = Callable[[], Callable[[], object]]  # begins a training step, and returns what reads its results
 CALLS, ROUNDS = 48, 21  # in one replay of a graph; replays, of which the median counts
+HOST_STEPS = 8  # of which the host's own time is measured
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,17 @@ class Timing:
 
     seconds: float
     spread: float  # of the rounds: half of them lie within so many seconds
-    timer: str  # "graph", "events" (calls enqueued one by one) or "wall" (with the host's work, and on CPUs)
+    timer: str  # "graph", "events" (calls enqueued one by one), "steps" (of training) or "wall" (on CPUs)
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """The median times of a training step."""
+
+    seconds: float  # from one step to the next
+    spread: float  # of the steps: half of them lie within so many seconds
+    host: float  # until the call that begins a step returns, where nothing waits for the device
+    steps: int
 
 
 def input_sets(set_bytes: int, device: torch.device) -> int:
@@ -55,15 +67,31 @@ def measure(function: Numbered, sets: int, device: torch.device, *, graph: bool 
     return _timing(_by_events(run, rounds), calls, timer)
 
 
-def measure_wall(function: Callable[[], object], device: torch.device, *, calls: int, rounds: int) -> Timing:
-    """Time whole steps, the host's part of them included."""
+def measure_steps(start: StartStep, device: torch.device, *, warm_up: int, steps: int) -> StepTiming:
+    """Time training steps as the training loop takes them: the results of a step are read once the next one is begun.
 
-    def all_calls() -> None:
-        for _ in range(calls):
-            function()
-
-    all_calls()
-    return _timing(_wall(all_calls, rounds, device), calls, "wall")
+    The host's own time is measured apart, in steps that begin once the device has done everything before them: then
+    nothing in them waits for the device.
+    """
+    times, pending = [], None
+    for _ in range(warm_up + steps):
+        began = time.perf_counter()
+        read = start()
+        if pending is not None:
+            pending()
+        pending = read
+        times.append(time.perf_counter() - began)
+    if pending is not None:
+        pending()
+    host = []
+    for _ in range(min(steps, HOST_STEPS)):
+        wait(device)
+        began = time.perf_counter()
+        read = start()
+        host.append(time.perf_counter() - began)
+        read()
+    whole = _timing(times[warm_up:], 1, "steps")
+    return StepTiming(whole.seconds, whole.spread, statistics.median(host), steps)
 
 
 def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph | None:

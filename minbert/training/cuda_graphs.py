@@ -25,7 +25,7 @@ from minbert.training.batches import Batch
 from minbert.training.host_device_copy import Layout, copy_to_buffer
 from minbert.training.objective import Losses
 
-MOST_GRAPHS = 20  # each keeps a few megabytes on the device
+MOST_GRAPHS = 48  # each keeps a few megabytes on the device; tasks in steps of their own have shapes of their own
 OPS = (
     "attention",
     "bias_gelu",

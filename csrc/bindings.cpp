@@ -31,6 +31,28 @@ struct IntCaster {
   }
 };
 
+// Numbers, which Python passes as a sequence of ints, or faster as a buffer of int64: array("q").
+template <class T, class Int>
+struct NumbersCaster {
+  PYBIND11_TYPE_CASTER(std::vector<T>, py::detail::const_name("list[int]"));
+
+  bool load(py::handle source, bool convert) {
+    if (!py::isinstance<py::buffer>(source)) {
+      py::detail::list_caster<std::vector<T>, T> numbers;
+      if (!numbers.load(source, convert)) return false;
+      value = std::move(static_cast<std::vector<T>&>(numbers));
+      return true;
+    }
+    const py::buffer_info buffer = py::reinterpret_borrow<py::buffer>(source).request();
+    if (buffer.format != "q" || buffer.ndim != 1 || buffer.strides[0] != sizeof(int64_t)) return false;
+    const int64_t* const first = static_cast<const int64_t*>(buffer.ptr);
+    value.clear();
+    value.reserve(buffer.size);
+    for (int64_t i = 0; i < buffer.size; ++i) value.push_back(T{static_cast<Int>(first[i])});
+    return true;
+  }
+};
+
 }  // namespace minbert
 
 template <>
@@ -39,6 +61,13 @@ template <>
 struct pybind11::detail::type_caster<minbert::DType> : minbert::IntCaster<minbert::DType, int> {};
 template <>
 struct pybind11::detail::type_caster<minbert::WeightingRule> : minbert::IntCaster<minbert::WeightingRule, int> {};
+template <>
+struct pybind11::detail::type_caster<std::vector<minbert::Address>>
+    : minbert::NumbersCaster<minbert::Address, uintptr_t> {};
+template <>
+struct pybind11::detail::type_caster<std::vector<minbert::DType>> : minbert::NumbersCaster<minbert::DType, int> {};
+template <>
+struct pybind11::detail::type_caster<std::vector<int64_t>> : minbert::NumbersCaster<int64_t, int64_t> {};
 
 namespace minbert {
 namespace {

@@ -12,7 +12,7 @@
 namespace minbert {
 
 // Increases with every change of the binding's arguments: Python refuses a binary built from another checkout.
-constexpr int kInterface = 12;
+constexpr int kInterface = 13;
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };  // float16: only on CUDA devices
 

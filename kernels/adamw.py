@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,22 @@ def _combine_adamw_(
     scalars: Sequence[float],
     first_columns: Sequence[int] | None = None,
 ) -> None:
-    parts = params, exp_avgs, exp_avg_sqs, ema, copies, low_bits
-    state = [[tensor.data_ptr() for tensor in part] for part in parts]
+    changed = params, exp_avgs, exp_avg_sqs, ema, copies, low_bits
+    state = [[tensor.data_ptr() for tensor in tensors] for tensors in changed]
+    arguments = native_calls.task_gradients(grads, weights.shape[-1], rows, tables, first_columns)
+    launch_combine_adamw(arguments, weights, state, skip_unless, scalars)
+
+
+def launch_combine_adamw(
+    arguments: tuple[Any, ...],
+    weights: Tensor,
+    state: Sequence[Sequence[int]],
+    skip_unless: Tensor | None,
+    scalars: Sequence[float],
+) -> None:
+    """Run native code on GradientArguments, and on the addresses of params, moments, ema, copies and low bits."""
     gate = native_calls.address(skip_unless), skip_unless is not None and skip_unless.dtype == torch.bool
     update = (state, scalars, *gate)  # csrc/kernels.h's AdamWState, AdamWStep and Gate
-    arguments = native_calls.task_gradients(grads, weights.shape[-1], rows, tables, first_columns)
     native_calls.run("combine_adamw", weights.device, arguments, weights.data_ptr(), update)
 
 
@@ -58,7 +69,7 @@ def _reasons(exp_avgs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[str]:
     ]
 
 
-def _scalars(
+def step_scalars(
     step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, ema_decay: float
 ) -> list[float]:
     """csrc/kernels.h's AdamWStep: bias corrections are folded into eps and the step size, as in `reference.adamw_`."""
@@ -94,7 +105,7 @@ def _check_gate(op: str, skip_unless: Tensor | None, device: torch.device) -> No
             raise ValueError(f"{op}: skip_unless must be on {device} like the other tensors, got {skip_unless.device}")
 
 
-def _filled(tensors: Sequence[Tensor | None] | None, device: torch.device) -> list[Tensor]:
+def filled(tensors: Sequence[Tensor | None] | None, device: torch.device) -> list[Tensor]:
     """An empty tensor (address 0) for each None, which torch.compile refuses in a list that an op changes."""
     return [torch.empty(0, device=device) if tensor is None else tensor for tensor in tensors or []]
 
@@ -106,6 +117,36 @@ def _at(tensors: Sequence[Tensor | None] | None, k: int) -> Tensor | None:
 def _check_not_copied(op: str, k: int, copies: Sequence[Tensor | None] | None) -> None:
     if _at(copies, k) is not None:
         raise ValueError(f"{op}: copies[{k}] must be None where low_bits are given: params[{k}] is bfloat16 itself")
+
+
+def check_state(
+    op: str,
+    columns: Sequence[Tensor | None],
+    lists: Mapping[str, Sequence[Tensor]],
+    copies: Sequence[Tensor | None] | None,
+    low_bits: Sequence[Tensor | None] | None,
+) -> None:
+    """Check what `combine_adamw_` changes against a gradient of each column, None for one without.
+
+    Args:
+        lists: params, exp_avgs, exp_avg_sqs and perhaps ema.
+    """
+    for k, column in enumerate(columns):
+        if column is None:
+            continue
+        low, made = _at(low_bits, k), _at(copies, k)
+        for name, tensors in lists.items():
+            dtype = _STATE[column.dtype] if low is None or name != "params" else torch.bfloat16
+            _check_like_gradients(op, name, k, tensors[k], column, dtype)
+        if low is not None:
+            if column.dtype == torch.float64:
+                raise TypeError(
+                    f"{op}: low_bits[{k}] must be None for float64 gradients, whose parameters have no split"
+                )
+            _check_like_gradients(op, "low_bits", k, low, column, torch.int16)
+            _check_not_copied(op, k, copies)
+        if made is not None:
+            _check_like_gradients(op, "copies", k, made, column, torch.bfloat16)
 
 
 @torch.no_grad()
@@ -170,9 +211,9 @@ def adamw_(
     device = params[0].device
     _check_gate(op, skip_unless, device)
     if not _reasons(exp_avgs, grads):
-        scalars = _scalars(step, lr, betas, eps, weight_decay, ema_decay)
+        scalars = step_scalars(step, lr, betas, eps, weight_decay, ema_decay)
         weights = torch.ones(1, dtype=torch.float64, device=device)
-        state = params, exp_avgs, exp_avg_sqs, ema or [], _filled(copies, device), _filled(low_bits, device)
+        state = params, exp_avgs, exp_avg_sqs, ema or [], filled(copies, device), filled(low_bits, device)
         _combine_adamw_(grads, [], [], weights, *state, skip_unless, scalars)
     else:
         reference.adamw_(
@@ -238,22 +279,8 @@ def combine_adamw_(
         lists["ema"] = ema
     _check_lists(op, step, ema_decay, grads=columns, **lists, copies=copies, low_bits=low_bits)
     count = checks.weights_by_part(op, weights, parts, len(columns), len(grads))
+    check_state(op, columns, lists, copies, low_bits)
     present = [k for k, column in enumerate(columns) if column is not None]
-    for k in present:
-        column: Tensor = columns[k]  # type: ignore[assignment]
-        low, made = _at(low_bits, k), _at(copies, k)
-        for name, tensors in lists.items():
-            dtype = _STATE[column.dtype] if low is None or name != "params" else torch.bfloat16
-            _check_like_gradients(op, name, k, tensors[k], column, dtype)
-        if low is not None:
-            if column.dtype == torch.float64:
-                raise TypeError(
-                    f"{op}: low_bits[{k}] must be None for float64 gradients, whose parameters have no split"
-                )
-            _check_like_gradients(op, "low_bits", k, low, column, torch.int16)
-            _check_not_copied(op, k, copies)
-        if made is not None:
-            _check_like_gradients(op, "copies", k, made, column, torch.bfloat16)
     if not present:
         return
     device = columns[present[0]].device  # type: ignore[union-attr]
@@ -261,14 +288,14 @@ def combine_adamw_(
         raise ValueError(f"{op}: weights must be on {device} like the gradients, got {weights.device}")
     _check_gate(op, skip_unless, device)
     if dispatch.is_compiled(op, device):
-        state = params, exp_avgs, exp_avg_sqs, ema, _filled(copies, device), _filled(low_bits, device)
+        state = params, exp_avgs, exp_avg_sqs, ema, filled(copies, device), filled(low_bits, device)
         ordered, first_columns = native_calls.by_part(present, parts, count)
         _combine_adamw_(
             *native_calls.sparse_parts(grads, ordered),
             weights.to(device),
             *([tensors[k] for k in ordered] if tensors else [] for tensors in state),
             skip_unless,
-            _scalars(step, lr, betas, eps, weight_decay, ema_decay),
+            step_scalars(step, lr, betas, eps, weight_decay, ema_decay),
             first_columns,
         )
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -23,6 +24,13 @@ def run(name: str, device: torch.device, *arguments: Any) -> None:
         return
     with torch.cuda.device(device):
         getattr(library(), f"cuda_{name}")(*arguments, torch.cuda.current_stream().cuda_stream)
+
+
+def shown_as(op: str) -> AbstractContextManager[object]:
+    """A block that torch's profiler shows as it shows calls of a custom op."""
+    if torch.autograd.profiler._is_profiler_enabled:
+        return torch.profiler.record_function(f"minbert::{op}")
+    return nullcontext()
 
 
 def address(tensor: Tensor | None) -> int:
@@ -116,6 +124,11 @@ def by_part(columns: Sequence[int], parts: Sequence[int] | None, count: int) -> 
     return sorted(columns, key=parts.__getitem__), [0, *accumulate(sizes)]
 
 
+def chunks(sizes: Sequence[int]) -> int:
+    """The number of chunks in which native code reads tensors of these sizes."""
+    return sum(-(-size // library().CHUNK) for size in sizes)
+
+
 def task_gradients(
     grads: Sequence[Tensor | None],
     tasks: int,
@@ -133,10 +146,10 @@ def task_gradients(
     """
     count = len(grads) // tasks
     columns = [any_of(grads[k::count]) for k in range(count)]
-    codes = [DTYPE_CODES[column.dtype] for column in columns]
-    rows, tables = rows or [None] * len(grads), tables or [0] * count
+    addresses, codes = [address(grad) for grad in grads], [DTYPE_CODES[column.dtype] for column in columns]
+    if not rows:
+        return addresses, [column.numel() for column in columns], codes, tasks, [], [], [], first_columns or []
     widths = [column.shape[1] if table else 0 for column, table in zip(columns, tables, strict=True)]
     sizes = [table * width or column.numel() for column, table, width in zip(columns, tables, widths, strict=True)]
     counts = [0 if ids is None else len(ids) for ids in rows]
-    addresses, of_rows = [address(grad) for grad in grads], [address(ids) for ids in rows]
-    return addresses, sizes, codes, tasks, widths, of_rows, counts, first_columns or []
+    return addresses, sizes, codes, tasks, widths, [address(ids) for ids in rows], counts, first_columns or []

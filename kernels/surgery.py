@@ -11,6 +11,7 @@ from torch import Tensor
 from . import checks, native_calls, reference
 from .dispatch import is_compiled
 from .flight_recorder import recorded
+from .gradient_table import GradientTable, SelectedColumns
 from .native import library
 
 
@@ -24,10 +25,15 @@ def _gram(
     first_columns: Sequence[int] | None = None,
 ) -> Tensor:
     arguments = native_calls.task_gradients(grads, tasks, rows, tables, first_columns)
-    device = native_calls.any_of(grads).device
+    of_rows = sum(len(ids) for ids in rows if ids is not None)
+    return _launch_gram(arguments, native_calls.chunks(arguments[1]), of_rows, native_calls.any_of(grads).device)
+
+
+def _launch_gram(arguments: tuple[Any, ...], chunks: int, rows: int, device: torch.device) -> Tensor:
+    """Run native code on GradientArguments of so many chunks, and rows of sparse gradients."""
+    tasks, first_columns = arguments[3], arguments[7] or None
     parts = library().CHUNK_PARTS if device.type == "cuda" else 1
-    chunks = sum(-(-size // library().CHUNK) for size in arguments[1])
-    chunks += 2 * sum(len(ids) for ids in rows if ids is not None)  # each row is a part, and those between two rows are
+    chunks += 2 * rows  # each row is a part, and those between two rows are
     partials = torch.empty(chunks, parts, tasks, tasks, dtype=torch.float64, device=device)
     gram = torch.empty(*_parts_of(first_columns), tasks, tasks, dtype=torch.float64, device=device)
     native_calls.run("gram", device, arguments, partials.data_ptr(), gram.data_ptr())
@@ -122,6 +128,29 @@ def gram(
         ordered, first_columns = native_calls.by_part(present, parts, count)
         return _gram(*native_calls.sparse_parts(grads, ordered), len(grads), first_columns)
     return reference.gram(grads, parts, count)
+
+
+@recorded("gram", lambda table, selected, first: (*table.op_arguments(selected), table.columns.tasks, first))
+def _gram_of(table: GradientTable, selected: SelectedColumns, first_columns: Sequence[int] | None) -> Tensor:
+    arguments = table.arguments(selected, first_columns)
+    with native_calls.shown_as("gram"):
+        return _launch_gram(arguments, selected.chunks, table.sparse_rows(selected), table.columns.device)
+
+
+def gram_of(table: GradientTable, parts: Sequence[int] | None = None, part_count: int | None = None) -> Tensor:
+    """`gram` of an update's gradients, of which at least one is there.
+
+    Args:
+        parts: for each column the number of its part of the model; None for one.
+        part_count: of the parts; needed with `parts`.
+
+    Returns:
+        float64 [T, T], or with `parts` [G, T, T].
+    """
+    if not is_compiled("gram", table.columns.device):
+        return reference.gram(table.rows, parts, 1 if part_count is None else part_count)
+    ordered, first_columns = native_calls.by_part(table.present, parts, part_count or 1)
+    return _gram_of(table, table.columns.select(ordered), first_columns)
 
 
 def combine(

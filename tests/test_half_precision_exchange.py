@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minbert.distributed import sharded_parameters
 from minbert.distributed.process_group import ProcessGroup
 from minbert.distributed.sharded_parameters import ShardedParameters
+from minbert.kernels.gradient_table import GradientColumns, GradientTable
 from minbert.methods.task_gradients import TaskGradients
 from minbert.training.optimizer import AdamW
 
@@ -77,7 +78,7 @@ def _update(group: ProcessGroup) -> None:
             terms.append((leaf * derivatives(group.rank, task, number, leaf.shape).to(leaf.dtype)).float().sum())
     torch.stack(terms).sum().backward()
     shared, own = sharded.wait_for_gradients()
-    assert own == []
+    assert list(own.grads) == []
     expected = {
         number: [
             None if (task, number) == (1, 1) else sum_over_ranks(task, number, param, leaf.dtype)
@@ -85,13 +86,15 @@ def _update(group: ProcessGroup) -> None:
         ]
         for number, param in enumerate(params)
     }
+    by_shard = dict(zip(shared.columns.params, zip(*shared.rows, strict=True), strict=True))
     for shard in sharded.shards:
         (number,) = (i for i, param in enumerate(params) if param is shard.param)
-        for found, wanted in zip(shared[shard.values], expected[number], strict=True):
+        for found, wanted in zip(by_shard[shard.values], expected[number], strict=True):
             assert (found is None) == (wanted is None)
             if wanted is not None:
                 torch.testing.assert_close(found, wanted.flatten()[shard.elements], rtol=0, atol=1e-6)
-    optimizer.combined_step(shared, torch.ones(TASKS, dtype=torch.float64))
+    weights = torch.ones(TASKS, dtype=torch.float64)
+    optimizer.combined_step(shared, own, weights, weights[:1])
     sharded.all_gather()
     narrow, wide = (
         up(sum(up(torch.Size(shape).numel(), 16) for shape in shapes.values()), 16 * RANKS)
@@ -100,7 +103,9 @@ def _update(group: ProcessGroup) -> None:
     sent = (TASKS + 1) * (2 * narrow + 4 * wide) * (RANKS - 1) // RANKS
     assert group.bytes_sent - before == sharded.bytes_per_update(ema=False) == sent
 
-    of_one.combined_step(dict(zip(alone.parameters(), expected.values(), strict=True)), torch.ones(2).double())
+    rows = [grads[task] for task in range(TASKS) for grads in expected.values()]
+    whole = GradientTable(GradientColumns(list(alone.parameters()), TASKS), rows)
+    of_one.combined_step(whole, GradientTable(GradientColumns([], 1), []), weights, weights[:1])
     for param, wanted in zip(params, alone.parameters(), strict=True):
         if param in sharded.copies:
             torch.testing.assert_close(sharded.copies[param].float(), wanted.data, rtol=2**-8, atol=0)

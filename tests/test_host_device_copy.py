@@ -25,5 +25,18 @@ def test_one_buffer_holds_tensors_of_any_dtype_to_the_bit():
 
 
 def test_numbers_are_read_back_by_name():
-    numbers = Readback({("loss", "sst"): torch.tensor([1.5, 2.5]), "gram": torch.eye(2, dtype=torch.float64)})
-    assert numbers.read() == {("loss", "sst"): [1.5, 2.5], "gram": [1.0, 0.0, 0.0, 1.0]}
+    numbers = {
+        "updated": [torch.tensor(1.0, dtype=torch.float64)],
+        ("loss", "sst"): [torch.tensor(1.5, requires_grad=True), torch.tensor(2.5)],
+        "gram": [torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)],
+        ("loss", "sts"): [torch.tensor(-0.5, dtype=torch.bfloat16)],
+        "perturbation": [torch.tensor([0.25, 0.75]), torch.tensor(8.0)],
+    }
+    found = Readback(numbers).read()
+    assert list(found.items()) == [
+        ("updated", [1.0]),
+        (("loss", "sst"), [1.5, 2.5]),
+        ("gram", [1.0, 2.0, 3.0, 4.0]),
+        (("loss", "sts"), [-0.5]),
+        ("perturbation", [0.25, 0.75, 8.0]),
+    ]

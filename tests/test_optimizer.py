@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from minbert.kernels.gradient_table import GradientColumns, GradientTable
 from minbert.training.optimizer import AdamW
 
 SHAPES = [(7, 5), (64,), (3, 2, 2), (1,)]
@@ -91,16 +92,107 @@ def test_selected_moments_are_those_of_an_optimizer_of_its_own():
     assert mine.state[one]["step@b"] == 3
 
 
+class Gradients:
+    """Parameters whose gradients, all 1, are given to `combined_step`."""
+
+    def __init__(self, params):
+        self.params = params
+        self.columns = GradientColumns(params, 1)
+        self.none = GradientTable(GradientColumns([], 1), [])
+
+    def step(self, optimizer, params=None):
+        reached = {id(param) for param in params or self.params}
+        grads = [torch.ones_like(param) if id(param) in reached else None for param in self.params]
+        one = torch.ones(1, dtype=torch.float64)
+        return optimizer.combined_step(self.none, GradientTable(self.columns, grads), one, one)
+
+
+def steps_of(optimizer, params):
+    return [int(optimizer.state[param]["step"]) for param in params]
+
+
 def test_a_step_is_taken_back_where_it_was_counted():
     param = torch.nn.Parameter(torch.ones(2))
-    optimizer = AdamW([param])
-    param.grad = torch.ones(2)
+    optimizer, gradients = AdamW([param]), Gradients([param])
     optimizer.select("a")
-    counted = optimizer.combined_step({}, torch.ones(0, dtype=torch.float64))
+    counted = gradients.step(optimizer)
     optimizer.select("b")
-    optimizer.step()
+    gradients.step(optimizer)
     optimizer.uncount(counted)
     assert (optimizer.state[param]["step@a"], optimizer.state[param]["step@b"]) == (0, 1)
+
+
+def test_a_step_is_taken_back_of_parameters_that_step_apart_since():
+    params, _ = models()
+    optimizer, gradients = AdamW(params), Gradients(params)
+    counted = gradients.step(optimizer)
+    gradients.step(optimizer, params[1:3])
+    assert steps_of(optimizer, params) == [1, 2, 2, 1]
+    optimizer.uncount(counted)
+    assert steps_of(optimizer, params) == [0, 1, 1, 0]
+
+
+def test_parameters_that_step_together_share_a_count():
+    params, _ = models()
+    optimizer, gradients = AdamW([{"params": params[:2]}, {"params": params[2:], "lr": 0.1}]), Gradients(params)
+    for _ in range(3):
+        gradients.step(optimizer)
+    counts = [optimizer.state[param]["step"] for param in params]
+    assert counts[0] is counts[1]
+    assert counts[2] is counts[3]
+    assert counts[0] is not counts[2]
+    assert {(count.dtype, count.shape, count.item()) for count in counts} == {(torch.float32, torch.Size(), 3.0)}
+    saved = [entries["step"] for entries in optimizer.state_dict()["state"].values()]
+    assert saved == [3, 3, 3, 3]
+    assert len({count.data_ptr() for count in saved}) == 4  # torch's AdamW counts each by itself
+
+
+@pytest.mark.parametrize("through", ["load", "load_state_dict"])
+def test_steps_of_any_parameters_go_on_to_the_bit_where_they_were_saved(through):
+    """Each step reaches other parameters; the state is saved after three, and loaded into a new optimizer."""
+    reached = [(0, 1, 2, 3), (0, 1), (0, 2), (1, 3), (0, 1, 2, 3), (2,), (0, 1, 2, 3)]
+
+    def run(save_after=None):
+        params, _ = models()
+        optimizer, gradients = AdamW(params, lr=0.1), Gradients(params)
+        for number, chosen in enumerate(reached):
+            if number == save_after:
+                state, optimizer = copy.deepcopy(optimizer.state_dict()), AdamW(params, lr=0.1)
+                if through == "load":
+                    optimizer.load({params[i]: entries for i, entries in state["state"].items()})
+                else:
+                    optimizer.load_state_dict(state)
+            gradients.step(optimizer, [params[i] for i in chosen])
+        assert steps_of(optimizer, params) == [5, 5, 5, 4]
+        return params
+
+    for whole, resumed in zip(run(), run(save_after=3), strict=True):
+        assert torch.equal(whole, resumed)
+
+
+def test_state_that_is_loaded_is_what_the_next_step_reads():
+    params, _ = models()
+    optimizer, gradients = AdamW(params), Gradients(params)
+    gradients.step(optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    for entries in state["state"].values():
+        entries["exp_avg"].fill_(7.0)
+    optimizer.load_state_dict(state)
+    gradients.step(optimizer)
+    for param in params:
+        torch.testing.assert_close(optimizer.state[param]["exp_avg"], torch.full_like(param, 0.9 * 7 + 0.1))
+
+
+def test_a_parameter_that_was_moved_is_updated_where_it_is():
+    params, _ = models()
+    optimizer, gradients = AdamW(params), Gradients(params)
+    gradients.step(optimizer)
+    before = params[0].data
+    params[0].data = before.clone()
+    kept = before.clone()
+    gradients.step(optimizer)
+    assert torch.equal(before, kept)
+    assert (params[0] < kept).all()
 
 
 def test_closure_and_parameters_without_a_gradient():

@@ -125,7 +125,8 @@ def test_a_step_is_pcgrad_of_each_part_and_clipping_of_all(scope: str, freeze: i
     combined_step = trainer.optimizer.combined_step
 
     def recorded(shared, *arguments, **options):
-        copies = {param: [grad.to_dense().double() for grad in grads] for param, grads in shared.items()}
+        columns = dict(zip(shared.columns.params, zip(*shared.rows, strict=True), strict=True))
+        copies = {param: [grad.to_dense().double() for grad in grads] for param, grads in columns.items()}
         seen.append((copies, [param.grad.double() for param in trainer.model.heads.parameters()]))
         return combined_step(shared, *arguments, **options)
 

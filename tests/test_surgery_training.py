@@ -18,6 +18,7 @@ from minbert.cli import parse_layers
 from minbert.config import TrainConfig
 from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
+from minbert.kernels.gradient_table import GradientColumns, GradientTable
 from minbert.kernels.weightings import MOST_TASKS
 from minbert.methods.surgery import check_surgery, find_surgery
 from minbert.methods.user_weighting import STATE
@@ -200,9 +201,9 @@ def test_all_ranks_see_the_bits_of_rank_0s_losses():
             return tensor + others
 
         group.all_reduce_sum = all_reduce_sum
-        row = [torch.ones(4)]
+        tables = [GradientTable(GradientColumns([torch.ones(4)], tasks), [torch.ones(4)] * tasks) for tasks in (3, 1)]
         streams = [Losses({}, {}, {}, {}, torch.ones(()), torch.zeros(()))]
-        return gradient_products(3, {row[0]: row * 3}, row, streams, group, own).losses
+        return gradient_products(*tables, streams, group, own).losses
 
     rounded = torch.nextafter(losses, torch.ones(()).double())
     seen_by(1, rounded, 0.0)

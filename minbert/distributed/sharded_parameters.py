@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minbert.distributed.process_group import PendingCollective, ProcessGroup
+from minbert.kernels.gradient_table import GradientColumns, GradientTable
 from minbert.methods.task_gradients import TaskGradients, coalesced
 
 BUCKET_ELEMENTS = 8 << 20  # 32 MiB of float32
@@ -119,7 +120,7 @@ class ShardedParameters:
         copies: Mapping[Tensor, Tensor] | None = None,
         table: Tensor | None = None,
     ) -> None:
-        self.group = group
+        self.group, self._tasks = group, tasks
         self.gradients: TaskGradients
         dtypes = {param: copy.dtype for param, copy in (copies or {}).items()}
         dense, tables = (
@@ -172,7 +173,7 @@ class ShardedParameters:
             for task in range(bucket.tasks):
                 of_task = gradients.leaves[task * len(numbers) :]
                 leaves = [of_task[numbers[param]] if param in numbers else param for param in bucket.params]
-                gradient = _BucketGradient(bucket, leaves)
+                gradient = _BucketGradient(bucket, leaves, task)
                 for leaf in leaves:
                     leaf.register_post_accumulate_grad_hook(partial(self._accumulated, gradient))
                 self._bucket_gradients.append(gradient)
@@ -184,31 +185,41 @@ class ShardedParameters:
             gradient.missing = len(gradient.leaves)
         self._incomplete, self._in_flight = deque(self._bucket_gradients), deque[PendingCollective]()
 
-    def wait_for_gradients(self) -> tuple[dict[Tensor, list[Tensor | None]], list[Tensor]]:
+    def wait_for_gradients(self) -> tuple[GradientTable, GradientTable]:
         """Wait until this rank has its shards of the sum of all ranks' gradients.
 
         A loss reaches a parameter on all ranks or on none, since all compute the same losses.
 
         Returns:
-            by this rank's part of a shared parameter (`ParameterShard.values`) its gradient for each task, None where
-            the task's loss does not reach it; and the gradients of all other parts, which are their `.grad` too.
+            the gradients of this rank's parts of the shared parameters (`ParameterShard.values`), None where the task's
+            loss does not reach one; and those of all other parts, which are their `.grad` too.
         """
         while self._incomplete:
             self._reduce_scatter(self._incomplete.popleft())
         while self._in_flight:
             self._in_flight.popleft().wait()
         self._reducing = False
-        shared: dict[Tensor, list[Tensor | None]] = {}
-        own = []
+        of_shared, of_own = self._columns
+        rows: list[list[Tensor | None]] = [[] for _ in range(of_shared.tasks)]
+        own: list[Tensor | None] = []
         for gradient in self._bucket_gradients:
             for shard in gradient.bucket.shards:
                 grad = gradient.shard[shard.indices] if shard.param in gradient.reached else None
                 if shard.param in self._shared:
-                    shared.setdefault(shard.values, []).append(grad)
+                    rows[gradient.task].append(grad)
                 else:
                     shard.values.grad = grad
-                    own += [] if grad is None else [grad]
-        return shared, own
+                    own.append(grad)
+        return GradientTable(of_shared, [grad for row in rows for grad in row]), GradientTable(of_own, own)
+
+    @cached_property
+    def _columns(self) -> tuple[GradientColumns, GradientColumns]:
+        """This rank's parts of the shared parameters, and all others."""
+        shared, own = (
+            [shard.values for shard in self.shards if (shard.param in self._shared) == wanted]
+            for wanted in (True, False)
+        )
+        return GradientColumns(shared, self._tasks), GradientColumns(own, 1)
 
     def _accumulated(self, gradient: _BucketGradient, leaf: Tensor) -> None:
         if self._reducing:
@@ -329,8 +340,8 @@ class ShardedParameters:
 class _BucketGradient:
     """The gradient of a bucket's parameters for one task."""
 
-    def __init__(self, bucket: Bucket, leaves: Sequence[Tensor]) -> None:
-        self.bucket = bucket
+    def __init__(self, bucket: Bucket, leaves: Sequence[Tensor], task: int) -> None:
+        self.bucket, self.task = bucket, task
         self.leaves = leaves  # a backward accumulates into their `.grad`
         self.missing = 0  # leaves whose gradient is not complete
         self.reached: set[Tensor] = set()  # parameters that have a gradient

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from minbert.distributed.sharded_parameters import OptimizerState
+from minbert.kernels.gradient_table import GradientColumns, GradientTable
 from minbert.methods.task_gradients import TaskGradients
+
+MOST_TABLES = 64  # of replayed gradients
 
 
 class UnshardedParameters:
@@ -28,6 +32,12 @@ class UnshardedParameters:
         self.optimizer_copies = self.copies  # the optimizer writes all
         self.ema: Mapping[Tensor, Tensor] = {}
         self.gradients: TaskGradients
+        # By the id of a list of gradients, the list itself, so that no other gets its id, and tables of it.
+        self._replayed: dict[int, tuple[Sequence[Tensor | None], GradientTable, GradientTable]] = {}
+
+    @cached_property
+    def _own(self) -> GradientColumns:
+        return GradientColumns(list(self.heads.parameters()), 1)
 
     def param_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The optimizer's parameter groups."""
@@ -43,11 +53,25 @@ class UnshardedParameters:
     def reduce_next_backward(self) -> None:
         pass
 
-    def wait_for_gradients(self) -> tuple[Mapping[Tensor, Sequence[Tensor | None]], list[Tensor]]:
-        """By shared parameter its gradient for each task, None where no loss reaches it; and all other gradients."""
-        own = [param.grad for param in self.heads.parameters() if param.grad is not None]
-        of_params = zip(*self.gradients.rows, strict=True)
-        return dict(zip(self.gradients.params, of_params, strict=True)), own
+    def wait_for_gradients(self) -> tuple[GradientTable, GradientTable]:
+        """The gradients of the shared parameters, and all others: the `.grad` of their leaves."""
+        own = [param.grad for param in self._own.params]
+        return GradientTable(self.gradients.columns, self.gradients.read()), GradientTable(self._own, own)
+
+    def replayed_gradients(self, grads: Sequence[Tensor | None]) -> tuple[GradientTable, GradientTable]:
+        """The same of gradients that a CUDA graph has written; addresses are looked up once for each graph.
+
+        Args:
+            grads: those of `TaskGradients.leaves` and of the heads' parameters. The same list object stands for the
+                same tensors in every call.
+        """
+        if id(grads) not in self._replayed:
+            if len(self._replayed) == MOST_TABLES:
+                self._replayed.clear()
+            count = len(self.gradients.leaves)
+            shared = GradientTable(self.gradients.columns, grads[:count])
+            self._replayed[id(grads)] = grads, shared, GradientTable(self._own, grads[count:])
+        return self._replayed[id(grads)][1:]
 
     def all_gather(self) -> None:
         pass

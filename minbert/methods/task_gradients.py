@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+
+from minbert.kernels.gradient_table import GradientColumns
 
 
 class TaskGradients:
@@ -25,6 +28,7 @@ class TaskGradients:
 
     Attributes:
         params: the parameters, K of them.
+        leaves: the tensors whose `.grad` the gradients are: K of each task.
         rows: for each of T tasks its K gradients, in the dtypes of what forwards read; None where its loss reached
             nothing. Backward passes add to them until `clear`. Where all gradients of a parameter are sparse they are
             coalesced, else all are dense.
@@ -35,16 +39,25 @@ class TaskGradients:
         self.params = [param for param in module.parameters() if param.requires_grad]
         read = [(copies or {}).get(param, param) for param in self.params]
         self._views = [[tensor.detach().requires_grad_() for tensor in read] for _ in range(tasks)]
+        self.leaves = [view for row in self._views for view in row]
 
     @property
     def rows(self) -> list[list[Tensor | None]]:
-        columns = [_alike(views) for views in zip(*self._views, strict=True)]
-        return [[column[t] for column in columns] for t in range(len(self._views))]
+        grads, count = self.read(), len(self.params)
+        return [grads[task * count : (task + 1) * count] for task in range(len(self._views))]
 
-    @property
-    def leaves(self) -> list[Tensor]:
-        """The tensors whose `.grad` the gradients are."""
-        return [view for row in self._views for view in row]
+    def read(self) -> list[Tensor | None]:
+        """The gradients of all leaves."""
+        grads, count = [leaf.grad for leaf in self.leaves], len(self.params)
+        if count and self.params[0].device.type == "cpu":  # on GPUs no op gives sparse ones
+            for k in {i % count for i, grad in enumerate(grads) if grad is not None and grad.is_sparse}:
+                grads[k::count] = _alike(self.leaves[k::count])
+        return grads
+
+    @cached_property
+    def columns(self) -> GradientColumns:
+        """What stays the same of the gradients of update after update."""
+        return GradientColumns(self.params, len(self._views), self._views[0] if self._views else None)
 
     @contextmanager
     def attached(self, task: int | None = None) -> Iterator[None]:
@@ -71,13 +84,11 @@ class TaskGradients:
 
 
 def _alike(views: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients of a parameter's views: all dense, or all sparse and coalesced."""
-    grads = [view.grad for view in views if view.grad is not None]
-    if any(grad.is_sparse for grad in grads):
-        dense = not all(grad.is_sparse for grad in grads)
-        for view in views:
-            if view.grad is not None:
-                view.grad = view.grad.to_dense() if dense else coalesced(view.grad)
+    """The gradients of a parameter's views, some of them sparse: all dense, or all sparse and coalesced."""
+    dense = not all(view.grad.is_sparse for view in views if view.grad is not None)
+    for view in views:
+        if view.grad is not None:
+            view.grad = view.grad.to_dense() if dense else coalesced(view.grad)
     return [view.grad for view in views]
 
 

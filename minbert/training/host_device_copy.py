@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -49,17 +50,24 @@ class Readback:
     """Numbers that a device computes, in one copy to the host that starts at once; `read` waits for it."""
 
     def __init__(
-        self, numbers: Mapping[Hashable, Tensor], wait: Callable[[Any], None] = torch.cuda.Event.synchronize
+        self, numbers: Mapping[Hashable, Sequence[Tensor]], wait: Callable[[Any], None] = torch.cuda.Event.synchronize
     ) -> None:
         """Start the copy.
 
         Args:
-            numbers: of any float dtype and shape, on one device.
+            numbers: tensors of any float dtype and shape, on one device; those of one name are read end to end.
             wait: waits for a CUDA event.
         """
         self._wait = wait
-        self._sizes = {name: tensor.numel() for name, tensor in numbers.items()}
-        flat = torch.cat([tensor.detach().double().reshape(-1) for tensor in numbers.values()])
+        by_dtype: dict[torch.dtype, list[tuple[Hashable, Tensor]]] = defaultdict(list)
+        for name, tensors in numbers.items():
+            for tensor in tensors:
+                by_dtype[tensor.dtype].append((name, tensor))
+        self._names = list(numbers)
+        self._sizes = [(name, tensor.numel()) for of_dtype in by_dtype.values() for name, tensor in of_dtype]
+        with torch.no_grad():
+            joined = [_joined([tensor for _, tensor in of_dtype]).double() for of_dtype in by_dtype.values()]
+            flat = torch.cat(joined)
         self._copied = None
         if flat.device.type == "cuda":
             flat, source = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True), flat
@@ -72,5 +80,15 @@ class Readback:
         """The numbers by name, each flat."""
         if self._copied is not None:
             self._wait(self._copied)
-        parts = self._flat.split(list(self._sizes.values()))
-        return {name: part.tolist() for name, part in zip(self._sizes, parts, strict=True)}
+        found: dict[Hashable, list[float]] = {name: [] for name in self._names}
+        values = iter(self._flat.tolist())
+        for name, size in self._sizes:
+            found[name] += islice(values, size)
+        return found
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The elements of some tensors of one dtype, flat, by one kernel."""
+    if not any(tensor.dim() for tensor in tensors):
+        return torch.stack(list(tensors))
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from minbert.config import TrainConfig
 from minbert.console import TrainingProgress
@@ -47,7 +48,7 @@ def training_step(trainer: Trainer, step: int, progress: float) -> PendingStep:
     """
     batches, gradients, optimizer, group = trainer.batches, trainer.gradients, trainer.optimizer, trainer.group
     timer, updates = PhaseTimer(group.device, group.liveness.wait_for), list[PendingUpdate]()
-    finite = torch.ones((), dtype=torch.float64, device=group.device)
+    finite: Tensor | None = None  # float64 []: 1 as long as all updates are finite, else 0
 
     sampled = trainer.sample(step)
     for number, surgery in enumerate(trainer.surgeries):  # one update; two for GSE
@@ -71,15 +72,15 @@ def training_step(trainer: Trainer, step: int, progress: float) -> PendingStep:
         shared, own = trainer.parameters.wait_for_gradients()  # one gradient per task of shared parameters
         by_group = trainer.losses_by_group(losses, len(sampled)) if surgery.needs_losses else None
         parts = trainer.parts  # of the model, for surgery by layer or module
-        products = gradient_products(len(gradients.rows), shared, own, losses, group, by_group, parts)  # Gram matrix
+        products = gradient_products(shared, own, losses, group, by_group, parts)  # Gram matrix
         generator = torch.Generator().manual_seed(derive_seed(batches.seed, "surgery", step, number))
         norms = products.own_square, trainer.clip_norm
         weights, stats = surgery.weights(products.gram, generator, *norms, group.broadcast, products.losses)
-        finite = finite * stats[2]
+        finite = stats[2] if finite is None else finite * stats[2]
         if trainer.last_update is not None:
             trainer.last_update.result()  # corrects the optimizer's step counts if that update changed nothing
         counted = optimizer.combined_step(  # combine, clip and AdamW
-            shared, weights, stats[1:2], skip_unless=finite, parts=parts.numbers if parts is not None else None
+            shared, own, weights, stats[1:2], skip_unless=finite, parts=parts.numbers if parts is not None else None
         )
         trainer.parameters.all_gather()
 

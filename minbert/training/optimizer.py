@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,9 @@ from torch import Tensor
 
 from minbert import kernels
 from minbert.distributed.sharded_parameters import OptimizerState
+from minbert.kernels.gradient_table import GradientColumns, GradientTable
+from minbert.kernels.prepared_adamw import AdamWTensors, combine_adamw_of_
+from minbert.training.parameter_sets import ParameterSet, ParameterSets
 
 
 def split_(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
@@ -59,6 +61,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"betas must be at least 0 and below 1, got {betas}")
         if ema_decay is not None and not 0 <= ema_decay <= 1:
             raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}")
+        self._parameter_sets: dict[str, ParameterSets] = {}  # by the name that is selected
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.ema_decay, self.copies, self.low_bits, self._set = ema_decay, copies or {}, low_bits or {}, ""
         if ema_decay is not None:
@@ -83,66 +86,60 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.combined_step({}, torch.ones(0, dtype=torch.float64))
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for each in self._sets().of(tuple(map(id, params)), lambda: params):
+            kernels.combine_adamw_(
+                each.params,
+                [[param.grad for param in each.params]],
+                torch.ones(1, dtype=torch.float64),
+                self._states(each.params, self._entry("exp_avg")),
+                self._states(each.params, self._entry("exp_avg_sq")),
+                **self._options(each),
+                **self._written(each.params),
+            )
         return loss
 
     @torch.no_grad()
     def combined_step(
         self,
-        shared: Mapping[Tensor, Sequence[Tensor | None]],
+        shared: GradientTable,
+        own: GradientTable,
         weights: Tensor,
-        scale: Tensor | None = None,
+        scale: Tensor,
         *,
         skip_unless: Tensor | None = None,
         parts: Mapping[Tensor, int] | None = None,
-    ) -> list[Tensor]:
-        """Update with a weighted sum of task gradients, which is never stored.
+    ) -> list[ParameterSet]:
+        """Update with a weighted sum of task gradients, which is never stored; parameters without any stay as they are.
 
         Args:
-            shared: by parameter, its gradient for each of T tasks; one without any stays as it is.
-            weights: float64 [T]; with `parts` [G, T].
-            scale: what the gradients of all other parameters, their `.grad`, are multiplied by: float64 [1].
+            shared: T gradients of each of some parameters.
+            own: one gradient of each of others.
+            weights: of the T gradients, float64 [T]; with `parts` [G, T].
+            scale: what the other parameters' gradients are multiplied by: float64 [1].
             skip_unless: a float64 scalar: where it is 0, no parameter and no moment changes. The steps are counted
                 nevertheless; `uncount` corrects that once the host has read the 0.
             parts: by shared parameter, the number of its part of the model, whose row of the weights it has.
 
         Returns:
-            the step counts that were increased, for `uncount`.
+            the parameters whose steps were counted, for `uncount`.
         """
-        own = torch.ones(1, dtype=torch.float64) if scale is None else scale
-        counted: list[Tensor] = []
-        for group in self.param_groups:
-            by_step: dict[tuple[int, bool], list[Tensor]] = defaultdict(list)
-            for param in group["params"]:
-                grads = shared.get(param, [param.grad])
-                if any(grad is not None for grad in grads):
-                    by_step[self._count(param), param in shared].append(param)
-            for (count, is_shared), params in by_step.items():
-                counted += self._states(params, self._entry("step"))
-                rows = [shared[param] if is_shared else [param.grad] for param in params]
-                kernels.combine_adamw_(
-                    params,
-                    list(zip(*rows, strict=True)),
-                    weights if is_shared else own,
-                    self._states(params, self._entry("exp_avg")),
-                    self._states(params, self._entry("exp_avg_sq")),
-                    step=count,
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    **self._ema(params),
-                    copies=[self.copies.get(param) for param in params] if self.copies else None,
-                    low_bits=[self.low_bits.get(param) for param in params] if self.low_bits else None,
-                    skip_unless=skip_unless,
-                    parts=[parts[param] for param in params] if is_shared and parts is not None else None,
-                )
+        counted: list[ParameterSet] = []
+        for table, its_weights, numbers in ((shared, weights, parts), (own, scale, None)):
+            columns = table.columns
+            for each in self._sets().of((columns, table.present), table.present_params):
+                tensors = each.prepared(columns, numbers) or self._prepare(each, columns, numbers, len(weights))
+                combine_adamw_of_(table, tensors, its_weights, **self._options(each), skip_unless=skip_unless)
+                counted.append(each)
         return counted
 
-    def uncount(self, counts: Iterable[Tensor]) -> None:
-        """Decrease step counts by one."""
-        for count in counts:
-            count -= 1
+    @torch.no_grad()
+    def uncount(self, counted: Iterable[ParameterSet]) -> None:
+        """Take back the count of one step of some parameters."""
+        for each in counted:
+            counts = {id(count): count for count in self._states(each.params, each.entry)}
+            for count in counts.values():
+                count -= 1
 
     @torch.no_grad()
     def load(self, state: OptimizerState) -> None:
@@ -150,10 +147,31 @@ class AdamW(torch.optim.Optimizer):
         for param, entries in state.items():
             own = self.state[param]
             for name, value in entries.items():
-                if name in own:  # the average, which `ema` has given out
+                if _is_count(name):
+                    own[name] = value.clone()
+                elif name in own:  # the average, which `ema` has given out
                     own[name].copy_(value)
                 else:
-                    own[name] = value.to(param.device) if value.ndim else value.clone()
+                    own[name] = value.to(param.device)
+        self._parameter_sets.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer; each parameter has a step count of its own there."""
+        found = super().state_dict()
+        found["state"] = {
+            number: {name: value.clone() if _is_count(name) else value for name, value in entries.items()}
+            for number, entries in found["state"].items()
+        }
+        return found
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._parameter_sets = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of any optimizer."""
+        super().add_param_group(param_group)
+        self._parameter_sets = {}
 
     def select(self, name: str) -> None:
         """Use other moments and step counts in the next steps, those of this name, as a separate optimizer would.
@@ -165,19 +183,50 @@ class AdamW(torch.optim.Optimizer):
     def _entry(self, name: str) -> str:
         return name + self._set
 
-    def _count(self, param: Tensor) -> int:
-        """The number of this step of the parameter's, counted from 1."""
-        state, step = self.state[param], self._entry("step")
-        if step not in state:
-            state[step] = torch.zeros((), dtype=torch.float32)
-            dtype = torch.float32 if param in self.low_bits else param.dtype
-            state[self._entry("exp_avg")] = torch.zeros_like(param, dtype=dtype)
-            state[self._entry("exp_avg_sq")] = torch.zeros_like(param, dtype=dtype)
-        state[step] += 1
-        return int(state[step])
+    def _sets(self) -> ParameterSets:
+        """The sets of parameters that step together, under the name that is selected."""
+        if self._set not in self._parameter_sets:
+            groups, entry = self.param_groups, self._entry("step")
+            self._parameter_sets[self._set] = ParameterSets(groups, self.state, entry, self._start)
+        return self._parameter_sets[self._set]
+
+    def _start(self, param: Tensor) -> None:
+        dtype = torch.float32 if param in self.low_bits else param.dtype
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.state[param][self._entry(name)] = torch.zeros_like(param, dtype=dtype)
+
+    def _prepare(
+        self, each: ParameterSet, columns: GradientColumns, numbers: Mapping[Tensor, int] | None, part_count: int
+    ) -> AdamWTensors:
+        places = {param: k for k, param in enumerate(columns.params)}
+        tensors = AdamWTensors(
+            columns,
+            [places[param] for param in each.params],
+            self._states(each.params, self._entry("exp_avg")),
+            self._states(each.params, self._entry("exp_avg_sq")),
+            **self._written(each.params),
+            parts=None if numbers is None else [numbers[param] for param in each.params],
+            part_count=part_count,
+        )
+        each.prepare(tensors, columns, numbers)
+        return tensors
 
     def _states(self, params: Sequence[Tensor], entry: str) -> list[Tensor]:
         return [self.state[param][entry] for param in params]
 
-    def _ema(self, params: Sequence[Tensor]) -> dict[str, Any]:
-        return {} if self.ema_decay is None else {"ema": self._states(params, "average"), "ema_decay": self.ema_decay}
+    def _written(self, params: Sequence[Tensor]) -> dict[str, Any]:
+        """What is written besides parameters and moments."""
+        return {
+            "ema": None if self.ema_decay is None else self._states(params, "average"),
+            "copies": [self.copies.get(param) for param in params] if self.copies else None,
+            "low_bits": [self.low_bits.get(param) for param in params] if self.low_bits else None,
+        }
+
+    def _options(self, each: ParameterSet) -> dict[str, Any]:
+        """The numbers of the next step of some parameters, which is counted."""
+        options = {name: each.group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        return {**options, "step": each.count(), "ema_decay": self.ema_decay or 0.0}
+
+
+def _is_count(name: str) -> bool:
+    return name.partition("@")[0] == "step"

@@ -15,6 +15,7 @@ from torch import Tensor
 from minbert.methods.surgery import Conflicts
 from minbert.training.host_device_copy import Readback
 from minbert.training.optimizer import AdamW
+from minbert.training.parameter_sets import ParameterSet
 
 
 class PhaseTimer:
@@ -91,15 +92,15 @@ class PendingUpdate:
         numbers: "gram" of the task gradients, "weights" and "stats" of `kernels.surgery_weights`, "updated" (1, or 0
             where a loss or gradient is not finite and nothing changes), and one number for each stream: (loss, smart,
             rdrop or bregman, task), "total", "smart", "perturbation".
-        optimizer, counted: the optimizer, and the step counts that it has added one to.
+        optimizer, counted: the optimizer, and the parameters whose step counts it has added one to.
         wait: waits for a CUDA event.
     """
 
     def __init__(
         self,
-        numbers: Mapping[Hashable, Tensor],
+        numbers: Mapping[Hashable, Sequence[Tensor]],
         optimizer: AdamW,
-        counted: Sequence[Tensor],
+        counted: Sequence[ParameterSet],
         wait: Callable[[Any], None] = torch.cuda.Event.synchronize,
     ) -> None:
         self._readback, self._optimizer, self._counted = Readback(numbers, wait), optimizer, counted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +15,8 @@ from minbert import kernels
 from minbert.distributed.process_group import ProcessGroup
 from minbert.distributed.sharded_parameters import ShardedParameters
 from minbert.distributed.unsharded_parameters import UnshardedParameters
+from minbert.kernels.gradient_table import GradientTable
+from minbert.kernels.surgery import gram_of
 from minbert.methods.surgery import Surgery
 from minbert.methods.task_gradients import TaskGradients
 from minbert.model import MultitaskModel
@@ -122,9 +124,8 @@ class GradientProducts(NamedTuple):
 
 
 def gradient_products(
-    rows: int,
-    shared: Mapping[Tensor, Sequence[Tensor | None]],
-    own: Sequence[Tensor],
+    shared: GradientTable,
+    own: GradientTable,
     losses: Sequence[Losses],
     group: ProcessGroup,
     by_group: Tensor | None = None,
@@ -133,45 +134,40 @@ def gradient_products(
     """Compute the Gram matrix of the task gradients and the other gradients' norm, summed over the ranks at once.
 
     Args:
-        rows: T, the number of task gradients.
-        shared: by parameter that the tasks share, its T gradients; None where no loss reached it.
+        shared: T gradients of each parameter that the tasks share.
         own: the gradients of all other parameters.
         losses: of each stream.
         by_group: `Trainer.losses_by_group`, where a surgery needs it; all ranks get rank 0's.
         parts: of the model, which have Gram matrices of their own; their numbers are by those parameters.
     """
-    by_task = [list(row) for row in zip(*shared.values(), strict=True)] or [[] for _ in range(rows)]
     sizes = [stream.perturbation.view(1) for stream in losses if stream.perturbation is not None]
-    count, numbers = (None, None) if parts is None else (len(parts.names), [parts.numbers[param] for param in shared])
-    own_gram, of_tasks = _gram([own], group.device), _gram(by_task, group.device, numbers, count)
+    own_gram, of_tasks = _gram(own, group.device), _gram(shared, group.device, parts)
     products = [of_tasks.flatten(), own_gram.flatten()]
     seen = [] if by_group is None else [by_group if group.is_main else torch.zeros_like(by_group)]
     gram, own_square, perturbations, agreed = group.all_reduce_sum(torch.cat([*products, *sizes, *seen])).split(
         [of_tasks.numel(), 1, len(sizes), sum(map(len, seen))]
     )
-    total = torch.stack([stream.total.detach() for stream in losses]).sum().double()
-    own_square = own_square[0] + (total - total)
+    totals = torch.stack([stream.total.detach() for stream in losses])
+    own_square = own_square[0] + (totals - totals).sum()
     if parts is not None:  # what is not finite in one part marks all: a weighting's state stays in each
         own_square = own_square + (gram - gram).sum()
     return GradientProducts(gram.view_as(of_tasks), own_square, perturbations, agreed if seen else None)
 
 
-def _gram(
-    rows: Sequence[Sequence[Tensor | None]],
-    device: torch.device,
-    parts: Sequence[int] | None = None,
-    part_count: int | None = None,
-) -> Tensor:
-    """`kernels.gram`; zeros on the device where there is no gradient, as of a frozen encoder."""
-    if any(grad is not None for row in rows for grad in row):
-        return kernels.gram(rows, parts, part_count)
-    of_parts = [] if part_count is None else [part_count]
-    return torch.zeros(*of_parts, len(rows), len(rows), dtype=torch.float64, device=device)
+def _gram(table: GradientTable, device: torch.device, parts: ModelParts | None = None) -> Tensor:
+    """The Gram matrix; zeros on the device where there is no gradient, as of a frozen encoder."""
+    count, numbers = None, None
+    if parts is not None:
+        count, numbers = len(parts.names), [parts.numbers[param] for param in table.columns.params]
+    if table.present:
+        return gram_of(table, numbers, count)
+    of_parts = [] if count is None else [count]
+    return torch.zeros(*of_parts, table.columns.tasks, table.columns.tasks, dtype=torch.float64, device=device)
 
 
 def step_numbers(
     losses: Sequence[Losses], products: GradientProducts, weights: Tensor, stats: Tensor, updated: Tensor
-) -> dict[Hashable, Tensor]:
+) -> dict[Hashable, list[Tensor]]:
     """The numbers of an update that `PendingUpdate` reads back."""
     numbers: dict[Hashable, list[Tensor]] = defaultdict(list)
     for stream in losses:
@@ -182,7 +178,6 @@ def step_numbers(
         numbers["smart"].append(stream.smart_term)
         numbers["total"].append(stream.total)
     if len(products.perturbations):
-        numbers["perturbation"] = list(products.perturbations)
+        numbers["perturbation"] = [products.perturbations]
     gram = products.gram if products.gram.dim() == 2 else products.gram.sum(0)  # of the whole model
-    numbers |= {"gram": [gram], "weights": [weights], "stats": [stats], "updated": [updated]}
-    return {name: torch.stack(values) for name, values in numbers.items()}
+    return {**numbers, "gram": [gram], "weights": [weights], "stats": [stats], "updated": [updated]}

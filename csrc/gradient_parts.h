@@ -21,8 +21,8 @@ struct Address {
 
 // For K tensors: the addresses of the gradients [T K], 0 for a missing one; sizes [K]; dtypes [K]; T. A tensor with
 // sparse gradients is a table, of which each task's gradient has some rows: columns [K], 0 for a tensor with dense
-// gradients; the addresses of their sorted row numbers, int64 [T K], and how many there are [T K]; these three are empty
-// where all are dense. Last, the first tensor of each of G parts of the model, and K [G + 1]; empty for one part.
+// gradients; the addresses of their sorted row numbers, int64 [T K], and how many there are [T K]; these three are
+// empty where all are dense. Last, the first tensor of each of G parts of the model, and K [G + 1]; empty for one part.
 using GradientArguments =
     std::tuple<std::vector<Address>, std::vector<int64_t>, std::vector<DType>, int64_t, std::vector<int64_t>,
                std::vector<Address>, std::vector<int64_t>, std::vector<int64_t>>;

@@ -12,6 +12,7 @@ from minbert.methods.smart import SmartConfig
 from minbert.training.cuda_graphs import Graph
 from minbert.training.host_device_copy import Layout
 from minbert.training.loop import training_step
+from minbert.training.trainer import Trainer
 
 
 class Recomputed:
@@ -60,6 +61,7 @@ class Captures(list):
 
 BUCKETS = Buckets(DATA, 64)
 OF_ONE = {"sst": 1.0}  # the regulariser's weight
+DENSE = {"buckets": BUCKETS, "sparse": False}  # as on GPUs
 METHODS = {name: {"surgery": "pcgrad", **options} for name, options in REGULARISERS.items()}
 METHODS |= {name: {"surgery": name} for name in ("famo", "gradvac")}  # whose states are not in the graph
 METHODS |= {
@@ -74,7 +76,7 @@ def test_replayed_steps_train_like_those_that_are_computed(method):
     captures = Captures()
     options = {
         **METHODS[method],
-        "buckets": BUCKETS,
+        **DENSE,
         "sample": lambda step: [parts(step=0 if step < 3 else 1)],
     }  # one shape three times
     straight, replayed = trainer(**options), trainer(**options, capture=captures)
@@ -106,6 +108,20 @@ def test_only_what_has_a_regulariser_goes_through_its_passes():
     assert len(shapes) <= 6
 
 
+def test_the_addresses_of_replayed_gradients_are_looked_up_once_for_each_graph(monkeypatch):
+    captures, tables = Captures(), []
+    steps = trainer(**DENSE, sample=lambda step: [parts(n=8 - step % 2)], capture=captures)
+    wait = steps.wait_for_gradients
+    monkeypatch.setattr(Trainer, "wait_for_gradients", lambda _: tables.append(wait()) or tables[-1])
+    for step in range(8):
+        training_step(steps, step, 0.0).result()
+    assert len(captures) == 2
+    for first, second in (tables[4::2], tables[5::2]):  # of shared parameters, and of all others
+        assert [*map(id, first)] == [*map(id, second)]
+    for graph, (shared, own) in zip(captures, tables[-2:], strict=True):
+        assert all(a is b for a, b in zip(graph.grads, [*shared.grads, *own.grads], strict=True))
+
+
 # Which graphs are kept --------------------------------------------------------------------------------------------
 
 
@@ -114,7 +130,7 @@ def test_the_least_recently_used_graph_goes():
     order, captures = "aabbaaccaabbb", Captures()
     number = {"a": 8, "b": 7, "c": 6}
     sample = [[parts(n=number[name])] for name in order]
-    options = {"weight": 0.0, "buckets": BUCKETS, "sample": sample.__getitem__}
+    options = {"weight": 0.0, **DENSE, "sample": sample.__getitem__}
     straight, replayed = trainer(**options), trainer(**options, capture=captures)
     replayed.graphs.most = 2
     captured = []
@@ -133,7 +149,7 @@ def test_a_step_that_cannot_be_captured_runs_without_a_graph():
         compute(batch)
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    options = {"buckets": BUCKETS, "sample": lambda step: [parts()]}
+    options = {**DENSE, "sample": lambda step: [parts()]}
     straight, replayed = trainer(**options), trainer(**options, capture=fails)
     replayed.graphs.report = lines.append
     for step in range(4):

@@ -98,6 +98,8 @@ class CudaGraphs:
 
     Attributes:
         report: is given a line when a capture fails.
+        replayed: the leaves' gradients, where the last call was a replay: always the same list for each graph. None
+            where they are in `.grad`.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class CudaGraphs:
     ) -> None:
         self.compute, self.leaves, self.device, self.most = compute, list(leaves), device, most
         self.report: Callable[[str], None] = warn
+        self.replayed: list[Tensor | None] | None = None
         self._capture = Capture() if capture is None else capture
         self._captures = True
         self._seen: set[Any] = set()
@@ -122,18 +125,15 @@ class CudaGraphs:
             self._add_graph(key, batch)
         if key not in self._graphs:
             self._seen.add(key)
+            self.replayed = None
             with self._on_own_stream():
                 return self.compute(batch.to(self.device)).map(Tensor.detach)
         found = self._graphs[key] = self._graphs.pop(key)
         pinned = self.device.type == "cuda"
         found.buffer.copy_(copy_to_buffer(batch.tensors, found.layout, pinned=pinned), non_blocking=True)
         found.graph.replay()
-        self._set_gradients(found)
+        self.replayed = found.grads
         return found.losses
-
-    def _set_gradients(self, graph: Graph) -> None:
-        for leaf, grad in zip(self.leaves, graph.grads, strict=True):
-            leaf.grad = grad
 
     def _add_graph(self, key: Any, batch: Batch) -> None:
         """Capture a graph of the batch's shape, in place of the least recently used one of too many."""

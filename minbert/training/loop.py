@@ -69,7 +69,7 @@ def training_step(trainer: Trainer, step: int, progress: float) -> PendingStep:
                     losses.append(trainer.graphs(batch))  # the same forward and backward as a CUDA graph
                 timer.end("backward")
 
-        shared, own = trainer.parameters.wait_for_gradients()  # one gradient per task of shared parameters
+        shared, own = trainer.wait_for_gradients()  # one gradient per task of shared parameters
         by_group = trainer.losses_by_group(losses, len(sampled)) if surgery.needs_losses else None
         parts = trainer.parts  # of the model, for surgery by layer or module
         products = gradient_products(shared, own, losses, group, by_group, parts)  # Gram matrix

@@ -82,6 +82,14 @@ class Trainer:
     def group(self) -> ProcessGroup:
         return self.batches.group
 
+    def wait_for_gradients(self) -> tuple[GradientTable, GradientTable]:
+        """The gradients of the parameters that the tasks share, and all others, once the ranks have summed them."""
+        replayed = None if self.graphs is None else self.graphs.replayed
+        if replayed is None:
+            return self.parameters.wait_for_gradients()
+        assert isinstance(self.parameters, UnshardedParameters)  # graphs are for one process
+        return self.parameters.replayed_gradients(replayed)
+
     def losses_by_group(self, losses: Sequence[Losses], batches: int) -> Tensor:
         """The loss of each group of tasks, float64 [T]: the sum of its task losses, weighted, without regularisers.
 

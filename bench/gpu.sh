@@ -15,10 +15,11 @@
 # rest      all other tests of GPUs
 # sanitize  compute-sanitizer's four tools over every kernel
 # A phase that fails or exceeds its time limit does not stop the later ones, but the exit status is 1 then. $OUT
-# (build/gpu/out without $OUT) has phases.json and log.txt, and of the benchmarks steps.json and ops.json: each is written
-# again after every command, or every benchmark, so that what is cut off keeps what was measured. Packages that the
-# machine lacks are installed from wheels in build/gpu/wheels, which bench/gpu/wheels.sh fetches beforehand, where there is
-# a network. No setting of the device is changed.
+# (build/gpu/out without $OUT) has phases.json and log.txt, and the records of the benchmarks, steps.json, ops.json and
+# attention_without_dropout.json: each is written again after every command, or every benchmark, so that what is cut off
+# keeps what was measured. Packages that the machine lacks are installed from wheels in build/gpu/wheels, which
+# bench/gpu/wheels.sh fetches beforehand, where there is a network. Records name the commit; in a copy without .git, the
+# environment variable MINBERT_COMMIT says which it is. No setting of the device is changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PATH:/usr/local/cuda/bin"

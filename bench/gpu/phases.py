@@ -92,7 +92,7 @@ def phases() -> list[Phase]:
                 Command([*_bench("attention_without_dropout"), ops[0], "-k", "0.0"], 45),
             ],
         ),
-        Phase("graph", 90, 25, [Command([*PYTEST, "-m", "gpu", *graphs], 40)]),
+        Phase("graph", 120, 25, [Command([*PYTEST, "-m", "gpu", *graphs], 85)]),
         Phase("race", 120, 40, [Command([*PYTEST, "-m", "gpu", *races], 60)]),
         Phase("rest", 200, 60, [Command([*PYTEST, *parallel, "-m", "gpu", "tests", *others], 110)]),
         Phase(

@@ -54,17 +54,20 @@ def assert_same_bits(one, other) -> None:
         assert torch.equal(param, theirs[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
-@pytest.mark.parametrize("method", METHODS)
-def test_replayed_steps_have_the_bits_of_the_steps_themselves(cuda, method, dtype):
-    options = {**METHODS[method], "dtype": dtype}
+QUICK = ("PCGrad", "SMART + PCGrad", "plain", "SMART of one task")
+OTHERS = [(method, torch.bfloat16) for method in METHODS if method not in QUICK]
+
+
+@pytest.mark.parametrize("method", QUICK)
+def test_replayed_steps_have_the_bits_of_the_steps_themselves(cuda, method):
+    options = {**METHODS[method], "dtype": torch.bfloat16}
     graphs = train(cuda, graphs=True, **options)
     assert_same_bits(graphs, train(cuda, graphs=False, **options))
     assert len(graphs[0].graphs._graphs) >= 2
 
 
 def test_so_they_have_when_graphs_go_and_come_back(cuda):
-    options = METHODS["SMART + PCGrad"]
+    options = {**METHODS["SMART + PCGrad"], "dtype": torch.bfloat16}
     graphs = train(cuda, graphs=True, most=1, **options)
     assert_same_bits(graphs, train(cuda, graphs=False, **options))
     assert len(graphs[0].graphs._graphs) == 1
@@ -73,7 +76,7 @@ def test_so_they_have_when_graphs_go_and_come_back(cuda):
 def test_a_second_gpu_trains_as_the_first(cuda):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    options, second = METHODS["SMART + PCGrad"], torch.device("cuda", 1)
+    options, second = {**METHODS["SMART + PCGrad"], "dtype": torch.bfloat16}, torch.device("cuda", 1)
     assert torch.cuda.current_device() == 0
     on_second = train(second, graphs=True, **options)
     assert_same_bits(on_second, train(second, graphs=False, **options))
@@ -95,4 +98,12 @@ def test_a_step_that_cannot_be_captured_runs_and_later_graphs_work(cuda):
     for got, wanted in zip(*found, strict=True):
         assert got == pytest.approx(wanted, rel=1e-5)
     assert torch.rand(1, device=cuda).item() < 1  # torch's generator is not left capturing
-    assert_same_bits(train(cuda, graphs=True, **METHODS["PCGrad"]), train(cuda, graphs=False, **METHODS["PCGrad"]))
+    options = {**METHODS["PCGrad"], "dtype": torch.bfloat16}
+    assert_same_bits(train(cuda, graphs=True, **options), train(cuda, graphs=False, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "dtype"), [("SMART + PCGrad", torch.float32), *OTHERS])
+def test_so_they_have_with_other_methods(cuda, method, dtype):
+    options = {**METHODS[method], "dtype": dtype}
+    assert_same_bits(train(cuda, graphs=True, **options), train(cuda, graphs=False, **options))

@@ -12,7 +12,7 @@
 namespace minbert {
 
 // Increases with every change of the binding's arguments: Python refuses a binary built from another checkout.
-constexpr int kInterface = 13;
+constexpr int kInterface = 14;
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };  // float16: only on CUDA devices
 
@@ -35,7 +35,7 @@ struct TaskGradients {
       nullptr;  // [G + 1]: the tensors of part p are first_tensor[p] up to first_tensor[p + 1]
 };
 
-// Philox4x32-10 gives four random words per (seed, counter); a word below `threshold` drops its element.
+// Philox4x32-7 gives four random words per (seed, counter); a word below `threshold` drops its element.
 struct Dropout {
   int64_t seed;
   uint32_t threshold, stream_id;

@@ -1,4 +1,4 @@
-"""Dropout masks from Philox4x32-10: every backend drops the same elements, for any blocks and threads."""
+"""Dropout masks from Philox4x32-7: every backend drops the same elements, for any blocks and threads."""
 
 from __future__ import annotations
 

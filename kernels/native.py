@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch  # noqa: F401  must come first: the extension takes its OpenMP symbols from the runtime that torch loads
 
-INTERFACE = 13  # csrc/kernels.h's kInterface
+INTERFACE = 14  # csrc/kernels.h's kInterface
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # the instruction sets of csrc/bindings.cpp, narrowest first
 _NAME = "minbert.kernels._native"
 _BUILD = "to build it, run `pip install -e . -v` with a C++17 compiler at hand"

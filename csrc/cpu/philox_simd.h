@@ -1,4 +1,4 @@
-// Vectorised Philox4x32-10, equal to csrc/philox.h to the bit.
+// Vectorised Philox4x32-7, equal to csrc/philox.h to the bit.
 #pragma once
 
 #include "cpu/simd.h"

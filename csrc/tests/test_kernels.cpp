@@ -134,10 +134,13 @@ void test_masks(Isa isa) {
 
 // The known answers of Salmon et al.'s Random123, kat_vectors.
 void test_philox() {
-  const uint32_t zeros[] = {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8};
-  const uint32_t ones[] = {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd};
+  const uint32_t zeros[] = {0x5f6fb709, 0x0d893f64, 0x4f121f81, 0x4f730a48};
+  const uint32_t ones[] = {0x5207ddc2, 0x45165e59, 0x4d8ee751, 0x8c52f662};
+  const uint32_t pi[] = {0x4dfccaba, 0x190a87f0, 0xc47362ba, 0xb6b5242a};
+  const Words4 digits{{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}};
   CHECK(std::memcmp(philox({{0, 0, 0, 0}}, 0).word, zeros, sizeof(zeros)) == 0, "philox of zeros");
   CHECK(std::memcmp(philox({{~0u, ~0u, ~0u, ~0u}}, -1).word, ones, sizeof(ones)) == 0, "philox of ones");
+  CHECK(std::memcmp(philox(digits, 0x299f31d0a4093822).word, pi, sizeof(pi)) == 0, "philox of the digits of pi");
 }
 
 }  // namespace

@@ -7,8 +7,8 @@ sequence. Up to 64 rows, all of a tile's scores are there at once; beyond, the s
 (Milakov and Gimelshein 2018, Dao et al. 2022).
 
 Inside a program rows count from the tile's first, and scores are in units of log(2), for exp2 is what the hardware
-has. Over blocks, the forward leaves `lse` [H, N], log2 of the sum of 2**score, for the backward, which computes masks
-and addresses again for each head (`disable_licm`): there are no registers to keep them in.
+has. Over blocks, the forward leaves `lse` [H, N], log2 of the sum of 2**score, for the backward. Masks and addresses
+are computed again for each head (`disable_licm`): there are no registers to keep them in.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def forward_blocks(
         at, mask = _at(queries, token_stride, PAD), _there(own >= 0, D, PAD)
         out_at = _at(queries, heads * D, PAD)
         check = tl.zeros([QUERIES], tl.float32)
-        for h in tl.range(0, tl.minimum(HEADS, heads - head)):
+        for h in tl.range(0, tl.minimum(HEADS, heads - head), disable_licm=True):
             q = tl.load(qkv + h * head_stride + at, mask=mask, other=0.0)
             highest, total = tl.full([QUERIES], float("-inf"), tl.float32), tl.zeros([QUERIES], tl.float32)
             mixed = tl.zeros([QUERIES, PAD], tl.float32)
@@ -195,7 +195,8 @@ def forward_blocks(
                 key_at, key_mask = _at(keys, token_stride, PAD), _there(others >= 0, D, PAD)
                 k = tl.load(qkv + h * head_stride + part_stride + key_at, mask=key_mask, other=0.0)
                 v = tl.load(qkv + h * head_stride + 2 * part_stride + key_at, mask=key_mask, other=0.0)
-                same = own[:, None] == others[None, :]
+                # Where a tile is a sequence, rows outside it see it too, and are not stored.
+                same = (others >= 0)[None, :] if starts is None else own[:, None] == others[None, :]
                 scores = tl.where(same, _dot(q, tl.trans(k)) * (scale * LOG2_E), float("-inf"))
                 before, highest = highest, tl.maximum(highest, tl.max(scores, 1))
                 base = _base(highest)

@@ -35,7 +35,7 @@ class Outcome:
     steps: int
     scores: Mapping[str, float]  # dev, after the last epoch: each task's first metric
     overall: float
-    seconds: float  # of the steps
+    seconds: float  # of all steps, from the median of those that were logged: what ran beside some does not count
     conflict_rate: float | None  # share of the steps and pairs whose gradients conflicted; None without a gradient each
     projected_share: float | None  # mean over the steps that were logged
 
@@ -82,12 +82,13 @@ def outcome(run: Run, seed: int) -> Outcome:
         raise UserError(f"{run.path} has no dev scores: the data needs a dev split")
     rates = [rate for epoch in scored for rate in epoch.conflict_rate.values()]
     shares = [share for record in records if (share := record.get("projected_share")) is not None]
+    step_seconds = statistics.median(sum(record["seconds"].values()) for record in records if "seconds" in record)
     return Outcome(
         seed=seed,
         steps=summary["steps"],
         scores=scored[-1].scores,
         overall=scored[-1].overall,
-        seconds=summary["seconds"],
+        seconds=summary["steps"] * step_seconds,
         conflict_rate=statistics.mean(rates) if rates else None,
         projected_share=statistics.mean(shares) if shares else None,
     )

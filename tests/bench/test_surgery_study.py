@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 
 import pytest
 import surgery_study
@@ -51,8 +52,10 @@ def test_runs_are_trained_once_and_recorded(course_data, tmp_path):
         (scored,) = [record for record in records if "dev" in record]
         assert (found["overall"], found["steps"]) == (scored["dev"]["overall"], run.summary()["steps"])
         assert found["scores"]["sst"] == scored["dev"]["sst"]["accuracy"]
+        steps = sorted(sum(record["seconds"].values()) for record in records if "seconds" in record)
+        assert found["seconds"] == pytest.approx(len(steps) * statistics.median(steps))  # every step is logged
         cosines = [cosine for record in records for cosine in record.get("cosine", {}).values()]
-        if cosines:  # every step is logged
+        if cosines:
             assert found["conflict_rate"] == pytest.approx(sum(cosine < 0 for cosine in cosines) / len(cosines))
     assert rows[0]["runs"][0]["conflict_rate"] is None
     text = path.with_suffix(".md").read_text()

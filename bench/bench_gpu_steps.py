@@ -54,7 +54,7 @@ def theirs(
     compiled: bool = False,
 ) -> StartStep:
     peer = Padded(sizes, batch_size, torch.bfloat16, attention, compiled, device, batches)
-    return lambda: Readback({"loss": getattr(peer, step)()}).read
+    return lambda: Readback({"loss": [getattr(peer, step)()]}).read
 
 
 def contenders(method: str, *size: object) -> dict[str, Callable[[], StartStep]]:

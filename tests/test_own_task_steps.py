@@ -131,7 +131,7 @@ def test_a_batch_that_is_accumulated_twice_has_its_own_gradients():
 
 def test_replayed_steps_read_the_labels_of_their_batch():
     captures = Captures()
-    options = {"buckets": Buckets(DATA, 64), "sample": lambda step: sampled(0 if step < 3 else 1)}
+    options = {"buckets": Buckets(DATA, 64), "sparse": False, "sample": lambda step: sampled(0 if step < 3 else 1)}
     straight, replayed = steps_of(**options), steps_of(**options, capture=captures)
     for step in range(5):
         wanted, got = (training_step(steps, step, step / 5).result() for steps in (straight, replayed))

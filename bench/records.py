@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from minbert import diagnosis
 from minbert.kernels import matmul, native
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,12 +32,8 @@ PACKAGES = (
 
 def machine() -> dict[str, object]:
     """The processor, and what this process uses of it."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
-        "cpu": cpu,
+        "cpu": diagnosis.processor_name(),
         "threads": torch.get_num_threads(),
         "isa": native.isa() or "none",
         "matmul": matmul(),
@@ -51,12 +47,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or os.environ.get("MINBERT_COMMIT", "unknown")  # in a copy without .git
 
 
 def write_record(
@@ -76,7 +66,7 @@ def write_record(
     now = datetime.now(timezone.utc)
     record = {
         "time": now.isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": diagnosis.commit() or os.environ.get("MINBERT_COMMIT", "unknown"),  # in a copy without .git
         "machine": made_on or machine(),
         "versions": {name: _version(name) for name in PACKAGES},
         "rows": rows,

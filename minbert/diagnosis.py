@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -62,7 +63,7 @@ def versions() -> _Facts:
 
 def processor() -> _Facts:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: _Facts = {"name": _processor_name(), "architecture": platform.machine(), "cores": os.cpu_count()}
+    found: _Facts = {"name": processor_name(), "architecture": platform.machine(), "cores": os.cpu_count()}
     found |= {"usable cores": usable}
     with suppress(RuntimeError, ValueError):  # without native code, or where it is refused
         found["instruction sets"] = list(kernels.native.library().isas())
@@ -229,12 +230,25 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """The processor's own name, or its architecture's."""
     with suppress(OSError):
         found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         if found is not None:
             return found[1]
     return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the source tree that minbert runs from, with -dirty after changes; None where git knows of none."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    with suppress(OSError):
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stdout.strip() or None
+    return None
 
 
 def _openmp_libraries() -> list[str]:

@@ -2,25 +2,31 @@
 
 Every row and seed is a run of `minbert train --recipe PAPER/ROW` in a separate process. The command skips
 a finished run, resumes an interrupted one, extends one that is to be longer, and continues with the next row when one
-fails. A run with other options in the same directory is an error, and stays as it is.
+fails. A run with other options in the same directory is an error, and stays as it is. table.json keeps what every run
+came to, so that a finished run's directory can be deleted, and the table go on on another machine.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from minbert import cli
+from minbert.config import TrainConfig
 from minbert.console import Terminal
 from minbert.errors import UserError
 from minbert.files.atomic import writing
 from minbert.files.json_yaml import read_yaml
-from minbert.recipes import Paper, Row, paper
-from minbert.report.paper_table import RowResult, terminal_table, write_tables
+from minbert.recipes import Paper, Row, paper, protocol
+from minbert.report.paper_table import RowResult, read_table, terminal_table, write_tables
+from minbert.report.run_result import RunResult, result_of
+from minbert.runs.resume import departures
 from minbert.runs.run_directory import Run
 from minbert.training.child_process import train_in_process
 from minbert.training.stop_signal import Stopped, StopSignal
@@ -38,12 +44,16 @@ class ReproduceConfig:
         seeds: one run of each row for every seed; the table then has their mean and standard deviation.
         data: as for minbert.train.
         model: likewise.
-        options: YAML file of further options of minbert train, for all rows, over those of the recipes.
+        protocol: train all rows with as many examples, in batches and at rates for a small encoder, in place of the
+            paper's: small (minbert/recipes/protocols).
+        options: YAML file of further options of minbert train, for all rows, over those of the recipes and protocol.
         epochs: in place of the paper's.
         steps: likewise, whatever the epochs.
         reviews: file of reviews with stars, for the rows with an auxiliary task (001).
         augmented: file of further sst examples, for the rows with augmented data (002).
         out: directory of the runs; runs/PAPER when left out.
+        table: JSON file of what all runs came to, which is read and written: runs that it holds are not trained again,
+            wherever they were trained; table.json in --out when left out.
     """
 
     paper: str
@@ -51,12 +61,14 @@ class ReproduceConfig:
     seeds: list[int] | None = None
     data: str | None = None
     model: str | None = None
+    protocol: str | None = None
     options: str | None = None
     epochs: int | None = None
     steps: int | None = None
     reviews: str | None = None
     augmented: str | None = None
     out: str | None = None
+    table: str | None = None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -68,8 +80,10 @@ def main(arguments: Sequence[str]) -> int:
             console.print(f"{row.name}: {row.title}")
         return 0
     rows = [found.row(name) for name in options.rows or found.rows]
-    if options.options is not None and names_folds(Path(options.options)):
+    if "folds" in options_of_file(options):
         raise UserError(f"--options {options.options}: folds makes several runs of a row; leave it out")
+    if options.protocol is not None:
+        protocol(options.protocol)
     out = Path(options.out or f"runs/{found.number}")
     with writing(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
@@ -81,44 +95,75 @@ def main(arguments: Sequence[str]) -> int:
         return 128 + stopped.number
 
 
-def names_folds(options: Path) -> bool:
-    """Whether a file of options asks for cross-validation; not of a file that cannot be read, which a row reports."""
+def options_of_file(options: ReproduceConfig) -> dict[str, Any]:
+    """What the file of options holds; nothing of one that cannot be read, which a row reports."""
     with suppress(UserError):
-        return read_yaml(options).get("folds") is not None
-    return False
+        return read_yaml(Path(options.options)) if options.options is not None else {}
+    return {}
 
 
 def sweep(found: Paper, rows: Sequence[Row], out: Path, options: ReproduceConfig, console: Console) -> int:
     """Train every row with every seed, and write and show the table; 1 if a run failed."""
-    results = [RowResult(row) for row in rows]
-    runs = [(result, seed) for result in results for seed in options.seeds or [0]]
+    file = Path(options.table) if options.table is not None else out / "table.json"
+    recorded = read_table(file) if file.exists() else {}
+    if unknown := [name for name in recorded if name not in found.rows]:
+        raise UserError(f"{file} has the row {unknown[0]}, and paper {found.number} has not; give another --table")
+    results = {name: RowResult(row, recorded.get(name, {})) for name, row in found.rows.items()}
+    runs = [(results[row.name], seed) for row in rows for seed in options.seeds or [0]]
+    shown = [result for result in results.values() if result.row in rows or result.runs]
     for number, (result, seed) in enumerate(runs, 1):
-        recipe = f"{found.number}/{result.row.name}"
+        row = result.row
+        recipe = f"{found.number}/{row.name}"
         console.rule(f"{number} of {len(runs)}: {recipe}, seed {seed}", align="left")
-        directory = out / result.row.name / f"seed-{seed}"
-        missing = [name for name in result.row.needs if getattr(options, name) is None]
+        directory = out / row.name / f"seed-{seed}"
+        missing = [name for name in row.needs if getattr(options, name) is None]
         if missing:
             problem: str | None = f"needs a file: give --{missing[0]} FILE"
         else:
-            given = [f"--recipe={recipe}", f"--seed={seed}", f"--out={directory}"]
-            problem = train_in_process(directory, [*given, *train_options(options, result.row)])
-        if problem is None:
-            result.runs.append(Run(directory))
-        else:
+            given = [f"--recipe={recipe}", f"--seed={seed}", f"--out={directory}", *train_options(options, row)]
+            recorded_alone = seed in result.runs and not directory.exists()
+            problem = refusal(result.runs[seed], given, file) if recorded_alone else train_in_process(directory, given)
+            if recorded_alone and problem is None:
+                console.print(f"{file} has its scores")
+        if problem is not None:
             console.print(f"{recipe}, seed {seed}: {problem}")
-            result.failures.append(f"seed {seed}: {problem}")
-        with writing(out, "free some space and run the same command again"):
-            write_tables(out, found, results)
-    console.print(terminal_table(found, results))
-    console.print(f"written to {out}: table.md, table.json and report.html")
-    return int(any(result.failures for result in results))
+            result.failures[seed] = problem
+        elif directory.exists():
+            result.directories[seed] = Run(directory)
+            result.runs[seed] = result_of(Run(directory), seed)
+        with writing(file.parent, "free some space and run the same command again"):
+            write_tables(out, found, shown, file)
+    console.print(terminal_table(found, shown))
+    console.print(f"written: {out / 'table.md'}, {file} and {out / 'report.html'}")
+    return int(any(result.failures for result in results.values()))
+
+
+def refusal(run: RunResult, given: Sequence[str], file: Path) -> str | None:
+    """Why a run of the table is not the run of these arguments; None where it is."""
+    try:
+        changed = departures(run.options, cli.parse_layers("train", TrainConfig, given))
+    except UserError as error:
+        return str(error)
+    return (
+        f"{file} holds a run with other options: {', '.join(changed.values())}; give another --table"
+        if changed
+        else None
+    )
 
 
 def train_options(options: ReproduceConfig, row: Row) -> list[str]:
-    """The options of minbert train that are the same for all rows, and the files that this one needs."""
+    """The options of minbert train for a row: those of all rows, of the protocol, and the files that the row needs."""
     values = {name: getattr(options, name) for name in ("data", "model", "epochs", "steps")}
     values |= {"config": options.options, **{FILES[name]: getattr(options, name) for name in row.needs}}
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+    given = {name: value for name, value in values.items() if value is not None}
+    if options.protocol is not None:
+        of_file = options_of_file(options)
+        of_protocol = protocol(options.protocol).options(row)
+        given = {name: value for name, value in of_protocol.items() if name not in of_file} | given
+    return [
+        f"--{name.replace('_', '-')}={json.dumps(value) if isinstance(value, dict) else value}"
+        for name, value in given.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from minbert import reproduce, train
 from minbert.cli import parse_layers
 from minbert.config import TrainConfig
 from minbert.errors import UserError
-from minbert.recipes import paper, papers
+from minbert.recipes import paper, papers, protocol
 from minbert.report import paper_table
-from minbert.reproduce import FILES
+from minbert.reproduce import FILES, ReproduceConfig, train_options
 from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS
 from minbert.training import child_process as separate_process
@@ -55,7 +55,7 @@ def in_process(monkeypatch):
             message = f"error: {error}\n"
             return SimpleNamespace(returncode=2, communicate=lambda: (None, message))
 
-    monkeypatch.setattr(separate_process.subprocess, "Popen", start)
+    monkeypatch.setattr(separate_process, "subprocess", SimpleNamespace(Popen=start, PIPE=None))
     return calls
 
 
@@ -166,6 +166,105 @@ def test_another_run_in_the_place_is_not_taken_for_this_one(sweep, in_process, c
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+def test_the_table_outlives_the_directories_and_keeps_the_rows_of_other_calls(sweep, in_process, tmp_path, capsys):
+    out, file = tmp_path / "out", tmp_path / "kept" / "000.json"
+    file.parent.mkdir()
+    assert sweep("000", "--rows=finetune", f"--table={file}") == 0
+    before = json.loads(file.read_text())["finetune"]
+    shutil.rmtree(out)
+    assert sweep("000", "--rows=finetune,pcgrad", f"--table={file}") == 0
+    assert f"{file} has its scores" in capsys.readouterr().out
+    assert [Path(out).name for out in sorted((out).glob("*/seed-*"))] == ["seed-0"]
+    assert len(in_process) == 2
+    assert sweep("000", "--rows=pcgrad", "--seeds=1", f"--table={file}") == 0
+    found = json.loads(file.read_text())
+    assert found["finetune"] == before
+    assert [run["seed"] for run in found["pcgrad"]["runs"]] == [0, 1]
+    assert "| Baseline finetune | 0.511 / 0." in (out / "table.md").read_text()
+    assert "Baseline finetune" in (out / "report.html").read_text()
+
+
+def test_what_a_run_came_to_is_recorded(sweep, in_process, tmp_path):
+    assert sweep("003", "--rows=sst") == 0
+    (run,) = json.loads((tmp_path / "out" / "table.json").read_text())["sst"]["runs"]
+    summary = Run(tmp_path / "out" / "sst" / "seed-0").summary()
+    assert run["scores"] == {"dev sst": summary["dev"]["sst"]["accuracy"]}  # the overall is that of its one task
+    assert (run["steps"], run["examples"]) == (1, 64)
+    assert run["step_seconds"] > 0
+    assert run["processor"] == summary["processor"]
+    assert run["commit"] == summary["versions"].get("commit")
+    assert run["options"]["lr"] == 1e-5
+    assert run["options"]["data"] == "course0"
+    assert not {"out", "seed", "threads"} & set(run["options"])
+
+
+def test_a_recorded_run_with_other_options_is_kept_and_not_taken_for_this_one(sweep, in_process, tmp_path):
+    out = tmp_path / "out"
+    assert sweep("000", "--rows=finetune") == 0
+    before = json.loads((out / "table.json").read_text())["finetune"]["runs"]
+    shutil.rmtree(out / "finetune")
+    assert sweep("000", "--rows=finetune", "--steps=2") == 1
+    said = f"{out / 'table.json'} holds a run with other options: --steps (was 1, is 2); give another --table"
+    assert said in (out / "table.md").read_text()
+    assert "| Baseline finetune | 0.511 / – |" in (out / "table.md").read_text()
+    assert json.loads((out / "table.json").read_text())["finetune"]["runs"] == before
+    assert len(in_process) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot read .*table.json"),
+        ('{"finetune": 1}', "table.json is damaged .finetune: expected a mapping, got 1.; restore it"),
+        ('{"finetune": {"runs": [{"seed": 0}]}}', "table.json is damaged .finetune: runs: no scores.; restore it"),
+        ('{"gse": {}}', "table.json has the row gse, and paper 000 has not; give another --table"),
+    ],
+)
+def test_a_damaged_table_is_one_line(content, message, sweep, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "table.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        sweep("000", "--rows=finetune")
+    assert (tmp_path / "out" / "table.json").read_text() == content
+
+
+def test_a_table_of_an_earlier_minbert_is_read(sweep, in_process, tmp_path):
+    assert sweep("000", "--rows=finetune") == 0
+    file = tmp_path / "out" / "table.json"
+    rows = json.loads(file.read_text())
+    for row in rows.values():
+        del row["runs"]
+    file.write_text(json.dumps(rows))
+    assert sweep("000", "--rows=finetune") == 0
+    assert len(in_process) == 1
+    assert len(json.loads(file.read_text())["finetune"]["runs"]) == 1
+
+
+def test_a_protocol_gives_every_row_as_many_examples(course_data, tmp_path):
+    small = protocol("small")
+    for number, name in ROWS:
+        row = paper(number).rows[name]
+        options = small.options(row)
+        sizes = options["batch_size"]
+        of_tasks = [sizes[task] for task in ("sst", "qqp", "sts")] if isinstance(sizes, dict) else 3 * [sizes]
+        assert sum(of_tasks) == 96, (number, name)
+        assert options["epochs"] * options["epoch_length"] * 96 == 18_144
+        parse_layers("train", TrainConfig, {"recipe": f"{number}/{name}", **options})
+    proportions = small.options(paper("000").rows["finetune"])["batch_size"]
+    assert proportions == {"sst": 8, "qqp": 80, "sts": 8}
+    rates = {name: small.options(paper("002").rows[name])["lr"] for name in ("a-finetune", "c-finetune", "c-pretrain")}
+    assert rates == dict(zip(rates, (small.rates[kind] for kind in ("joint", "in-turn", "frozen")), strict=True))
+
+
+def test_a_protocol_stands_between_the_recipe_and_the_given_options(course_data, tmp_path):
+    (tmp_path / "small.yaml").write_text("lr: 0.25\n")
+    given = {"data": course_data, "protocol": "small", "options": str(tmp_path / "small.yaml"), "epochs": 1}
+    words = train_options(ReproduceConfig("004", **given), paper("004").rows["smart"])
+    config = parse_layers("train", TrainConfig, ["--recipe=004/smart", *words])
+    assert (config.lr, config.epochs, config.epoch_length, config.batch_size) == (0.25, 1, 63, 32)
+    assert (config.smart.lambda_s, config.sampling) == (5.0, "round-robin")
+
+
 def test_a_run_that_is_to_be_longer_is_extended_and_a_longer_one_is_kept(sweep, in_process, tmp_path):
     run = Run(tmp_path / "out" / "finetune" / "seed-0")
     assert sweep("000", "--rows=finetune") == 0
@@ -196,7 +295,7 @@ def test_a_sweep_that_is_stopped_stops_its_run(sweep, monkeypatch, capsys, tmp_p
         def wait(self):
             signals.append("waited")
 
-    monkeypatch.setattr(separate_process.subprocess, "Popen", Waiting)
+    monkeypatch.setattr(separate_process, "subprocess", SimpleNamespace(Popen=Waiting, PIPE=None))
     assert sweep("000", "--rows=finetune") == 143
     assert signals == [signal.SIGTERM, "waited"]
     said = f"stopped; the same command goes on with what {tmp_path / 'out'} holds"
@@ -235,6 +334,7 @@ def test_results_that_cannot_be_written_are_one_line(sweep, in_process, tmp_path
     [
         (["007"], r"unknown paper '007' \(did you mean '00\d'\?\); known: 000, 001, 002, 003, 004"),
         (["000", "--rows=pcgrda"], r"paper 000 has no row 'pcgrda' \(did you mean 'pcgrad'\?\); rows: single"),
+        (["000", "--protocol=smal"], r"unknown protocol 'smal' \(did you mean 'small'\?\); known: small"),
         (["000", "--seed=1"], r"unknown option --seed \(did you mean '--seeds'\?\)"),
     ],
 )

@@ -22,6 +22,8 @@ from minbert.runs.resume import (
     ROUNDING,
     WITHOUT_EFFECT,
     check_length,
+    deciding,
+    departures,
     differences,
     flat,
     remarks,
@@ -109,6 +111,7 @@ def test_what_decides_the_weights_may_not_change(name):
     with pytest.raises(UserError, match=rf"runs/x was started with other options: .*--{name.replace('_', '-')} \(was "):
         resumed(BEGUN, given, Path("runs/x"))
     assert name in differences(BEGUN, given)
+    assert name == "seed" or name in departures(deciding(BEGUN), given)
 
 
 def test_what_was_left_open_is_as_the_record_has_it():
@@ -121,10 +124,22 @@ def test_what_was_raised_for_smart_goes_on_as_it_was_begun():
     begun = BEGUN.replace(smart=SmartConfig(lambda_s=1.0))
     raised = begun.replace(precision="fp32")
     assert resumed(raised, begun, Path("x")).precision == "fp32"
-    assert differences(raised, begun) == {}
+    assert differences(raised, begun) == departures(deciding(raised), begun.replace(precision="bf16")) == {}
     same = raised.replace(smart=SmartConfig(lambda_s=1.0, precision="same"))
     with pytest.raises(UserError, match="--precision"):
         resumed(same, same.replace(precision="bf16"), Path("x"))
+
+
+def test_a_recorded_run_is_the_same_on_another_machine_and_may_not_differ_in_length():
+    begun = BEGUN.replace(data="/here/data", model="/here/minilm", augmented={"sst": "/here/more.tsv"}, out="/here/x")
+    elsewhere = begun.replace(
+        data="data", model="there/minilm", augmented={"sst": "more.tsv"}, out="y", threads=7, seed=9
+    )
+    recorded = json.loads(json.dumps(deciding(begun)))
+    assert departures(recorded, elsewhere) == {}
+    assert departures(recorded, elsewhere.replace(precision="auto", lr=None, max_length=None)) == {}
+    assert departures(recorded, elsewhere.replace(model="there/base")) == {"model": "--model (was minilm, is base)"}
+    assert departures(recorded, elsewhere.replace(epochs=7)) == {"epochs": f"--epochs (was {begun.epochs}, is 7)"}
 
 
 def test_a_run_with_a_former_default_keeps_it_and_says_so():

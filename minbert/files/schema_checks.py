@@ -83,6 +83,8 @@ _UNIONS = (types.UnionType, typing.Union)
 
 def _check(value: Any, kind: Any, path: str = "") -> Any:
     """`checked` for the part of a value at `path`; raises `_Mismatch`."""
+    if kind is Any:
+        return value
     if kind in _SIMPLE:
         if not _SIMPLE[kind](value):
             limit = f" of at most {_LIMITS[kind]:g}" if kind in _LIMITS and type(value) in (int, kind) else ""

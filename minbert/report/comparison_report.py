@@ -26,12 +26,14 @@ class Row:
         published: its figures by column (`our_scores`), or by any other name; None where the table has none.
         run: ours, finished or not; None where there is none.
         note: what a reader should know of it.
+        ours: scores of our run by column, where its directory is gone; else they are read from there.
     """
 
     label: str
     published: Mapping[str, float | None] = field(default_factory=dict)
     run: Run | None = None
     note: str = ""
+    ours: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def write_comparison(path: str | Path, title: str, rows: Sequence[Row]) -> Path:
         "comparison.html",
         title=title,
         rows=rows,
-        columns=columns(rows, [our_scores(row.run, tasks) for row in rows], tasks),
+        columns=columns(rows, [row.ours or our_scores(row.run, tasks) for row in rows], tasks),
         details=[details(row.label, row.run, path) for row in rows if row.run is not None],
     )
 

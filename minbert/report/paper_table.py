@@ -3,43 +3,49 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from minbert.errors import UserError
 from minbert.files.atomic import write_atomically, write_json
+from minbert.files.json_yaml import read_json, short
+from minbert.files.schema_checks import checked
 from minbert.recipes import Paper, Row
 from minbert.report import comparison_report
+from minbert.report.run_result import RunResult, read_result
 from minbert.runs.run_directory import Run
+from minbert.tasks import TASKS
 
 HOURS = "hours an epoch"
 
 
 @dataclass(frozen=True)
 class RowResult:
-    """The runs of a row of the table."""
+    """What the runs of a row came to."""
 
     row: Row
-    runs: list[Run] = field(default_factory=list)  # one for each seed that has finished
-    failures: list[str] = field(default_factory=list)  # one for each other seed
+    runs: dict[int, RunResult] = field(default_factory=dict)  # by seed, those that have finished
+    failures: dict[int, str] = field(
+        default_factory=dict
+    )  # by seed, of runs that are missing or not what was asked for
+    directories: dict[int, Run] = field(default_factory=dict)  # by seed, of runs whose directory is there
+
+    @property
+    def counted(self) -> dict[int, RunResult]:
+        """The runs that are as asked for, by seed."""
+        return {seed: run for seed, run in sorted(self.runs.items()) if seed not in self.failures}
 
     def found(self) -> dict[str, list[float]]:
         """Our scores, one for each seed: by column, as `columns` names them, and further metrics as "dev sst f1"."""
         found: dict[str, list[float]] = {}
-        for run in self.runs:
-            summary = run.summary()
-            single = [split for split in ("dev", "test") if len(summary.get(split, {})) <= 2]  # the overall is its one
-            for name, score in comparison_report.our_scores(run).items():
-                split = "test" if name.endswith(" test") else "dev"
-                name = name.removesuffix(" test")
-                if name != "overall" or split not in single:
-                    found.setdefault(f"{split} {name}", []).append(score)
-            found.setdefault(HOURS, []).append(
-                summary["seconds"] / summary["steps"] * summary["steps_per_epoch"] / 3600
-            )
+        for run in self.counted.values():
+            for name, score in {**run.scores, HOURS: run.hours_per_epoch}.items():
+                found.setdefault(name, []).append(score)
         return found
 
     def published(self) -> dict[str, float]:
@@ -47,14 +53,18 @@ class RowResult:
         scores = {f"{split} {name}": score for split, by in self.row.published.items() for name, score in by.items()}
         return scores if self.row.hours is None else {**scores, HOURS: self.row.hours}
 
+    @property
+    def lines(self) -> list[str]:
+        """The failures, one line each."""
+        return [f"seed {seed}: {failure}" for seed, failure in sorted(self.failures.items())]
+
 
 def columns(results: Sequence[RowResult]) -> list[str]:
     """Names of the columns: each task's first metric on dev, then test scores and hours where the paper has them."""
     present = {name for result in results for name in (*result.published(), *result.found())}
     if not any(HOURS in result.published() for result in results):
         present.discard(HOURS)
-    tasks = comparison_report.tasks_of(run for result in results for run in result.runs)
-    order = [f"{split} {name}" for split in ("dev", "test") for name in (*tasks, "overall")]
+    order = [f"{split} {name}" for split in ("dev", "test") for name in (*TASKS, "overall")]
     return [name for name in (*order, HOURS) if name in present]
 
 
@@ -84,12 +94,12 @@ def terminal_table(found: Paper, results: Sequence[RowResult]) -> Table:
     return shown
 
 
-def write_tables(out: Path, found: Paper, results: Sequence[RowResult]) -> None:
-    """Write table.md, table.json and report.html, with the runs so far."""
+def write_tables(out: Path, found: Paper, results: Sequence[RowResult], file: Path) -> None:
+    """Write table.md, report.html and `file`, with the runs so far."""
     names = columns(results)
     lines = [f"| published / ours | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {' | '.join([result.row.title, *cells(result, names)])} |" for result in results]
-    failures = [f"- {result.row.title}: {failure}" for result in results for failure in result.failures]
+    failures = [f"- {result.row.title}: {line}" for result in results for line in result.lines]
     text = "\n".join([f"# {found.title}", "", *lines, "", *failures]).rstrip() + "\n"
     write_atomically(out / "table.md", text)
     record = {
@@ -97,11 +107,12 @@ def write_tables(out: Path, found: Paper, results: Sequence[RowResult]) -> None:
             "title": result.row.title,
             "published": result.published(),
             "ours": result.found(),
-            "failures": result.failures,
+            "failures": result.lines,
+            "runs": [asdict(run) for _, run in sorted(result.runs.items())],
         }
         for result in results
     }
-    write_json(out / "table.json", record)
+    write_json(file, record)
     rows = []
     for result in results:
         published = {
@@ -109,6 +120,31 @@ def write_tables(out: Path, found: Paper, results: Sequence[RowResult]) -> None:
             for split, scores in result.row.published.items()
             for name, score in scores.items()
         }
-        note, runs = "; ".join(result.failures), list[Run | None](result.runs) or [None]
-        rows += [comparison_report.Row(result.row.title, published, run, note) for run in runs]
+        title, note = result.row.title, "; ".join(result.lines)
+        rows += [
+            comparison_report.Row(title, published, result.directories.get(seed), note, run.by_column)
+            for seed, run in result.counted.items()
+        ] or [comparison_report.Row(title, published, None, note)]
     comparison_report.write_comparison(out / "report.html", found.title, rows)
+
+
+def read_table(file: Path) -> dict[str, dict[int, RunResult]]:
+    """The runs in a table.json, by row and seed; of a table of an earlier minbert, which kept none, no runs.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    remedy = "restore it, or give another --table"
+    content = read_json(file, remedy)
+    found: dict[str, dict[int, RunResult]] = {}
+    try:
+        for name, row in content.items():
+            entry: Mapping[str, Any] = checked(row, dict[str, Any], name)
+            runs = checked(entry.get("runs", []), list[dict[str, Any]], f"{name}: runs")
+            read = [read_result(values, f"{name}: runs") for values in runs]
+            found[name] = {run.seed: run for run in read}
+            if len(found[name]) < len(read):
+                raise UserError(f"{name}: a seed has two runs in {short([run.seed for run in read])}")
+    except UserError as error:
+        raise UserError(f"{file} is damaged ({error}); {remedy}") from None
+    return found

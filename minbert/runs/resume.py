@@ -1,10 +1,10 @@
-"""Which options of a run may change when it is resumed, and which come from its config.yaml."""
+"""Which options of a run may change when it is resumed, come from its config.yaml, or decide its results."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,38 @@ def differences(saved: TrainConfig, given: TrainConfig) -> dict[str, str]:
         ignored.add("tasks_file")
     differing = [name for name in wanted if name not in ignored and not _same(recorded[name], wanted[name])]
     return {name: _change(name, recorded[name], wanted[name]) for name in differing}
+
+
+def deciding(config: TrainConfig) -> dict[str, Any]:
+    """The options that decide a run's results where they are not the defaults: what `departures` compares.
+
+    Directories and files have their last name alone, which holds on other machines.
+    """
+    default, ignored = dict(flat(TrainConfig())), {*WITHOUT_EFFECT, *ROUNDING, "seed"}.difference(DATA_PATHS)
+    found = {name: value for name, value in flat(config) if name not in ignored and value != default[name]}
+    return {name: _last_name(value) if name in (*DATA_PATHS, "model") else value for name, value in found.items()}
+
+
+def departures(recorded: Mapping[str, Any], given: TrainConfig) -> dict[str, str]:
+    """The options in which a run whose `deciding` options were recorded differs from the run that `given` would start.
+
+    As `differences` of a run whose directory may be on another machine or gone; options of `LENGTH` count too.
+    """
+    default, wanted = dict(flat(TrainConfig())), deciding(given)
+    chosen = {name for name in CHOSEN_AT_START if wanted.get(name) in (None, "auto")}
+    if given.precision == "bf16" and raised_for_smart(given.replace(precision=recorded.get("precision", "auto"))):
+        chosen.add("precision")
+    return {
+        name: _change(name, recorded.get(name, default.get(name)), wanted.get(name, default.get(name)))
+        for name in dict.fromkeys((*recorded, *wanted))
+        if name not in chosen and recorded.get(name) != wanted.get(name)
+    }
+
+
+def _last_name(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _last_name(each) for name, each in value.items()}
+    return Path(value).name if isinstance(value, str) else value
 
 
 def _with_former_default(saved: TrainConfig, given: TrainConfig) -> list[str]:

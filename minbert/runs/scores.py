@@ -21,7 +21,7 @@ SUMMARY: dict[str, Any] = {
     **dict.fromkeys(("device", "precision"), str),
     **dict.fromkeys(("backends", "versions"), dict[str, str]),
 }
-SINCE: dict[str, Any] = {"stopped_early": bool}  # what summaries of earlier releases do not have
+SINCE: dict[str, Any] = {"stopped_early": bool, "processor": str}  # what summaries of earlier releases do not have
 
 
 def read_summary(path: Path) -> dict[str, Any]:

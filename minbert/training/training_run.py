@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import minbert
-from minbert import kernels
+from minbert import diagnosis, kernels
 from minbert.config import TrainConfig
 from minbert.console import score_table
 from minbert.data import Plan
@@ -242,6 +242,7 @@ class TrainingRun:
             plot_run(directory)
         tested = {"test": {**scores["test"], "overall": overall(scores["test"], data.tasks)}} if scores["test"] else {}
         rate = progress.examples / progress.seconds
+        source = {"commit": commit} if (commit := diagnosis.commit()) is not None else {}
         summary: dict[str, object] = {
             "dev": {**progress.scores.dev[progress.scores.best_epoch - 1], "overall": progress.scores.best_overall},
             **tested,
@@ -258,7 +259,8 @@ class TrainingRun:
             "device": describe(group.device, config.precision),
             "precision": config.precision,
             "backends": kernels.backends(group.device),
-            "versions": {"minbert": minbert.__version__, "torch": torch.__version__},
+            "processor": diagnosis.processor_name(),
+            "versions": {"minbert": minbert.__version__, "torch": torch.__version__, **source},
         }
         directory.write_summary(summary)
         report = write_report(directory, config.data, config.tasks_file)

@@ -185,6 +185,10 @@ def test_the_table_outlives_the_directories_and_keeps_the_rows_of_other_calls(sw
 
 
 def test_what_a_run_came_to_is_recorded(sweep, in_process, tmp_path):
+    assert sweep("000", "--rows=pcgrad", f"--out={tmp_path / 'pcgrad'}") == 0
+    (run,) = json.loads((tmp_path / "pcgrad" / "table.json").read_text())["pcgrad"]["runs"]
+    (rates,) = [epoch.conflict_rate for epoch in Run(tmp_path / "pcgrad" / "pcgrad" / "seed-0").epochs()]
+    assert run["conflict_rate"] == pytest.approx(sum(rates.values()) / 3)
     assert sweep("003", "--rows=sst") == 0
     (run,) = json.loads((tmp_path / "out" / "table.json").read_text())["sst"]["runs"]
     summary = Run(tmp_path / "out" / "sst" / "seed-0").summary()

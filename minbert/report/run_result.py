@@ -10,6 +10,7 @@ from typing import Any
 from minbert.errors import UserError
 from minbert.files.schema_checks import build
 from minbert.report.comparison_report import our_scores
+from minbert.runs.epochs import epochs
 from minbert.runs.resume import deciding
 from minbert.runs.run_directory import Run
 
@@ -25,6 +26,8 @@ class RunResult:
     examples: int  # seen in training
     seconds: float  # of all steps
     step_seconds: float  # median of those that were logged: what ran beside some of them does not count
+    conflict_rate: float | None  # share of the steps and pairs whose gradients conflicted; None without a gradient each
+    projected_share: float | None  # norm of what surgery changed, as a share of the update's: mean of the logged steps
     peak_memory_bytes: int | None
     device: str  # with threads, precision and torch's version
     processor: str | None  # None where an earlier minbert trained
@@ -58,8 +61,10 @@ def result_of(run: Run, seed: int) -> RunResult:
         name = name.removesuffix(" test")
         if name != "overall" or split not in single:
             scores[f"{split} {name}"] = score
-    seconds = summary["seconds"]
-    logged = [sum(record["seconds"].values()) for record in run.records() if "seconds" in record]
+    seconds, records = summary["seconds"], run.records()
+    logged = [sum(record["seconds"].values()) for record in records if "seconds" in record]
+    rates = [rate for epoch in epochs(records) for rate in epoch.conflict_rate.values()]
+    shares = [share for record in records if (share := record.get("projected_share")) is not None]
     return RunResult(
         seed=seed,
         scores=scores,
@@ -68,6 +73,8 @@ def result_of(run: Run, seed: int) -> RunResult:
         examples=summary["examples"],
         seconds=seconds,
         step_seconds=statistics.median(logged) if logged else seconds / summary["steps"],
+        conflict_rate=statistics.mean(rates) if rates else None,
+        projected_share=statistics.mean(shares) if shares else None,
         peak_memory_bytes=summary["peak_memory_bytes"],
         device=summary["device"],
         processor=summary.get("processor"),

@@ -18,17 +18,14 @@ from typing import Any
 from rich.console import Console
 
 from minbert import cli
-from minbert.config import TrainConfig
 from minbert.console import Terminal
 from minbert.errors import UserError
 from minbert.files.atomic import writing
 from minbert.files.json_yaml import read_yaml
 from minbert.recipes import Paper, Row, paper, protocol
 from minbert.report.paper_table import RowResult, read_table, terminal_table, write_tables
-from minbert.report.run_result import RunResult, result_of
-from minbert.runs.resume import departures
 from minbert.runs.run_directory import Run
-from minbert.training.child_process import train_in_process
+from minbert.training.recorded_runs import finished_run
 from minbert.training.stop_signal import Stopped, StopSignal
 
 FILES = {"reviews": "reviews", "augmented": "augmented.sst"}  # what a row may need, as an option of minbert train
@@ -117,38 +114,24 @@ def sweep(found: Paper, rows: Sequence[Row], out: Path, options: ReproduceConfig
         console.rule(f"{number} of {len(runs)}: {recipe}, seed {seed}", align="left")
         directory = out / row.name / f"seed-{seed}"
         missing = [name for name in row.needs if getattr(options, name) is None]
-        if missing:
-            problem: str | None = f"needs a file: give --{missing[0]} FILE"
-        else:
-            given = [f"--recipe={recipe}", f"--seed={seed}", f"--out={directory}", *train_options(options, row)]
-            recorded_alone = seed in result.runs and not directory.exists()
-            problem = refusal(result.runs[seed], given, file) if recorded_alone else train_in_process(directory, given)
-            if recorded_alone and problem is None:
+        given = [f"--recipe={recipe}", f"--seed={seed}", f"--out={directory}", *train_options(options, row)]
+        try:
+            if missing:
+                raise UserError(f"needs a file: give --{missing[0]} FILE")
+            before = result.runs.get(seed)
+            result.runs[seed] = finished_run(directory, given, seed, before, file)
+            if directory.exists():
+                result.directories[seed] = Run(directory)
+            else:
                 console.print(f"{file} has its scores")
-        if problem is not None:
-            console.print(f"{recipe}, seed {seed}: {problem}")
-            result.failures[seed] = problem
-        elif directory.exists():
-            result.directories[seed] = Run(directory)
-            result.runs[seed] = result_of(Run(directory), seed)
+        except UserError as error:
+            console.print(f"{recipe}, seed {seed}: {error}")
+            result.failures[seed] = str(error)
         with writing(file.parent, "free some space and run the same command again"):
             write_tables(out, found, shown, file)
     console.print(terminal_table(found, shown))
     console.print(f"written: {out / 'table.md'}, {file} and {out / 'report.html'}")
     return int(any(result.failures for result in results.values()))
-
-
-def refusal(run: RunResult, given: Sequence[str], file: Path) -> str | None:
-    """Why a run of the table is not the run of these arguments; None where it is."""
-    try:
-        changed = departures(run.options, cli.parse_layers("train", TrainConfig, given))
-    except UserError as error:
-        return str(error)
-    return (
-        f"{file} holds a run with other options: {', '.join(changed.values())}; give another --table"
-        if changed
-        else None
-    )
 
 
 def train_options(options: ReproduceConfig, row: Row) -> list[str]:

@@ -271,17 +271,22 @@ def protocol(runs: Sequence[Run]) -> list[str]:
         return ["No run yet."]
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     commits = ", ".join(sorted({run.commit or "unknown" for run in runs}))
-    machines = Counter(run.machine for run in runs)
     common = set.intersection(*({*run.options.items()} for run in runs))
     lines = [
         f"Runs: {len(runs)} of seeds {seeds}, each of {span(run.steps for run in runs)} steps and"
         f" {span(run.examples for run in runs)} examples. Commit: {commits}.",
         "",
-        f"Machine: {'; '.join(f'{name} ({count} of {len(runs)} runs)' for name, count in sorted(machines.items()))}.",
+        machines(runs),
     ]
     if common:
         lines += ["", f"Options of all runs: {', '.join(f'`{name}: {value}`' for name, value in sorted(common))}."]
     return lines
+
+
+def machines(runs: Sequence[Run]) -> str:
+    """The machines of the runs, each with precision and the number of runs."""
+    counts = Counter(run.machine for run in runs)
+    return f"Machine: {'; '.join(f'{name} ({count} of {len(runs)} runs)' for name, count in sorted(counts.items()))}."
 
 
 def span(values: Iterable[int]) -> str:
@@ -324,6 +329,7 @@ def across_page(compared: Sequence[Comparison]) -> str:
     ]
     if not compared:
         return "\n".join([*lines, "No run yet."]) + "\n"
+    lines += [machines([run for each in compared for run, *_ in each.pairs]), ""]
     heading = ("row", "title", "less", "published", "ours", "minutes", "minutes more", "gain a minute more")
     lines += markdown_row(heading, heading=True)
     for each in sorted(compared, key=lambda each: statistics.mean(each.gains), reverse=True):

@@ -106,6 +106,7 @@ def test_a_page_has_protocol_table_failures_and_what_was_not_run(written):
 def test_the_page_across_papers_sorts_by_gain_and_divides_it_by_the_minutes_more(written):
     page = (written / "across.md").read_text()
     assert "python bench/paper_pages.py" in page.splitlines()[0]
+    assert line_of(page, "Machine: ").endswith("torch 2.13.0+cpu (3 of 3 runs).")
     smart, pcgrad = [line for line in page.splitlines() if line.startswith("| [")]
     # Published: (0.502 + 0.759 + 1.371 / 2 - 0.511 - 0.750 - 1.345 / 2) / 3. Ours: 0.004 and 0.002 in 5 minutes.
     gains = "+0.004 | +0.003 ± 0.001 | 10.0 ± 0.0 | +5.0 ± 0.0 | +0.0006"

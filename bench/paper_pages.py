@@ -85,7 +85,7 @@ class Run:
     step_seconds: float  # median
     peak_memory_bytes: int | None
     device: str  # with threads, precision and torch's version
-    processor: str
+    processor: str | None  # None where an earlier minbert trained
     commit: str | None
     options: dict[str, str]  # as JSON has them
 
@@ -96,7 +96,7 @@ class Run:
 
     @property
     def machine(self) -> str:
-        return f"{self.processor}; {self.device}"
+        return f"{self.processor or 'unknown processor'}; {self.device}"
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def read_tables(directory: Path) -> list[Table]:
 
 
 def read_table(path: Path) -> Table:
-    """The table of a file; errors as of `read_tables`."""
+    """The table of a file, without the runs that it says failed or differ; errors as of `read_tables`."""
     found, rows = paper(path.stem), {}
     for name, values in read_json(path, REMEDY).items():
         found.row(name)
@@ -214,7 +214,8 @@ def read_table(path: Path) -> Table:
         row: Row = checked(known, Row, f"{path}, row {name}")
         if not all(run.steps > 0 and run.step_seconds > 0 for run in row.runs):
             raise UserError(f"{path}, row {name}: steps and step_seconds must be more than 0; {REMEDY}")
-        rows[name] = row
+        counted = [run for run in row.runs if not any(line.startswith(f"seed {run.seed}:") for line in row.failures)]
+        rows[name] = dataclasses.replace(row, runs=counted)
     return Table(found, rows)
 
 

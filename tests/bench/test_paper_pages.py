@@ -117,12 +117,12 @@ def test_the_page_across_papers_sorts_by_gain_and_divides_it_by_the_minutes_more
 
 def test_minutes_of_two_machines_are_not_compared(tmp_path):
     content = table()
-    content["smart"]["runs"][1]["device"] = "NVIDIA H200, bf16, torch 2.13.0"
+    content["smart"]["runs"][1] |= {"processor": None, "device": "NVIDIA H200, bf16, torch 2.13.0"}
     write(tmp_path, content)
     (smart, *_) = read_table(tmp_path / "000.json").compared()
     assert paper_pages.minutes_cells(smart) == ["other machine", "–"]
     page = paper_pages.paper_page(read_table(tmp_path / "000.json"))
-    assert "; Some processor; NVIDIA H200, bf16, torch 2.13.0 (1 of 5 runs)." in page
+    assert "; unknown processor; NVIDIA H200, bf16, torch 2.13.0 (1 of 5 runs)." in page
 
 
 def test_rows_are_compared_where_both_have_scores_of_three_tasks(tmp_path):
@@ -134,6 +134,14 @@ def test_rows_are_compared_where_both_have_scores_of_three_tasks(tmp_path):
     assert rows["smart"].gains == pytest.approx([0.004, 0.002])
     assert rows["pcgrad"].gains == rows["sts-aug"].gains == []
     assert rows["sts-aug"].published == pytest.approx((-0.022 + 0.018 + 0.007 / 2) / 3)
+
+
+def test_a_run_with_a_failure_does_not_count(tmp_path):
+    content = table()
+    content["smart"]["failures"] = ["seed 0: lr was 1e-05 and is to be 0.0001"]
+    read = read_table(write(tmp_path, content))
+    assert [run.seed for run in read.rows["smart"].runs] == [1]
+    assert read.compared()[0].gains == pytest.approx([0.002])
 
 
 def test_published_overall_scores_are_computed_as_ours():

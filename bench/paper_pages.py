@@ -12,7 +12,6 @@ there.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import textwrap
@@ -33,9 +32,9 @@ from training_runs import with_deviation
 from minbert import cli
 from minbert.errors import UserError, one_line
 from minbert.files.atomic import write_atomically, writing
-from minbert.files.json_yaml import read_json
-from minbert.files.schema_checks import checked
 from minbert.recipes import Paper, paper
+from minbert.report.paper_table import RowResult, columns, read_table
+from minbert.report.run_result import RunResult
 from minbert.tasks import TASKS
 from minbert.tasks.metrics import overall
 
@@ -67,7 +66,6 @@ COMPARED_WITH: Mapping[str, Mapping[str, str]] = {
         "*": "baseline",
     },
 }
-REMEDY = "copy the table.json of `minbert reproduce` there again"
 PUBLISHED, OURS = "#c45a00", "tab:blue"
 
 
@@ -75,55 +73,20 @@ PUBLISHED, OURS = "#c45a00", "tab:blue"
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run of a row: what the pages use of its record in table.json."""
-
-    seed: int
-    scores: dict[str, float]  # "dev sst", "dev overall"
-    steps: int
-    examples: int
-    step_seconds: float  # median
-    peak_memory_bytes: int | None
-    device: str  # with threads, precision and torch's version
-    processor: str | None  # None where an earlier minbert trained
-    commit: str | None
-    options: dict[str, str]  # as JSON has them
-
-    @property
-    def minutes(self) -> float:
-        """Of all steps, from the median one: what ran beside some of them does not count."""
-        return self.steps * self.step_seconds / 60
-
-    @property
-    def machine(self) -> str:
-        return f"{self.processor or 'unknown processor'}; {self.device}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table, with the scores by column: "dev sst", "test overall", "hours an epoch"."""
-
-    name: str
-    title: str
-    published: dict[str, float]
-    ours: dict[str, list[float]]  # one for each run
-    failures: list[str]
-    runs: list[Run]
-
-
-@dataclass(frozen=True)
 class Comparison:
     """A row beside the one that its paper compares it with: differences of their overall scores on dev."""
 
     paper: Paper
-    row: Row
-    base: Row
+    row: RowResult
+    base: RowResult
     published: float | None
-    pairs: Sequence[tuple[Run, Run, float]]  # of each seed that both rows have: its run, the other's, and what it gains
+    pairs: Sequence[
+        tuple[RunResult, RunResult, float]
+    ]  # of each seed that both rows have: its run, the other's, and what it gains
 
     @property
     def recipe(self) -> str:
-        return f"{self.paper.number}/{self.row.name}"
+        return f"{self.paper.number}/{self.row.row.name}"
 
     @property
     def gains(self) -> list[float]:
@@ -133,14 +96,14 @@ class Comparison:
     @property
     def minutes(self) -> list[float]:
         """Of the row's runs, by seed."""
-        return [run.minutes for run, *_ in self.pairs]
+        return [minutes(run) for run, *_ in self.pairs]
 
     @property
     def minutes_more(self) -> list[float] | None:
         """By seed; None where a pair ran on two machines."""
-        if any(run.machine != base.machine for run, base, _ in self.pairs):
+        if any(machine(run) != machine(base) for run, base, _ in self.pairs):
             return None
-        return [run.minutes - base.minutes for run, base, _ in self.pairs]
+        return [minutes(run) - minutes(base) for run, base, _ in self.pairs]
 
 
 @dataclass(frozen=True)
@@ -148,7 +111,7 @@ class Table:
     """A paper and the rows of its table.json."""
 
     paper: Paper
-    rows: Mapping[str, Row]
+    rows: Mapping[str, RowResult]
 
     def compared(self) -> list[Comparison]:
         """The rows that have an overall score, published or ours, and so has the row that they are compared with."""
@@ -157,13 +120,13 @@ class Table:
             base = self.rows.get(compared_with(self.paper.number, name), row)
             if base is row:
                 continue
-            others = {run.seed: run for run in base.runs}
+            others = base.counted
             pairs = [
                 (run, others[run.seed], gain)
-                for run in row.runs
+                for run in row.counted.values()
                 if run.seed in others and (gain := difference(run.scores, others[run.seed].scores)) is not None
             ]
-            published = difference(row.published, base.published)
+            published = difference(row.published(), base.published())
             if published is not None or pairs:
                 found.append(Comparison(self.paper, row, base, published, pairs))
         return found
@@ -197,36 +160,17 @@ def read_tables(directory: Path) -> list[Table]:
     """
     paths = sorted(directory.glob("*.json"))
     if not paths:
-        raise UserError(f"no tables in {directory}: {REMEDY}, as 000.json for `minbert reproduce 000`")
-    return [read_table(path) for path in paths]
+        raise UserError(f"no tables in {directory}: copy the table.json of `minbert reproduce 000` there as 000.json")
+    return [Table(found, read_table(path, found)) for path in paths for found in [paper(path.stem)]]
 
 
-def read_table(path: Path) -> Table:
-    """The table of a file, without the runs that it says failed or differ; errors as of `read_tables`."""
-    found, rows = paper(path.stem), {}
-    for name, values in read_json(path, REMEDY).items():
-        found.row(name)
-        known = fields_of(Row, values)
-        if isinstance(known, dict):
-            known["name"] = name
-        if isinstance(known, dict) and isinstance(known.get("runs"), list):
-            known["runs"] = [fields_of(Run, run) for run in known["runs"]]
-        row: Row = checked(known, Row, f"{path}, row {name}")
-        if not all(run.steps > 0 and run.step_seconds > 0 for run in row.runs):
-            raise UserError(f"{path}, row {name}: steps and step_seconds must be more than 0; {REMEDY}")
-        counted = [run for run in row.runs if not any(line.startswith(f"seed {run.seed}:") for line in row.failures)]
-        rows[name] = dataclasses.replace(row, runs=counted)
-    return Table(found, rows)
+def minutes(run: RunResult) -> float:
+    """Of all steps, from the median one: what ran beside some of them does not count."""
+    return run.steps * run.step_seconds / 60
 
 
-def fields_of(kind: Any, values: Any) -> Any:
-    """An object of JSON with the fields of `kind` alone, options as texts; other values as they are, to be refused."""
-    if not isinstance(values, dict):
-        return values
-    known = {field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values}
-    if isinstance(options := known.get("options"), dict):
-        known["options"] = {name: json.dumps(value) for name, value in options.items()}
-    return known
+def machine(run: RunResult) -> str:
+    return f"{run.processor or 'unknown processor'}; {run.device}"
 
 
 # Pages --------------------------------------------------------------------------------------------------------------
@@ -239,19 +183,22 @@ def written_by(sources: str) -> str:
 def paper_page(table: Table) -> str:
     """The page of a paper."""
     number, rows = table.paper.number, table.rows.values()
-    runs = [run for row in rows for run in row.runs]
+    runs = [run for row in rows for run in row.counted.values()]
     lines = [written_by(f"{number}.json"), "", f"# {number}: {table.paper.title}", "", *protocol(runs), ""]
-    names = columns(rows)
+    names = columns([*rows])
     lines += markdown_row(["published / ours", *names, "minutes", "peak memory"], heading=True)
     for row in rows:
-        minutes = with_deviation([run.minutes for run in row.runs], digits=1) if row.runs else ""
-        peaks = [run.peak_memory_bytes for run in row.runs if run.peak_memory_bytes is not None]
+        counted = row.counted.values()
+        took = with_deviation([minutes(run) for run in counted], digits=1) if counted else ""
+        peaks = [run.peak_memory_bytes for run in counted if run.peak_memory_bytes is not None]
         memory = f"{max(peaks) / 2**30:.1f} GiB" if peaks else ""
-        lines += markdown_row([f"{row.title} (`{row.name}`)", *(cell(row, name) for name in names), minutes, memory])
+        lines += markdown_row(
+            [f"{row.row.title} (`{row.row.name}`)", *(cell(row, name) for name in names), took, memory]
+        )
     lines += ["", "± is the deviation of the sample over the seeds; minutes are those of the training steps alone."]
     if table.compared():
         lines += ["", f"![What the rows gain, published and ours]({number}.png)", "", ABOUT_OVERALL]
-    failures = [f"- `{row.name}`, {one_line(failure)}" for row in rows for failure in row.failures]
+    failures = [f"- `{row.row.name}`, {one_line(line)}" for row in rows for line in row.lines]
     lines += ["", "Failed:", "", *failures] if failures else []
     run_or_failed = {name for name, row in table.rows.items() if row.runs or row.failures}
     missing = [f"`{name}`" for name in table.paper.rows if name not in run_or_failed]
@@ -266,13 +213,13 @@ ABOUT_OVERALL = (
 )
 
 
-def protocol(runs: Sequence[Run]) -> list[str]:
+def protocol(runs: Sequence[RunResult]) -> list[str]:
     """What the runs were: their number, length, machines, commits, and the options that all of them have."""
     if not runs:
         return ["No run yet."]
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     commits = ", ".join(sorted({run.commit or "unknown" for run in runs}))
-    common = set.intersection(*({*run.options.items()} for run in runs))
+    common = set.intersection(*({(name, json.dumps(value)) for name, value in run.options.items()} for run in runs))
     lines = [
         f"Runs: {len(runs)} of seeds {seeds}, each of {span(run.steps for run in runs)} steps and"
         f" {span(run.examples for run in runs)} examples. Commit: {commits}.",
@@ -284,9 +231,9 @@ def protocol(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def machines(runs: Sequence[Run]) -> str:
+def machines(runs: Sequence[RunResult]) -> str:
     """The machines of the runs, each with precision and the number of runs."""
-    counts = Counter(run.machine for run in runs)
+    counts = Counter(machine(run) for run in runs)
     return f"Machine: {'; '.join(f'{name} ({count} of {len(runs)} runs)' for name, count in sorted(counts.items()))}."
 
 
@@ -296,17 +243,9 @@ def span(values: Iterable[int]) -> str:
     return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
 
 
-def columns(rows: Iterable[Row]) -> list[str]:
-    """The columns that a row has: the tasks' first metrics on dev, then on test, and published hours."""
-    present = {name for row in rows for name in (*row.published, *row.ours)}
-    hours = [name for row in rows for name in row.published if name.startswith("hours")]
-    order = [f"{split} {name}" for split in ("dev", "test") for name in (*TASKS, "overall")]
-    return [name for name in (*order, *hours[:1]) if name in present]
-
-
-def cell(row: Row, name: str) -> str:
+def cell(row: RowResult, name: str) -> str:
     """The published score and ours of a column."""
-    theirs, ours = row.published.get(name), row.ours.get(name)
+    theirs, ours = row.published().get(name), row.found().get(name)
     if theirs is None and not ours:
         return ""
     return f"{'–' if theirs is None else f'{theirs:.3f}'} / {with_deviation(ours, digits=3) if ours else '–'}"
@@ -337,8 +276,8 @@ def across_page(compared: Sequence[Comparison]) -> str:
         lines += markdown_row(
             [
                 f"[`{each.recipe}`]({each.paper.number}.md)",
-                each.row.title,
-                f"`{each.base.name}`",
+                each.row.row.title,
+                f"`{each.base.row.name}`",
                 "–" if each.published is None else f"{each.published:+.3f}",
                 with_deviation(each.gains, digits=3, sign="+"),
                 with_deviation(each.minutes, digits=1),
@@ -389,9 +328,16 @@ def draw_paper(path: Path, compared: Sequence[Comparison]) -> None:
         for place, colour, value, error in ((-0.15, PUBLISHED, each.published, None), (0.15, OURS, ours, spread)):
             if value is not None:
                 axes.errorbar(value, y + place, xerr=error, fmt="o", color=colour, markersize=5, capsize=3)
-        title = textwrap.wrap(each.row.title, 57)
+        title = textwrap.wrap(each.row.row.title, 57)
         write("\n".join([*title, ""]), 0, y, -8, "black", "right")
-        write("\n".join([*([""] * len(title)), f"{each.row.name} less {each.base.name}"]), 0, y, -8, "0.45", "right")
+        write(
+            "\n".join([*([""] * len(title)), f"{each.row.row.name} less {each.base.row.name}"]),
+            0,
+            y,
+            -8,
+            "0.45",
+            "right",
+        )
         write("–" if each.published is None else f"{each.published:+.3f}", 1, y, 8, PUBLISHED)
         write(with_deviation(each.gains, digits=3, sign="+") if each.gains else "–", 1, y, 68, OURS)
     write("published", 1, -0.5, 8, PUBLISHED, up=10)
@@ -419,7 +365,7 @@ def draw_across(path: Path, compared: Sequence[Comparison]) -> None:
         places = [(statistics.mean(each.minutes), statistics.mean(each.gains)) for each in mine]
         axes.plot(*zip(*places, strict=True), "o", color=colour, markersize=6, label=number)
         rows = [each.row for each in mine]
-        bases = {statistics.mean(base.minutes for _, base, _ in each.pairs) for each in mine if each.base not in rows}
+        bases = {statistics.mean(minutes(base) for _, base, _ in each.pairs) for each in mine if each.base not in rows}
         axes.plot([*bases], [0] * len(bases), "o", color=colour, markersize=6, fillstyle="none")
         points += [*places, *((minutes, 0.0) for minutes in bases)]
         by_gain = sorted(range(len(mine)), key=lambda at: places[at][1])

@@ -102,12 +102,10 @@ def options_of_file(options: ReproduceConfig) -> dict[str, Any]:
 def sweep(found: Paper, rows: Sequence[Row], out: Path, options: ReproduceConfig, console: Console) -> int:
     """Train every row with every seed, and write and show the table; 1 if a run failed."""
     file = Path(options.table) if options.table is not None else out / "table.json"
-    recorded = read_table(file) if file.exists() else {}
-    if unknown := [name for name in recorded if name not in found.rows]:
-        raise UserError(f"{file} has the row {unknown[0]}, and paper {found.number} has not; give another --table")
-    results = {name: RowResult(row, recorded.get(name, {})) for name, row in found.rows.items()}
+    recorded = read_table(file, found) if file.exists() else {}
+    results = {name: recorded.get(name) or RowResult(row) for name, row in found.rows.items()}
     runs = [(results[row.name], seed) for row in rows for seed in options.seeds or [0]]
-    shown = [result for result in results.values() if result.row in rows or result.runs]
+    shown = [result for result in results.values() if result.row in rows or result.row.name in recorded]
     for number, (result, seed) in enumerate(runs, 1):
         row = result.row
         recipe = f"{found.number}/{row.name}"
@@ -118,8 +116,8 @@ def sweep(found: Paper, rows: Sequence[Row], out: Path, options: ReproduceConfig
         try:
             if missing:
                 raise UserError(f"needs a file: give --{missing[0]} FILE")
-            before = result.runs.get(seed)
-            result.runs[seed] = finished_run(directory, given, seed, before, file)
+            result.runs[seed] = finished_run(directory, given, seed, result.runs.get(seed), file)
+            result.failures.pop(seed, None)
             if directory.exists():
                 result.directories[seed] = Run(directory)
             else:
@@ -131,7 +129,7 @@ def sweep(found: Paper, rows: Sequence[Row], out: Path, options: ReproduceConfig
             write_tables(out, found, shown, file)
     console.print(terminal_table(found, shown))
     console.print(f"written: {out / 'table.md'}, {file} and {out / 'report.html'}")
-    return int(any(result.failures for result in results.values()))
+    return int(any(seed in result.failures for result, seed in runs))
 
 
 def train_options(options: ReproduceConfig, row: Row) -> list[str]:

@@ -213,6 +213,10 @@ def test_a_recorded_run_with_other_options_is_kept_and_not_taken_for_this_one(sw
     assert "| Baseline finetune | 0.511 / – |" in (out / "table.md").read_text()
     assert json.loads((out / "table.json").read_text())["finetune"]["runs"] == before
     assert len(in_process) == 1
+    assert sweep("000", "--rows=pcgrad") == 0  # which says nothing of the other row, and keeps what was said
+    assert said in (out / "table.md").read_text()
+    assert sweep("000", "--rows=finetune") == 0
+    assert "- Baseline" not in (out / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -221,7 +225,8 @@ def test_a_recorded_run_with_other_options_is_kept_and_not_taken_for_this_one(sw
         ("{", "cannot read .*table.json"),
         ('{"finetune": 1}', "table.json is damaged .finetune: expected a mapping, got 1.; restore it"),
         ('{"finetune": {"runs": [{"seed": 0}]}}', "table.json is damaged .finetune: runs: no scores.; restore it"),
-        ('{"gse": {}}', "table.json has the row gse, and paper 000 has not; give another --table"),
+        ('{"finetune": {"failures": ["no"]}}', "finetune: expected failures of the form 'seed N: why', got 'no'"),
+        ('{"gse": {}}', "table.json is damaged .paper 000 has no row 'gse'"),
     ],
 )
 def test_a_damaged_table_is_one_line(content, message, sweep, tmp_path):

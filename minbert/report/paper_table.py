@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS
 
 HOURS = "hours an epoch"
+FAILURE = re.compile(r"seed (\d{1,18}): (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -128,23 +130,26 @@ def write_tables(out: Path, found: Paper, results: Sequence[RowResult], file: Pa
     comparison_report.write_comparison(out / "report.html", found.title, rows)
 
 
-def read_table(file: Path) -> dict[str, dict[int, RunResult]]:
-    """The runs in a table.json, by row and seed; of a table of an earlier minbert, which kept none, no runs.
+def read_table(file: Path, found: Paper) -> dict[str, RowResult]:
+    """The rows of a table.json by name; of a table of an earlier minbert, which kept no runs, none has any.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or has a row that the paper has not.
     """
     remedy = "restore it, or give another --table"
-    content = read_json(file, remedy)
-    found: dict[str, dict[int, RunResult]] = {}
+    content, results = read_json(file, remedy), {}
     try:
-        for name, row in content.items():
-            entry: Mapping[str, Any] = checked(row, dict[str, Any], name)
+        for name, values in content.items():
+            entry: Mapping[str, Any] = checked(values, dict[str, Any], name)
             runs = checked(entry.get("runs", []), list[dict[str, Any]], f"{name}: runs")
-            read = [read_result(values, f"{name}: runs") for values in runs]
-            found[name] = {run.seed: run for run in read}
-            if len(found[name]) < len(read):
-                raise UserError(f"{name}: a seed has two runs in {short([run.seed for run in read])}")
+            result = results[name] = RowResult(found.row(name))
+            for run in (read_result(each, f"{name}: runs") for each in runs):
+                if result.runs.setdefault(run.seed, run) is not run:
+                    raise UserError(f"{name}: two runs of seed {run.seed}")
+            for line in checked(entry.get("failures", []), list[str], f"{name}: failures"):
+                if (failure := FAILURE.fullmatch(line)) is None:
+                    raise UserError(f"{name}: expected failures of the form 'seed N: why', got {short(line)}")
+                result.failures[int(failure[1])] = failure[2]
     except UserError as error:
         raise UserError(f"{file} is damaged ({error}); {remedy}") from None
-    return found
+    return results

@@ -96,6 +96,6 @@ def read_result(values: Mapping[str, Any], where: str) -> RunResult:
     for name in result.scores:
         if name.partition(" ")[0] not in ("dev", "test"):
             raise UserError(f"{where}: expected scores of dev or test, got {name!r}")
-    if min(result.steps, result.steps_per_epoch) < 1 or result.seconds <= 0:
+    if min(result.steps, result.steps_per_epoch) < 1 or min(result.seconds, result.step_seconds) <= 0:
         raise UserError(f"{where}: expected steps and seconds of more than 0")
     return result

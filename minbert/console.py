@@ -89,10 +89,11 @@ class InferenceProgress:
     Args:
         total: examples, if it is known.
         live: whether a terminal shows a line that is written over.
+        title: begins the lines.
     """
 
-    def __init__(self, console: Console, total: int | None = None, *, live: bool = True) -> None:
-        self.console, self.total = console, total
+    def __init__(self, console: Console, total: int | None = None, *, live: bool = True, title: str = "") -> None:
+        self.console, self.total, self.title = console, total, title
         self.examples = self.tokens = 0
         self.started = time.monotonic()
         self.next_line = self.started + SECONDS_BETWEEN_LINES
@@ -131,7 +132,8 @@ class InferenceProgress:
         of_all = "" if self.total in (None, self.examples) else f" of {self.total}"
         examples = f"{self.examples}{of_all} example{'s' * (self.examples != 1)}"
         rates = f"{self.examples / seconds:.0f} examples/s, {self.tokens / seconds:.0f} tokens/s"
-        return f"{examples}, {self.tokens} tokens in {seconds:.1f} s: {rates}"
+        begin = f"{self.title}: " if self.title else ""
+        return f"{begin}{examples}, {self.tokens} tokens in {seconds:.1f} s: {rates}"
 
 
 def data_table(rows: Sequence[tuple[Task, Mapping[str, int], int, int]]) -> Table:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import minbert
 from minbert import diagnosis, kernels
 from minbert.config import TrainConfig
-from minbert.console import score_table
+from minbert.console import InferenceProgress, score_table
 from minbert.data import Plan
 from minbert.device import describe, peak_memory_bytes
 from minbert.distributed.liveness import RankLost
@@ -23,7 +24,7 @@ from minbert.errors import UserError
 from minbert.files.atomic import writing
 from minbert.inference import evaluate, load_model, with_thresholds_of
 from minbert.methods.task_gradients import substituted
-from minbert.model import load_heads
+from minbert.model import MultitaskModel, load_heads
 from minbert.report import plot_run, write_report
 from minbert.runs import checkpoint
 from minbert.runs.predictions import write_predictions
@@ -52,6 +53,7 @@ class TrainingRun:
     console: Console
     progress: Progress
     calls: CallbackCalls
+    best_outputs: dict[str, np.ndarray] | None = field(default=None, init=False)  # dev, if scored in this process
 
     @property
     def group(self) -> ProcessGroup:
@@ -159,15 +161,13 @@ class TrainingRun:
             Stopped: a signal came while the split was scored.
         """
         data, progress, directory, model = self.data, self.progress, self.directory, self.trainer.model
-        dev = data.splits["dev"]
-        evaluated = [task for task in data.tasks if task.name in dev]
         self.trainer.parameters.all_gather_masters()
         try:
             with (
                 stop.deferred(self.group.world_size > 1),  # several processes stop together, after a step
                 substituted(model.encoder, self._as_loaded),
             ):
-                scores, _ = evaluate(model, evaluated, dev, self.group.device, self.group, choose_thresholds=True)
+                scores, outputs = self.evaluate_split(model, "dev", choose_thresholds=True)
         except Stopped:
             self.save(directory.last)
             raise
@@ -183,10 +183,21 @@ class TrainingRun:
         self.console.print(score_table(f"train loss: {shown}", [(f"dev, epoch {epoch}", scores, total)]))
         if progress.scores.add(epoch, scores, data.tasks):
             self.save(directory.best)
+            self.best_outputs = outputs
         self.save(directory.last)
         if self.calls.after_epochs:
             copied = {name: dict(of_task) for name, of_task in scores.items()}
             self.calls.call(self.calls.callbacks.on_epoch, EpochInfo(epoch, progress.step, copied, total, losses))
+
+    def evaluate_split(
+        self, model: MultitaskModel, split: str, **options: bool
+    ) -> tuple[Scores, dict[str, np.ndarray]]:
+        """`evaluate` of a split, with its options, and a line every ten seconds of how far this process is."""
+        encoded, group = self.data.splits[split], self.group
+        present = [task for task in self.data.tasks if task.name in encoded]
+        total = sum(map(len, encoded.values())) if group.world_size == 1 else None  # several share them
+        with InferenceProgress(self.console, total, live=False, title=split) as progress:
+            return evaluate(model, present, encoded, group.device, group, count=progress.add, **options)
 
     def _as_loaded(self, param: nn.Parameter) -> Tensor:
         """A parameter as a model that is loaded from a checkpoint reads it, which rounds the ties of bf16 to even."""
@@ -212,6 +223,8 @@ class TrainingRun:
     def finish(self) -> dict[str, object]:
         """Write the best epoch's predictions, the plots, summary.json and the report; show the scores of all epochs.
 
+        The dev split is evaluated here only if an earlier process scored the best epoch.
+
         Returns:
             the content of summary.json; nothing on other ranks than the first.
         """
@@ -227,20 +240,18 @@ class TrainingRun:
             )
         group.broadcast_object("saved")
         model, _ = load_model(directory.best, config, group.device)
-        scores: dict[str, Scores] = {}
-        for split in ("dev", "test"):
-            encoded = data.splits[split]
-            present = [task for task in data.tasks if task.name in encoded]
-            scores[split], outputs = evaluate(model, present, encoded, group.device, group)
-            for task in present if group.is_main else ():
-                name = task.name
-                own = with_thresholds_of(model, task)
-                write_predictions(directory.predictions_directory(), own, split, encoded[name], outputs[name])
+        dev_outputs = self.best_outputs or self.evaluate_split(model, "dev")[1]
+        test_scores, test_outputs = self.evaluate_split(model, "test")
         if not group.is_main:
             return {}
+        for split, outputs in (("dev", dev_outputs), ("test", test_outputs)):
+            for task in data.tasks:
+                if (name := task.name) in outputs:
+                    own, examples = with_thresholds_of(model, task), data.splits[split][name]
+                    write_predictions(directory.predictions_directory(), own, split, examples, outputs[name])
         with writing(directory.path / "plots", RESUME):
             plot_run(directory)
-        tested = {"test": {**scores["test"], "overall": overall(scores["test"], data.tasks)}} if scores["test"] else {}
+        tested = {"test": {**test_scores, "overall": overall(test_scores, data.tasks)}} if test_scores else {}
         rate = progress.examples / progress.seconds
         source = {"commit": commit} if (commit := diagnosis.commit()) is not None else {}
         summary: dict[str, object] = {

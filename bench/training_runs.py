@@ -6,6 +6,7 @@ Each run is `minbert train` in a process of its own. A finished run is used agai
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -65,12 +66,37 @@ def command_line(options: argparse.Namespace, own: Mapping[str, object]) -> list
         UserError: an argument after -- that the script gives itself.
     """
     given = {name: getattr(options, name) for name in ("data", "model")}
-    ours = {f"--{name}" for name in (*given, *own, "resume")}
-    for argument in options.options:
-        if (name := argument.partition("=")[0]) in ours:
-            raise UserError(f"{name} after --: this script gives it to every run; --help lists its own options")
+    refuse_own(options.options, (*given, *own, "resume"), "after --")
     own = own | {name: value for name, value in given.items() if value is not None}
     return [*options.options, *(f"--{name}={value}" for name, value in own.items())]
+
+
+def refuse_own(arguments: Iterable[str], own: Iterable[str], where: str) -> None:
+    """Refuse options of minbert.train that a script gives itself, by name; `where` they stand ends their name."""
+    ours = {f"--{name}" for name in own}
+    for argument in arguments:
+        if (name := argument.partition("=")[0]) in ours:
+            raise UserError(f"{name} {where}: this script gives it to every run; --help lists its own options")
+
+
+def name_and_options(system: str) -> list[str]:
+    """The name of a system, `NAME --OPTION=VALUE ...`, and its options of minbert.train."""
+    return re.split(r"\s+(?=--)", system)
+
+
+def directories(systems: Sequence[str], option: str) -> dict[str, str]:
+    """By system, the name of the directory of its runs.
+
+    Args:
+        option: which lists the systems.
+
+    Raises:
+        UserError: two have the same.
+    """
+    names = {system: re.sub(r"[^\w.=+]+", "-", system).strip("-") for system in systems}
+    same = len(set(names.values())) < len(names)
+    require(not same, option, "a list of which no two have one directory", ", ".join(names))
+    return names
 
 
 def check(command_lines: Iterable[Sequence[str]], runs: Path) -> None:

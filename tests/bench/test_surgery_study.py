@@ -7,9 +7,11 @@ import re
 import statistics
 
 import pytest
+import scores_of_runs
 import surgery_study
 from groups import quick_options
-from surgery_study import Outcome, Row, main, table
+from scores_of_runs import Outcome, Row
+from surgery_study import main, table
 
 from minbert.errors import UserError
 from minbert.runs.run_directory import Run
@@ -90,7 +92,7 @@ def test_bad_input_is_refused_before_the_first_run(arguments, message, tmp_path)
 def test_all_surgeries_are_studied_by_default(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(surgery_study, "check", lambda lines, runs: seen.extend(lines))
-    monkeypatch.setattr(surgery_study, "train", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
+    monkeypatch.setattr(scores_of_runs, "train", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
     with pytest.raises(UserError, match="enough"):
         main(["--seeds", "0", "--runs", str(tmp_path)])
     named = [option.removeprefix("--surgery=") for line in seen for option in line if "--surgery=" in option]

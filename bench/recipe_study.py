@@ -1,0 +1,123 @@
+"""Dev scores by recipe, at equal epochs and at equal time: `python bench/recipe_study.py --data DIR --model DIR`.
+
+Trains a run for each recipe and seed with as many epochs, one after another, and writes a table of them. Then each
+recipe trains runs of as many steps as take the time of the first recipe's, by the median of its own steps, and a second
+table has these. They are runs of their own: a run's learning rate falls to 0 at its end. The time is that of the steps
+alone. Runs of one seed have the same new weights whatever the recipe, so the difference from the first recipe is taken
+seed by seed. A finished run is used again, and an interrupted one goes on.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import scores_of_runs
+from scores_of_runs import Row, trained
+from training_runs import (
+    Parser,
+    check,
+    command_line,
+    directories,
+    name_and_options,
+    refuse_own,
+    require_distinct,
+    write,
+)
+
+from minbert import cli
+from minbert.errors import require
+from minbert.runs.run_directory import Run
+from minbert.training.stop_signal import StopSignal
+
+RECIPES = ("plain", "pcgrad", "smart", "smart-pcgrad", "gse", "smart-gse")
+
+
+def equal_time_steps(rows: Sequence[Row], budget: float) -> dict[str, int]:
+    """By recipe, the steps that take `budget` seconds; left out are recipes whose runs in `rows` have as many."""
+    steps = {row.name: max(1, round(budget / row.step_seconds)) for row in rows}
+    return {row.name: steps[row.name] for row in rows if steps[row.name] != row.runs[0].steps}
+
+
+def table(title: str, rows: Sequence[Row]) -> str:
+    """A Markdown table of the recipes' scores, steps and seconds, under its title."""
+    further: dict[str, Callable[[Row], str]] = {
+        "s a step": lambda row: f"{row.step_seconds:.3f}",
+        "steps": lambda row: str(row.runs[0].steps),
+        "minutes": lambda row: f"{row.seconds / 60:.1f}",
+    }
+    return "\n".join([title, "", *scores_of_runs.table("recipe", rows, further)]) + "\n"
+
+
+def record(case: str, row: Row, first: Row) -> dict[str, object]:
+    """The row of a record."""
+    own = {"step_seconds": row.step_seconds, "steps": row.runs[0].steps}
+    return {"benchmark": "recipe_study", "case": case, **row.record(first), **own}
+
+
+def parser() -> Parser:
+    made = Parser("recipe_study.py", (__doc__ or "").partition(":")[0], "runs/recipe-study")
+    made.add_argument(
+        "--recipes",
+        nargs="+",
+        default=list(RECIPES),
+        help="names for --recipe, each perhaps with further options: plain 'plain --surgery=config'; the others' scores"
+        " are compared with the first one's (%(default)s)",
+    )
+    made.add_argument("--epochs", type=int, default=1, help="of the runs of equal epochs (%(default)s)")
+    made.add_argument(
+        "--minutes", type=float, help="of the steps of the runs of equal time (those of the first recipe's epochs)"
+    )
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parser().parse_args(arguments)
+    require_distinct(options, "recipes", "seeds")
+    require(options.minutes is None or 0 < options.minutes < float("inf"), "minutes", "more than 0", options.minutes)
+    places = directories(options.recipes, "recipes")
+    for recipe in options.recipes:
+        refuse_own(
+            name_and_options(recipe)[1:], ("recipe", "epochs", "steps", "seed", "out", "resume"), f"in {recipe!r}"
+        )
+    refuse_own(options.options, ["steps"], "after --")
+
+    def given(recipe: str, seed: int, steps: Mapping[str, int]) -> tuple[Path, list[str]]:
+        """Directory and arguments of a run of so many steps, or of the epochs for a recipe that is left out."""
+        name, *further = name_and_options(recipe)
+        length = {"steps": steps[recipe]} if recipe in steps else {"epochs": options.epochs}
+        directory = options.runs / places[recipe] / "-".join(map(str, *length.items())) / f"seed-{seed}"
+        own = {"recipe": name, **length, "seed": seed, "out": directory}
+        return directory, [*command_line(options, own), *further]
+
+    def runs(steps: Mapping[str, int]) -> list[Row]:
+        return trained(options.recipes, options.seeds, lambda recipe, seed: given(recipe, seed, steps))
+
+    check([given(recipe, seed, {})[1] for recipe in options.recipes for seed in options.seeds], options.runs)
+    with StopSignal():
+        same_epochs = runs({})
+        budget = same_epochs[0].seconds if options.minutes is None else 60 * options.minutes
+        same_time = runs(equal_time_steps(same_epochs, budget))
+    seeds = f"{len(options.seeds)} seed{'s' if len(options.seeds) > 1 else ''}"
+    epochs = f"{options.epochs} epoch{'s' if options.epochs > 1 else ''}"
+    text = table(f"Equal epochs: {epochs}, {seeds}.", same_epochs)
+    text += "\n" + table(f"Equal time: {budget / 60:.1f} minutes of steps, {seeds}.", same_time)
+    print(text, end="")
+    cases = {"equal epochs": same_epochs, "equal time": same_time}
+    write(
+        "Dev scores by recipe",
+        ["python bench/recipe_study.py", shlex.join(arguments)],
+        [record(case, row, rows[0]) for case, rows in cases.items() for row in rows],
+        text,
+        Run(given(options.recipes[0], options.seeds[0], {})[0]),
+        options.results,
+        epochs=options.epochs,
+        budget_seconds=budget,
+        options=options.options,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

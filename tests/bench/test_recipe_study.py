@@ -1,0 +1,123 @@
+"""bench/recipe_study.py: its runs at equal epochs and equal time, its tables and record, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import scores_of_runs
+from groups import quick_options
+from recipe_study import RECIPES, equal_time_steps, main, table
+from scores_of_runs import Outcome, Row
+
+from minbert.errors import UserError
+from minbert.runs.run_directory import Run
+
+
+def outcome(seed: int, overall: float, step_seconds: float, steps: int = 100) -> Outcome:
+    return Outcome(seed, steps, {"sst": overall, "sts": 0.8}, overall, steps * step_seconds, None, None)
+
+
+PLAIN = Row("plain", [outcome(0, 0.5, 0.4), outcome(1, 0.7, 0.6), outcome(2, 0.6, 0.5)])
+SMART = Row("smart", [outcome(0, 0.52, 1.2), outcome(1, 0.71, 1.3), outcome(2, 0.63, 9.0)])
+
+
+def test_equal_time_is_the_budget_by_the_median_of_a_recipes_steps():
+    assert equal_time_steps([PLAIN, SMART], PLAIN.seconds) == {"smart": 38}  # 50 s, by steps of 1.3 s
+    assert equal_time_steps([PLAIN, SMART], 120) == {"plain": 240, "smart": 92}
+    assert equal_time_steps([PLAIN, SMART], 130) == {"plain": 260}
+    assert equal_time_steps([SMART], 0.1) == {"smart": 1}
+
+
+def test_the_table_has_differences_seed_by_seed_steps_and_seconds():
+    lines = table("Equal epochs: 1 epoch.", [PLAIN, SMART]).splitlines()
+    assert lines[:2] == ["Equal epochs: 1 epoch.", ""]
+    assert lines[2] == "| recipe | sst | sts | overall | less plain | s a step | steps | minutes |"
+    plain = "0.6000 ± 0.1000"
+    assert lines[4] == f"| plain | {plain} | 0.8000 ± 0.0000 | {plain} |  | 0.500 | 100 | 0.8 |"
+    assert lines[5].endswith("| +0.0200 ± 0.0100 | 1.300 | 100 | 2.2 |")
+
+
+@pytest.mark.slow
+def test_runs_are_trained_once_and_recorded(course_data, tmp_path):
+    own = quick_options(course_data, tmp_path)
+    rest = [option for option in own if option.split("=")[0] not in ("--data", "--out", "--recipe", "--epochs")]
+    given = ["--data", course_data, "--recipes", "plain", "plain --surgery=config", "--seeds", "3", "--epochs", "2"]
+    command = [*given, "--runs", tmp_path / "runs", "--results", tmp_path / "results", "--", *rest]
+    assert main([*map(str, command)]) == 0
+    (path,) = (tmp_path / "results").glob("*.json")
+    record = json.loads(path.read_text())
+    plain, config, *of_time = record["rows"]
+    assert [(row["case"], row["name"]) for row in record["rows"]] == [
+        (case, name) for case in ("equal epochs", "equal time") for name in ("plain", "plain --surgery=config")
+    ]
+    assert of_time[0] == {**plain, "case": "equal time"}  # these are its runs
+    assert record["budget_seconds"] == plain["seconds"] == pytest.approx(12 * plain["step_seconds"])
+    assert (plain["steps"], config["steps"]) == (12, 12)
+    steps = round(plain["seconds"] / config["step_seconds"])
+    assert of_time[1]["steps"] == steps
+    lengths = {"epochs-2": 12, f"steps-{steps}": steps} if steps != 12 else {"epochs-2": 12}
+    place = tmp_path / "runs" / "plain-surgery=config"
+    runs = [Run(place / length / "seed-3") for length in lengths]
+    assert [run.summary()["steps"] for run in runs] == [*lengths.values()]
+    assert {(run.config().recipe, run.config().surgery) for run in runs} == {("plain", "config")}
+    assert of_time[1]["less_first"] == pytest.approx(of_time[1]["overall"] - plain["overall"])
+    text = path.with_suffix(".md").read_text()
+    assert "`python bench/recipe_study.py --data" in text
+    assert "Equal epochs: 2 epochs, 1 seed." in text
+    assert re.search(r"Equal time: \d+\.\d minutes of steps, 1 seed\.", text)
+
+    before = [run.metrics.path.stat().st_mtime_ns for run in runs]
+    path.unlink()
+    assert main([*map(str, command)]) == 0
+    assert [run.metrics.path.stat().st_mtime_ns for run in runs] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipes", "plian"], "unknown recipe 'plian' (did you mean 'plain'?)"),
+        (["--recipes", "plain", "plain"], "--recipes must be a list without repetitions, got plain,plain"),
+        (["--recipes", "plain --lr=1e-3", "plain --lr 1e-3"], "unknown option --lr 1e-3"),
+        (["--recipes", "plain --lr=1", "plain  --lr=1"], "no two have one directory"),
+        (["--recipes", "plain --steps=5"], "--steps in 'plain --steps=5': this script gives it to every run"),
+        (["--minutes", "0"], "--minutes must be more than 0, got 0"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--", "--steps=5"], "--steps after --: this script gives it to every run"),
+        (["--", "--epochs=5"], "--epochs after --: this script gives it to every run"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_run(arguments, message, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        main(["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), *arguments])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lengths_of_runs_follow_from_the_epochs_or_the_minutes(monkeypatch, tmp_path):
+    """With runs that are not trained: a step of plain takes 0.5 s, one of all other recipes 1.5 s."""
+    lines = []
+
+    def train(directory, arguments):
+        lines.append([option for option in arguments if option.startswith(("--recipe", "--epochs", "--steps"))])
+        return directory
+
+    def outcome_of(directory, seed):
+        steps = int(directory.parent.name.partition("-")[2]) * (100 if "epochs" in directory.parent.name else 1)
+        return outcome(seed, 0.5, 0.5 if directory.parent.parent.name == "plain" else 1.5, steps)
+
+    monkeypatch.setattr(scores_of_runs, "train", train)
+    monkeypatch.setattr(scores_of_runs, "outcome", outcome_of)
+    monkeypatch.setattr("recipe_study.write", lambda *arguments, **more: None)
+    assert main(["--seeds", "0", "--epochs", "3", "--runs", str(tmp_path)]) == 0
+    assert lines[:6] == [[f"--recipe={name}", "--epochs=3"] for name in RECIPES]
+    assert lines[6:] == [
+        ["--recipe=plain", "--epochs=3"],
+        *([f"--recipe={name}", "--steps=100"] for name in RECIPES[1:]),
+    ]
+    lines.clear()
+    assert main(["--seeds", "0", "--epochs", "3", "--minutes", "5", "--runs", str(tmp_path)]) == 0
+    assert lines[6:] == [
+        ["--recipe=plain", "--steps=600"],
+        *([f"--recipe={name}", "--steps=200"] for name in RECIPES[1:]),
+    ]

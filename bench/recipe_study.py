@@ -63,7 +63,7 @@ def parser() -> Parser:
         nargs="+",
         default=list(RECIPES),
         help="names for --recipe, each perhaps with further options: plain 'plain --surgery=config'; the others' scores"
-        " are compared with the first one's (%(default)s)",
+        f" are compared with the first one's ({' '.join(RECIPES)})",
     )
     made.add_argument("--epochs", type=int, default=1, help="of the runs of equal epochs (%(default)s)")
     made.add_argument(

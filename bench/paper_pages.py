@@ -101,7 +101,7 @@ class Comparison:
     @property
     def minutes_more(self) -> list[float] | None:
         """By seed; None where a pair ran on two machines."""
-        if any(machine(run) != machine(base) for run, base, _ in self.pairs):
+        if any(run.machine != base.machine for run, base, _ in self.pairs):
             return None
         return [minutes(run) - minutes(base) for run, base, _ in self.pairs]
 
@@ -169,10 +169,6 @@ def minutes(run: RunResult) -> float:
     return run.steps * run.step_seconds / 60
 
 
-def machine(run: RunResult) -> str:
-    return f"{run.processor or 'unknown processor'}; {run.device}"
-
-
 # Pages --------------------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +229,7 @@ def protocol(runs: Sequence[RunResult]) -> list[str]:
 
 def machines(runs: Sequence[RunResult]) -> str:
     """The machines of the runs, each with precision and the number of runs."""
-    counts = Counter(machine(run) for run in runs)
+    counts = Counter(run.machine for run in runs)
     return f"Machine: {'; '.join(f'{name} ({count} of {len(runs)} runs)' for name, count in sorted(counts.items()))}."
 
 

@@ -7,16 +7,16 @@ one goes on.
 
 from __future__ import annotations
 
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from training_runs import Parser, check, command_line, require_distinct, train, with_deviation, write
+from scores_of_runs import Row, footnote, made_on, trained
+from training_runs import Parser, check, command, command_line, require_distinct, with_deviation, write
 
 from minbert import cli
 from minbert.recipes import paper, protocol
-from minbert.runs.run_directory import Run
 from minbert.training.stop_signal import StopSignal
 
 FAMILIES = {  # a row without the methods that the papers compare, and the rates: the whole budget
@@ -26,28 +26,27 @@ FAMILIES = {  # a row without the methods that the papers compare, and the rates
 }
 
 
-def best(scores: Mapping[float, Sequence[float]]) -> float:
-    """The rate with the best mean score; of equal ones the lowest."""
-    return max(sorted(scores), key=lambda rate: statistics.mean(scores[rate]))
+def best(rows: Sequence[Row]) -> Row:
+    """The row with the best mean score; of equal ones the first."""
+    return max(rows, key=lambda row: statistics.mean(row.overall))
 
 
-def table(found: Mapping[str, Mapping[float, Sequence[float]]], chosen: Mapping[str, float], name: str) -> str:
+def table(found: Mapping[str, Sequence[Row]], chosen: Mapping[str, float], name: str) -> str:
     """A Markdown table of the overall dev scores, and which rate is best.
 
     Args:
-        found: by family and rate, the scores of the seeds.
+        found: by family, a row for each rate, which is its name.
         chosen: the protocol's rates.
         name: of the protocol.
     """
     lines = ["| family | row | rate | overall dev score |", "|---|---|---|---|"]
-    for family, scores in found.items():
-        for rate, of_seeds in scores.items():
-            lines.append(f"| {family} | {FAMILIES[family][0]} | {rate:g} | {with_deviation(of_seeds)} |")
+    for family, rows in found.items():
+        lines += [f"| {family} | {FAMILIES[family][0]} | {row.name} | {with_deviation(row.overall)} |" for row in rows]
     lines.append("")
-    for family, scores in found.items():
-        rate = best(scores)
-        has = "which the protocol has" if rate == chosen[family] else f"and the protocol {name} has {chosen[family]:g}"
-        lines.append(f"- {family}: {rate:g} is best, {has}.")
+    for family, rows in found.items():
+        rate = best(rows).name
+        has = "which the protocol has" if float(rate) == chosen[family] else f"and {name} has {chosen[family]:g}"
+        lines.append(f"- {family}: {rate} is best, {has}.")
     return "\n".join(lines) + "\n"
 
 
@@ -55,42 +54,39 @@ def main(arguments: Sequence[str]) -> int:
     made = Parser("protocol_rates.py", (__doc__ or "").partition(":")[0], "runs/protocol-rates")
     made.add_argument("--protocol", default="small", help="of minbert reproduce (%(default)s)")
     made.set_defaults(seeds=[0])
+    made.add_table()
     options = made.parse_args(arguments)
     require_distinct(options, "seeds")
     followed = protocol(options.protocol)
 
-    def given(family: str, rate: float, seed: int) -> tuple[Path, list[str]]:
+    def given(family: str, rate: str, seed: int) -> tuple[Path, list[str]]:
         recipe = FAMILIES[family][0]
         number, _, row = recipe.partition("/")
-        directory = options.runs / family / f"{rate:g}" / f"seed-{seed}"
+        directory = options.runs / family / rate / f"seed-{seed}"
         own = followed.options(paper(number).row(row)) | {"lr": rate, "recipe": recipe, "seed": seed, "out": directory}
         return directory, command_line(options, {name.replace("_", "-"): value for name, value in own.items()})
 
-    cases = [(family, rate) for family, (_, rates) in FAMILIES.items() for rate in rates]
-    check([given(*case, seed)[1] for case in cases for seed in options.seeds], options.runs)
-    found: dict[str, dict[float, list[float]]] = {family: {} for family in FAMILIES}
+    rates = {family: [f"{rate:g}" for rate in of_family] for family, (_, of_family) in FAMILIES.items()}
+    cases = [(family, rate, seed) for family, names in rates.items() for rate in names for seed in options.seeds]
+    check([given(*case)[1] for case in cases], options.runs)
     with StopSignal():
-        for family, rate in cases:
-            for seed in options.seeds:
-                print(f"{family}, rate {rate:g}, seed {seed}", flush=True)
-                summary = train(*given(family, rate, seed)).summary()
-                found[family].setdefault(rate, []).append(summary["dev"]["overall"])
-    text = table(found, followed.rates, options.protocol)
+        found = {family: trained(names, options, partial(given, family)) for family, names in rates.items()}
+    rows = [row for of_family in found.values() for row in of_family]
+    text = table(found, followed.rates, options.protocol) + "\n" + footnote(rows)
     print(text, end="")
-    rows = [
-        {
-            "benchmark": "protocol_rates",
-            "case": f"{family}, {FAMILIES[family][0]}",
-            "name": f"{rate:g}",
-            "overall": statistics.mean(scores),
-            "by_seed": scores,
-        }
-        for family, by_rate in found.items()
-        for rate, scores in by_rate.items()
-    ]
-    first = Run(given(*cases[0], options.seeds[0])[0])
-    command = ["python bench/protocol_rates.py", shlex.join(arguments)]
-    write("Rates of a protocol", command, rows, text, first, options.results, protocol=options.protocol)
+    write(
+        "Rates of a protocol",
+        command("protocol_rates.py", arguments),
+        [
+            {"benchmark": "protocol_rates", "case": f"{family}, {FAMILIES[family][0]}", **row.record(of_family[0])}
+            for family, of_family in found.items()
+            for row in of_family
+        ],
+        text,
+        made_on(rows),
+        options.results,
+        protocol=options.protocol,
+    )
     return 0
 
 

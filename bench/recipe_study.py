@@ -9,15 +9,15 @@ seed by seed. A finished run is used again, and an interrupted one goes on.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import scores_of_runs
-from scores_of_runs import Row, trained
+from scores_of_runs import Row, footnote, made_on, trained
 from training_runs import (
     Parser,
     check,
+    command,
     command_line,
     directories,
     name_and_options,
@@ -28,7 +28,6 @@ from training_runs import (
 
 from minbert import cli
 from minbert.errors import require
-from minbert.runs.run_directory import Run
 from minbert.training.stop_signal import StopSignal
 
 RECIPES = ("plain", "pcgrad", "smart", "smart-pcgrad", "gse", "smart-gse")
@@ -69,6 +68,7 @@ def parser() -> Parser:
     made.add_argument(
         "--minutes", type=float, help="of the steps of the runs of equal time (those of the first recipe's epochs)"
     )
+    made.add_table()
     return made
 
 
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
         return directory, [*command_line(options, own), *further]
 
     def runs(steps: Mapping[str, int]) -> list[Row]:
-        return trained(options.recipes, options.seeds, lambda recipe, seed: given(recipe, seed, steps))
+        return trained(options.recipes, options, lambda recipe, seed: given(recipe, seed, steps))
 
     check([given(recipe, seed, {})[1] for recipe in options.recipes for seed in options.seeds], options.runs)
     with StopSignal():
@@ -103,14 +103,15 @@ def main(arguments: Sequence[str]) -> int:
     epochs = f"{options.epochs} epoch{'s' if options.epochs > 1 else ''}"
     text = table(f"Equal epochs: {epochs}, {seeds}.", same_epochs)
     text += "\n" + table(f"Equal time: {budget / 60:.1f} minutes of steps, {seeds}.", same_time)
+    text += "\n" + footnote([*same_epochs, *same_time])
     print(text, end="")
     cases = {"equal epochs": same_epochs, "equal time": same_time}
     write(
         "Dev scores by recipe",
-        ["python bench/recipe_study.py", shlex.join(arguments)],
+        command("recipe_study.py", arguments),
         [record(case, row, rows[0]) for case, rows in cases.items() for row in rows],
         text,
-        Run(given(options.recipes[0], options.seeds[0], {})[0]),
+        made_on([*same_epochs, *same_time]),
         options.results,
         epochs=options.epochs,
         budget_seconds=budget,

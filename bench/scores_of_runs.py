@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from training_runs import train, with_deviation
+from training_runs import training_errors, with_deviation
 
 from minbert.errors import UserError
-from minbert.runs.epochs import epochs
-from minbert.runs.run_directory import Run
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to."""
-
-    seed: int
-    steps: int
-    scores: Mapping[str, float]  # dev, after the last epoch: each task's first metric
-    overall: float
-    seconds: float  # of all steps, from the median of those that were logged: what ran beside some does not count
-    conflict_rate: float | None  # share of the steps and pairs whose gradients conflicted; None without a gradient each
-    projected_share: float | None  # mean over the steps that were logged
-
-    @property
-    def step_seconds(self) -> float:
-        return self.seconds / self.steps
+from minbert.files.atomic import write_json, writing
+from minbert.files.json_yaml import read_json
+from minbert.files.schema_checks import checked
+from minbert.report.run_result import RunResult, read_results
+from minbert.tasks import TASKS
+from minbert.training.recorded_runs import finished_run
 
 
 @dataclass(frozen=True)
@@ -36,12 +25,17 @@ class Row:
     """The runs of a system, one for each seed."""
 
     name: str
-    runs: Sequence[Outcome]
+    runs: Sequence[RunResult]
+
+    @property
+    def overall(self) -> list[float]:
+        """By seed, that of the best epoch on dev; of a single task its score."""
+        return [run.scores.get("dev overall", next(iter(run.scores.values()))) for run in self.runs]
 
     @property
     def seconds(self) -> float:
-        """The median over the seeds, as is that of a step."""
-        return statistics.median(run.seconds for run in self.runs)
+        """Of all steps, from the median one; the median over the seeds, as is that of a step."""
+        return statistics.median(run.steps * run.step_seconds for run in self.runs)
 
     @property
     def step_seconds(self) -> float:
@@ -52,15 +46,15 @@ class Row:
         return {
             "name": self.name,
             "seconds": self.seconds,
-            "overall": statistics.mean(run.overall for run in self.runs),
-            "overall_deviation": statistics.stdev(run.overall for run in self.runs) if len(self.runs) > 1 else None,
+            "overall": statistics.mean(self.overall),
+            "overall_deviation": statistics.stdev(self.overall) if len(self.runs) > 1 else None,
             "less_first": statistics.mean(self.less(first)),
             "runs": [asdict(run) for run in self.runs],
         }
 
     def less(self, first: Row) -> list[float]:
         """The difference of the overall scores from another row's, by seed."""
-        return [run.overall - other.overall for run, other in zip(self.runs, first.runs, strict=True)]
+        return [own - other for own, other in zip(self.overall, first.overall, strict=True)]
 
     def mean(self, name: str) -> str:
         """The mean over the seeds of a share that not every system has, as the table shows it."""
@@ -68,49 +62,67 @@ class Row:
         return f"{statistics.mean(values):.2f}" if values else "-"
 
 
-def outcome(run: Run, seed: int) -> Outcome:
-    """What a finished run came to, from its metrics.jsonl and summary.json.
+def read_table(file: Path) -> dict[str, dict[int, RunResult]]:
+    """The results in a file by the runs' name and seed; none where there is no file.
 
     Raises:
-        UserError: a line is damaged, or the data has no dev split.
+        UserError: it is damaged.
     """
-    records, summary = run.metrics.records(), run.summary()
-    scored = epochs(records)
-    if not scored:
-        raise UserError(f"{run.path} has no dev scores: the data needs a dev split")
-    rates = [rate for epoch in scored for rate in epoch.conflict_rate.values()]
-    shares = [share for record in records if (share := record.get("projected_share")) is not None]
-    logged = [sum(record["seconds"].values()) for record in records if "seconds" in record]
-    return Outcome(
-        seed=seed,
-        steps=summary["steps"],
-        scores=scored[-1].scores,
-        overall=scored[-1].overall,
-        seconds=summary["steps"] * statistics.median(logged) if logged else summary["seconds"],
-        conflict_rate=statistics.mean(rates) if rates else None,
-        projected_share=statistics.mean(shares) if shares else None,
-    )
+    remedy, content = "restore it, or give another --table", {}
+    if file.exists():
+        content = read_json(file, remedy)
+    try:
+        return {name: read_results(checked(row, dict[str, Any], name), name) for name, row in content.items()}
+    except UserError as error:
+        raise UserError(f"{file} is damaged ({error}); {remedy}") from None
 
 
 def trained(
-    systems: Sequence[str], seeds: Sequence[int], given: Callable[[str, int], tuple[Path, list[str]]]
+    systems: Sequence[str],
+    options: argparse.Namespace,
+    given: Callable[[str, int], tuple[Path, list[str]]],
 ) -> list[Row]:
-    """Train a run of each system and seed, one after another.
+    """Train a run of each system and seed, one after another, unless the table of the options has it.
 
     Args:
         given: of a system and seed, the directory and the arguments of minbert.train.
 
     Raises:
-        UserError: as `train` and `outcome` do.
+        UserError: minbert.train refuses the options or the data, or fails; a run has no dev scores.
     """
-    rows = []
+    file = options.table or options.runs / "table.json"
+    recorded, rows = read_table(file), []
     for system in systems:
         runs = []
-        for seed in seeds:
+        for seed in options.seeds:
+            directory, arguments = given(system, seed)
+            results = recorded.setdefault(str(directory.parent.relative_to(options.runs)), {})
             print(f"{system}, seed {seed}", flush=True)
-            runs.append(outcome(train(*given(system, seed)), seed))
+            with training_errors():
+                results[seed] = finished_run(directory, arguments, seed, results.get(seed), file)
+            if not any(name.startswith("dev ") for name in results[seed].scores):
+                raise UserError(f"{directory} has no dev scores: the data needs a dev split")
+            with writing(file.parent, "free some space"):
+                write_json(file, {name: {"runs": [*map(asdict, of.values())]} for name, of in recorded.items()})
+            runs.append(results[seed])
         rows.append(Row(system, runs))
     return rows
+
+
+def made_on(rows: Sequence[Row]) -> dict[str, object]:
+    """The machines and commits of the runs, for a record."""
+    runs = [run for row in rows for run in row.runs]
+    return {"machines": sorted({run.machine for run in runs}), "commits": sorted({str(run.commit) for run in runs})}
+
+
+def footnote(rows: Sequence[Row]) -> str:
+    """The same for people, with the seeds that ran there."""
+    runs = [run for row in rows for run in row.runs]
+    lines = []
+    for machine, commit in sorted({(run.machine, run.commit or "unknown") for run in runs}):
+        seeds = {run.seed for run in runs if (run.machine, run.commit or "unknown") == (machine, commit)}
+        lines.append(f"- {machine}; commit {commit}: seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))}")
+    return "\n".join(lines) + "\n"
 
 
 def table(kind: str, rows: Sequence[Row], further: Mapping[str, Callable[[Row], str]]) -> list[str]:
@@ -120,13 +132,14 @@ def table(kind: str, rows: Sequence[Row], further: Mapping[str, Callable[[Row], 
         kind: what the rows are, the first column's header.
         further: by header, what further columns show of a row.
     """
-    first, tasks = rows[0], list(rows[0].runs[0].scores)
+    first = rows[0]
+    tasks = [task for task in TASKS if f"dev {task}" in first.runs[0].scores]
     columns = [kind, *tasks, "overall", f"less {first.name}", *further]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         cells = [
-            *(with_deviation([run.scores[task] for run in row.runs]) for task in tasks),
-            with_deviation([run.overall for run in row.runs]),
+            *(with_deviation([run.scores[f"dev {task}"] for run in row.runs]) for task in tasks),
+            with_deviation(row.overall),
             "" if row is first else with_deviation(row.less(first), sign="+"),
             *(shown(row) for shown in further.values()),
         ]

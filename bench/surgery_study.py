@@ -7,18 +7,16 @@ taken seed by seed. A finished run is used again, and an interrupted one goes on
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import scores_of_runs
-from scores_of_runs import Row, trained
-from training_runs import Parser, check, command_line, directories, name_and_options, require_distinct, write
+from scores_of_runs import Row, footnote, made_on, trained
+from training_runs import Parser, check, command, command_line, directories, name_and_options, require_distinct, write
 
 from minbert import cli
 from minbert.methods.surgery import NAMES
 from minbert.methods.weightings import WEIGHTINGS
-from minbert.runs.run_directory import Run
 from minbert.training.stop_signal import StopSignal
 
 SURGERIES = (*NAMES, *(name for name in WEIGHTINGS if name != "constant"))  # which has no weights of its own
@@ -33,7 +31,7 @@ def table(rows: Sequence[Row]) -> str:
     }
     seeds = len(rows[0].runs)
     end = f"Of {seeds} seed{'s' if seeds > 1 else ''}, {rows[0].runs[0].steps} steps each."
-    return "\n".join([*scores_of_runs.table("surgery", rows, further), "", end]) + "\n"
+    return "\n".join([*scores_of_runs.table("surgery", rows, further), "", end, "", footnote(rows)])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -46,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         " the others' scores are compared with the first one's (all that minbert has)",
     )
     made.add_argument("--epochs", type=int, default=1, help="of each run (%(default)s)")
+    made.add_table()
     options = made.parse_args(arguments)
     require_distinct(options, "surgeries", "seeds")
     places = directories(options.surgeries, "surgeries")
@@ -58,15 +57,15 @@ def main(arguments: Sequence[str]) -> int:
 
     check([given(surgery, seed)[1] for surgery in options.surgeries for seed in options.seeds], options.runs)
     with StopSignal():
-        rows = trained(options.surgeries, options.seeds, given)
+        rows = trained(options.surgeries, options, given)
     text = table(rows)
     print(text, end="")
     write(
         "Dev scores by surgery",
-        ["python bench/surgery_study.py", shlex.join(arguments)],
+        command("surgery_study.py", arguments),
         [{"benchmark": "surgery_study", "case": "dev scores", **row.record(rows[0])} for row in rows],
         text,
-        Run(given(options.surgeries[0], options.seeds[0])[0]),
+        made_on(rows),
         options.results,
         options=options.options,
     )

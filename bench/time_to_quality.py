@@ -16,7 +16,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from training_runs import Parser, check, command_line, listed, require_distinct, train, with_deviation, write
+from training_runs import (
+    Parser,
+    check,
+    chosen_by,
+    command,
+    command_line,
+    listed,
+    require_distinct,
+    train,
+    with_deviation,
+    write,
+)
 
 from minbert import cli
 from minbert.errors import UserError, require
@@ -200,10 +211,10 @@ def main(arguments: Sequence[str]) -> int:
     print(text, end="")
     write(
         "Time to quality",
-        ["python bench/time_to_quality.py", *arguments],
+        command("time_to_quality.py", arguments),
         [schedule.row() for schedule in done],
         text,
-        Run(given(done[-1].recipe, done[-1].epochs, options.seeds[0])[0]),
+        chosen_by(Run(given(done[-1].recipe, done[-1].epochs, options.seeds[0])[0])),
         options.results,
         target=options.target,
         options=options.options,

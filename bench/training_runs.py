@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +46,15 @@ class Parser(argparse.ArgumentParser):
             help="directory of the record, TIME.json and TIME.md (bench/results)",
         )
         self.add_argument("options", nargs="*", help="further options of minbert.train, after --")
+
+    def add_table(self) -> None:
+        """The option --table of a script whose runs may be recorded in a file."""
+        self.add_argument(
+            "--table",
+            type=Path,
+            help="JSON file of what all runs came to, read and written: a run that it holds is not trained again where"
+            " its directory is not there (table.json in --runs)",
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the options")
@@ -124,9 +135,19 @@ def train(directory: Path, arguments: Sequence[str]) -> Run:
     Raises:
         UserError: minbert.train refuses the options or the data, or fails.
     """
-    if problem := train_in_process(directory, arguments):
-        raise UserError(problem.replace("--out", "--runs"))  # which chooses --out
+    with training_errors():
+        if problem := train_in_process(directory, arguments):
+            raise UserError(problem)
     return Run(directory)
+
+
+@contextmanager
+def training_errors() -> Iterator[None]:
+    """Errors of minbert.train that advise another --out advise another --runs, which chooses it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--out", "--runs")) from None
 
 
 def with_deviation(values: Sequence[float], digits: int = 4, sign: str = "") -> str:
@@ -135,23 +156,33 @@ def with_deviation(values: Sequence[float], digits: int = 4, sign: str = "") -> 
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def chosen_by(run: Run) -> dict[str, object]:
+    """This machine, and what a run chose on it."""
+    config = run.config()
+    made_on = machine() | {"matmul": config.matmul, "precision": config.precision}
+    return made_on | ({"threads": config.threads} if config.threads is not None else {})
+
+
+def command(script: str, arguments: Sequence[str]) -> str:
+    """The command line as a record has it: FILE or DIR for where things lie on this machine."""
+    shown, places = [], {"--data": "DIR", "--model": "DIR", "--runs": "DIR", "--results": "DIR", "--table": "FILE"}
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        name, equals, _ = argument.partition("=")
+        place = places.get(before) or (f"{name}={places[name]}" if equals and name in places else None)
+        shown.append(place or shlex.quote(argument))
+    return " ".join((f"python bench/{script}", *shown))
+
+
 def write(
     title: str,
-    command: Sequence[str],
+    command: str,
     rows: Sequence[Mapping[str, object]],
     table: str,
-    one: Run,
+    made_on: Mapping[str, object],
     results: Path,
     **more: Any,
 ) -> None:
-    """Write the record TIME.json and beside it the table, TIME.md.
-
-    Args:
-        one: of the runs, which says what it chose on this machine.
-    """
-    config = one.config()
-    made_on = machine() | {"matmul": config.matmul, "precision": config.precision}
-    made_on |= {"threads": config.threads} if config.threads is not None else {}
+    """Write the record TIME.json and beside it the table, TIME.md."""
     path = write_record(rows, made_on=made_on, results=results, **more)
-    path.with_suffix(".md").write_text(f"# {title}\n\n`{' '.join(command)}`\n\n{table}", encoding="utf-8")
+    path.with_suffix(".md").write_text(f"# {title}\n\n`{command}`\n\n{table}", encoding="utf-8")
     print(f"written: {path} and {path.with_suffix('.md').name}")

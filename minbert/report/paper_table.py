@@ -18,7 +18,7 @@ from minbert.files.json_yaml import read_json, short
 from minbert.files.schema_checks import checked
 from minbert.recipes import Paper, Row
 from minbert.report import comparison_report
-from minbert.report.run_result import RunResult, read_result
+from minbert.report.run_result import RunResult, read_results
 from minbert.runs.run_directory import Run
 from minbert.tasks import TASKS
 
@@ -141,11 +141,7 @@ def read_table(file: Path, found: Paper) -> dict[str, RowResult]:
     try:
         for name, values in content.items():
             entry: Mapping[str, Any] = checked(values, dict[str, Any], name)
-            runs = checked(entry.get("runs", []), list[dict[str, Any]], f"{name}: runs")
-            result = results[name] = RowResult(found.row(name))
-            for run in (read_result(each, f"{name}: runs") for each in runs):
-                if result.runs.setdefault(run.seed, run) is not run:
-                    raise UserError(f"{name}: two runs of seed {run.seed}")
+            result = results[name] = RowResult(found.row(name), read_results(entry, name))
             for line in checked(entry.get("failures", []), list[str], f"{name}: failures"):
                 if (failure := FAILURE.fullmatch(line)) is None:
                     raise UserError(f"{name}: expected failures of the form 'seed N: why', got {short(line)}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minbert.errors import UserError
-from minbert.files.schema_checks import build
+from minbert.files.schema_checks import build, checked
 from minbert.report.comparison_report import our_scores
 from minbert.runs.epochs import epochs
 from minbert.runs.resume import deciding
@@ -33,6 +33,10 @@ class RunResult:
     processor: str | None  # None where an earlier minbert trained
     commit: str | None  # of minbert's source tree; None where it was installed without one
     options: dict[str, Any]  # `minbert.runs.resume.deciding`
+
+    @property
+    def machine(self) -> str:
+        return f"{self.processor or 'unknown processor'}; {self.device}"
 
     @property
     def hours_per_epoch(self) -> float:
@@ -81,6 +85,23 @@ def result_of(run: Run, seed: int) -> RunResult:
         commit=summary["versions"].get("commit"),
         options=deciding(config),
     )
+
+
+def read_results(row: Mapping[str, Any], where: str) -> dict[int, RunResult]:
+    """The results under "runs" of a row of a file, by seed.
+
+    Args:
+        where: the start of an error message.
+
+    Raises:
+        UserError: one is no result, or two are of one seed.
+    """
+    results: dict[int, RunResult] = {}
+    for values in checked(row.get("runs", []), list[dict[str, Any]], f"{where}: runs"):
+        result = read_result(values, f"{where}: runs")
+        if results.setdefault(result.seed, result) is not result:
+            raise UserError(f"{where}: two runs of seed {result.seed}")
+    return results
 
 
 def read_result(values: Mapping[str, Any], where: str) -> RunResult:

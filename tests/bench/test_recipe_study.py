@@ -9,18 +9,19 @@ import pytest
 import scores_of_runs
 from groups import quick_options
 from recipe_study import RECIPES, equal_time_steps, main, table
-from scores_of_runs import Outcome, Row
+from results import result
+from scores_of_runs import Row
 
 from minbert.errors import UserError
 from minbert.runs.run_directory import Run
 
 
-def outcome(seed: int, overall: float, step_seconds: float, steps: int = 100) -> Outcome:
-    return Outcome(seed, steps, {"sst": overall, "sts": 0.8}, overall, steps * step_seconds, None, None)
+def row(name: str, *runs: tuple[float, float]) -> Row:
+    return Row(name, [result(seed, score, step_seconds=time) for seed, (score, time) in enumerate(runs)])
 
 
-PLAIN = Row("plain", [outcome(0, 0.5, 0.4), outcome(1, 0.7, 0.6), outcome(2, 0.6, 0.5)])
-SMART = Row("smart", [outcome(0, 0.52, 1.2), outcome(1, 0.71, 1.3), outcome(2, 0.63, 9.0)])
+PLAIN = row("plain", (0.5, 0.4), (0.7, 0.6), (0.6, 0.5))
+SMART = row("smart", (0.52, 1.2), (0.71, 1.3), (0.63, 9.0))
 
 
 def test_equal_time_is_the_budget_by_the_median_of_a_recipes_steps():
@@ -64,7 +65,7 @@ def test_runs_are_trained_once_and_recorded(course_data, tmp_path):
     assert {(run.config().recipe, run.config().surgery) for run in runs} == {("plain", "config")}
     assert of_time[1]["less_first"] == pytest.approx(of_time[1]["overall"] - plain["overall"])
     text = path.with_suffix(".md").read_text()
-    assert "`python bench/recipe_study.py --data" in text
+    assert "`python bench/recipe_study.py --data DIR --recipes plain" in text
     assert "Equal epochs: 2 epochs, 1 seed." in text
     assert re.search(r"Equal time: \d+\.\d minutes of steps, 1 seed\.", text)
 
@@ -98,16 +99,12 @@ def test_the_lengths_of_runs_follow_from_the_epochs_or_the_minutes(monkeypatch, 
     """With runs that are not trained: a step of plain takes 0.5 s, one of all other recipes 1.5 s."""
     lines = []
 
-    def train(directory, arguments):
+    def finished_run(directory, arguments, seed, recorded, table):
         lines.append([option for option in arguments if option.startswith(("--recipe", "--epochs", "--steps"))])
-        return directory
-
-    def outcome_of(directory, seed):
         steps = int(directory.parent.name.partition("-")[2]) * (100 if "epochs" in directory.parent.name else 1)
-        return outcome(seed, 0.5, 0.5 if directory.parent.parent.name == "plain" else 1.5, steps)
+        return result(seed, 0.5, step_seconds=0.5 if directory.parent.parent.name == "plain" else 1.5, steps=steps)
 
-    monkeypatch.setattr(scores_of_runs, "train", train)
-    monkeypatch.setattr(scores_of_runs, "outcome", outcome_of)
+    monkeypatch.setattr(scores_of_runs, "finished_run", finished_run)
     monkeypatch.setattr("recipe_study.write", lambda *arguments, **more: None)
     assert main(["--seeds", "0", "--epochs", "3", "--runs", str(tmp_path)]) == 0
     assert lines[:6] == [[f"--recipe={name}", "--epochs=3"] for name in RECIPES]

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
 
 import pytest
 import scores_of_runs
 import surgery_study
 from groups import quick_options
-from scores_of_runs import Outcome, Row
+from results import result
+from scores_of_runs import Row
 from surgery_study import main, table
 
 from minbert.errors import UserError
 from minbert.runs.run_directory import Run
 
 
-def outcome(seed: int, overall: float, rate: float | None = None) -> Outcome:
-    return Outcome(seed, 100, {"sst": overall, "sts": 0.8}, overall, 60.0 + seed, rate, rate)
-
-
 def test_differences_are_taken_seed_by_seed():
-    first = Row("sum", [outcome(0, 0.5), outcome(1, 0.7)])
-    row = Row("pcgrad", [outcome(0, 0.52, 0.25), outcome(1, 0.71, 0.75)])
+    first = Row("sum", [result(0, 0.5, step_seconds=0.6), result(1, 0.7, step_seconds=0.61)])
+    row = Row("pcgrad", [result(0, 0.52, rate=0.25), result(1, 0.71, rate=0.75, machine="Another")])
     assert row.record(first)["less_first"] == pytest.approx(0.015)
     assert row.record(first)["overall_deviation"] == pytest.approx(0.134350, abs=1e-6)
-    assert row.record(first)["seconds"] == 60.5
+    assert row.record(first)["seconds"] == 50
     lines = table([first, row]).splitlines()
     assert lines[0] == "| surgery | sst | sts | overall | less sum | seconds | conflicts | projected |"
     deviation = "0.6000 ± 0.1414"
     assert lines[2] == f"| sum | {deviation} | 0.8000 ± 0.0000 | {deviation} |  | 60 | - | - |"
-    assert "| +0.0150 ± 0.0071 | 60 | 0.50 | 0.50 |" in lines[3]
-    assert lines[-1] == "Of 2 seeds, 100 steps each."
+    assert "| +0.0150 ± 0.0071 | 50 | 0.50 | 0.50 |" in lines[3]
+    assert lines[-5:-2] == ["", "Of 2 seeds, 100 steps each.", ""]
+    device = "CPU (x86_64), 1 thread, fp32, torch 2.13.0+cpu; commit 779aba2"
+    assert lines[-2:] == [f"- Another; {device}: seed 1", f"- Some processor; {device}: seeds 0, 1"]
     assert "± " not in table([Row("sum", first.runs[:1])])
 
 
@@ -52,22 +52,33 @@ def test_runs_are_trained_once_and_recorded(course_data, tmp_path):
     for run, found in zip(runs, [found for row in rows for found in row["runs"]], strict=True):
         records = run.metrics.records()
         (scored,) = [record for record in records if "dev" in record]
-        assert (found["overall"], found["steps"]) == (scored["dev"]["overall"], run.summary()["steps"])
-        assert found["scores"]["sst"] == scored["dev"]["sst"]["accuracy"]
+        assert (found["scores"]["dev overall"], found["steps"]) == (scored["dev"]["overall"], run.summary()["steps"])
+        assert found["scores"]["dev sst"] == scored["dev"]["sst"]["accuracy"]
         steps = sorted(sum(record["seconds"].values()) for record in records if "seconds" in record)
-        assert found["seconds"] == pytest.approx(len(steps) * statistics.median(steps))  # every step is logged
+        assert found["step_seconds"] == pytest.approx(statistics.median(steps))  # every step is logged
         cosines = [cosine for record in records for cosine in record.get("cosine", {}).values()]
         if cosines:
             assert found["conflict_rate"] == pytest.approx(sum(cosine < 0 for cosine in cosines) / len(cosines))
     assert rows[0]["runs"][0]["conflict_rate"] is None
     text = path.with_suffix(".md").read_text()
-    assert "`python bench/surgery_study.py --data" in text
+    assert "`python bench/surgery_study.py --data DIR --surgeries sum 'cagrad(c=0.5)" in text
     assert "| cagrad(c=0.5) --clip-norm=2 |" in text
 
     before = [run.metrics.path.stat().st_mtime_ns for run in runs]
     path.unlink()
     assert main([*map(str, command)]) == 0
     assert [run.metrics.path.stat().st_mtime_ns for run in runs] == before
+
+    kept = tmp_path / "kept.json"
+    (tmp_path / "runs" / "table.json").rename(kept)
+    shutil.rmtree(tmp_path / "runs")
+    with_table = [*map(str, command[:2]), "--table", str(kept), *map(str, command[2:])]
+    assert main(with_table) == 0
+    assert not [*(tmp_path / "runs").rglob("metrics.jsonl")]
+    (*_, again) = sorted((tmp_path / "results").glob("*.json"))
+    assert json.loads(again.read_text())["rows"] == rows
+    with pytest.raises(UserError, match=r"kept.json holds a run with other options: --clip-norm \(was 1.0, is 3.0\)"):
+        main([*with_table, "--clip-norm=3"])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +103,7 @@ def test_bad_input_is_refused_before_the_first_run(arguments, message, tmp_path)
 def test_all_surgeries_are_studied_by_default(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(surgery_study, "check", lambda lines, runs: seen.extend(lines))
-    monkeypatch.setattr(scores_of_runs, "train", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
+    monkeypatch.setattr(scores_of_runs, "finished_run", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
     with pytest.raises(UserError, match="enough"):
         main(["--seeds", "0", "--runs", str(tmp_path)])
     named = [option.removeprefix("--surgery=") for line in seen for option in line if "--surgery=" in option]

@@ -59,6 +59,19 @@ def drawn(task: str, count: int, vocabulary: int, seed: int = 0, split: str = "t
     return [np.minimum(row, vocabulary - 1).tolist() for row in rows]
 
 
+def sequences_as(encoding: str, row: list[int]) -> list[list[int]]:
+    """The sequences of an example that a cross-encoder reads as `row`, by a key of `PAIR_ENCODINGS`.
+
+    A pair ends at its first [SEP]; one of random tokens is divided in the middle.
+    """
+    if encoding == "cross-encoder":
+        return [row]
+    end = row.index(row[-1]) + 1
+    end = end if end < len(row) else len(row) // 2
+    apart = [row[:end], [row[0], *row[end:]]]
+    return apart if encoding == "bi-encoder" else [row, *apart]
+
+
 def sequences(task: str, count: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
     """Random token ids of drawn lengths."""
     generator = np.random.Generator(np.random.PCG64(seed + 1))

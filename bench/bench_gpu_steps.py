@@ -17,9 +17,9 @@ import pytest
 import roofline
 import torch
 from batches import DECILES, drawn
-from bench_methods import METHODS, our_trainer
 from peers import Padded
 from session import FOUND
+from steps import METHODS, our_trainer
 from timing import StartStep
 
 from minbert.training.host_device_copy import Readback

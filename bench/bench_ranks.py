@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench_methods import METHODS
 from ranks_worker import DDP
+from steps import METHODS
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

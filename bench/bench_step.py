@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import joint_batch
-from bench_methods import ours
 from peers import Padded, shape
+from steps import ours
 
 from minbert.device import resolve_precision
 from minbert.kernels import use_backend

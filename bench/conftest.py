@@ -11,8 +11,6 @@ pytest bench/bench_gpu_*.py --benchmark-only        those of GPUs; MINBERT_BENCH
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import pytest
 from gpu_races import any_gpu, device, gpu_race, gpu_table, reach, step_race  # noqa: F401  fixtures of this conftest
 from records import machine, write_record
-from session import FOUND, SMOKE, Found
+from session import FOUND, SMOKE, Found, Race
 
 from minbert.device import keep_freed_memory
 from minbert.kernels import set_matmul
@@ -78,8 +76,7 @@ def race(benchmark, quick: bool, request: pytest.FixtureRequest) -> Callable[...
     Each round calls every function once, so that all meet the same state of the machine; the first name is ours and
     the row of pytest-benchmark's own table. `bytes_moved` adds the bandwidth; a function called "copy" makes it a
     share of the machine's copy bandwidth. `operations` (floating-point additions and multiplications) adds GFLOP/s, and
-    `items` (such as the sentences that each function works on) how many a second. `pause` seconds pass before each
-    call: the threads of the function before, which spin while they wait for more work, have gone to sleep by then.
+    `items` (such as the sentences that each function works on) how many a second. `pause`: as for `Race`.
     """
 
     def run(
@@ -91,19 +88,10 @@ def race(benchmark, quick: bool, request: pytest.FixtureRequest) -> Callable[...
         pause: float = 0.0,
     ) -> dict[str, float]:
         rounds = min(ROUNDS, 3) if quick else ROUNDS
-        seconds: dict[str, list[float]] = {name: [] for name in functions}
-
-        def timed(name: str) -> None:
-            time.sleep(pause)
-            start = time.perf_counter()
-            functions[name]()
-            seconds[name].append(time.perf_counter() - start)
-
-        ours, *others = functions
-        for function in functions.values():  # warm up: pages, caches, threads
-            function()
-        benchmark.pedantic(timed, args=(ours,), setup=lambda: [timed(name) for name in others] and None, rounds=rounds)
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        turns, (ours, *others) = Race(functions, pause), functions
+        turns.warm_up()
+        benchmark.pedantic(turns.time, args=(ours,), setup=lambda: turns.time(*others), rounds=rounds)
+        medians = turns.medians
         moved = bytes_moved or {}
         copy = moved["copy"] / medians["copy"] if "copy" in moved else None
         for name, median in medians.items():

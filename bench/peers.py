@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
-from batches import DECILES, drawn
+from batches import DECILES, drawn, sequences_as
 from torch import Tensor, nn
 
 from minbert.methods.divergences import DIVERGENCES
 from minbert.methods.losses import LOSSES
-from minbert.tasks import Task, find_tasks
+from minbert.model import pair_encoding
+from minbert.tasks import PAIR_ENCODINGS, Task, find_tasks
 
 TASKS = find_tasks(list(DECILES))
 SIGMA, ETA = 1e-5, 1e-3  # smart-pytorch's defaults
@@ -59,9 +61,15 @@ def flattened_pcgrad(grads: list[list[Tensor]], generator: torch.Generator | Non
 class Padded:
     """transformers' BERT with a linear head for each task, on a batch of each task padded to its longest sequence.
 
-    A call of `plain`, `pcgrad`, `smart`, `smart_pcgrad` or `torchjd` is a whole step: the batch's copy to the device,
-    losses, gradients, clipping, fused AdamW. It returns the loss, on the device. Batches are padded beforehand, as the
-    workers of a DataLoader do, and lie in pinned memory where the device is a GPU.
+    A call of `plain`, `pcgrad`, `smart`, `smart_pcgrad`, `torchjd`, `gse` or `round_robin` is a whole step: the batch's
+    copy to the device, losses, gradients, clipping, fused AdamW. It returns the loss, on the device. Batches are padded
+    beforehand, as the workers of a DataLoader do, and lie in pinned memory where the device is a GPU.
+
+    Args:
+        tasks: with minbert's heads, which say as which sequences an example is read. Each of them is padded with those
+            of its kind, and the head here is a linear one on the pooled vectors of an example, end to end.
+        regularised: names of the tasks that have SMART in a step with it; all when left out.
+        clip_norm: 0 for no clipping.
     """
 
     def __init__(
@@ -73,6 +81,9 @@ class Padded:
         compiled: bool = False,
         device: torch.device | str = "cpu",
         batches: int = 1,
+        tasks: Sequence[Task] = TASKS,
+        regularised: Collection[str] | None = None,
+        clip_norm: float = 1.0,
     ) -> None:
         import transformers
 
@@ -81,7 +92,10 @@ class Padded:
         encoder.to(device).train()
         self.words = encoder.embeddings.word_embeddings
         self.encoder = torch.compile(encoder) if compiled else encoder
-        self.heads = nn.ModuleDict({task.name: nn.Linear(sizes["hidden_size"], task.num_outputs) for task in TASKS}).to(
+        self.tasks, self.clip_norm = tasks, clip_norm
+        self.regularised = {task.name for task in tasks} if regularised is None else regularised
+        widths = {task.name: PAIR_ENCODINGS[pair_encoding(task)] * sizes["hidden_size"] for task in tasks}
+        self.heads = nn.ModuleDict({task.name: nn.Linear(widths[task.name], task.num_outputs) for task in tasks}).to(
             device
         )
         self.params = [*encoder.parameters(), *self.heads.parameters()]
@@ -92,73 +106,81 @@ class Padded:
             else lambda: torch.autocast(self.words.weight.device.type, dtype)
         )
         self.device = torch.device(device)
-        self.batches: list[dict[str, tuple[Tensor, Tensor]]] = []
+        self.batches: list[dict[str, list[Tensor]]] = []
         for turn in range(batches):
             batch = {}
-            for i, name in enumerate(DECILES):
-                rows = map(torch.tensor, drawn(name, batch_size, sizes["vocab_size"], 100 * i + turn))
-                pair = nn.utils.rnn.pad_sequence([*rows], batch_first=True), labels(batch_size)[name]
-                batch[name] = tuple(x.pin_memory() for x in pair) if self.device.type == "cuda" else pair
+            for i, task in enumerate(tasks):
+                rows = drawn(task.name, batch_size, sizes["vocab_size"], 100 * i + turn)
+                kinds = zip(*(sequences_as(pair_encoding(task), row) for row in rows), strict=True)
+                padded = [nn.utils.rnn.pad_sequence([*map(torch.tensor, kind)], batch_first=True) for kind in kinds]
+                tensors = [*padded, labels(batch_size)[task.name]]
+                batch[task.name] = [x.pin_memory() for x in tensors] if self.device.type == "cuda" else tensors
             self.batches.append(batch)
         self.steps = 0
-        self.ids: dict[str, Tensor] = {}  # by task the batch of this step, whose padding is token 0
+        self.ids: dict[str, list[Tensor]] = {}  # by task the sequences of this step, whose padding is token 0
         self.targets: dict[str, Tensor] = {}
 
     def load(self) -> None:
         """Copy the next batch to the device."""
         batch = self.batches[self.steps % len(self.batches)]
-        self.ids, self.targets = (
-            {name: pair[i].to(self.device, non_blocking=True) for name, pair in batch.items()} for i in range(2)
-        )
+        for name, tensors in batch.items():
+            *self.ids[name], self.targets[name] = (x.to(self.device, non_blocking=True) for x in tensors)
+        self.steps += 1
 
-    def output(self, task: Task, words: Tensor) -> Tensor:
-        """The task's outputs from its words' embeddings."""
-        mask = (self.ids[task.name] != 0).long()
+    def output(self, task: Task, words: Sequence[Tensor]) -> Tensor:
+        """The task's outputs from the embeddings of its sequences' words."""
         with self.autocast():
-            hidden = self.encoder(inputs_embeds=words, attention_mask=mask).last_hidden_state
-            return self.heads[task.name](F.dropout(hidden[:, 0], 0.1)).squeeze(-1).float()
+            pooled = [
+                self.encoder(inputs_embeds=x, attention_mask=(ids != 0).long()).last_hidden_state[:, 0]
+                for x, ids in zip(words, self.ids[task.name], strict=True)
+            ]
+            return self.heads[task.name](F.dropout(torch.cat(pooled, -1), 0.1)).squeeze(-1).float()
 
     def loss(self, task: Task, smart: bool) -> Tensor:
-        words = self.words(self.ids[task.name])
+        words = [self.words(ids) for ids in self.ids[task.name]]
         output = self.output(task, words)
         loss = LOSSES[task.loss](output, self.targets[task.name])
-        return loss + self.regulariser(task, words, output) if smart else loss
+        return loss + self.regulariser(task, words, output) if smart and task.name in self.regularised else loss
 
-    def regulariser(self, task: Task, words: Tensor, output: Tensor) -> Tensor:
+    def regulariser(self, task: Task, words: Sequence[Tensor], output: Tensor) -> Tensor:
         """smart-pytorch's: one ascent step from normal noise, rescaled to infinity norm 1 for each token."""
-        noise = (SIGMA * torch.randn_like(words)).requires_grad_()
-        apart = DIVERGENCES[task.loss](self.output(task, words + noise), output.detach())
-        (slope,) = torch.autograd.grad(apart, noise)
-        moved = noise + ETA * slope
-        worst = (moved / (moved.abs().amax(-1, keepdim=True) + 1e-6)).detach()
-        return DIVERGENCES[task.loss](self.output(task, words + worst), output)
+        divergence = DIVERGENCES[task.loss]
+        noise = [(SIGMA * torch.randn_like(x)).requires_grad_() for x in words]
+        apart = divergence(self.output(task, [x + n for x, n in zip(words, noise, strict=True)]), output.detach())
+        slopes = torch.autograd.grad(apart, noise)
+        moved = [n + ETA * slope for n, slope in zip(noise, slopes, strict=True)]
+        worst = [(x / (x.abs().amax(-1, keepdim=True) + 1e-6)).detach() for x in moved]
+        return divergence(self.output(task, [x + w for x, w in zip(words, worst, strict=True)]), output)
 
-    def summed(self, smart: bool) -> Tensor:
-        self.load()
-        loss = torch.stack([self.loss(task, smart) for task in TASKS]).sum()
+    def summed(self, tasks: Sequence[Task], smart: bool) -> Tensor:
+        """An update with the gradient of the tasks' summed loss."""
+        loss = torch.stack([self.loss(task, smart) for task in tasks]).sum()
         loss.backward()
         self.update()
         return loss.detach()
 
-    def projected(self, smart: bool) -> Tensor:
-        """As Pytorch-PCGrad goes: a backward for each task, gradients of parameters it does not reach set to 0."""
-        self.load()
+    def projected(self, smart: bool, factor: float = 1.0) -> Tensor:
+        """As Pytorch-PCGrad goes: a backward for each task, gradients of parameters it does not reach set to 0.
+
+        Args:
+            factor: of the sum of the projected gradients.
+        """
         rows, losses = [], []
-        for task in TASKS:
+        for task in self.tasks:
             self.optimizer.zero_grad(set_to_none=True)
             losses.append(self.loss(task, smart))
             losses[-1].backward()
             rows.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.params])
         for param, grad in zip(self.params, flattened_pcgrad(rows), strict=True):
-            param.grad = grad
+            param.grad = grad.mul_(factor)
         self.update()
         return torch.stack(losses).sum().detach()
 
     def update(self) -> None:
-        nn.utils.clip_grad_norm_([p for p in self.params if p.grad is not None], 1.0)
+        if self.clip_norm:
+            nn.utils.clip_grad_norm_([p for p in self.params if p.grad is not None], self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
 
     def torchjd(self, smart: bool = False) -> Tensor:
         """PCGrad by TorchJD's autojac: the Jacobian of the losses, then its aggregation."""
@@ -166,20 +188,33 @@ class Padded:
         from torchjd.autojac import backward, jac_to_grad
 
         self.load()
-        losses = [self.loss(task, smart) for task in TASKS]
+        losses = [self.loss(task, smart) for task in self.tasks]
         backward(losses, inputs=self.params, parallel_chunk_size=1)
         jac_to_grad(self.params, PCGrad())
         self.update()
         return torch.stack(losses).sum().detach()
 
-    def plain(self) -> Tensor:
-        return self.summed(smart=False)
+    def plain(self, smart: bool = False) -> Tensor:
+        self.load()
+        return self.summed(self.tasks, smart)
 
     def smart(self) -> Tensor:
-        return self.summed(smart=True)
+        return self.plain(smart=True)
 
-    def pcgrad(self) -> Tensor:
-        return self.projected(smart=False)
+    def pcgrad(self, smart: bool = False) -> Tensor:
+        self.load()
+        return self.projected(smart)
 
     def smart_pcgrad(self) -> Tensor:
-        return self.projected(smart=True)
+        return self.pcgrad(smart=True)
+
+    def gse(self, smart: bool = False) -> Tensor:
+        """004's (section 5.3.2): an update with the mean of PCGrad's gradients, then one with the plain sum."""
+        self.load()
+        self.projected(smart, factor=1 / len(self.tasks))
+        return self.summed(self.tasks, smart)
+
+    def round_robin(self, smart: bool = False) -> Tensor:
+        """An update for each task, one after the other."""
+        self.load()
+        return torch.stack([self.summed([task], smart) for task in self.tasks]).sum()

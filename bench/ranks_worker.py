@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from batches import DECILES, drawn, joint_batch
-from bench_methods import ours
 from peers import TASKS, labels, shape
+from steps import ours
 from torch import nn
 
 from minbert.device import keep_freed_memory

@@ -1,8 +1,11 @@
-"""What the benchmarks of a session have found so far."""
+"""Races between functions, and what the benchmarks of a session have found so far."""
 
 from __future__ import annotations
 
 import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,37 @@ from records import write_record
 DRY_RUN = os.environ.get("MINBERT_BENCH_DRY_RUN") == "1"
 SMOKE = os.environ.get("MINBERT_BENCH_SMOKE") == "1" or DRY_RUN
 LONGEST_REASON = 160  # characters
+
+
+class Race:
+    """Functions that are timed in turns, so that all meet the same state of the machine.
+
+    Args:
+        pause: seconds before each call: the threads of the function before, which spin while they wait for more work,
+            have gone to sleep by then.
+    """
+
+    def __init__(self, functions: Mapping[str, Callable[[], object]], pause: float = 0.0) -> None:
+        self._functions, self._pause = functions, pause
+        self._seconds: dict[str, list[float]] = {name: [] for name in functions}
+
+    def warm_up(self) -> None:
+        """Call each once: pages, caches, threads."""
+        for function in self._functions.values():
+            function()
+
+    def time(self, *names: str) -> None:
+        """Call these functions, one after the other."""
+        for name in names:
+            time.sleep(self._pause)
+            start = time.perf_counter()
+            self._functions[name]()
+            self._seconds[name].append(time.perf_counter() - start)
+
+    @property
+    def medians(self) -> dict[str, float]:
+        """The median seconds of a call of each."""
+        return {name: statistics.median(times) for name, times in self._seconds.items()}
 
 
 @dataclass

@@ -24,7 +24,14 @@ from minbert.runs.run_directory import Run
 from minbert.training.child_process import train_in_process
 
 
-class Parser(argparse.ArgumentParser):
+class OneLineErrors(argparse.ArgumentParser):
+    """Raises a UserError for a bad argument."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
+class Parser(OneLineErrors):
     """The options of a script; those of minbert.train stand after --.
 
     Args:
@@ -39,12 +46,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--model", help="likewise")
         self.add_argument("--seeds", type=listed(int), default="0,1,2", help="one run of each for each (%(default)s)")
         self.add_argument("--runs", type=Path, default=Path(runs), help="directory of the runs (%(default)s)")
-        self.add_argument(
-            "--results",
-            type=Path,
-            default=RESULTS,
-            help="directory of the record, TIME.json and TIME.md (bench/results)",
-        )
+        add_results(self)
         self.add_argument("options", nargs="*", help="further options of minbert.train, after --")
 
     def add_table(self) -> None:
@@ -56,8 +58,11 @@ class Parser(argparse.ArgumentParser):
             " its directory is not there (table.json in --runs)",
         )
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """The option --results."""
+    text = "directory of the record, TIME.json and TIME.md (bench/results)"
+    parser.add_argument("--results", type=Path, default=RESULTS, help=text)
 
 
 def listed(kind: type) -> Callable[[str], list[Any]]:
@@ -182,7 +187,11 @@ def write(
     results: Path,
     **more: Any,
 ) -> None:
-    """Write the record TIME.json and beside it the table, TIME.md."""
+    """Write the record TIME.json and beside it the table, TIME.md; print where.
+
+    Args:
+        made_on: the machine, and what was chosen on it.
+    """
     path = write_record(rows, made_on=made_on, results=results, **more)
     path.with_suffix(".md").write_text(f"# {title}\n\n`{command}`\n\n{table}", encoding="utf-8")
     print(f"written: {path} and {path.with_suffix('.md').name}")

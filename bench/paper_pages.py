@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
-from training_runs import with_deviation
+from training_runs import OneLineErrors, with_deviation
 
 from minbert import cli
 from minbert.errors import UserError, one_line
@@ -416,13 +416,8 @@ def save(figure: Figure, path: Path) -> None:
 # The command line -----------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
 def main(arguments: Sequence[str]) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=Path, default=PAGES, help="directory of 000.json to 004.json (docs/papers)")
     parser.add_argument("--out", type=Path, default=PAGES, help="directory of the pages and figures (docs/papers)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a file is out of date")

@@ -172,7 +172,7 @@ class Padded:
             losses[-1].backward()
             rows.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.params])
         for param, grad in zip(self.params, flattened_pcgrad(rows), strict=True):
-            param.grad = grad.mul_(factor)
+            param.grad = grad if factor == 1 else grad.mul_(factor)
         self.update()
         return torch.stack(losses).sum().detach()
 

@@ -183,6 +183,7 @@ OTHERS = {  # options of other programs, and of those in bench/ and tests/
     *("--dist", "--durations", "--benchmark-only", "--nproc-per-node", "--max-restarts"),
     *(
         "--count",
+        "--size",
         "--seed",
         "--only",
         "--text",

@@ -21,7 +21,7 @@ from minbert.training.stop_signal import StopSignal
 
 FAMILIES = {  # a row without the methods that the papers compare, and the rates: the whole budget
     "joint": ("004/multitask", (1e-4, 2e-4, 4e-4)),
-    "in-turn": ("004/baseline", (1e-4, 2e-4, 4e-4)),
+    "in-turn": ("004/baseline", (5e-5, 1e-4, 2e-4)),
     "frozen": ("002/d-pretrain", (1e-3, 3e-3, 1e-2)),
 }
 

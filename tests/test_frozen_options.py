@@ -191,12 +191,14 @@ OPTIONS = {
         "seeds": None,
         "data": None,
         "model": None,
+        "protocol": None,
         "options": None,
         "epochs": None,
         "steps": None,
         "reviews": None,
         "augmented": None,
         "out": None,
+        "table": None,
     },
 }
 

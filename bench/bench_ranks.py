@@ -19,7 +19,7 @@ def test_ranks(benchmark, record, smoke: bool, size: int) -> None:
     script = Path(__file__).with_name("ranks_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", str(script)]
     answer = benchmark.pedantic(
-        lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout, rounds=1
+        lambda: subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout, rounds=1
     )
     found = json.loads(answer)
     assert {"plain", DDP} <= found.keys() <= {*METHODS, DDP}

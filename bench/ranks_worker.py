@@ -6,6 +6,7 @@ a multiple of an equal share.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -74,6 +75,8 @@ def main() -> None:
                 group.all_reduce_max(0)  # until all are done
                 seconds[name].append(time.perf_counter() - start)
                 sent[name] = group.bytes_sent - before
+        del step, steps[DDP]  # DistributedDataParallel as the last owner of gloo's group may hang at its end
+        gc.collect()
         parameters = sum(p.numel() for p in MultitaskModel(Encoder(EncoderConfig(**sizes)), TASKS).parameters())
         sent[DDP] = 2 * 4 * parameters * (group.world_size - 1) // group.world_size  # of an all-reduce
         rows = [drawn(task, batch_size, sizes["vocab_size"], 100 * i) for i, task in enumerate(DECILES)]

@@ -184,10 +184,12 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("paper_walls.py needs transformers: pip install -e '.[bench]'")
     cases = [Case(row, size, options.precision) for size in options.size for row in options.rows]
     with kernels.use_matmul("auto"):
-        rows = [row for case in cases for row in rows_of(case, options.steps)]
+        rows = []
+        for case in cases:
+            rows += rows_of(case, options.steps)
+            print(table(rows[-len(CONTENDERS) :]), flush=True)  # a later case may not fit in memory
         made_on = machine() | {"precision": options.precision}
     text = table(rows)
-    print(text, end="")
     given = {"size": ",".join(options.size), "rows": ",".join(options.rows), "steps": options.steps}
     words = [f"--{name} {value}" for name, value in {**given, "precision": options.precision}.items()]
     write(

@@ -91,6 +91,8 @@ def trained(
         UserError: minbert.train refuses the options or the data, or fails; a run has no dev scores.
     """
     file = options.table or options.runs / "table.json"
+    with writing(file.parent, "choose another --table"):
+        file.parent.mkdir(parents=True, exist_ok=True)
     recorded, rows = read_table(file), []
     for system in systems:
         runs = []

@@ -102,6 +102,8 @@ def options_of_file(options: ReproduceConfig) -> dict[str, Any]:
 def sweep(found: Paper, rows: Sequence[Row], out: Path, options: ReproduceConfig, console: Console) -> int:
     """Train every row with every seed, and write and show the table; 1 if a run failed."""
     file = Path(options.table) if options.table is not None else out / "table.json"
+    with writing(file.parent, "choose another --table"):
+        file.parent.mkdir(parents=True, exist_ok=True)
     recorded = read_table(file, found) if file.exists() else {}
     results = {name: recorded.get(name) or RowResult(row) for name, row in found.rows.items()}
     runs = [(results[row.name], seed) for row in rows for seed in options.seeds or [0]]

@@ -168,7 +168,6 @@ def test_another_run_in_the_place_is_not_taken_for_this_one(sweep, in_process, c
 
 def test_the_table_outlives_the_directories_and_keeps_the_rows_of_other_calls(sweep, in_process, tmp_path, capsys):
     out, file = tmp_path / "out", tmp_path / "kept" / "000.json"
-    file.parent.mkdir()
     assert sweep("000", "--rows=finetune", f"--table={file}") == 0
     before = json.loads(file.read_text())["finetune"]
     shutil.rmtree(out)
@@ -330,6 +329,9 @@ def test_results_that_cannot_be_written_are_one_line(sweep, in_process, tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/out cannot be written .*; choose another --out"):
         sweep("000", f"--out={tmp_path / 'file' / 'out'}")
+    with pytest.raises(UserError, match=r"file cannot be written .*; choose another --table"):
+        sweep("000", f"--table={tmp_path / 'file' / 'table.json'}")
+    assert in_process == []
     full = OSError(errno.ENOSPC, "No space left on device")
     with (
         patch.object(paper_table, "write_atomically", side_effect=full),

@@ -12,7 +12,8 @@ from typing import Any
 
 import paper_pages
 import pytest
-from paper_pages import COMPARED_WITH, compared_with, main, overall_of, read_tables
+from paper_comparisons import COMPARED_WITH, compared_with, overall_of, read_tables
+from paper_pages import main
 
 from minbert.errors import UserError
 from minbert.recipes import paper, papers

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from figures import save
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -121,8 +122,3 @@ def place_names(
         if offset[1]:
             line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 3}
             axes.annotate("", place, offset, textcoords="offset points", arrowprops=line)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a picture that is the same each time: without date and version."""
-    figure.savefig(path, dpi=100, facecolor="white", metadata={"Software": None})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from figures import picture, save
 from numpy.typing import NDArray
+from training_runs import OneLineErrors
 
+from minbert import cli
 from minbert.methods.surgery import mean_weights, pcgrad_weights, sum_weights
 from minbert.methods.weightings import WEIGHTINGS, weighting_from
 
@@ -258,13 +260,13 @@ def draw(path: Path, steps: int = 2500, lr: float = 0.02) -> None:
         panel.set_title(surgery, fontsize=10)
     for panel in panels[len(SURGERIES) :]:
         panel.set_axis_off()
-    figure.savefig(path, dpi=75)
+    save(figure, path, dpi=75)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Print the table; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", type=Path, help="a .png or .svg file to draw paths on two valleys to")
+    parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", type=picture, help="a .png or .svg file to draw paths on two valleys to")
     options = parser.parse_args(arguments)
     if options.plot is not None:
         draw(options.plot)
@@ -279,4 +281,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -1,16 +1,18 @@
 """Dev scores, seconds and conflicts by surgery: `python bench/surgery_study.py --data DIR --model DIR --runs DIR`.
 
-Trains a run for each surgery and seed, one after another, and writes a table with a row for each surgery. Runs of one
-seed have the same data order and the same new weights whatever the surgery, so the difference from the first surgery is
-taken seed by seed. A finished run is used again, and an interrupted one goes on.
+Trains a run for each surgery and seed, one after another, and writes a table with a row for each surgery; `--plot
+FILE.png` draws it. Runs of one seed have the same data order and the same new weights whatever the surgery, so the
+difference from the first surgery is taken seed by seed. A finished run is used again, and an interrupted one goes on.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import scores_of_runs
+from figures import picture, save
 from scores_of_runs import Row, footnote, made_on, trained
 from training_runs import Parser, check, command, command_line, directories, name_and_options, require_distinct, write
 
@@ -34,6 +36,31 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([*scores_of_runs.table("surgery", rows, further), "", end, "", footnote(rows)])
 
 
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """The overall scores of each surgery, a mark for each seed and a bar at their mean, from the best mean down.
+
+    A line shows the first surgery's mean.
+    """
+    from matplotlib.figure import Figure
+
+    ranked = sorted(rows, key=lambda row: statistics.mean(row.overall), reverse=True)
+    figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(statistics.mean(rows[0].overall), color="0.7", linewidth=1)
+    for number, run in enumerate(rows[0].runs):
+        scores = [row.overall[number] for row in ranked]
+        axes.plot(scores, range(len(ranked)), "os^Dv"[number % 5], markersize=5, alpha=0.8, label=f"seed {run.seed}")
+    axes.plot([statistics.mean(row.overall) for row in ranked], range(len(ranked)), "|", color="black", markersize=14)
+    axes.set_yticks(range(len(ranked)), [row.name for row in ranked])
+    axes.set_ylim(len(ranked) - 0.5, -0.5)
+    axes.set_xlabel("overall score on dev (bar: mean of the seeds)")
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
 def main(arguments: Sequence[str]) -> int:
     made = Parser("surgery_study.py", (__doc__ or "").partition(":")[0], "runs/surgery-study")
     made.add_argument(
@@ -44,6 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         " the others' scores are compared with the first one's (all that minbert has)",
     )
     made.add_argument("--epochs", type=int, default=1, help="of each run (%(default)s)")
+    made.add_argument("--plot", type=picture, help="a .png or .svg file to draw the scores to")
     made.add_table()
     options = made.parse_args(arguments)
     require_distinct(options, "surgeries", "seeds")
@@ -60,6 +88,8 @@ def main(arguments: Sequence[str]) -> int:
         rows = trained(options.surgeries, options, given)
     text = table(rows)
     print(text, end="")
+    if options.plot is not None:
+        draw(options.plot, rows)
     write(
         "Dev scores by surgery",
         command("surgery_study.py", arguments),

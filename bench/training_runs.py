@@ -170,7 +170,8 @@ def chosen_by(run: Run) -> dict[str, object]:
 
 def command(script: str, arguments: Sequence[str]) -> str:
     """The command line as a record has it: FILE or DIR for where things lie on this machine."""
-    shown, places = [], {"--data": "DIR", "--model": "DIR", "--runs": "DIR", "--results": "DIR", "--table": "FILE"}
+    shown, places = [], {"--data": "DIR", "--model": "DIR", "--runs": "DIR", "--results": "DIR"}
+    places |= {"--table": "FILE", "--plot": "FILE"}
     for before, argument in zip(("", *arguments), arguments, strict=False):
         name, equals, _ = argument.partition("=")
         place = places.get(before) or (f"{name}={places[name]}" if equals and name in places else None)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from surgery_cases import QUESTIONS, SURGERIES, answers, main, valley_paths
 
+from minbert.errors import UserError
+
 
 @pytest.mark.parametrize("surgery", SURGERIES)
 def test_every_answer_that_theory_gives_comes_out_so(surgery: str) -> None:
@@ -30,3 +32,8 @@ def test_the_help_says_what_it_prints(capsys: pytest.CaptureFixture[str]) -> Non
         main(["--help"])
     assert end.value.code == 0
     assert "--plot FILE.png" in capsys.readouterr().out
+
+
+def test_a_picture_of_another_kind_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--plot: must end in .png or .svg, got 'paths.jpg'"):
+        main(["--plot", "paths.jpg"])

@@ -13,7 +13,7 @@ import surgery_study
 from groups import quick_options
 from results import result
 from scores_of_runs import Row
-from surgery_study import main, table
+from surgery_study import draw, main, table
 
 from minbert.errors import UserError
 from minbert.runs.run_directory import Run
@@ -81,6 +81,17 @@ def test_runs_are_trained_once_and_recorded(course_data, tmp_path):
         main([*with_table, "--clip-norm=3"])
 
 
+def test_a_picture_has_a_line_for_each_surgery_from_the_best_down(tmp_path):
+    rows = [Row("sum", [result(0, 0.5), result(1, 0.7)]), Row("pcgrad", [result(0, 0.52), result(1, 0.71)])]
+    draw(tmp_path / "scores.svg", rows)
+    shown = (tmp_path / "scores.svg").read_text()
+    labels = re.findall("<!-- (.*?) -->", shown)
+    assert labels.index("pcgrad") < labels.index("sum")
+    assert {"seed 0", "seed 1"} <= {*labels}
+    with pytest.raises(UserError, match="cannot be written"):
+        draw(tmp_path / "nowhere" / "scores.png", rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -90,6 +101,7 @@ def test_runs_are_trained_once_and_recorded(course_data, tmp_path):
         (["--surgeries", "sum --lrate=1"], "unknown option --lrate"),
         (["--seeds", "0,one"], "argument --seeds: invalid list of int value: '0,one'"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--plot", "scores.jpg"], "argument --plot: must end in .png or .svg, got 'scores.jpg'"),
         (["--speed"], "unrecognized arguments: --speed; --help lists the options"),
         (["--", "--surgery", "sum"], "--surgery after --: this script gives it to every run"),
     ],

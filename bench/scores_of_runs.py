@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from minbert.files.json_yaml import read_json
 from minbert.files.schema_checks import checked
 from minbert.report.run_result import RunResult, read_results
 from minbert.tasks import TASKS
-from minbert.training.recorded_runs import finished_run
+from minbert.training.recorded_runs import PlannedRun, finish_runs
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def trained(
     options: argparse.Namespace,
     given: Callable[[str, int], tuple[Path, list[str]]],
 ) -> list[Row]:
-    """Train a run of each system and seed, one after another, unless the table of the options has it.
+    """Train a run of each system and seed, as many at once as the options say, unless the table of the options has it.
 
     Args:
         given: of a system and seed, the directory and the arguments of minbert.train.
@@ -93,22 +93,29 @@ def trained(
     file = options.table or options.runs / "table.json"
     with writing(file.parent, "choose another --table"):
         file.parent.mkdir(parents=True, exist_ok=True)
-    recorded, rows = read_table(file), []
+    recorded, of_system = read_table(file), {}
+
+    def results(run: PlannedRun) -> dict[int, RunResult]:
+        return recorded.setdefault(str(run.directory.parent.relative_to(options.runs)), {})
+
+    def begin(run: PlannedRun) -> None:
+        print(run.name, flush=True)
+
+    def end(run: PlannedRun, outcome: RunResult | UserError) -> None:
+        if isinstance(outcome, UserError):
+            raise outcome
+        if not any(name.startswith("dev ") for name in outcome.scores):
+            raise UserError(f"{run.directory} has no dev scores: the data needs a dev split")
+        results(run)[run.seed] = outcome
+        with writing(file.parent, "free some space"):
+            write_json(file, {name: {"runs": [*map(asdict, of.values())]} for name, of in recorded.items()})
+
     for system in systems:
-        runs = []
-        for seed in options.seeds:
-            directory, arguments = given(system, seed)
-            results = recorded.setdefault(str(directory.parent.relative_to(options.runs)), {})
-            print(f"{system}, seed {seed}", flush=True)
-            with training_errors():
-                results[seed] = finished_run(directory, arguments, seed, results.get(seed), file)
-            if not any(name.startswith("dev ") for name in results[seed].scores):
-                raise UserError(f"{directory} has no dev scores: the data needs a dev split")
-            with writing(file.parent, "free some space"):
-                write_json(file, {name: {"runs": [*map(asdict, of.values())]} for name, of in recorded.items()})
-            runs.append(results[seed])
-        rows.append(Row(system, runs))
-    return rows
+        planned = [PlannedRun(f"{system}, seed {seed}", *given(system, seed), seed) for seed in options.seeds]
+        of_system[system] = [replace(run, recorded=results(run).get(run.seed)) for run in planned]
+    with training_errors():
+        finish_runs([run for runs in of_system.values() for run in runs], file, options.jobs, begin, end)
+    return [Row(system, [results(run)[run.seed] for run in runs]) for system, runs in of_system.items()]
 
 
 def made_on(rows: Sequence[Row]) -> dict[str, object]:

@@ -20,8 +20,9 @@ from minbert import cli
 from minbert.config import TrainConfig
 from minbert.errors import UserError, require
 from minbert.files.atomic import writing
+from minbert.report.run_result import RunResult
 from minbert.runs.run_directory import Run
-from minbert.training.child_process import train_in_process
+from minbert.training.recorded_runs import PlannedRun, finish_runs
 
 
 class OneLineErrors(argparse.ArgumentParser):
@@ -50,12 +51,18 @@ class Parser(OneLineErrors):
         self.add_argument("options", nargs="*", help="further options of minbert.train, after --")
 
     def add_table(self) -> None:
-        """The option --table of a script whose runs may be recorded in a file."""
+        """The options --table and --jobs of a script whose runs may be recorded in a file, and trained at once."""
         self.add_argument(
             "--table",
             type=Path,
             help="JSON file of what all runs came to, read and written: a run that it holds is not trained again where"
             " its directory is not there (table.json in --runs)",
+        )
+        self.add_argument(
+            "--jobs",
+            type=positive,
+            default=1,
+            help="runs that train at once, each with its share of the CPU threads (%(default)s)",
         )
 
 
@@ -63,6 +70,13 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     """The option --results."""
     text = "directory of the record, TIME.json and TIME.md (bench/results)"
     parser.add_argument("--results", type=Path, default=RESULTS, help=text)
+
+
+def positive(text: str) -> int:
+    """A type of argparse's: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 def listed(kind: type) -> Callable[[str], list[Any]]:
@@ -139,10 +153,15 @@ def train(directory: Path, arguments: Sequence[str]) -> Run:
 
     Raises:
         UserError: minbert.train refuses the options or the data, or fails.
+        Stopped: a signal came. The run has saved a checkpoint.
     """
+
+    def end(run: PlannedRun, outcome: RunResult | UserError) -> None:
+        if isinstance(outcome, UserError):
+            raise outcome
+
     with training_errors():
-        if problem := train_in_process(directory, arguments):
-            raise UserError(problem)
+        finish_runs([PlannedRun(str(directory), directory, arguments)], directory, 1, lambda run: None, end)
     return Run(directory)
 
 

@@ -1,9 +1,9 @@
 """Train the rows of a paper's tables and print them beside the published figures: `minbert reproduce 000`.
 
-Every row and seed is a run of `minbert train --recipe PAPER/ROW` in a separate process. The command skips
-a finished run, resumes an interrupted one, extends one that is to be longer, and continues with the next row when one
-fails. A run with other options in the same directory is an error, and stays as it is. table.json keeps what every run
-came to, so that a finished run's directory can be deleted, and the table go on on another machine.
+Every row and seed is a run of `minbert train --recipe PAPER/ROW` in a separate process, `--jobs` of them at once. The
+command skips a finished run, resumes an interrupted one, extends one that is to be longer, and goes on with the next
+row when one fails. A run with other options in the same directory is an error, and stays as it is. table.json keeps
+what every run came to, so that a finished run's directory can be deleted, and the table go on on another machine.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from rich.console import Console
 
 from minbert import cli
 from minbert.console import Terminal
-from minbert.errors import UserError
+from minbert.errors import UserError, require
 from minbert.files.atomic import writing
 from minbert.files.json_yaml import read_yaml
 from minbert.recipes import Paper, Row, paper, protocol
 from minbert.report.paper_table import RowResult, read_table, terminal_table, write_tables
+from minbert.report.run_result import RunResult
 from minbert.runs.run_directory import Run
-from minbert.training.recorded_runs import finished_run
+from minbert.training.recorded_runs import PlannedRun, finish_runs
 from minbert.training.stop_signal import Stopped, StopSignal
 
 FILES = {"reviews": "reviews", "augmented": "augmented.sst"}  # what a row may need, as an option of minbert train
@@ -51,6 +52,8 @@ class ReproduceConfig:
         out: directory of the runs; runs/PAPER when left out.
         table: JSON file of what all runs came to, which is read and written: runs that it holds are not trained again,
             wherever they were trained; table.json in --out when left out.
+        jobs: runs that train at once, each with its share of the CPU threads. For small encoders on a CPU: threads that
+            share a small product wait for each other, and two runs do not.
     """
 
     paper: str
@@ -66,6 +69,7 @@ class ReproduceConfig:
     augmented: str | None = None
     out: str | None = None
     table: str | None = None
+    jobs: int = 1
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -81,6 +85,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--options {options.options}: folds makes several runs of a row; leave it out")
     if options.protocol is not None:
         protocol(options.protocol)
+    require(options.jobs >= 1, "jobs", "at least 1", options.jobs)
     out = Path(options.out or f"runs/{found.number}")
     with writing(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
@@ -106,32 +111,42 @@ def sweep(found: Paper, rows: Sequence[Row], out: Path, options: ReproduceConfig
         file.parent.mkdir(parents=True, exist_ok=True)
     recorded = read_table(file, found) if file.exists() else {}
     results = {name: recorded.get(name) or RowResult(row) for name, row in found.rows.items()}
-    runs = [(results[row.name], seed) for row in rows for seed in options.seeds or [0]]
+    wanted = {f"{found.number}/{row.name}, seed {seed}": (row, seed) for row in rows for seed in options.seeds or [0]}
     shown = [result for result in results.values() if result.row in rows or result.row.name in recorded]
-    for number, (result, seed) in enumerate(runs, 1):
-        row = result.row
-        recipe = f"{found.number}/{row.name}"
-        console.rule(f"{number} of {len(runs)}: {recipe}, seed {seed}", align="left")
-        directory = out / row.name / f"seed-{seed}"
-        missing = [name for name in row.needs if getattr(options, name) is None]
-        given = [f"--recipe={recipe}", f"--seed={seed}", f"--out={directory}", *train_options(options, row)]
-        try:
-            if missing:
-                raise UserError(f"needs a file: give --{missing[0]} FILE")
-            result.runs[seed] = finished_run(directory, given, seed, result.runs.get(seed), file)
-            result.failures.pop(seed, None)
-            if directory.exists():
-                result.directories[seed] = Run(directory)
+
+    def begin(run: PlannedRun) -> None:
+        console.rule(f"{[*wanted].index(run.name) + 1} of {len(wanted)}: {run.name}", align="left")
+
+    def end(run: PlannedRun, outcome: RunResult | UserError) -> None:
+        result = results[run.directory.parent.name]
+        if isinstance(outcome, UserError):
+            console.print(f"{run.name}: {outcome}")
+            result.failures[run.seed] = str(outcome)
+        else:
+            result.runs[run.seed] = outcome
+            result.failures.pop(run.seed, None)
+            if run.directory.exists():
+                result.directories[run.seed] = Run(run.directory)
             else:
-                console.print(f"{file} has its scores")
-        except UserError as error:
-            console.print(f"{recipe}, seed {seed}: {error}")
-            result.failures[seed] = str(error)
+                console.print(f"{run.name}: {file} has its scores")
         with writing(file.parent, "free some space and run the same command again"):
             write_tables(out, found, shown, file)
+
+    planned = []
+    for name, (row, seed) in wanted.items():
+        directory = out / row.name / f"seed-{seed}"
+        given = [f"--recipe={found.number}/{row.name}", f"--seed={seed}", f"--out={directory}"]
+        given += train_options(options, row)
+        run = PlannedRun(name, directory, given, seed, results[row.name].runs.get(seed))
+        missing = [need for need in row.needs if getattr(options, need) is None]
+        if missing:
+            end(run, UserError(f"needs a file: give --{missing[0]} FILE"))
+        else:
+            planned.append(run)
+    finish_runs(planned, file, options.jobs, begin, end)
     console.print(terminal_table(found, shown))
     console.print(f"written: {out / 'table.md'}, {file} and {out / 'report.html'}")
-    return int(any(seed in result.failures for result, seed in runs))
+    return int(any(seed in results[row.name].failures for row, seed in wanted.values()))
 
 
 def train_options(options: ReproduceConfig, row: Row) -> list[str]:

@@ -199,6 +199,7 @@ OPTIONS = {
         "augmented": None,
         "out": None,
         "table": None,
+        "jobs": 1,
     },
 }
 

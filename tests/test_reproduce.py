@@ -8,6 +8,10 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -34,6 +38,15 @@ scratch: {hidden_size: 16, num_attention_heads: 2, intermediate_size: 32, num_hi
 """
 
 
+class FakeProcess:
+    """A process of one run: its code, and what it prints to standard error."""
+
+    stdout = None
+
+    def __init__(self, end, stderr, send_signal=None):
+        self.wait, self.stderr, self.send_signal = end, stderr, send_signal
+
+
 @pytest.fixture
 def sweep(course_data, tmp_path):
     """`sweep(PAPER, options)`: the exit code of a sweep of one-step runs of a very small encoder."""
@@ -50,10 +63,10 @@ def in_process(monkeypatch):
     def start(words, **rest):
         calls.append(words[3:])
         try:
-            return SimpleNamespace(returncode=train.main(words[3:]), communicate=lambda: (None, ""))
+            code, said = train.main(words[3:]), []
         except UserError as error:
-            message = f"error: {error}\n"
-            return SimpleNamespace(returncode=2, communicate=lambda: (None, message))
+            code, said = 2, [f"error: {error}\n"]
+        return FakeProcess(lambda: code, said)
 
     monkeypatch.setattr(separate_process, "subprocess", SimpleNamespace(Popen=start, PIPE=None))
     return calls
@@ -286,38 +299,101 @@ def test_a_run_that_is_to_be_longer_is_extended_and_a_longer_one_is_kept(sweep, 
 
 
 def test_a_sweep_that_is_stopped_stops_its_run(sweep, monkeypatch, capsys, tmp_path):
-    signals = []
+    """SIGTERM is passed on. SIGINT is not: the terminal sends it to the run as well."""
+    passed_on = []
 
-    class Waiting:
-        returncode = 143
+    def start(words, **rest):
+        stopped = threading.Event()
 
-        def __init__(self, words, **rest):
-            pass
+        def end():
+            os.kill(os.getpid(), number)
+            assert stopped.wait(30) or number == signal.SIGINT
+            return 128 + number
 
-        def communicate(self):
-            signal.raise_signal(signal.SIGTERM)
+        def send_signal(number):
+            passed_on.append(number)
+            stopped.set()
 
-        def send_signal(self, number):
-            signals.append(number)
+        if number == signal.SIGINT:
+            stopped.set()
+        return FakeProcess(end, [], send_signal)
 
-        def wait(self):
-            signals.append("waited")
-
-    monkeypatch.setattr(separate_process, "subprocess", SimpleNamespace(Popen=Waiting, PIPE=None))
-    assert sweep("000", "--rows=finetune") == 143
-    assert signals == [signal.SIGTERM, "waited"]
+    monkeypatch.setattr(separate_process, "subprocess", SimpleNamespace(Popen=start, PIPE=None))
     said = f"stopped; the same command goes on with what {tmp_path / 'out'} holds"
-    assert capsys.readouterr().out.splitlines()[-1] == said
+    for number, sent in ((signal.SIGTERM, [signal.SIGTERM]), (signal.SIGINT, [])):
+        assert sweep("000", "--rows=finetune,pcgrad") == 128 + number
+        assert passed_on == sent
+        assert capsys.readouterr().out.splitlines()[-1] == said
+        passed_on.clear()
 
 
-def test_a_row_that_fails_leaves_the_others_their_turn(sweep, tmp_path, capsys):
+def test_what_a_run_writes_to_standard_error_is_shown(sweep, monkeypatch, capsys):
+    said = ["warning: a row left out\n", "error: no such luck\n"]
+    fake = SimpleNamespace(Popen=lambda words, **rest: FakeProcess(lambda: 2, said), PIPE=None)
+    monkeypatch.setattr(separate_process, "subprocess", fake)
+    assert sweep("000", "--rows=finetune") == 1
+    shown = capsys.readouterr()
+    assert shown.err == said[0]
+    assert "000/finetune, seed 0: no such luck" in shown.out
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_row_that_fails_leaves_the_others_their_turn(jobs, sweep, tmp_path, capsys):
     (tmp_path / "out" / "finetune" / "seed-0").mkdir(parents=True)
     (tmp_path / "out" / "finetune" / "seed-0" / "config.yaml").write_text("{")
-    assert sweep("000", "--rows=finetune,pcgrad") == 1
+    assert sweep("000", "--rows=finetune,pcgrad", f"--jobs={jobs}") == 1
     assert "000/finetune, seed 0:" in capsys.readouterr().out
     text = (tmp_path / "out" / "table.md").read_text()
     assert "- Baseline finetune: seed 0:" in text
     assert "| PCGRAD finetune | 0.500 / 0." in text
+
+
+def test_runs_at_once_are_those_of_one_after_the_other(sweep, monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 5)
+    small = (tmp_path / "small.yaml").read_text()
+    (tmp_path / "small.yaml").write_text(f"{small}steps: 3\nlog_steps: 1\n")
+    tables = []
+    for jobs in (1, 2):
+        out = tmp_path / f"jobs-{jobs}"
+        assert sweep("000", "--rows=finetune,pcgrad", "--seeds=0,1", f"--jobs={jobs}", f"--out={out}") == 0
+        tables.append(json.loads((out / "table.json").read_text()))
+        threads = {Run(path).config().threads for path in out.glob("*/seed-*")}
+        assert threads == {None if jobs == 1 else 2}
+    assert [[run["scores"] for run in row["runs"]] for row in tables[0].values()] == [
+        [run["scores"] for run in row["runs"]] for row in tables[1].values()
+    ]
+    lines = capfd.readouterr().out.splitlines()
+    lines = lines[next(number for number, line in enumerate(lines) if line.startswith("written: ")) + 1 :]
+    names = [f"000/{row}, seed {seed}: " for row in ("finetune", "pcgrad") for seed in (0, 1)]
+    ends = [next(at for at, line in enumerate(lines) if line.startswith(f"{name}report: ")) for name in names]
+    second = next(at for at, line in enumerate(lines) if line.startswith("2 of 4: 000/finetune, seed 1 "))
+    assert second < min(ends)  # it began before another one ended
+
+
+@pytest.mark.slow
+def test_sigterm_stops_all_runs_and_they_go_on(course_data, tmp_path):
+    (tmp_path / "small.yaml").write_text(f"{SMALL}log_steps: 1\n")
+    out, log = tmp_path / "out", tmp_path / "log"
+    command = [sys.executable, "-m", "minbert.reproduce", "000", "--rows=finetune,pcgrad,smart", "--jobs=2"]
+    command += [f"--data={course_data}", f"--options={tmp_path / 'small.yaml'}", f"--out={out}"]
+    with log.open("w") as printed:
+        sweep = subprocess.Popen([*command, "--steps=100000"], stdout=printed, stderr=printed)
+        for _ in range(600):
+            if len([*out.glob("*/seed-0/last")]) == 2 or sweep.poll() is not None:
+                break
+            time.sleep(0.1)
+        sweep.terminate()
+        assert sweep.wait(60) == 143, log.read_text()
+    runs = [Run(out / row / "seed-0") for row in ("finetune", "pcgrad")]
+    steps = [run.records()[-1]["step"] for run in runs]
+    assert not (out / "smart" / "seed-0").exists()
+    assert log.read_text().splitlines()[-1] == f"stopped; the same command goes on with what {out} holds"
+    time.sleep(0.5)
+    assert [run.records()[-1]["step"] for run in runs] == steps  # both processes have ended
+    assert (
+        subprocess.run([*command, f"--steps={max(steps) + 5}", "--rows=finetune,pcgrad"], check=False).returncode == 0
+    )
+    assert [run.summary()["steps"] for run in runs] == [max(steps) + 5] * 2
 
 
 def test_a_row_says_which_file_it_needs(sweep, tmp_path):
@@ -346,6 +422,7 @@ def test_results_that_cannot_be_written_are_one_line(sweep, in_process, tmp_path
         (["007"], r"unknown paper '007' \(did you mean '00\d'\?\); known: 000, 001, 002, 003, 004"),
         (["000", "--rows=pcgrda"], r"paper 000 has no row 'pcgrda' \(did you mean 'pcgrad'\?\); rows: single"),
         (["000", "--protocol=smal"], r"unknown protocol 'smal' \(did you mean 'small'\?\); known: small"),
+        (["000", "--jobs=0"], "--jobs must be at least 1, got 0"),
         (["000", "--seed=1"], r"unknown option --seed \(did you mean '--seeds'\?\)"),
     ],
 )

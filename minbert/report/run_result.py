@@ -51,7 +51,7 @@ class RunResult:
         }
 
 
-def result_of(run: Run, seed: int) -> RunResult:
+def result_of(run: Run) -> RunResult:
     """What a finished run came to, from its directory.
 
     Raises:
@@ -70,7 +70,7 @@ def result_of(run: Run, seed: int) -> RunResult:
     rates = [rate for epoch in epochs(records) for rate in epoch.conflict_rate.values()]
     shares = [share for record in records if (share := record.get("projected_share")) is not None]
     return RunResult(
-        seed=seed,
+        seed=config.seed,
         scores=scores,
         steps=summary["steps"],
         steps_per_epoch=summary["steps_per_epoch"],

@@ -1,12 +1,14 @@
-"""Trains a run in a separate process, unless it has finished."""
+"""Runs that are trained in processes of their own, one or several at once."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from minbert import cli
 from minbert.config import TrainConfig
@@ -18,38 +20,78 @@ from minbert.training.stop_signal import Stopped
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
 
 
-def train_in_process(directory: Path, arguments: Sequence[str]) -> str | None:
-    """Run `minbert train` with these arguments, with --resume if the run in the directory can go on.
+class TrainingProcesses:
+    """The processes that train now; threads may share it.
 
-    Returns:
-        the error, in one line; None for a run that has finished.
-
-    Raises:
-        Stopped: a signal came. The run has saved a checkpoint.
+    Args:
+        named: whether several train at once. Then the run's name stands before each line that one prints, and no
+            process has the terminal to draw on.
     """
-    if (directory / "summary.json").exists():
+
+    def __init__(self, named: bool) -> None:
+        self._named = named
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopping = False
+
+    def train(self, directory: Path, arguments: Sequence[str], name: str) -> str | None:
+        """`minbert train` with these arguments, unless the run has finished; with --resume if it can go on.
+
+        Returns:
+            the error, in one line; None for a run that has finished.
+
+        Raises:
+            Stopped: a signal came to the process, which has saved a checkpoint; or `stop` was called.
+        """
+        if (directory / "summary.json").exists():
+            finished, problem = _finished(directory, arguments)
+            if finished or problem:
+                return problem
+        command = [sys.executable, "-m", "minbert.train", *arguments]
+        command += ["--resume"] if (directory / "config.yaml").exists() else []
+        out, err = (subprocess.PIPE, subprocess.STDOUT) if self._named else (None, subprocess.PIPE)
+        with self._lock:
+            if self._stopping:
+                raise Stopped(signal.SIGINT)
+            process = subprocess.Popen(command, text=True, errors="replace", stdout=out, stderr=err)
+            self._running.add(process)
         try:
-            changed = differences(Run(directory).config(), cli.parse_layers("train", TrainConfig, arguments))
-        except UserError as error:
-            return str(error)
-        other = [change for name, change in changed.items() if name not in LENGTH]
-        if other:
-            return f"{directory} holds a run with other options: {', '.join(other)}; give another --out"
-        if not changed:
-            return None
-    command = [sys.executable, "-m", "minbert.train", *arguments]
-    command += ["--resume"] if (directory / "config.yaml").exists() else []
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            printed = (process.stdout, f"{name}: ", sys.stdout) if self._named else (process.stderr, "", sys.stderr)
+            last = _pass_on(*printed)
+            code = process.wait()
+        finally:
+            with self._lock:
+                self._running.discard(process)
+        if code in STOPPED:
+            raise Stopped(signal.SIGINT)
+        return None if code == 0 else last.removeprefix("error: ") or f"exit code {code}"
+
+    def stop(self, number: int | None) -> None:
+        """Send a signal to all processes, or None where they have got one, and start no more. The first call counts."""
+        with self._lock:
+            if not self._stopping and number is not None:
+                for process in self._running:
+                    process.send_signal(number)
+            self._stopping = True
+
+
+def _pass_on(lines: IO[str] | None, prefix: str, stream: IO[str]) -> str:
+    """Print what a process prints, but for its error; the last line that is not empty."""
+    last = ""
+    for line in lines or ():
+        last = line.strip() or last
+        if not line.startswith("error: "):
+            print(prefix + line, end="", file=stream, flush=True)
+    return last
+
+
+def _finished(directory: Path, arguments: Sequence[str]) -> tuple[bool, str | None]:
+    """Whether the run that a directory has the summary of has these options, and why it is another one, in one line."""
     try:
-        _, errors = run.communicate()
-    except Stopped as stopped:
-        if stopped.number != signal.SIGINT:  # which the terminal sends to both
-            run.send_signal(stopped.number)
-        run.wait()
-        raise
-    if run.returncode in STOPPED:
-        raise Stopped(signal.SIGINT)
-    if run.returncode == 0:
-        return None
-    last = [line for line in errors.splitlines() if line.strip()][-1:] or [f"exit code {run.returncode}"]
-    return last[0].removeprefix("error: ")
+        changed = differences(Run(directory).config(), cli.parse_layers("train", TrainConfig, arguments))
+    except UserError as error:
+        return False, str(error)
+    other = [change for name, change in changed.items() if name not in LENGTH]
+    if other:
+        return False, f"{directory} holds a run with other options: {', '.join(other)}; give another --out"
+    return not changed, None

@@ -1,9 +1,14 @@
-"""A run that is trained in a separate process, unless it has finished or a table has recorded what it came to."""
+"""Runs that are trained, one or several at once, unless they have finished or a table has what they came to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from minbert import cli
 from minbert.config import TrainConfig
@@ -11,29 +16,84 @@ from minbert.errors import UserError
 from minbert.report.run_result import RunResult, result_of
 from minbert.runs.resume import departures
 from minbert.runs.run_directory import Run
-from minbert.training.child_process import train_in_process
+from minbert.training.child_process import TrainingProcesses
+from minbert.training.stop_signal import Stopped
 
 
-def finished_run(
-    directory: Path, arguments: Sequence[str], seed: int, recorded: RunResult | None, table: Path
-) -> RunResult:
-    """What a run comes to: trained to its end, or as recorded where its directory is not there.
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that is to be there."""
+
+    name: str  # for people
+    directory: Path
+    arguments: Sequence[str]  # of `minbert train`, with --seed and --out
+    seed: int = 0
+    recorded: RunResult | None = None  # what the table has of it
+
+
+def finish_runs(
+    runs: Sequence[PlannedRun],
+    table: Path,
+    jobs: int,
+    begin: Callable[[PlannedRun], None],
+    end: Callable[[PlannedRun, RunResult | UserError], None],
+) -> None:
+    """Train runs that have not finished; those that the table has and whose directory is not there are not trained.
 
     Args:
-        arguments: of `minbert train`, with `--seed` and `--out`.
-        recorded: what the file `table` has of it.
+        table: the file, for messages.
+        jobs: how many train at once. Of several, each has its share of the CPU threads that one would have, unless its
+            arguments say otherwise.
+        begin: called with each run before it is trained, in a thread.
+        end: called with each run and what it came to, or why it failed, in the caller's thread, as they finish.
+
+    Raises:
+        Stopped: a signal came. The runs that were being trained have saved a checkpoint.
+        Exception: what `end` raises. They have been stopped then, and have saved one too.
+    """
+    processes = TrainingProcesses(named=jobs > 1)
+    threads = max(1, torch.get_num_threads() // jobs) if jobs > 1 else None
+
+    def outcome(run: PlannedRun) -> RunResult | UserError | Stopped:
+        begin(run)
+        try:
+            return _finished(run, table, processes, threads)
+        except (UserError, Stopped) as error:
+            return error
+
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(outcome, run): run for run in runs}
+        try:
+            for future in as_completed(waiting):
+                found = future.result()
+                if isinstance(found, Stopped):
+                    processes.stop(signal.SIGTERM)  # the others: only that process got a signal
+                    raise found
+                end(waiting[future], found)
+        except BaseException as error:
+            number = error.number if isinstance(error, Stopped) else signal.SIGTERM
+            processes.stop(None if number == signal.SIGINT else number)  # the terminal sends SIGINT to all
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _finished(run: PlannedRun, table: Path, processes: TrainingProcesses, threads: int | None) -> RunResult:
+    """What a run comes to: trained to its end, or as recorded where its directory is not there.
 
     Raises:
         UserError: the recorded run has other options, or training fails.
-        Stopped: a signal came. The run has saved a checkpoint.
+        Stopped: a signal came.
     """
-    if recorded is not None and not directory.exists():
-        changed = departures(recorded.options, cli.parse_layers("train", TrainConfig, arguments))
+    if run.recorded is not None and not run.directory.exists():
+        changed = departures(run.recorded.options, cli.parse_layers("train", TrainConfig, run.arguments))
         if changed:
             raise UserError(
                 f"{table} holds a run with other options: {', '.join(changed.values())}; give another --table"
             )
-        return recorded
-    if problem := train_in_process(directory, arguments):
+        return run.recorded
+    arguments = [*run.arguments]
+    if threads is not None and cli.parse_layers("train", TrainConfig, arguments).threads is None:
+        arguments.append(f"--threads={threads}")
+    if problem := processes.train(run.directory, arguments, run.name):
         raise UserError(problem)
-    return result_of(Run(directory), seed)
+    return result_of(Run(run.directory))

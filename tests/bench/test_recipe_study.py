@@ -99,12 +99,14 @@ def test_the_lengths_of_runs_follow_from_the_epochs_or_the_minutes(monkeypatch, 
     """With runs that are not trained: a step of plain takes 0.5 s, one of all other recipes 1.5 s."""
     lines = []
 
-    def finished_run(directory, arguments, seed, recorded, table):
-        lines.append([option for option in arguments if option.startswith(("--recipe", "--epochs", "--steps"))])
-        steps = int(directory.parent.name.partition("-")[2]) * (100 if "epochs" in directory.parent.name else 1)
-        return result(seed, 0.5, step_seconds=0.5 if directory.parent.parent.name == "plain" else 1.5, steps=steps)
+    def finish_runs(runs, table, jobs, begin, end):
+        for run in runs:
+            length, recipe = run.directory.parent, run.directory.parent.parent.name
+            lines.append([option for option in run.arguments if option.startswith(("--recipe", "--epochs", "--steps"))])
+            steps = int(length.name.partition("-")[2]) * (100 if "epochs" in length.name else 1)
+            end(run, result(run.seed, 0.5, step_seconds=0.5 if recipe == "plain" else 1.5, steps=steps))
 
-    monkeypatch.setattr(scores_of_runs, "finished_run", finished_run)
+    monkeypatch.setattr(scores_of_runs, "finish_runs", finish_runs)
     monkeypatch.setattr("recipe_study.write", lambda *arguments, **more: None)
     assert main(["--seeds", "0", "--epochs", "3", "--runs", str(tmp_path)]) == 0
     assert lines[:6] == [[f"--recipe={name}", "--epochs=3"] for name in RECIPES]

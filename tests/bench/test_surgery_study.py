@@ -101,6 +101,7 @@ def test_a_picture_has_a_line_for_each_surgery_from_the_best_down(tmp_path):
         (["--surgeries", "sum --lrate=1"], "unknown option --lrate"),
         (["--seeds", "0,one"], "argument --seeds: invalid list of int value: '0,one'"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--jobs", "0"], "argument --jobs: must be at least 1, got 0"),
         (["--plot", "scores.jpg"], "argument --plot: must end in .png or .svg, got 'scores.jpg'"),
         (["--speed"], "unrecognized arguments: --speed; --help lists the options"),
         (["--", "--surgery", "sum"], "--surgery after --: this script gives it to every run"),
@@ -115,7 +116,7 @@ def test_bad_input_is_refused_before_the_first_run(arguments, message, tmp_path)
 def test_all_surgeries_are_studied_by_default(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(surgery_study, "check", lambda lines, runs: seen.extend(lines))
-    monkeypatch.setattr(scores_of_runs, "finished_run", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
+    monkeypatch.setattr(scores_of_runs, "finish_runs", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
     with pytest.raises(UserError, match="enough"):
         main(["--seeds", "0", "--runs", str(tmp_path)])
     named = [option.removeprefix("--surgery=") for line in seen for option in line if "--surgery=" in option]

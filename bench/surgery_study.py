@@ -66,14 +66,16 @@ def main(arguments: Sequence[str]) -> int:
     made.add_argument(
         "--surgeries",
         nargs="+",
-        default=list(SURGERIES),
+        default=["all"],
         help="names for --surgery, each perhaps with further options: sum 'cagrad(c=0.5)' 'pcgrad --surgery-groups=..';"
-        " the others' scores are compared with the first one's (all that minbert has)",
+        " the others' scores are compared with the first one's; all stands for all that minbert has, from sum on (all)",
     )
     made.add_argument("--epochs", type=int, default=1, help="of each run (%(default)s)")
     made.add_argument("--plot", type=picture, help="a .png or .svg file to draw the scores to")
     made.add_table()
     options = made.parse_args(arguments)
+    named = [SURGERIES if surgery == "all" else (surgery,) for surgery in options.surgeries]
+    options.surgeries = [surgery for names in named for surgery in names]
     require_distinct(options, "surgeries", "seeds")
     places = directories(options.surgeries, "surgeries")
 

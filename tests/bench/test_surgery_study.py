@@ -113,13 +113,15 @@ def test_bad_input_is_refused_before_the_first_run(arguments, message, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_all_surgeries_are_studied_by_default(monkeypatch, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--surgeries", "all", "pcgrad --surgery-scope=layer"]], ids=["default", "named"])
+def test_all_surgeries_are_studied(more, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(surgery_study, "check", lambda lines, runs: seen.extend(lines))
     monkeypatch.setattr(scores_of_runs, "finish_runs", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
     with pytest.raises(UserError, match="enough"):
-        main(["--seeds", "0", "--runs", str(tmp_path)])
+        main(["--seeds", "0", "--runs", str(tmp_path), *more])
     named = [option.removeprefix("--surgery=") for line in seen for option in line if "--surgery=" in option]
     assert named[:5] == ["sum", "mean", "pcgrad", "gse", "upgrad"]
     assert {"famo", "geometric-mean"} <= {*named}
     assert "constant" not in named
+    assert named.count("pcgrad") == 1 + bool(more)

@@ -76,11 +76,11 @@ class TrainingProcesses:
 
 
 def _pass_on(lines: IO[str] | None, prefix: str, stream: IO[str]) -> str:
-    """Print what a process prints, but for its error; the last line that is not empty."""
+    """Print what a process prints, without empty lines and its error; returns the last line."""
     last = ""
     for line in lines or ():
         last = line.strip() or last
-        if not line.startswith("error: "):
+        if line.strip() and not line.startswith("error: "):
             print(prefix + line, end="", file=stream, flush=True)
     return last
 

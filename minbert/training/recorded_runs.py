@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -44,8 +45,8 @@ def finish_runs(
         table: the file, for messages.
         jobs: how many train at once. Of several, each has its share of the CPU threads that one would have, unless its
             arguments say otherwise.
-        begin: called with each run before it is trained, in a thread.
-        end: called with each run and what it came to, or why it failed, in the caller's thread, as they finish.
+        begin: called with each run before it is trained.
+        end: called with each run and what it came to, or why it failed, as they finish.
 
     Raises:
         Stopped: a signal came. The runs that were being trained have saved a checkpoint.
@@ -55,25 +56,33 @@ def finish_runs(
     threads = max(1, torch.get_num_threads() // jobs) if jobs > 1 else None
 
     def outcome(run: PlannedRun) -> RunResult | UserError | Stopped:
-        begin(run)
         try:
             return _finished(run, table, processes, threads)
         except (UserError, Stopped) as error:
             return error
 
+    to_begin, training = iter(runs), dict[Future[RunResult | UserError | Stopped], PlannedRun]()
+
+    def begin_next() -> None:
+        for run in islice(to_begin, 1):
+            begin(run)
+            training[pool.submit(outcome, run)] = run
+
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = {pool.submit(outcome, run): run for run in runs}
         try:
-            for future in as_completed(waiting):
-                found = future.result()
-                if isinstance(found, Stopped):
-                    processes.stop(signal.SIGTERM)  # the others: only that process got a signal
-                    raise found
-                end(waiting[future], found)
+            for _ in range(jobs):
+                begin_next()
+            while training:
+                for future in wait(training, return_when=FIRST_COMPLETED).done:
+                    found = future.result()
+                    if isinstance(found, Stopped):
+                        processes.stop(signal.SIGTERM)  # the others: only that process got a signal
+                        raise found
+                    end(training.pop(future), found)
+                    begin_next()
         except BaseException as error:
             number = error.number if isinstance(error, Stopped) else signal.SIGTERM
             processes.stop(None if number == signal.SIGINT else number)  # the terminal sends SIGINT to all
-            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
 
     rates = {family: [f"{rate:g}" for rate in of_family] for family, (_, of_family) in FAMILIES.items()}
     cases = [(family, rate, seed) for family, names in rates.items() for rate in names for seed in options.seeds]
-    check([given(*case)[1] for case in cases], options.runs)
+    check([given(*case)[1] for case in cases], options)
     with StopSignal():
         found = {family: trained(names, options, partial(given, family)) for family, names in rates.items()}
     rows = [row for of_family in found.values() for row in of_family]

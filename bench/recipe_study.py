@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     def runs(steps: Mapping[str, int]) -> list[Row]:
         return trained(options.recipes, options, lambda recipe, seed: given(recipe, seed, steps))
 
-    check([given(recipe, seed, {})[1] for recipe in options.recipes for seed in options.seeds], options.runs)
+    check([given(recipe, seed, {})[1] for recipe in options.recipes for seed in options.seeds], options)
     with StopSignal():
         same_epochs = runs({})
         budget = same_epochs[0].seconds if options.minutes is None else 60 * options.minutes

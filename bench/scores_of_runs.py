@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from training_runs import training_errors, with_deviation
+from training_runs import make, training_errors, with_deviation
 
 from minbert.errors import UserError
 from minbert.files.atomic import write_json, writing
@@ -91,8 +91,7 @@ def trained(
         UserError: minbert.train refuses the options or the data, or fails; a run has no dev scores.
     """
     file = options.table or options.runs / "table.json"
-    with writing(file.parent, "choose another --table"):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    make(file.parent, "--table")
     recorded, of_system = read_table(file), {}
 
     def results(run: PlannedRun) -> dict[int, RunResult]:

@@ -14,14 +14,26 @@ from pathlib import Path
 import scores_of_runs
 from figures import picture, save
 from scores_of_runs import Row, footnote, made_on, trained
-from training_runs import Parser, check, command, command_line, directories, name_and_options, require_distinct, write
+from training_runs import (
+    Parser,
+    check,
+    command,
+    command_line,
+    directories,
+    make,
+    name_and_options,
+    require_distinct,
+    write,
+)
 
 from minbert import cli
 from minbert.methods.surgery import NAMES
 from minbert.methods.weightings import WEIGHTINGS
 from minbert.training.stop_signal import StopSignal
 
-SURGERIES = (*NAMES, *(name for name in WEIGHTINGS if name != "constant"))  # which has no weights of its own
+OWN_OPTIONS = {"dwa": "dwa(every=20)"}  # with its default it is sum in an epoch of fewer than 200 steps
+NAMED = (*NAMES, *(name for name in WEIGHTINGS if name != "constant"))  # which has no weights of its own
+SURGERIES = tuple(OWN_OPTIONS.get(name, name) for name in NAMED)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -85,7 +97,9 @@ def main(arguments: Sequence[str]) -> int:
         own = {"surgery": name, "epochs": options.epochs, "seed": seed, "out": directory}
         return directory, [*command_line(options, own), *further]
 
-    check([given(surgery, seed)[1] for surgery in options.surgeries for seed in options.seeds], options.runs)
+    if options.plot is not None:
+        make(options.plot.parent, "--plot")
+    check([given(surgery, seed)[1] for surgery in options.surgeries for seed in options.seeds], options)
     with StopSignal():
         rows = trained(options.surgeries, options, given)
     text = table(rows)

@@ -204,7 +204,7 @@ def main(arguments: Sequence[str]) -> int:
             yield timed(directory, seed, options.target, arguments)
 
     cases = itertools.product(options.recipes, options.epochs, options.seeds)
-    check([given(*case)[1] for case in cases], options.runs)
+    check([given(*case)[1] for case in cases], options)
     with StopSignal():
         done = schedules(options.recipes, options.epochs, options.target, runs)
     text = table(done)

@@ -129,16 +129,26 @@ def directories(systems: Sequence[str], option: str) -> dict[str, str]:
     return names
 
 
-def check(command_lines: Iterable[Sequence[str]], runs: Path) -> None:
-    """Check every option before the first run, and make the directory of the runs.
+def check(command_lines: Iterable[Sequence[str]], options: argparse.Namespace) -> None:
+    """Check every option before the first run, and make the directories of the runs and of the record.
 
     Raises:
-        UserError: minbert.train refuses an option, or the directory cannot be made.
+        UserError: minbert.train refuses an option, or a directory cannot be made.
     """
     for arguments in command_lines:
         cli.parse_layers("train", TrainConfig, arguments)
-    with writing(runs, "choose another --runs"):
-        runs.mkdir(parents=True, exist_ok=True)
+    for name in ("runs", "results"):
+        make(getattr(options, name), f"--{name}")
+
+
+def make(directory: Path, option: str) -> None:
+    """Make a directory that an option names.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    with writing(directory, f"choose another {option}"):
+        directory.mkdir(parents=True, exist_ok=True)
 
 
 def require_distinct(options: argparse.Namespace, *names: str) -> None:

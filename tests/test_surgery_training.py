@@ -367,3 +367,11 @@ def test_a_state_that_does_not_fit_is_one_line(writer, tasks, parts, message, tm
         surgery.weighting.load(tmp_path, CPU)
     assert "\n" not in str(caught.value)
     assert not surgery.weighting.state.any()
+
+
+def test_a_run_too_short_for_dwa_says_so(quick, capsys, tmp_path):
+    said = "every=3), 6 steps: all weights are 1 in its first 6 steps: it is sum here; give a smaller --surgery.every"
+    for every, shown in ((3, True), (2, False)):
+        out = tmp_path / str(every)
+        assert train.main([*quick, "--epochs=1", "--surgery=dwa", f"--surgery.every={every}", f"--out={out}"]) == 0
+        assert (said in capsys.readouterr().out) == shown

@@ -67,6 +67,11 @@ class DWA(Weighting):
     temperature: float = 2.0
     every: int = 100
 
+    def remark(self, steps: int) -> str | None:
+        if steps > 2 * self.every:
+            return None
+        return f"all weights are 1 in its first {2 * self.every} steps: it is sum here; give a smaller --surgery.every"
+
 
 @dataclass(frozen=True)
 class GradNorm(Weighting):

@@ -89,6 +89,10 @@ class Surgery:
         if self.weighting is not None:
             self.weighting.prepare(tasks, device, parts)
 
+    def remark(self, steps: int) -> str | None:
+        """Why it does nothing in a run of so many steps; None where it does."""
+        return self.weighting.rule.remark(steps) if isinstance(self.weighting, BuiltInWeighting) else None
+
     def weights(
         self,
         gram: Tensor,

@@ -50,6 +50,10 @@ class Weighting:
         """The numbers of the options in the op's order."""
         return [float(getattr(self, option.name)) for option in kernels.WEIGHTING_RULES[self.rule].options]
 
+    def remark(self, steps: int) -> str | None:
+        """Why the rule does nothing in a run of so many steps, in a few words; None where it does."""
+        return None
+
     def state(self, tasks: int, parts: int | None = None, device: torch.device | str = "cpu") -> Tensor | None:
         """What the rule keeps from call to call, at the start of a run: zeros, float64 [S], of G parts [G, S].
 

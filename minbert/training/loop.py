@@ -226,6 +226,9 @@ def start(
     for part in data_lines(config, data, model, str(directory.skipped)):
         console.print(part)
     plan = build_plan(config, data)
+    for surgery in surgeries:
+        if remark := surgery.remark(plan.steps):
+            console.print(f"warning: --surgery {surgery.name}, {plan.steps} steps: {remark}")
     trainer = build_trainer(config, data, plan, model, surgeries, group)
     if trainer.graphs is not None:
         trainer.graphs.report = console.print

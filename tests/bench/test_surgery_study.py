@@ -113,14 +113,25 @@ def test_bad_input_is_refused_before_the_first_run(arguments, message, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", ["--runs", "--results", "--table", "--plot"])
+def test_where_nothing_can_be_written_is_said_before_the_first_run(option, monkeypatch, tmp_path):
+    monkeypatch.setattr(scores_of_runs, "finish_runs", lambda *arguments: pytest.fail("a run has begun"))
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / {"--table": "table.json", "--plot": "scores.png"}.get(option, "")
+    given = {"--runs": tmp_path / "runs", "--results": tmp_path / "results", option: place}
+    with pytest.raises(UserError, match=rf"{tmp_path}/file cannot be written .*; choose another {option}"):
+        main([str(word) for pair in given.items() for word in pair])
+
+
 @pytest.mark.parametrize("more", [[], ["--surgeries", "all", "pcgrad --surgery-scope=layer"]], ids=["default", "named"])
 def test_all_surgeries_are_studied(more, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(surgery_study, "check", lambda lines, runs: seen.extend(lines))
+    monkeypatch.setattr(surgery_study, "check", lambda lines, options: seen.extend(lines))
     monkeypatch.setattr(scores_of_runs, "finish_runs", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
     with pytest.raises(UserError, match="enough"):
         main(["--seeds", "0", "--runs", str(tmp_path), *more])
     named = [option.removeprefix("--surgery=") for line in seen for option in line if "--surgery=" in option]
+    assert "dwa(every=20)" in named
     assert named[:5] == ["sum", "mean", "pcgrad", "gse", "upgrad"]
     assert {"famo", "geometric-mean"} <= {*named}
     assert "constant" not in named

@@ -117,7 +117,7 @@ def test_what_training_refuses_is_one_line_and_exit_code_2(tmp_path):
     done = script(*arguments, "--data", tmp_path / "nothing")
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*nothing.*\n", done.stderr)
-    assert not (tmp_path / "results").exists()
+    assert not [*(tmp_path / "results").iterdir()]
 
 
 def test_help_names_the_options(capsys):

@@ -6,14 +6,16 @@ import json
 import re
 import shutil
 import statistics
+from pathlib import Path
 
 import pytest
 import scores_of_runs
 import surgery_study
 from groups import quick_options
 from results import result
-from scores_of_runs import Row
-from surgery_study import draw, main, table
+from scores_of_runs import Row, read_table
+from surgery_study import SURGERIES, draw, main, table
+from training_runs import directories
 
 from minbert.errors import UserError
 from minbert.runs.run_directory import Run
@@ -111,6 +113,18 @@ def test_bad_input_is_refused_before_the_first_run(arguments, message, tmp_path)
     with pytest.raises(UserError, match=re.escape(message)):
         main(["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), *arguments])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_docs_show_the_recorded_runs():
+    docs = Path(__file__).parents[2] / "docs"
+    text = (docs / "surgery.md").read_text()
+    shown = text.partition("## On the course's data")[2].partition("\n## ")[0]
+    names = re.findall(r"^\| (\w.*?) \|", shown, re.MULTILINE)[1:]
+    seeds = [int(seed) for seed in re.search(r": seeds? ([\d, ]+)$", shown, re.MULTILINE)[1].split(", ")]
+    recorded, places = read_table(docs / "studies" / "surgery.json"), directories(names, "surgeries")
+    rows = [Row(name, [recorded[places[name]][seed] for seed in seeds]) for name in names]
+    assert {*SURGERIES} <= {*names}
+    assert table(rows) in shown
 
 
 @pytest.mark.parametrize("option", ["--runs", "--results", "--table", "--plot"])

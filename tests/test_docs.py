@@ -194,6 +194,7 @@ OTHERS = {  # options of other programs, and of those in bench/ and tests/
         "--help-all",
         "--quick",
         "--minbert-results",
+        "--surgeries",
     ),
     *("--recipes", "--target", "--plot", "--since", "--write"),
 }

@@ -1,6 +1,6 @@
 """Dev scores by recipe, at equal epochs and at equal time: `python bench/recipe_study.py --data DIR --model DIR`.
 
-Trains a run for each recipe and seed with as many epochs, one after another, and writes a table of them. Then each
+Trains a run for each recipe and seed with as many epochs, `--jobs` at once, and writes a table of them. Then each
 recipe trains runs of as many steps as take the time of the first recipe's, by the median of its own steps, and a second
 table has these. They are runs of their own: a run's learning rate falls to 0 at its end. The time is that of the steps
 alone. Runs of one seed have the same new weights whatever the recipe, so the difference from the first recipe is taken

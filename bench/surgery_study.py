@@ -1,6 +1,6 @@
 """Dev scores, seconds and conflicts by surgery: `python bench/surgery_study.py --data DIR --model DIR --runs DIR`.
 
-Trains a run for each surgery and seed, one after another, and writes a table with a row for each surgery; `--plot
+Trains a run for each surgery and seed, `--jobs` at once, and writes a table with a row for each surgery; `--plot
 FILE.png` draws it. Runs of one seed have the same data order and the same new weights whatever the surgery, so the
 difference from the first surgery is taken seed by seed. A finished run is used again, and an interrupted one goes on.
 """
@@ -97,9 +97,9 @@ def main(arguments: Sequence[str]) -> int:
         own = {"surgery": name, "epochs": options.epochs, "seed": seed, "out": directory}
         return directory, [*command_line(options, own), *further]
 
+    check([given(surgery, seed)[1] for surgery in options.surgeries for seed in options.seeds], options)
     if options.plot is not None:
         make(options.plot.parent, "--plot")
-    check([given(surgery, seed)[1] for surgery in options.surgeries for seed in options.seeds], options)
     with StopSignal():
         rows = trained(options.surgeries, options, given)
     text = table(rows)

@@ -1,4 +1,4 @@
-"""What the scripts share that train several runs, one after another, and write a table of them.
+"""What the scripts share that train several runs, and write a table of them.
 
 Each run is `minbert train` in a process of its own. A finished run is used again, and an interrupted one goes on.
 """

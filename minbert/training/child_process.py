@@ -76,12 +76,13 @@ class TrainingProcesses:
 
 
 def _pass_on(lines: IO[str] | None, prefix: str, stream: IO[str]) -> str:
-    """Print what a process prints, without empty lines and its error; returns the last line."""
+    """Write what a process has printed through its own terminal, but empty lines and its error; returns the last."""
     last = ""
     for line in lines or ():
         last = line.strip() or last
         if line.strip() and not line.startswith("error: "):
-            print(prefix + line, end="", file=stream, flush=True)
+            stream.write(prefix + line)
+            stream.flush()
     return last
 
 

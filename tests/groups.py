@@ -22,6 +22,12 @@ SMALL = {
     "scratch": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2},
 }
 
+SWEEP_OPTIONS = """
+checkpoint_steps: 1
+precision: fp32
+scratch: {hidden_size: 16, num_attention_heads: 2, intermediate_size: 32, num_hidden_layers: 1}
+"""  # a file for minbert reproduce
+
 
 def quick_options(data: Path, out: Path) -> list[str]:
     """Options of a run of twelve steps in two epochs with a very small encoder, with SMART and PCGrad."""

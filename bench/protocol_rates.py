@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 from scores_of_runs import Row, footnote, made_on, trained
@@ -59,19 +59,22 @@ def main(arguments: Sequence[str]) -> int:
     require_distinct(options, "seeds")
     followed = protocol(options.protocol)
 
-    def given(family: str, rate: str, seed: int) -> tuple[Path, list[str]]:
+    def given(case: str, seed: int) -> tuple[Path, list[str]]:
+        family, rate = cases[case]
         recipe = FAMILIES[family][0]
         number, _, row = recipe.partition("/")
         directory = options.runs / family / rate / f"seed-{seed}"
         own = followed.options(paper(number).row(row)) | {"lr": rate, "recipe": recipe, "seed": seed, "out": directory}
         return directory, command_line(options, {name.replace("_", "-"): value for name, value in own.items()})
 
-    rates = {family: [f"{rate:g}" for rate in of_family] for family, (_, of_family) in FAMILIES.items()}
-    cases = [(family, rate, seed) for family, names in rates.items() for rate in names for seed in options.seeds]
-    check([given(*case)[1] for case in cases], options)
+    cases = {f"{family}, {rate:g}": (family, f"{rate:g}") for family, (_, rates) in FAMILIES.items() for rate in rates}
+    check([given(case, seed)[1] for case in cases for seed in options.seeds], options)
     with StopSignal():
-        found = {family: trained(names, options, partial(given, family)) for family, names in rates.items()}
-    rows = [row for of_family in found.values() for row in of_family]
+        rows = trained([*cases], options, given)
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        family, rate = cases[row.name]
+        found.setdefault(family, []).append(replace(row, name=rate))
     text = table(found, followed.rates, options.protocol) + "\n" + footnote(rows)
     print(text, end="")
     write(

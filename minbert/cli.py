@@ -298,6 +298,7 @@ def run(
         sys.stderr.write(f"error: {one_line(str(error))}\n")  # in one write: other processes may write too
         code = 2
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal and `minbert reproduce` may send the same stop twice
         code = 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()

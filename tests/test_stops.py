@@ -21,7 +21,7 @@ from minbert.cli import parse_layers
 from minbert.config import TrainConfig
 from minbert.distributed.process_group import ProcessGroup
 from minbert.runs.run_directory import Run
-from minbert.training import loop
+from minbert.training import loop, stop_signal
 from minbert.training.stop_signal import Stopped, StopSignal
 
 
@@ -149,13 +149,23 @@ def test_while_a_resumed_run_is_made_ready_it_says_what_is_saved(quick, tmp_path
     assert Run(tmp_path / "run").summary()["steps"] == 4
 
 
-def test_a_second_signal_does_not_wait():
+def test_a_second_signal_does_not_wait(monkeypatch):
+    monkeypatch.setattr(stop_signal, "ONE_STOP_SECONDS", 0.0)
     with StopSignal() as stop, stop.deferred():
         signal.raise_signal(signal.SIGINT)
         assert stop.number == signal.SIGINT
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGTERM)
     assert stop.number == signal.SIGTERM
+
+
+def test_what_comes_twice_at_once_is_one_signal():
+    with StopSignal() as stop:
+        with stop.deferred():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.number == signal.SIGINT
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_signal_that_waited_stops_what_does_not_wait():

@@ -66,13 +66,12 @@ class TrainingProcesses:
             raise Stopped(signal.SIGINT)
         return None if code == 0 else last.removeprefix("error: ") or f"exit code {code}"
 
-    def stop(self, number: int | None) -> None:
-        """Send a signal to all processes, or None where they have got one, and start no more. The first call counts."""
+    def stop(self, number: int) -> None:
+        """Send a signal to all processes, which may have got it from the terminal too, and start no more."""
         with self._lock:
-            if not self._stopping and number is not None:
-                for process in self._running:
-                    process.send_signal(number)
             self._stopping = True
+            for process in self._running:
+                process.send_signal(number)
 
 
 def _pass_on(lines: IO[str] | None, prefix: str, stream: IO[str]) -> str:

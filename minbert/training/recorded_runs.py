@@ -68,22 +68,24 @@ def finish_runs(
             begin(run)
             training[pool.submit(outcome, run)] = run
 
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            for _ in range(jobs):
-                begin_next()
-            while training:
-                for future in wait(training, return_when=FIRST_COMPLETED).done:
-                    found = future.result()
-                    if isinstance(found, Stopped):
-                        processes.stop(signal.SIGTERM)  # the others: only that process got a signal
-                        raise found
-                    end(training.pop(future), found)
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                for _ in range(jobs):
                     begin_next()
-        except BaseException as error:
-            number = error.number if isinstance(error, Stopped) else signal.SIGTERM
-            processes.stop(None if number == signal.SIGINT else number)  # the terminal sends SIGINT to all
-            raise
+                while training:
+                    for future in wait(training, return_when=FIRST_COMPLETED).done:
+                        found = future.result()
+                        if isinstance(found, Stopped):
+                            raise found  # only that process got a signal
+                        end(training.pop(future), found)
+                        begin_next()
+            except BaseException as error:
+                processes.stop(error.number if isinstance(error, Stopped) else signal.SIGTERM)
+                raise
+    except Stopped as stopped:
+        processes.stop(stopped.number)  # a second signal, while they save
+        raise
 
 
 def _finished(run: PlannedRun, table: Path, processes: TrainingProcesses, threads: int | None) -> RunResult:

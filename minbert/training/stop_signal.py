@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+ONE_STOP_SECONDS = 1.0  # signals this close together are one: the terminal and the process that began this one send it
 
 
 class Stopped(KeyboardInterrupt):
@@ -20,6 +23,8 @@ class Stopped(KeyboardInterrupt):
 class StopSignal:
     """Raises `Stopped` when SIGINT or SIGTERM comes; within `deferred` it notes the first one instead.
 
+    What follows the first one within a second is the same stop.
+
     Only Python's main thread can handle signals: in another one this does nothing, and the program's own handlers stay.
 
     Attributes:
@@ -29,6 +34,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.number = 0
         self._deferred = False
+        self._came = 0.0  # when the first one did
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -58,6 +64,11 @@ class StopSignal:
             self._deferred = before
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.number:
+            self._came = now
+        elif now - self._came < ONE_STOP_SECONDS:
+            return
         waits = self._deferred and not self.number
         self.number = number
         if not waits:

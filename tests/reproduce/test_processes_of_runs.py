@@ -20,7 +20,7 @@ from minbert.training import child_process
 
 
 def test_a_sweep_that_is_stopped_stops_its_run(sweep, monkeypatch, capsys, tmp_path):
-    """SIGTERM is passed on. SIGINT is not: the terminal sends it to the run as well."""
+    """Either signal is passed on, also SIGINT, which a terminal sends to the run as well and a supervisor does not."""
     passed_on = []
 
     def start(words, **rest):
@@ -28,22 +28,20 @@ def test_a_sweep_that_is_stopped_stops_its_run(sweep, monkeypatch, capsys, tmp_p
 
         def end():
             os.kill(os.getpid(), number)
-            assert stopped.wait(30) or number == signal.SIGINT
+            assert stopped.wait(30)
             return 128 + number
 
         def send_signal(number):
             passed_on.append(number)
             stopped.set()
 
-        if number == signal.SIGINT:
-            stopped.set()
         return FakeProcess(end, [], send_signal)
 
     monkeypatch.setattr(child_process, "subprocess", SimpleNamespace(Popen=start, PIPE=None))
     said = f"stopped; the same command goes on with what {tmp_path / 'out'} holds"
-    for number, sent in ((signal.SIGTERM, [signal.SIGTERM]), (signal.SIGINT, [])):
+    for number in (signal.SIGTERM, signal.SIGINT):
         assert sweep("000", "--rows=finetune,pcgrad") == 128 + number
-        assert passed_on == sent
+        assert passed_on == [number]
         assert capsys.readouterr().out.splitlines()[-1] == said
         passed_on.clear()
 
@@ -92,21 +90,25 @@ def test_runs_at_once_are_those_of_one_after_the_other(sweep, monkeypatch, tmp_p
 
 
 @pytest.mark.slow
-def test_sigterm_stops_all_runs_and_they_go_on(course_data, tmp_path):
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_signal_stops_all_runs_and_they_go_on(number, to_all, course_data, tmp_path):
+    """Sent to the sweep alone, or to the runs too, as a terminal does."""
     (tmp_path / "small.yaml").write_text(f"{SWEEP_OPTIONS}log_steps: 1\n")
     out, log = tmp_path / "out", tmp_path / "log"
     command = [sys.executable, "-m", "minbert.reproduce", "000", "--rows=finetune,pcgrad,smart", "--jobs=2"]
     command += [f"--data={course_data}", f"--options={tmp_path / 'small.yaml'}", f"--out={out}"]
     with log.open("w") as printed:
-        sweep = subprocess.Popen([*command, "--steps=100000"], stdout=printed, stderr=printed)
+        long = [*command, "--steps=100000"]
+        sweep = subprocess.Popen(long, stdout=printed, stderr=printed, start_new_session=True)
         for _ in range(600):
             if len([*out.glob("*/seed-0/last")]) == 2 or sweep.poll() is not None:
                 break
             time.sleep(0.1)
-        sweep.terminate()
-        assert sweep.wait(60) == 143, log.read_text()
+        (os.killpg if to_all else os.kill)(sweep.pid, number)
+        assert sweep.wait(60) == 128 + number, log.read_text()
     runs = [Run(out / row / "seed-0") for row in ("finetune", "pcgrad")]
     steps = [run.records()[-1]["step"] for run in runs]
+    assert all(f"{run.last} holds step {step}: " in log.read_text() for run, step in zip(runs, steps, strict=True))
     assert not (out / "smart" / "seed-0").exists()
     assert log.read_text().splitlines()[-1] == f"stopped; the same command goes on with what {out} holds"
     time.sleep(0.5)

@@ -113,7 +113,8 @@ def trained(
         planned = [PlannedRun(f"{system}, seed {seed}", *given(system, seed), seed) for seed in options.seeds]
         of_system[system] = [replace(run, recorded=results(run).get(run.seed)) for run in planned]
     with training_errors():
-        finish_runs([run for runs in of_system.values() for run in runs], file, options.jobs, begin, end)
+        runs = [run for runs in of_system.values() for run in runs]
+        finish_runs(runs, file, options.jobs, begin, end, delete_checkpoints=options.delete_checkpoints)
     return [Row(system, [results(run)[run.seed] for run in runs]) for system, runs in of_system.items()]
 
 

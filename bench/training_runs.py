@@ -51,7 +51,7 @@ class Parser(OneLineErrors):
         self.add_argument("options", nargs="*", help="further options of minbert.train, after --")
 
     def add_table(self) -> None:
-        """The options --table and --jobs of a script whose runs may be recorded in a file, and trained at once."""
+        """The options of a script whose runs may be recorded in a file, and trained at once."""
         self.add_argument(
             "--table",
             type=Path,
@@ -63,6 +63,9 @@ class Parser(OneLineErrors):
             type=positive,
             default=1,
             help="runs that train at once, each with its share of the CPU threads (%(default)s)",
+        )
+        self.add_argument(
+            "--delete-checkpoints", action="store_true", help="of each run that has finished, when the table has it"
         )
 
 

@@ -54,6 +54,8 @@ class ReproduceConfig:
             wherever they were trained; table.json in --out when left out.
         jobs: runs that train at once, each with its share of the CPU threads. For small encoders on a CPU: threads that
             share a small product wait for each other, and two runs do not.
+        delete_checkpoints: delete those of a run that has finished, when the table has it. They take six times the
+            memory of the model's weights; scores, records and predictions stay.
     """
 
     paper: str
@@ -70,6 +72,7 @@ class ReproduceConfig:
     out: str | None = None
     table: str | None = None
     jobs: int = 1
+    delete_checkpoints: bool = False
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -143,7 +146,7 @@ def sweep(found: Paper, rows: Sequence[Row], out: Path, options: ReproduceConfig
             end(run, UserError(f"needs a file: give --{missing[0]} FILE"))
         else:
             planned.append(run)
-    finish_runs(planned, file, options.jobs, begin, end)
+    finish_runs(planned, file, options.jobs, begin, end, delete_checkpoints=options.delete_checkpoints)
     console.print(terminal_table(found, shown))
     console.print(f"written: {out / 'table.md'}, {file} and {out / 'report.html'}")
     return int(any(seed in results[row.name].failures for row, seed in wanted.values()))

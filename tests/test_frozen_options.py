@@ -200,6 +200,7 @@ OPTIONS = {
         "out": None,
         "table": None,
         "jobs": 1,
+        "delete_checkpoints": False,
     },
 }
 

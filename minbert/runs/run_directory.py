@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +100,17 @@ class Run:
     @property
     def has_checkpoint(self) -> bool:
         return readable(self.last).exists() or readable(self.best).exists()
+
+    def delete_checkpoints(self) -> None:
+        """Remove best/ and last/: scores, records and predictions stay, and the run cannot go on.
+
+        Raises:
+            UserError: the disk refuses it.
+        """
+        with writing(self.path, "choose another --out"):
+            for checkpoint in (self.best, self.last):
+                if checkpoint.exists():
+                    shutil.rmtree(checkpoint)
 
     def where_it_stands(self) -> str:
         """Which step is saved, and how to continue."""

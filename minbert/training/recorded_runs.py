@@ -38,6 +38,8 @@ def finish_runs(
     jobs: int,
     begin: Callable[[PlannedRun], None],
     end: Callable[[PlannedRun, RunResult | UserError], None],
+    *,
+    delete_checkpoints: bool = False,
 ) -> None:
     """Train runs that have not finished; those that the table has and whose directory is not there are not trained.
 
@@ -47,6 +49,7 @@ def finish_runs(
             arguments say otherwise.
         begin: called with each run before it is trained.
         end: called with each run and what it came to, or why it failed, as they finish.
+        delete_checkpoints: those of each run that has finished, after `end`.
 
     Raises:
         Stopped: a signal came. The runs that were being trained have saved a checkpoint.
@@ -78,7 +81,10 @@ def finish_runs(
                         found = future.result()
                         if isinstance(found, Stopped):
                             raise found  # only that process got a signal
-                        end(training.pop(future), found)
+                        run = training.pop(future)
+                        end(run, found)
+                        if delete_checkpoints and isinstance(found, RunResult):
+                            Run(run.directory).delete_checkpoints()
                         begin_next()
             except BaseException as error:
                 processes.stop(error.number if isinstance(error, Stopped) else signal.SIGTERM)

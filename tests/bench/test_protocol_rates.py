@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import protocol_rates
 import pytest
 from groups import quick_options
 from protocol_rates import best, main, table
 from results import result
-from scores_of_runs import Row
+from scores_of_runs import Row, read_table
 
 from minbert.config import TrainConfig
 from minbert.errors import UserError
@@ -35,6 +36,17 @@ def test_every_family_has_a_row_of_it():
         number, _, of_paper = name.partition("/")
         assert protocol("small").options(paper(number).row(of_paper))["lr"] == protocol("small").rates[family]
         assert protocol("small").rates[family] in rates
+
+
+def test_the_rates_and_the_docs_are_those_of_the_recorded_runs():
+    docs = Path(__file__).parents[2] / "docs"
+    recorded = read_table(docs / "studies" / "rates.json")
+    found = {
+        family: [Row(f"{rate:g}", [recorded[f"{family}/{rate:g}"][0]]) for rate in rates]
+        for family, (_, rates) in protocol_rates.FAMILIES.items()
+    }
+    assert {family: float(best(rows).name) for family, rows in found.items()} == protocol("small").rates
+    assert table(found, protocol("small").rates, "small") in (docs / "papers.md").read_text()
 
 
 @pytest.mark.slow

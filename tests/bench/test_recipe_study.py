@@ -99,7 +99,7 @@ def test_the_lengths_of_runs_follow_from_the_epochs_or_the_minutes(monkeypatch, 
     """With runs that are not trained: a step of plain takes 0.5 s, one of all other recipes 1.5 s."""
     lines = []
 
-    def finish_runs(runs, table, jobs, begin, end):
+    def finish_runs(runs, table, jobs, begin, end, **rest):
         for run in runs:
             length, recipe = run.directory.parent, run.directory.parent.parent.name
             lines.append([option for option in run.arguments if option.startswith(("--recipe", "--epochs", "--steps"))])

@@ -130,7 +130,7 @@ def test_the_docs_show_the_recorded_runs():
 
 @pytest.mark.parametrize("option", ["--runs", "--results", "--table", "--plot"])
 def test_where_nothing_can_be_written_is_said_before_the_first_run(option, monkeypatch, tmp_path):
-    monkeypatch.setattr(scores_of_runs, "finish_runs", lambda *arguments: pytest.fail("a run has begun"))
+    monkeypatch.setattr(scores_of_runs, "finish_runs", lambda *arguments, **rest: pytest.fail("a run has begun"))
     (tmp_path / "file").touch()
     place = tmp_path / "file" / {"--table": "table.json", "--plot": "scores.png"}.get(option, "")
     given = {"--runs": tmp_path / "runs", "--results": tmp_path / "results", option: place}
@@ -142,7 +142,9 @@ def test_where_nothing_can_be_written_is_said_before_the_first_run(option, monke
 def test_all_surgeries_are_studied(more, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(surgery_study, "check", lambda lines, options: seen.extend(lines))
-    monkeypatch.setattr(scores_of_runs, "finish_runs", lambda *arguments: (_ for _ in ()).throw(UserError("enough")))
+    monkeypatch.setattr(
+        scores_of_runs, "finish_runs", lambda *arguments, **rest: (_ for _ in ()).throw(UserError("enough"))
+    )
     with pytest.raises(UserError, match="enough"):
         main(["--seeds", "0", "--runs", str(tmp_path), *more])
     named = [option.removeprefix("--surgery=") for line in seen for option in line if "--surgery=" in option]

@@ -60,6 +60,22 @@ def test_what_is_done_is_not_done_again_and_what_was_stopped_goes_on(sweep, in_p
     assert summary.exists()
 
 
+def test_checkpoints_of_finished_runs_are_deleted_on_demand(sweep, in_process, tmp_path):
+    run = Run(tmp_path / "out" / "finetune" / "seed-0")
+    assert sweep("000", "--rows=finetune") == 0
+    assert run.best.exists()
+    assert run.last.exists()
+    assert sweep("000", "--rows=finetune", "--delete-checkpoints") == 0  # of one that had finished
+    assert not run.has_checkpoint
+    assert run.scores() == run.summary()["dev"]
+    assert sweep("000", "--rows=finetune") == 0
+    assert len(in_process) == 1
+    assert sweep("000", "--rows=finetune", "--steps=2", "--delete-checkpoints") == 0  # begins anew
+    assert (len(in_process), run.summary()["steps"], run.has_checkpoint) == (2, 2, False)
+    (recorded,) = json.loads((tmp_path / "out" / "table.json").read_text())["finetune"]["runs"]
+    assert recorded["steps"] == 2
+
+
 def test_another_run_in_the_place_is_not_taken_for_this_one(sweep, in_process, course_data, tmp_path):
     run, table = tmp_path / "out" / "finetune" / "seed-0", tmp_path / "out" / "table.md"
     assert sweep("000", "--rows=finetune") == 0

@@ -59,7 +59,11 @@ def paper_page(table: Table) -> str:
     failures = [f"- `{row.row.name}`, {one_line(line)}" for row in rows for line in row.lines]
     lines += ["", "Failed:", "", *failures] if failures else []
     run_or_failed = {name for name, row in table.rows.items() if row.runs or row.failures}
-    missing = [f"`{name}`" for name in table.paper.rows if name not in run_or_failed]
+    missing = [
+        f"`{name}`" + "".join(f" (for want of a file for `--{need}`)" for need in row.needs)
+        for name, row in table.paper.rows.items()
+        if name not in run_or_failed
+    ]
     lines += ["", f"Not run: {', '.join(missing)}."] if missing else []
     return "\n".join(lines) + "\n"
 

@@ -43,7 +43,7 @@ from minbert.runs.scores import SINCE, SUMMARY
 from minbert.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "tests" / "fixtures" / "README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "tests" / "fixtures" / "README.md"])
 MODEL = ROOT / "tests" / "fixtures" / "run-0.1.0" / "run" / "best"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import paper_pages
 import pytest
 from paper_comparisons import COMPARED_WITH, compared_with, overall_of, read_tables
-from paper_pages import main
+from paper_pages import main, paper_page
 
 from minbert.errors import UserError
 from minbert.recipes import paper, papers
@@ -103,6 +103,18 @@ def test_a_page_has_protocol_table_failures_and_what_was_not_run(written):
     not_run = "`single-task`, `pretrain`, `sts-aug`, `smart-pcgrad`"
     assert page.splitlines()[-1].startswith(f"Not run: {not_run}, ")
     assert "](000.png)" in page
+
+
+def test_a_page_says_which_rows_need_a_file(tmp_path):
+    write(tmp_path, {}, "001")
+    (table,) = read_tables(tmp_path)
+    last = paper_page(table).splitlines()[-1]
+    assert last.startswith("Not run: `pretrain`, `finetune-seq`, ")
+    assert "`auxiliary-0.3` (for want of a file for `--reviews`), " in last
+
+
+def test_the_committed_pages_are_what_the_tables_give(capsys):
+    assert main(["--check"]) == 0, capsys.readouterr().out
 
 
 def test_the_page_across_papers_sorts_by_gain_and_divides_it_by_the_minutes_more(written):

@@ -115,8 +115,8 @@ def smart_ascend(
         norm: "inf" or "2", of the gradient and of the offset from x alike.
         per: "token" or "sequence": the elements over which each norm is computed.
         projection: "ball" maps points outside the ball to the nearest point of it, and leaves the rest as they are, to
-            the bit; "unit" rescales every offset to the norm epsilon, as the released implementations do (an offset of
-            0 stays).
+            the bit; "unit" rescales every offset to the norm epsilon (smart-pytorch: to 1, whatever its epsilon; an
+            offset of 0 stays).
         scale: as for `smart_init`: eta and epsilon are in units of it.
 
     Returns:

@@ -55,8 +55,8 @@ class SmartConfig:
         steps: steps of the search, T_x in the paper; 0 is R3F, noise alone. FreeLB's K is one more.
         norm: whose ball and step lengths: inf or 2.
         per: whether a norm is taken over each token or over each whole sequence.
-        projection: ball is the paper's; unit rescales every perturbation to epsilon, as released implementations do.
-            Unused with search power, and with 0 steps.
+        projection: ball is the paper's; unit rescales every perturbation to epsilon. smart-pytorch does so with 1,
+            whatever its epsilon. Unused with search power, and with 0 steps.
         relative: whether epsilon, sigma and eta are in units of the embeddings' root mean square, which differs from
             model to model (0.5 in a small pretrained BERT, 1 from scratch). Of normalized embeddings it is 1.
         masks: whether clean and perturbed passes drop the same elements (shared) or each its own (independent).

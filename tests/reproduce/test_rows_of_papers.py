@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 from course import write_further_data
+from groups import SWEEP_OPTIONS
 
 from minbert import reproduce, train
 from minbert.cli import parse_layers
@@ -73,6 +74,17 @@ def test_a_row_of_each_paper_trains_a_real_encoder_on_real_data(row, real, tmp_p
         assert train.main([f"--recipe={row}", *real, *needs, "--steps=1", f"--out={tmp_path / 'run'}"]) == 0
     (epoch,) = Run(tmp_path / "run").epochs()
     assert all(math.isfinite(score) for score in (*epoch.scores.values(), epoch.overall))
+
+
+@pytest.mark.parametrize("recipe", ["003/sst-smart", "004/smart"])
+def test_smart_after_smart_pytorch_moves_embeddings_by_a_norm_of_1(recipe, course_data, tmp_path):
+    """Whatever its epsilon: that of 003 is 1e-6, and with such a perturbation the row would be its baseline."""
+    (tmp_path / "small.yaml").write_text(SWEEP_OPTIONS)
+    given = [f"--data={course_data}", f"--config={tmp_path / 'small.yaml'}", f"--out={tmp_path / 'run'}"]
+    assert train.main([f"--recipe={recipe}", *given, "--steps=1", "--log-steps=1"]) == 0
+    (step,) = [record for record in Run(tmp_path / "run").records() if "perturbation" in record]
+    assert step["perturbation"] == pytest.approx(1, rel=1e-3)
+    assert step["smart_share"] > 1e-6
 
 
 def test_a_row_says_which_file_it_needs(sweep, tmp_path):

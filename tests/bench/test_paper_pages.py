@@ -129,6 +129,16 @@ def test_the_page_across_papers_sorts_by_gain_and_divides_it_by_the_minutes_more
     assert pcgrad == f"| [`000/pcgrad`](000.md) | PCGRAD finetune | `finetune` | {gains} |"
 
 
+@pytest.mark.parametrize(("step_seconds", "shown"), [(1.75, "no more time"), (1.85, "+0.0034")])
+def test_a_fifth_more_time_of_one_seed_is_noise(step_seconds, shown, tmp_path):
+    content = table()
+    content["smart"]["runs"] = [{**content["smart"]["runs"][0], "step_seconds": step_seconds}]  # 200; 1.5 s of finetune
+    write(tmp_path, content)
+    (table_read,) = read_tables(tmp_path)
+    (smart, *_) = table_read.compared()
+    assert paper_pages.minutes_cells(smart)[1] == shown
+
+
 def test_minutes_of_two_machines_are_not_compared(tmp_path):
     content = table()
     content["smart"]["runs"][1] |= {"processor": None, "device": "NVIDIA H200, bf16, torch 2.13.0"}

@@ -255,6 +255,10 @@ def test_only_the_lengths_that_play_a_part_raise_the_precision(model):
     assert rounds_away(model, SmartConfig(**small, epsilon=1e-5), torch.bfloat16) == "epsilon"
     assert rounds_away(model, SmartConfig(**small, epsilon=1e-5, steps=0, sigma=0.1), torch.bfloat16) is None
     assert rounds_away(model, SmartConfig(**small, steps=0, sigma=1e-5), torch.bfloat16) == "sigma"
+    short = SmartConfig(**small, epsilon=1.0, sigma=1e-5, eta=0.0)
+    assert rounds_away(model, replace(short, projection="unit"), torch.bfloat16) == "sigma"
+    assert rounds_away(model, replace(short, projection="unit", eta=0.1), torch.bfloat16) is None
+    assert rounds_away(model, short, torch.bfloat16) is None
     power = {"search": "power", "norm": "2", "epsilon": 1.0}
     assert rounds_away(model, SmartConfig(**small, **power, sigma=1e-3), torch.bfloat16) == "sigma"
     assert rounds_away(model, SmartConfig(**small, **power, sigma=1.0), torch.bfloat16) is None

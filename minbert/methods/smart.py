@@ -192,6 +192,9 @@ def rounds_away(model: MultitaskModel, config: SmartConfig, dtype: torch.dtype) 
     if config.search == "power":
         lengths |= {} if config.is_freelb else {"sigma": config.sigma}
         unit /= math.sqrt(len(norm.weight)) if config.norm == "2" else 1.0
+    elif config.projection == "unit" and config.steps and not config.is_freelb:  # the offset before it is rescaled
+        longer = "eta" if config.eta > config.sigma else "sigma"
+        lengths[longer] = getattr(config, longer)
     for name, length in lengths.items():
         if length * unit < scale * torch.finfo(dtype).eps / 2:
             return name

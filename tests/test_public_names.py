@@ -43,6 +43,11 @@ def test_importing_minbert_imports_nothing_else():
     assert fresh(f"import sys, minbert; dir(minbert); print({loaded})") == "['minbert']"
 
 
+def test_a_command_starts_without_what_only_some_runs_need():
+    some = "('scipy.linalg', 'scipy.optimize', 'scipy.stats', 'sklearn', 'matplotlib', 'transformers', 'triton')"
+    assert fresh(f"import sys, minbert.train; print([name for name in {some} if name in sys.modules])") == "[]"
+
+
 def test_all_names_are_imported_by_a_star():
     assert fresh("from minbert import *; print(Encoder.__name__, pack.__name__, Task.__name__)") == "Encoder pack Task"
 

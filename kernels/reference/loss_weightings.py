@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.special import softmax
 
 Array = NDArray[np.float64]
 
@@ -44,12 +44,12 @@ def _famo(gram: Array, losses: Array, state: Array, lr: float, weight_decay: flo
     losses = losses.clip(min=0) + LEAST_LOSS
     if calls[0] > 0:
         change = np.log(last) - np.log(losses)
-        shares = softmax(logits)
+        shares = scipy.special.softmax(logits)
         gradient = shares * (change - shares @ change)  # the derivative of softmax(logits)' change
         _adam(logits, gradient, first, second, calls[0], lr, weight_decay)
     calls += 1
     last[:] = losses
-    shares = softmax(logits) / losses
+    shares = scipy.special.softmax(logits) / losses
     return shares / shares.sum()
 
 
@@ -76,7 +76,7 @@ def _dwa(gram: Array, losses: Array, state: Array, temperature: float, every: fl
     with np.errstate(all="ignore"):
         ratio = newer / older
     rates = np.where(np.isfinite(ratio), ratio, 1.0) / temperature
-    weights = len(losses) * softmax(rates) if calls[0] >= 2 * every else np.ones_like(losses)
+    weights = len(losses) * scipy.special.softmax(rates) if calls[0] >= 2 * every else np.ones_like(losses)
     total += losses
     calls += 1
     if calls[0] % every == 0:

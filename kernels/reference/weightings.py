@@ -11,11 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
-from scipy.optimize import brentq, lsq_linear, nnls
-from scipy.special import softmax
 from torch import Tensor
 
 from .loss_weightings import LOSS_RULES
@@ -99,7 +97,8 @@ def _dual_projection(given: Given, least: Array, eps: float) -> Array:
     regular = given.gram + eps * np.eye(len(least))
     root = np.linalg.cholesky(regular).T  # |root v|^2 is what is minimised
     lengths = np.linalg.norm(root, axis=0)
-    free = lsq_linear(root / lengths, -root @ least, (0, np.inf), method="bvls", tol=1e-15).active_mask == 0
+    squares = scipy.optimize.lsq_linear(root / lengths, -root @ least, (0, np.inf), method="bvls", tol=1e-15)
+    free = squares.active_mask == 0
     v = least.copy()
     v[free] -= np.linalg.solve(regular[np.ix_(free, free)], (regular @ least)[free])
     return v
@@ -117,7 +116,7 @@ def _nearest_to_0(vectors: Array) -> Array:
     in q: least squares with y >= 0, and y scaled to a sum of 1.
     """
     rows = np.vstack([vectors, np.ones(vectors.shape[1])])
-    solution = nnls(rows, np.append(np.zeros(len(vectors)), 1.0), maxiter=1000)[0]
+    solution = scipy.optimize.nnls(rows, np.append(np.zeros(len(vectors)), 1.0), maxiter=1000)[0]
     return solution / solution.sum()
 
 
@@ -148,7 +147,8 @@ def _cagrad(given: Given, c: float) -> Array:
 
     if beyond(LEAST_NORM) < 0:
         return np.zeros_like(middle)
-    norm = brentq(beyond, LEAST_NORM, 2.0, xtol=1e-300, rtol=1e-15, maxiter=5000)  # no gradient is longer than 1
+    # No gradient is longer than 1.
+    norm = scipy.optimize.brentq(beyond, LEAST_NORM, 2.0, xtol=1e-300, rtol=1e-15, maxiter=5000)
     return given.mean + radius / norm * inner(norm)
 
 
@@ -220,7 +220,8 @@ def _fair(gram: Array, alpha: float) -> Array:
 
     v, sure_steps = gains ** (1 / (1 + power)), 0  # the solution for orthogonal gradients
     for _ in range(100):
-        step = cho_solve(cho_factor(cosines + np.diag(power * gains * v ** (-power - 1))), -slope(v))
+        curvature = cosines + np.diag(power * gains * v ** (-power - 1))
+        step = scipy.linalg.cho_solve(scipy.linalg.cho_factor(curvature), -slope(v))
         decrease, share = -slope(v) @ step, 1.0
         while (v + share * step <= 0).any() or slope(v + share * step) @ step > decrease / 2:
             share /= 2
@@ -277,7 +278,7 @@ def _gradvac(given: Given, beta: float) -> Array:
 
 def _random(given: Given) -> Array:
     """Lin et al. 2022 (RLW): the softmax of standard normal numbers."""
-    return softmax(given.noise)
+    return scipy.special.softmax(given.noise)
 
 
 GRAM_RULES: dict[str, Callable[..., Array]] = {

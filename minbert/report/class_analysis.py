@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import sparse
+import scipy
 
 from minbert.report.error_analysis import Example
 from minbert.tasks import Task
@@ -128,9 +128,9 @@ def confused_pairs(task: Task, examples: Sequence[Example]) -> list[ConfusedPair
     return [ConfusedPair(true, other, count, float(count / support[true])) for true, other, count in triples]
 
 
-def _sparse(task: Task, labels: np.ndarray) -> sparse.csr_array:
+def _sparse(task: Task, labels: np.ndarray) -> scipy.sparse.csr_array:
     """0 and 1 by example and class, [n, C]."""
     if task.is_multilabel:
-        return sparse.csr_array(labels)
+        return scipy.sparse.csr_array(labels)
     rows = np.arange(len(labels))
-    return sparse.csr_array((np.ones_like(rows), (rows, labels)), shape=(len(rows), task.num_classes))
+    return scipy.sparse.csr_array((np.ones_like(rows), (rows, labels)), shape=(len(rows), task.num_classes))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
+import scipy
 
 from minbert.tasks.labels import decode_labels
 from minbert.tasks.task import CORRELATIONS, ERRORS, Task
@@ -137,11 +138,9 @@ def _regression_metric(metric: str, predicted: np.ndarray, labels: np.ndarray) -
     if metric in ERRORS:
         difference = predicted - labels
         return float(np.mean(difference**2 if metric == "mse" else np.abs(difference)))
-    from scipy import stats
-
     if len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predicted) == 0:
         return 0.0
-    return float((stats.pearsonr if metric == "pearson" else stats.spearmanr)(predicted, labels).statistic)
+    return float((scipy.stats.pearsonr if metric == "pearson" else scipy.stats.spearmanr)(predicted, labels).statistic)
 
 
 def unit(metric: str, value: float) -> float:

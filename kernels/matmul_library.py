@@ -12,6 +12,7 @@ adds the bias to the float32 sum: torch's copies the bias to the output first.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ NARROW = 256  # encoders below this width are not measured: their products take 
 ROUNDS = (7, 31)  # at least and at most; after the former, no more once SECONDS have passed
 SECONDS = 0.4
 MARGIN = 1.05  # oneDNN must be this many times as fast: a tie goes to BLAS, in every run alike
+KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}  # oneDNN's cache, and torch's before it
 
 _chosen = "blas"
 
@@ -70,7 +72,8 @@ def faster_matmul(hidden: int = 384, inner: int = 1536) -> str:
 
     Each round times the products [N, hidden] x [hidden, inner] and [N, inner] x [inner, hidden] as they occur forward
     and as they occur in the gradients of inputs, by one library and then by the other, which comes first in turns: both
-    meet the same state of the machine. The median over the rounds of the ratio of their times decides.
+    meet the same state of the machine. oneDNN is chosen where it is clearly the faster in three of four rounds: what
+    else runs on the machine hits some of them, and BLAS is the right answer where nothing is known.
 
     Args:
         hidden: width of the encoder; one below `NARROW` gets "blas" without a measurement.
@@ -96,7 +99,19 @@ def faster_matmul(hidden: int = 384, inner: int = 1536) -> str:
             ratios.append(seconds["blas"] / seconds["onednn"])
         if len(ratios) >= ROUNDS[0] and time.perf_counter() > end:
             break
-    return "onednn" if statistics.median(ratios) > MARGIN else "blas"
+    return "onednn" if statistics.quantiles(ratios, n=4)[0] > MARGIN else "blas"
+
+
+def keep_few_products() -> None:
+    """Let oneDNN keep the code that it generated for 32 products, not for 1024, unless the environment says otherwise.
+
+    It generates code for every number of rows. That of a step's tokens seldom comes again: what is kept for it is used
+    by the layers of one pass, at most 12 products at a time, and is then memory that grows over hundreds of steps.
+    Other models of the process share this cache, so that it is for a process that trains and predicts by minbert alone.
+    Without effect after the first product by oneDNN.
+    """
+    for name, kept in KEPT.items():
+        os.environ.setdefault(name, kept)
 
 
 def reasons_against_onednn(device: torch.device, *dtypes: torch.dtype) -> Iterator[str]:

@@ -19,6 +19,7 @@ from minbert import kernels
 from minbert.errors import UserError, dashed, did_you_mean, one_line
 from minbert.files.json_yaml import dump_yaml, parse_yaml, read_yaml
 from minbert.files.schema_checks import checked, described, types_of_fields, without_format
+from minbert.kernels.matmul_library import keep_few_products
 from minbert.methods.surgery import names_code, with_options
 from minbert.recipes import recipe
 
@@ -293,6 +294,7 @@ def run(
     try:
         if needs_kernels and (refusal := kernels.native.refusal() or kernels.flight_recorder.refusal()) is not None:
             raise UserError(refusal)
+        keep_few_products()
         code = main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         sys.stderr.write(f"error: {one_line(str(error))}\n")  # in one write: other processes may write too

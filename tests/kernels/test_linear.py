@@ -222,15 +222,25 @@ def test_gradients_that_nobody_needs_are_not_computed(onednn, needed, monkeypatc
     assert [name for name, tensor in tensors.items() if tensor.grad is not None] == [needed]
 
 
-@pytest.mark.parametrize(("blas", "onednn", "faster"), [(1.0, 0.7, "onednn"), (0.7, 1.0, "blas"), (1.0, 0.98, "blas")])
-def test_the_faster_library_is_found_by_its_times(blas, onednn, faster, monkeypatch):
-    """On a clock that the products move: other work comes and goes, and slows both."""
-    now, calls, load = [0.0], [], [1.0, 3.0, 1.0, 2.0, 5.0]
+@pytest.mark.parametrize(
+    ("blas", "onednn", "hit", "faster"),
+    [
+        (1.0, 0.7, "", "onednn"),
+        (1.0, 0.7, "onednn", "onednn"),
+        (0.7, 1.0, "", "blas"),
+        (0.7, 1.0, "blas", "blas"),
+        (1.0, 0.98, "", "blas"),
+    ],
+)
+def test_the_faster_library_is_found_by_its_times(blas, onednn, hit, faster, monkeypatch):
+    """On a clock that the products move: other work comes and goes, and slows both, or one of them alone."""
+    now, calls, load, alone = [0.0], [], [1.0, 3.0, 1.0, 2.0, 5.0], {"": [1], "onednn": [1, 1, 1, 1, 2], "blas": [2, 1]}
 
     def taking(name, seconds):
         def product(x, weight):
+            round_ = len(calls) // 8
             calls.append((name, tuple(x.shape), weight.is_contiguous()))
-            now[0] += seconds * load[len(calls) // 8 % len(load)]
+            now[0] += seconds * load[round_ % len(load)] * (alone[hit][round_ % len(alone[hit])] if name == hit else 1)
 
         return product
 
@@ -260,6 +270,24 @@ def test_narrow_encoders_are_not_measured_and_the_measurement_draws_no_random_nu
     assert kernels.faster_matmul(128, 512) == "blas"
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert kernels.faster_matmul(768, 3072) == "blas"
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize(("given", "generated"), [({}, 2), (dict.fromkeys(libraries.KEPT, "1024"), 1)])
+def test_a_command_keeps_the_code_of_few_products(given, generated):
+    """The product of one row is generated again after those of 40 other numbers of rows, unless the user keeps more."""
+    code = (
+        "import torch\nfrom minbert import cli\nfrom minbert.kernels.matmul_library import by_onednn\n"
+        "def main(arguments):\n"
+        "    for rows in (*range(1, 42), 1): by_onednn(torch.ones(rows, 64), torch.ones(64, 64))\n"
+        "    return 0\n"
+        "cli.run(main, [])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in libraries.KEPT}
+    environment |= {**given, "ONEDNN_VERBOSE": "2"}  # it names every product that it generates
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if "cache_miss" in line and "mb1ic64oc64" in line]
+    assert len(lines) == generated
 
 
 def test_the_library_is_blas_until_another_is_chosen(monkeypatch):

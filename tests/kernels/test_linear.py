@@ -275,11 +275,11 @@ def test_narrow_encoders_are_not_measured_and_the_measurement_draws_no_random_nu
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 @pytest.mark.parametrize(("given", "generated"), [({}, 2), (dict.fromkeys(libraries.KEPT, "1024"), 1)])
 def test_a_command_keeps_the_code_of_few_products(given, generated):
-    """The product of one row is generated again after those of 40 other numbers of rows, unless the user keeps more."""
+    """A product of one row is generated again after those of 120 other numbers of rows, unless the user keeps more."""
     code = (
         "import torch\nfrom minbert import cli\nfrom minbert.kernels.matmul_library import by_onednn\n"
         "def main(arguments):\n"
-        "    for rows in (*range(1, 42), 1): by_onednn(torch.ones(rows, 64), torch.ones(64, 64))\n"
+        "    for rows in (*range(1, 122), 1): by_onednn(torch.ones(rows, 64), torch.ones(64, 64))\n"
         "    return 0\n"
         "cli.run(main, [])"
     )

@@ -178,6 +178,15 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Remove directory `path`, if it is there: after a crash at any time it is whole, or `recover(path)` removes it."""
+    recover(path)
+    if path.exists():
+        path.rename(_new(path))
+        sync(path.parent)
+        shutil.rmtree(_new(path))
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill, which gets the name `path` at the end of the block; after an error nothing is left.

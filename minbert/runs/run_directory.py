@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,15 @@ from minbert.config import TASKS_FILE, TrainConfig
 from minbert.data import Folds, SkippedRow, Source, names_hub, open_source, write_skipped
 from minbert.errors import UserError, require_known
 from minbert.files import MANIFEST
-from minbert.files.atomic import readable, recover, verify, write_atomically, write_json, writing
+from minbert.files.atomic import (
+    readable,
+    recover,
+    remove_directory,
+    verify,
+    write_atomically,
+    write_json,
+    writing,
+)
 from minbert.files.json_yaml import VOCABULARY_LIMIT, read_text
 from minbert.files.lock import LOCK, locked
 from minbert.files.schema_checks import FORMAT
@@ -109,8 +116,7 @@ class Run:
         """
         with writing(self.path, "choose another --out"):
             for checkpoint in (self.best, self.last):
-                if checkpoint.exists():
-                    shutil.rmtree(checkpoint)
+                remove_directory(checkpoint)
 
     def where_it_stands(self) -> str:
         """Which step is saved, and how to continue."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 
 import pytest
 import safetensors.torch
@@ -15,6 +16,7 @@ from minbert.files import atomic as files
 from minbert.files.atomic import (
     readable,
     recover,
+    remove_directory,
     verify,
     write_atomically,
     write_directory,
@@ -55,6 +57,23 @@ def test_a_crash_at_any_moment_leaves_one_whole_directory(tmp_path, survivors):
     verify(path)
     assert (path / "a.txt").read_text() == expected
     assert [p.name for p in tmp_path.iterdir()] == ["last"]
+
+
+def test_a_removal_that_a_crash_interrupts_leaves_no_half_directory(tmp_path, monkeypatch):
+    path = tmp_path / "last"
+    write_directory(path, fill_with("one"))
+
+    def crash(directory, **options):
+        (directory / "a.txt").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", crash)
+        with pytest.raises(KeyboardInterrupt):
+            remove_directory(path)
+    assert not readable(path).exists()
+    remove_directory(path)  # the same again
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize("damage", ["truncate", "alter", "delete", "manifest"])

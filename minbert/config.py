@@ -160,7 +160,7 @@ class TrainConfig:
         threads: CPU threads; torch's own choice when left out.
         cuda_graphs: on a GPU, replay forward and backward as CUDA graphs, with batches padded to few different numbers
             of tokens; only where a step is one stream and one batch.
-        timeout: seconds without a heartbeat of a process, after which the others stop.
+        timeout: seconds that processes wait for one that does not answer; then they stop.
         max_skipped: give up after this many steps in a row with a non-finite loss or gradient.
         checkpoint_steps: steps between two checkpoints; every epoch also ends with one.
         log_steps: steps between two lines of metrics.jsonl.

@@ -90,8 +90,14 @@ def train_here(
     config = restarted(config)
     device = resolve_device(config.device)
     with _one_at_a_time, freed_memory_kept(device), ProcessGroup.join(device, config.timeout) as group:
-        config = config.replace(out=group.broadcast_object(config.out or new_run()))
-        found = start(config, Terminal(quiet=quiet or not group.is_main), group, callbacks)
+        named = config.replace(out=group.broadcast_object(config.out or new_run()))
+        console = Terminal(quiet=quiet or not group.is_main)
+        try:
+            found = start(named, console, group, callbacks)
+        except Stopped:
+            if config.out is None and has_begun(named):
+                console.print(f"with --resume, give --out {named.out}")
+            raise
         group.broadcast_object("written")
     return found
 

@@ -109,6 +109,22 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(finished, quick, tmp_path
     assert (last.parent / "report.html").exists()
 
 
+def test_a_stopped_run_that_nobody_named_says_what_it_is_called(quick, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unnamed = [option for option in quick if not option.startswith("--out=")]
+    with signalling("minbert.training.loop.learning_rate_factor", signal.SIGINT, 3):
+        assert train.main([*unnamed, "--steps=4"]) == 130
+    (run,) = (tmp_path / "runs").iterdir()
+    out = run.relative_to(tmp_path)
+    stopped, said = capsys.readouterr().out.splitlines()[-2:]
+    assert stopped == f"stopped; {out / 'last'} holds step 3: the same command with --resume goes on"
+    assert said == f"with --resume, give --out {out}"
+    assert train.main([*unnamed, "--steps=4", "--resume", "--out", str(out)]) == 0
+    with signalling("minbert.training.setup.encode", signal.SIGINT):
+        assert train.main([*unnamed, "--steps=4"]) == 130
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped; nothing is saved yet: the same command begins anew"
+
+
 def _stopped_rank(rank: int, port: int, words: list[str], out: Path) -> None:
     waits = []
     all_reduce_max = ProcessGroup.all_reduce_max

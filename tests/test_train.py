@@ -319,3 +319,13 @@ def test_dropout_is_the_models_own_or_what_the_option_says(quick, tmp_path):
         out = tmp_path / f"dropout {expected}"
         assert train.main([*from_it, *option, f"--out={out}"]) == 0
         assert json.loads((out / "last" / "config.json").read_text())["hidden_dropout_prob"] == expected
+
+
+def test_tasks_of_the_data_that_are_not_trained_are_named(quick, capsys):
+    assert train.main([*quick, "--steps=1", "--tasks=sst"]) == 0
+    assert "not trained: qqp, sts (--tasks chooses)" in capsys.readouterr().out
+
+
+def test_nothing_is_named_where_all_tasks_are_trained(quick, capsys):
+    assert train.main([*quick, "--steps=1"]) == 0
+    assert "not trained" not in capsys.readouterr().out

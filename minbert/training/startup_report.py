@@ -99,6 +99,9 @@ def data_lines(config: TrainConfig, data: TrainingData, model: MultitaskModel, s
         method_line(config, model),
         data_table(rows),
     ]
+    trained = [task.name for task in data.tasks]
+    if others := [name for name in data.source.tasks() if name not in trained]:
+        lines.append(f"not trained: {', '.join(others)} (--tasks chooses)")
     lines += [f"warning: {note}" for task in data.tasks for note in data.source.warnings(task)]
     for split, by_task in data.splits.items():
         for name, encoded in by_task.items():

@@ -148,8 +148,14 @@ class Parser:
                 if name == SURGERY:  # wherever its name stands
                     of_surgery[key] = value
                     continue
-                before = merged.get(name)
-                value = {**(before if isinstance(before, dict) else {}), key: value}
+                before = merged.get(name) or {}
+                if not isinstance(before, dict):
+                    option = dashed(name)
+                    raise UserError(
+                        f"{option}.{key} {value}: {option} is {before} for all tasks; in place of both give {option}"
+                        f" '{{{key}: {value}, ...}}' with each task that shall have a value"
+                    )
+                value = {**before, key: value}
             merged[name] = value
         if of_surgery:
             merged[SURGERY] = with_options(merged.get(SURGERY, self.options[SURGERY].default), of_surgery)
@@ -287,6 +293,8 @@ def run(
 ) -> None:
     """Run a command's `main` and exit: 0 done, 2 bad input (one line on stderr), 130 on Ctrl-C.
 
+    Bad input is also a file that the system refuses, such as one in a directory that may not be read.
+
     Args:
         arguments: for `main`; those of the process when left out.
         needs_kernels: refuse environment variables that the kernels refuse.
@@ -305,4 +313,9 @@ def run(
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"error: {one_line(f'{error.filename}: {error.strerror}')}\n")
+        code = 2
     sys.exit(code)

@@ -33,7 +33,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (  # of
     ("more than 0", lambda value: 0 < value < INFINITE, ("timeout", "loss_weights", "sampling_weights")),
     ("0 or more", lambda value: 0 <= value < INFINITE, ("weight_decay", "clip_norm", "l2", "freeze_layers")),
     ("more than 0 and at most 1", lambda value: 0 < value <= 1, ("layer_decay",)),
-    ("0 or more", lambda value: 0 <= value < INFINITE, ("sampling_alpha", "sampling_alpha_end")),
+    ("between 0 and 10", lambda value: 0 <= value <= 10, ("sampling_alpha", "sampling_alpha_end")),
     ("between 0 and 2**63 - 1", lambda value: 0 <= value < 2**63, ("seed",)),
 )
 BY_TASK = (
@@ -275,6 +275,11 @@ class TrainConfig:
             raise UserError(
                 f"--surgery {self.surgery} needs a batch of every task in each step, and --sampling {self.sampling}"
                 " takes one task a step; give --surgery sum, or --sampling joint"
+            )
+        if self.surgery_reduction != "sum" and self.surgery != "pcgrad":
+            raise UserError(
+                f"--surgery-reduction {self.surgery_reduction} is an option of --surgery pcgrad, and does nothing with"
+                f" --surgery {self.surgery}; leave it out"
             )
         if self.surgery_scope != "model" and not needs_task_gradients(self.surgery):
             raise UserError(

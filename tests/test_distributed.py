@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare_runs import assert_close, assert_close_in_bf16, state
+from compare_runs import assert_close, assert_close_in_bf16, assert_equal_runs, state
 from course import write_further_data
 from groups import SMALL, once
 from several_runs import train_all
@@ -38,7 +38,7 @@ CASES = {
     "sift": "--recipe=sift --surgery=pcgrad",
     "vat": "--recipe=vat --smart.epsilon=2 --smart.sigma=2",
     "freelb": "--recipe=freelb --surgery=gse --smart.epsilon=2 --smart.eta=1 --accumulate=2 --bregman.mu=0.5",
-    "freelb-by-task": "--recipe=freelb --smart.lambda-s.sst=0.25 --smart.lambda-s.qqp=0.5 --smart.lambda-s.sts=1",
+    "freelb-by-task": '--recipe=freelb --smart.lambda-s={"sst":0.25,"qqp":0.5,"sts":1}',
     "norms": "--recipe=pcgrad --l2=0.1 --pooling=mean",
     "frozen": "--recipe=plain --mode=pretrain --pooling=pooler",
 }
@@ -89,6 +89,19 @@ def test_the_bound_in_bf16_shows_a_task_left_out_and_a_wrong_scale(shared, runs,
         assert train.main([*options, f"--loss-weights={weights}", f"--out={tmp_path / name}"]) == 0
         with pytest.raises(AssertionError):
             assert_close_in_bf16(runs(1) / "bf16 plain", tmp_path / name)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_of_several_processes_has_the_bits_of_one_that_was_not_stopped(shared, tmp_path):
+    options = [*shared[1], "--schedule=constant", "--warmup=0", "--lr=1e-3"]
+    cases = {name: [*options, *CASES[name].split()] for name in ("smart-pcgrad", "bregman", "freelb", "batch-norm")}
+    cases["bf16 bregman"] = [*options, *CASES["bregman"].split(), "--precision=bf16"]
+    train_all({name: [*case, "--steps=4"] for name, case in cases.items()}, 2, tmp_path / "whole")
+    train_all({name: [*case, "--steps=2"] for name, case in cases.items()}, 2, tmp_path / "stopped")
+    again = {str(tmp_path / "stopped" / name): [*case, "--steps=4", "--resume"] for name, case in cases.items()}
+    train_all(again, 2, tmp_path / "resumed")
+    for name in cases:
+        assert_equal_runs(tmp_path / "whole" / name, tmp_path / "stopped" / name)
 
 
 @pytest.mark.slow

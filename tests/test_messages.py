@@ -31,6 +31,15 @@ def check_training_is_refused(out: Path, options: list[str], parts: list[str], m
     assert not out.exists()
 
 
+@pytest.mark.parametrize("command", [train, evaluate])
+def test_a_path_that_the_system_refuses(command, monkeypatch, capsys):
+    path = "x" * 300
+    error = stderr_of_refused(command, [f"--out={path}"] if command is train else [path], monkeypatch, capsys)
+    assert error.startswith(f"error: {path}")
+    assert error.endswith(": File name too long\n")
+    assert error.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def run(course_data, tmp_path_factory) -> Path:
     """A run of one step."""

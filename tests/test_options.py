@@ -76,6 +76,8 @@ def test_options_by_task():
         ("cosine", "cosine_embedding"),
     ]
     assert (config.pooling, config.l2) == ({"sts": "mean"}, 0.5)
+    of_one = parse("--recipe=smart", "--smart.lambda-s=0", "--smart.lambda-s.sst=5", "--l2=0.5", "--l2={sts: 1}")
+    assert (of_one.smart.lambda_s, of_one.l2) == ({"sst": 5}, {"sts": 1})
 
 
 def test_yaml_round_trip(tmp_path):
@@ -144,6 +146,13 @@ def test_help_shows_the_common_dozen_and_where_the_rest_is(capsys):
         (["--warmup", "1"], ["--warmup", "below 1"]),
         (["--batch-size.sts=0"], ["--batch-size.sts", "at least 1", "0"]),
         (["--batch-size.stt=2"], ["--batch-size", "'stt'", "did you mean 'sts'"]),
+        (
+            ["--batch-size=9", "--batch-size.sts=2"],
+            ["--batch-size.sts 2: --batch-size is 9 for all", "'{sts: 2, ...}'"],
+        ),
+        (["--recipe=smart", "--smart.lambda-s.sst=5"], ["--smart.lambda-s is 1.0 for all tasks"]),
+        (["--surgery=upgrad", "--surgery-reduction=mean"], ["--surgery-reduction mean", "--surgery upgrad", "pcgrad"]),
+        (["--sampling-alpha=100"], ["--sampling-alpha", "between 0 and 10", "100"]),
         (["--batch-size.sts=many"], ["--batch-size.sts", "int", "got 'many'"]),
         (["--loss-weights={sst: -1}"], ["--loss-weights.sst", "more than 0"]),
         (["--epoch-length", "each"], ["--epoch-length each", "--sampling joint"]),

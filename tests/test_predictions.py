@@ -83,7 +83,8 @@ def draws(task: Task, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Outputs and labels inside minbert."""
     generator = np.random.default_rng(0)
     if task.is_regression:
-        return generator.uniform(-1, 6, count).astype(np.float32), generator.uniform(0, 5, count).astype(np.float32)
+        labels = np.concatenate([[0.0, 5.0], generator.uniform(0, 5, count)])[:count]
+        return generator.uniform(-1, 6, count).astype(np.float32), labels.astype(np.float32)
     shape = (count, task.num_classes) if task.num_outputs > 1 else (count,)
     if task.is_multilabel:
         labels = (generator.random(shape) < 0.4).astype(np.float32)
@@ -106,6 +107,8 @@ def draws(task: Task, count: int) -> tuple[np.ndarray, np.ndarray]:
         own_task("multilabel", thresholds=(0.2,) * 9),
         own_task("regression", scale=(1.0, 5.0)),
         own_task("regression", scale=(0.0, 1e-3)),
+        own_task("regression", scale=(0.0, 4.6051709)),  # ends that rounding would leave
+        own_task("regression", scale=(-3.2188759, 2e6)),
     ],
     ids=lambda task: f"{task.name} {task.type} {task.num_classes}",
 )

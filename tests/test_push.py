@@ -154,6 +154,21 @@ def test_own_tasks_go_and_come_back(hub, own_run):
         assert found.predict(task, TEXTS, TEXTS[::-1]) == expected.predict(task, TEXTS, TEXTS[::-1])
 
 
+def test_a_pushed_run_predicts_the_files_that_it_was_trained_on(own_run, tmp_path, capsys):
+    pushed = dry(own_run.path, tmp_path / "pushed")
+    table, lines = tmp_path / "tickets.csv", tmp_path / "tickets.jsonl"
+    table.write_text('ticket id,message,topic\n1,"the invoice,\npaid",billing\n2,a crash,bug\n')
+    lines.write_text('{"message": "hello", "id": "x"}\n')
+    capsys.readouterr()
+    for file in (table, lines):
+        outputs = []
+        for each in (own_run.path, pushed):
+            assert predict.main([str(each), "--task=topics", f"--input={file}"]) == 0
+            outputs.append(capsys.readouterr().out)
+        assert outputs[0] == outputs[1]
+    assert outputs[0].splitlines()[1].startswith("x,")
+
+
 def test_an_altered_file_on_the_hub_is_named(hub, run):
     assert push.main([str(run), NAME]) == 0
     files = hub.repositories[NAME].files

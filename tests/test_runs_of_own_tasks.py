@@ -246,3 +246,12 @@ def test_forty_classes_with_one_example_each_train(tmp_path, capsys):
     (tmp_path / "tasks.yaml").write_text(text.replace("dev: data.csv", "dev: 0.1"))
     with pytest.raises(UserError, match="each class keeps one to train on"):
         train.main(options(tmp_path / "tasks.yaml", tmp_path / "other"))
+
+
+def test_two_tasks_with_the_same_files_of_predictions_are_refused(quick, tmp_path):
+    path = write_three(tmp_path / "own")
+    path.write_text(THREE.replace("topic:", "para:"))
+    options = [*quick, f"--tasks-file={path}", "--steps=1"]
+    with pytest.raises(UserError, match=r"tasks qqp and para both write predictions/para-dev.jsonl; .* another name"):
+        train.main([*options, "--tasks=qqp,para"])
+    assert train.main([*options, "--tasks=sst,para"]) == 0

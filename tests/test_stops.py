@@ -125,6 +125,31 @@ def test_a_stopped_run_that_nobody_named_says_what_it_is_called(quick, tmp_path,
     assert capsys.readouterr().out.splitlines()[-1] == "stopped; nothing is saved yet: the same command begins anew"
 
 
+def test_a_run_whose_loss_was_zero_goes_on(quick, tmp_path):
+    """A batch without a second question to confuse the first one with has a ranking loss of exactly 0."""
+    ranking = ["--tasks=qqp", "--heads.qqp=concatenated", "--losses.qqp=multiple_negatives_ranking"]
+    options = [*quick, *ranking, "--batch-size=1", "--steps=4"]
+    with signalling("minbert.training.loop.learning_rate_factor", signal.SIGINT, 3):
+        assert train.main(options) == 130
+    records = Run(tmp_path / "run").metrics.records()
+    assert 0.0 in [record["loss"]["qqp"] for record in records if "loss" in record]
+    assert train.main([*options, "--resume"]) == 0
+
+
+def _rank_of_another_processor(rank: int, port: int, words: list[str], out: Path) -> None:
+    chosen = patch("minbert.training.loop.resolve_precision", lambda name, device: ("bf16", "fp32")[rank])
+    with joined(rank, 2, port) as group, quickly(), chosen:
+        loop.train(
+            parse_layers("train", TrainConfig, [*words, "--steps=1", f"--out={out}"]), Console(quiet=True), group
+        )
+    if rank == 0:
+        assert Run(out).config().precision == "bf16"
+
+
+def test_processes_on_different_processors_take_the_precision_of_the_first(quick, tmp_path):
+    run_two_ranks(_rank_of_another_processor, free_port(), [*quick, "--recipe=plain"], tmp_path / "run")
+
+
 def _stopped_rank(rank: int, port: int, words: list[str], out: Path) -> None:
     waits = []
     all_reduce_max = ProcessGroup.all_reduce_max

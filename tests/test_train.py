@@ -329,3 +329,9 @@ def test_tasks_of_the_data_that_are_not_trained_are_named(quick, capsys):
 def test_nothing_is_named_where_all_tasks_are_trained(quick, capsys):
     assert train.main([*quick, "--steps=1"]) == 0
     assert "not trained" not in capsys.readouterr().out
+
+
+def test_groups_that_do_nothing_are_told(quick, capsys):
+    options = [*quick, "--recipe=plain", "--steps=1", "--surgery-groups=sst+qqp,sts"]
+    assert train.main([*options, "--surgery=sum"]) == 0
+    assert "warning: --surgery-groups does nothing with --surgery sum" in capsys.readouterr().out

@@ -10,6 +10,8 @@ from typing import Any
 from minbert.data.examples import Row
 from minbert.data.own_columns import Found, OwnFile, find_columns
 from minbert.errors import UserError, first_line, one_line
+from minbert.files.hub import import_datasets
+from minbert.tasks.labels import class_key
 from minbert.tasks.tasks_file import HUB
 
 BATCH = 1024  # rows that are Python values at once
@@ -83,17 +85,13 @@ def hub_rows(name: str, file: OwnFile) -> Iterator[Row]:
 
 
 def _datasets(file: OwnFile) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{file.named}: a data set of the package datasets; {EXTRA}") from None
-    return datasets
+    return import_datasets(f"{file.named}: a data set of the package datasets; {EXTRA}")
 
 
 def _dataset_rows(file: OwnFile, table: Any) -> Iterator[Row]:
     """The rows of a Dataset or an IterableDataset; the names of classes stand for their numbers.
 
-    The numbers stay where the task's own classes are numbers.
+    The numbers stay where the task's own classes are numbers, but not those that the names are.
     """
     names = table.column_names or list(next(iter(table), {}))  # a stream may know its columns from its rows alone
     columns = find_columns(file.named, names, file.task, file.labels)
@@ -103,8 +101,10 @@ def _dataset_rows(file: OwnFile, table: Any) -> Iterator[Row]:
         label = names[columns.label]
         feature = (table.features or {}).get(label)
         classes = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
-        by_number = file.task.classes is not None and all(isinstance(each, int) for each in file.task.classes)
-        if classes and not by_number and not file.task.is_regression:
+        own = file.task.classes
+        by_number = own is not None and all(isinstance(each, int) for each in own)
+        are_names = {*map(class_key, own or ())} <= {*map(class_key, classes or ())}
+        if classes and (are_names or not by_number) and not file.task.is_regression:
             batches = ({**batch, label: [_named(value, classes) for value in batch[label]]} for batch in batches)
     yield from _rows(names, columns, batches)
 

@@ -90,17 +90,18 @@ def _plain_records(file: OwnFile, text: TextIO) -> Iterator[tuple[int, list[str]
 def _is_quoted(file: OwnFile) -> bool:
     """Whether a TSV file quotes fields.
 
-    It does if it can be read as CSV, with no more rows of another number of fields than the header's. It also does if
-    half its rows have a field between quotes; one that cannot be read as CSV has an unbalanced quote then.
+    It does if it can be read as CSV with fewer rows of another number of fields than the header's than without quotes,
+    or with as few and as many rows: quotes that join two whole lines are text. It also does if half its rows have a
+    field between quotes; one that cannot be read as CSV has an unbalanced quote then.
     """
     with opened(file, newline="\n") as text:
         plain_others, rows, wrapped = _other_widths(fields for _, fields in _plain_records(file, text))
     with opened(file, newline="") as text, _long_fields():
         try:
-            others, _, _ = _other_widths(fields for _, fields in _records(file, text, "\t"))
+            others, quoted_rows, _ = _other_widths(fields for _, fields in _records(file, text, "\t"))
         except UserError:
             return 2 * wrapped >= rows
-        return others <= plain_others
+        return others < plain_others or (others == plain_others and (quoted_rows == rows or 2 * wrapped >= rows))
 
 
 def _other_widths(records: Iterator[list[str]]) -> tuple[int, int, int]:

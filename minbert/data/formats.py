@@ -181,7 +181,7 @@ def read_rows(
 
 def _is_own(path: str | Path, task: Task) -> bool:
     """Whether it is a file of an own task, whose format its name says."""
-    return task.train is not None and is_own_format(str(path))
+    return task.course is None and task.glue is None and is_own_format(str(path))
 
 
 def _of_texts(row: Row) -> Row:

@@ -106,6 +106,7 @@ class OwnTasks:
         labels = rows["train"].encoded(task)
         if task.is_regression:
             return [*warnings, *_unused_scale(task, rows["train"], labels)]
+        warnings += _merged_labels(task, rows["train"])
         if task.is_multilabel:
             warnings += _absent_separator(task, rows["train"])
         where = one_line(rows["train"].file)
@@ -175,6 +176,21 @@ def _absent_classes(task: Task, labels: np.ndarray) -> list[Any]:
     """The classes that no example has."""
     counts = labels.sum(0) if task.is_multilabel else np.bincount(labels.astype(np.int64), minlength=task.num_classes)
     return [task.classes[number] for number in np.flatnonzero(counts == 0)] if task.classes else []
+
+
+def _merged_labels(task: Task, rows: OwnRows) -> list[str]:
+    """A warning if two texts are one class as numbers, such as the versions 3.1 and 3.10."""
+    texts: dict[str, str] = {}
+    for label in rows.labels:
+        for part in split_labels(label, task.separator) if task.is_multilabel else [label]:
+            text = str(part).strip()
+            key = class_key(part)
+            if "." in key and texts.setdefault(key, text) != text:
+                return [
+                    f"{one_line(rows.file)}: the labels {short(texts[key])} and {short(text)} are one class, the number"
+                    f" {key}; write them as texts that are no numbers if they are two"
+                ]
+    return []
 
 
 def _absent_separator(task: Task, rows: OwnRows) -> list[str]:

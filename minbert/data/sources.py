@@ -17,6 +17,7 @@ from minbert.data.skipped import Skipped
 from minbert.data.source import SPLITS, Source
 from minbert.data.star_reviews import read_reviews
 from minbert.errors import UserError, first_line
+from minbert.files.hub import import_datasets
 from minbert.tasks import TASKS, Task
 
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}  # and validation_matched where there are genres
@@ -222,13 +223,10 @@ class HubSource(BuiltInTasks):
     """
 
     def __init__(self, name: str) -> None:
-        try:
-            import datasets
-        except ImportError:
-            raise UserError(
-                f"no such directory: {name!r}; if it names a data set on the hub, install the extra that reads it: "
-                f"pip install 'minbert[data]'; {ACCEPTED}"
-            ) from None
+        datasets = import_datasets(
+            f"no such directory: {name!r}; if it names a data set on the hub, install the extra that reads it: "
+            f"pip install 'minbert[data]'; {ACCEPTED}"
+        )
         self.name = name
         self._datasets = datasets
         configs = set(self._call(datasets.get_dataset_config_names))

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -14,6 +14,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from minbert.errors import UserError, first_line
 
+DATASETS = (2, 20)  # earlier versions run code that a data set brings along
 WEIGHTS = ("*.json", "vocab.txt", "*.safetensors")
 TOKENIZER = (
     "tokenizer.json",
@@ -23,6 +24,25 @@ TOKENIZER = (
     "special_tokens_map.json",
     "config.json",
 )
+
+
+def import_datasets(missing: str) -> Any:
+    """The package `datasets`.
+
+    Args:
+        missing: the line that says that it is not installed.
+
+    Raises:
+        UserError: it is not, or is too old.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(missing) from None
+    version = datasets.__version__
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < DATASETS:
+        raise UserError(f"datasets {version} runs code that a data set brings along; pip install 'datasets>=2.20'")
+    return datasets
 
 
 def checkpoint_directory(path_or_name: str | Path, patterns: tuple[str, ...]) -> Path:

@@ -315,8 +315,9 @@ class GradientSurgery(WrappedOptimizer):
                 f" {saved.get('rule')}; to start the rule anew, call .optimizer.load_state_dict"
             )
         self.optimizer.load_state_dict({name: value for name, value in state_dict.items() if name != "surgery"})
-        if saved.get("state") is not None:
-            self._memory.state = saved["state"].clone()
+        if wanted is not None:
+            state = saved["state"]
+            self._memory.state = None if state is None else state.clone()  # None: before the first update
         if "generator" in saved and self._generator is not None:
             self._generator.set_state(saved["generator"].cpu())
         if "callable" in saved:

@@ -146,7 +146,7 @@ def _format_details(task: Task, examples: Encoded, outputs: np.ndarray) -> Itera
     rows: dict[str, Sequence[Any]] = {"id": examples.ids, "predicted": predicted, "tokens": examples.lengths.tolist()}
     if examples.labels is not None:
         labels = decode_labels(task, examples.labels)
-        rows["label"] = [round(label, _decimals(task)) for label in labels] if task.is_regression else labels
+        rows["label"] = _rounded(task, labels) if task.is_regression else labels
     classes = probabilities(task, outputs)
     if classes is not None:
         rows["probabilities"] = classes.round(6).tolist()
@@ -158,6 +158,12 @@ def _decimals(task: Task) -> int:
     """Decimals of a score that float32 keeps: six of a scale such as 0 to 5, fewer of a larger one."""
     low, high = task.scale
     return max(0, 6 - math.floor(math.log10(high - low)))
+
+
+def _rounded(task: Task, labels: Sequence[float]) -> list[float]:
+    """Labels with these decimals, and the scale's ends as they are, which may have more."""
+    low, high = task.scale
+    return [min(max(round(label, _decimals(task)), low), high) for label in labels]
 
 
 def read_predictions(directory: Path, task: Task, split: str, remedy: str) -> list[PredictedExample] | None:

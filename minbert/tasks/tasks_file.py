@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -178,7 +179,8 @@ def _task(
     if classes is not None:
         check("classes", len(classes) >= 2, "two classes or more", str(len(classes)))
         check("classes", len(classes) <= MOST_CLASSES, f"at most {MOST_CLASSES} classes", str(len(classes)))
-        doubled = next((each for each in classes if list(map(str, classes)).count(str(each)) > 1), None)
+        counts = Counter(map(class_key, classes))
+        doubled = next((each for each in classes if counts[class_key(each)] > 1), None)
         check("classes", doubled is None, "different classes", f"{short(doubled)} twice")
         check("classes", all(str(each).strip() for each in classes), "no empty class", "one")
     names = len(record.class_names)

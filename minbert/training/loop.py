@@ -206,7 +206,8 @@ def start(
     resumes = config.resume and directory.last.exists()
     checkpoint = directory.last if resumes else config.model
     surgeries = find_surgery(config.surgery, config.surgery_reduction)
-    config = config.replace(precision=resolve_precision(config.precision, group.device))
+    # Rank 0's: processors that multiply bf16 and others may train together.
+    config = config.replace(precision=group.broadcast_object(resolve_precision(config.precision, group.device)))
     for line in device_lines(config, group):
         console.print(line)
     data = build_data(config, checkpoint)

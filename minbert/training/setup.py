@@ -43,6 +43,7 @@ from minbert.model.parts import parts_of
 from minbert.model.weights import check_shapes
 from minbert.options_by_task import of_task, task_groups, with_head_and_loss
 from minbert.runs.checkpoint import check_fits
+from minbert.runs.predictions import stem_of
 from minbert.seeds import derive_seed
 from minbert.tasks import Task
 from minbert.training.batches import Batches, StepSampler
@@ -145,6 +146,13 @@ def open_tasks(config: TrainConfig) -> tuple[Source, list[Task]]:
                 raise UserError(f"--{option.replace('_', '-')} names {name}; the tasks of this run: {', '.join(names)}")
     for name in names:
         config.batch_size_of(name)
+    by_stem: dict[str, Task] = {}
+    for task in tasks:
+        if (other := by_stem.setdefault(stem_of(task), task)) is not task:
+            raise UserError(
+                f"tasks {other.name} and {task.name} both write predictions/{stem_of(task)}-dev.jsonl; give the one of"
+                " your own another name"
+            )
     return source, tasks
 
 

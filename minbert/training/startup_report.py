@@ -13,6 +13,7 @@ from minbert.data import skipped_lines
 from minbert.device import describe
 from minbert.distributed.process_group import ProcessGroup
 from minbert.methods.smart import embedding_scale
+from minbert.methods.surgery import needs_task_gradients
 from minbert.model import MultitaskModel
 from minbert.model.parts import parts_of
 from minbert.training.cuda_graphs import reason_against
@@ -99,6 +100,8 @@ def data_lines(config: TrainConfig, data: TrainingData, model: MultitaskModel, s
         method_line(config, model),
         data_table(rows),
     ]
+    if config.surgery_groups is not None and not needs_task_gradients(config.surgery):
+        lines.append(f"warning: --surgery-groups does nothing with --surgery {config.surgery}")
     trained = [task.name for task in data.tasks]
     if others := [name for name in data.source.tasks() if name not in trained]:
         lines.append(f"not trained: {', '.join(others)} (--tasks chooses)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,7 +142,7 @@ class PendingStep:
         conflicts = Conflicts.of(gram, share) if self.names else None
         return StepResult(
             **by_task,
-            smart_share=sum(first["smart"]) / (sum(first["total"]) or math.nan),
+            smart_share=sum(first["smart"]) / total if (total := sum(first["total"])) else 0.0,
             perturbation=_mean(first.get("perturbation", [0.0])),
             grad_norm=norm,
             conflicts=self._by_pair(conflicts) if conflicts else {},

@@ -99,6 +99,7 @@ class TrainingRun:
         for task in checkpoint.load_tasks(last, list(trainer.model.tasks.values())):
             trainer.model.tasks[task.name] = task
         trainer.optimizer.load(trainer.parameters.shard_state(checkpoint.load_state(last, trainer.model)))
+        trainer.parameters.all_gather()  # of an EMA every rank has loaded its shards alone
         for surgery in trainer.surgeries:
             if surgery.weighting is not None:
                 surgery.weighting.load(last, self.group.device)

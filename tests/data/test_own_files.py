@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from own_task import own_task
 
+from minbert.data import open_source
 from minbert.data.own_rows import OwnRows, read_own
 from minbert.errors import UserError
 
@@ -111,6 +112,25 @@ def test_names_of_classes_stand_for_their_numbers(tmp_path):
     assert rows_of(read(tmp_path / "d", classes=[0, 1])) == [("a", 1), ("b", 0), ("c", -1)]
 
 
+def test_names_that_are_numbers_mean_the_same_with_and_without_the_classes(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    names = ["0", "1", "10", "2"]  # as texts are sorted
+    features = datasets.Features({"message": datasets.Value("string"), "topic": datasets.ClassLabel(names=names)})
+    datasets.Dataset.from_dict({"message": ["a", "b"], "topic": [2, 3]}, features).save_to_disk(tmp_path / "d")
+    assert rows_of(read(tmp_path / "d")) == [("a", "10"), ("b", "2")]
+    assert rows_of(read(tmp_path / "d", classes=[0, 1, 2, 10])) == [("a", "10"), ("b", "2")]
+    assert rows_of(read(tmp_path / "d", classes=[0, 1, 2, 3])) == [("a", 2), ("b", 3)]
+
+
+def test_a_version_of_datasets_that_runs_code_of_a_data_set_is_refused(monkeypatch, tmp_path):
+    old = types.ModuleType("datasets")
+    old.__version__ = "2.19.2"
+    monkeypatch.setitem(sys.modules, "datasets", old)
+    for read_it in (lambda: read_own("hub:a/train", own_task(tmp_path), "required"), lambda: open_source("a/b")):
+        with pytest.raises(UserError, match=r"datasets 2\.19\.2 runs code .* pip install 'datasets>=2\.20'"):
+            read_it()
+
+
 @pytest.mark.parametrize(
     ("name", "calls"),
     [
@@ -138,6 +158,7 @@ def test_a_data_set_on_the_hub_is_streamed(monkeypatch, tmp_path, name, calls):
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, tmp_path):
     datasets = types.ModuleType("datasets")
+    datasets.__version__ = "2.20.0"
     monkeypatch.setitem(sys.modules, "datasets", datasets)
     datasets.load_dataset = lambda *names, **options: (_ for _ in ()).throw(ConnectionError("no network\nat all"))
     with pytest.raises(UserError, match=r"hub:a/train: cannot be read from the hub: no network\Z"):
@@ -155,6 +176,11 @@ def test_a_missing_extra_is_named(monkeypatch, file, tmp_path, module):
         path.mkdir()
         (path / "state.json").write_text("{}")
     assert "pip install 'minbert[data]'" in refusal(path)
+
+
+def test_quotes_of_a_tsv_that_join_whole_lines_are_text(file):
+    text = 'message\ttopic\n"I love it.\tpos\nIt was great."\tpos\nFine.\tneg\n'
+    assert rows_of(read(file("a.tsv", text))) == [('"I love it.', "pos"), ('It was great."', "pos"), ("Fine.", "neg")]
 
 
 def test_columns_are_found_by_name(file):

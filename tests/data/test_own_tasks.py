@@ -232,6 +232,18 @@ def test_texts_of_a_dev_file_that_are_trained_on_are_counted(directory):
     assert line.endswith("dev.csv: texts of 2 of the 3 dev examples are also trained on, the first on line 3")
 
 
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [({}, ["3.1", "3.10", "3.2", "3.1"]), ({"type": "multilabel"}, ["3.1;3.2", "3.10", "3.2", "3.1"])],
+)
+def test_two_texts_that_are_one_number_are_told(directory, values, labels):
+    line, *_ = warnings_of(directory, labels, dev="train.csv", **values)
+    assert line == (
+        "DIR/train.csv: the labels '3.1' and '3.10' are one class, the number 3.1; write them as texts that are no"
+        " numbers if they are two"
+    )
+
+
 def test_a_separator_that_never_occurs_is_told(directory):
     (line,) = warnings_of(directory, ["a|b", "b", "c"], type="multilabel", dev="train.csv")
     assert line == (

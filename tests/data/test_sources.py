@@ -117,6 +117,7 @@ class FakeTable:
 def hub(monkeypatch):
     """The package `datasets` with a GLUE of three examples, two of them usable."""
     module = types.ModuleType("datasets")
+    module.__version__ = "2.20.0"
 
     def load_dataset(name: str, config: str, split: str) -> FakeTable:
         assert (name, config) == ("nyu-mll/glue", "qqp")

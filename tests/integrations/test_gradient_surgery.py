@@ -283,6 +283,20 @@ def test_a_run_resumes_to_the_bit(rule) -> None:
     assert torch.equal(resumed.weights, optimizer.weights)
 
 
+@pytest.mark.parametrize("rule", STATEFUL)
+def test_a_state_from_before_the_first_update_starts_the_rule_anew(rule: str) -> None:
+    ends = []
+    network = Network()
+    optimizer = network.optimizer(rule, generator=seeded())
+    weights, start = copy.deepcopy(network.state_dict()), copy.deepcopy(optimizer.state_dict())
+    for _ in range(2):
+        network.load_state_dict(weights)
+        optimizer.load_state_dict(copy.deepcopy(start))
+        steps(network, optimizer, 4)
+        ends.append(flat(network.parameters()))
+    assert torch.equal(*ends)
+
+
 def test_a_copy_goes_on_as_the_original_does() -> None:
     network = Network()
     optimizer = network.optimizer("famo")

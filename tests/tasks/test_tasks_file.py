@@ -83,6 +83,8 @@ ONE = "tasks:\n  a:\n    text: t\n    label: l\n    type: classification\n    tr
         (ONE.replace("label: l", "label: t"), "line 4: task a: label: expected a column that is not a text"),
         (ONE + "    classes: [x]", "line 8: task a: classes: expected two classes or more, got 1"),
         (ONE + "    classes: [x, y, x]", "line 8: task a: classes: expected different classes, got 'x' twice"),
+        (ONE + "    classes: ['3.1', '3.10']", "line 8: task a: classes: expected different classes, got '3.1' twice"),
+        (ONE + "    classes: [a, ' a']", "line 8: task a: classes: expected different classes, got 'a' twice"),
         (ONE + "    classes: [1, '1']", "line 8: task a: classes: expected different classes"),
         (ONE + f"    classes: {[*range(10001)]}", "line 8: task a: classes: expected at most 10000 classes, got 10001"),
         (ONE + "    classes: [{}]", "line 8: task a: classes[0]"),

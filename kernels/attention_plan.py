@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import checks
+
 
 class AttentionPlan(NamedTuple):
     """The tiles of a stream of N tokens. A tile takes the rows of consecutive whole sequences."""
@@ -48,11 +50,15 @@ def attention_plan(
 
     Returns:
         The plan for `attention`, on the CPU; None if max_seqlen is more than 128: attention then needs none.
+
+    Raises:
+        ValueError: cu_seqlens does not increase from 0, or max_seqlen is less than the longest sequence.
     """
     rows = tile_rows(max_seqlen)
     if rows is None:
         return None
     cu_seqlens = np.asarray(cu_seqlens)
+    checks.cu_seqlens_values("attention_plan", cu_seqlens, max_seqlen=max_seqlen)
     bounds = [0]
     while bounds[-1] < cu_seqlens[-1]:
         bounds.append(int(cu_seqlens[np.searchsorted(cu_seqlens, bounds[-1] + rows, side="right") - 1]))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,7 +115,9 @@ def cu_seqlens_shape(op: str, value: Tensor) -> None:
         raise ValueError(f"{op}: cu_seqlens must have at least 2 entries (one sequence), got {value.shape[0]}")
 
 
-def cu_seqlens_values(op: str, value: Tensor, tokens: int | None = None, max_seqlen: int | None = None) -> None:
+def cu_seqlens_values(
+    op: str, value: Tensor | np.ndarray, tokens: int | None = None, max_seqlen: int | None = None
+) -> None:
     """Check cumulative sequence lengths themselves."""
     bounds = value.tolist()
     if bounds[0] != 0:
@@ -283,8 +286,13 @@ def alike(op: str, name: str, value: Tensor, other: Tensor, what: str) -> None:
     if value.device != other.device:
         raise ValueError(f"{op}: {name} must be on {other.device} like {what}, got {value.device}")
     strided = value.layout == other.layout == torch.strided
-    if value.layout != other.layout or (strided and value.stride() != other.stride() and value.numel() > 1):
+    if value.layout != other.layout or (strided and value.numel() > 0 and _steps(value) != _steps(other)):
         raise ValueError(f"{op}: {name} must be laid out like {what}; call .contiguous() on both")
+
+
+def _steps(value: Tensor) -> list[int]:
+    """The strides of the dimensions along which there is a step to take."""
+    return [stride for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1]
 
 
 def number(op: str, name: str, value: float) -> None:

@@ -139,7 +139,8 @@ def reasons(
     for dtype in dtypes:
         if dtype not in known:
             found.append(f"takes {names(known)}, not {names([dtype])}")
-    if op == "encoder_layers" and torch.bfloat16 in dtypes and not native.cpu_features()["avx512_bf16"]:
+    in_bf16 = op == "encoder_layers" and torch.bfloat16 in dtypes and native.refusal() is None
+    if in_bf16 and not native.cpu_features()["avx512_bf16"]:
         found.append("multiplies bfloat16 only on processors with avx512_bf16")
     if kind == "cuda" and code.rows_in_registers and columns is not None and columns > WIDEST_ROW:
         found.append(f"takes rows of up to {WIDEST_ROW} elements, not {columns}")

@@ -23,6 +23,11 @@ def _embeddings(ids: Sequence[Tensor], tables: Sequence[Tensor], rows: slice) ->
     return *addresses, native_calls.DTYPE_CODES[tables[0].dtype]
 
 
+def _check_ids(ids: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
+    for name, of_tokens, table in zip(("token_ids", "token_type_ids", "position_ids"), ids, tables, strict=True):
+        checks.ids("embedding", name, of_tokens, table)
+
+
 @torch.library.custom_op("minbert::embedding", mutates_args=(), device_types="cpu")
 @recorded("embedding")
 def _embedding(
@@ -40,6 +45,7 @@ def _embedding(
     dtype: torch.dtype,
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_ids(ids, (words[0], token_types[0], positions[0]))
     y = torch.empty(ids[0].shape[0], weights[0].shape[0], dtype=dtype)
     mean_rstd = torch.empty(y.shape[0], 2, dtype=torch.float32)
     scratch = native_calls.row_scratch(*y.shape)
@@ -245,21 +251,17 @@ def embedding(
     checks.tensor(op, "position", position, ["positions", columns], [word.dtype], like=word)
     checks.tensor(op, "weight", weight, [columns], checks.FLOATS, like=word)
     checks.tensor(op, "bias", bias, [columns], checks.FLOATS, like=word)
-    for name, ids, table in (
-        ("token_ids", token_ids, word),
-        ("token_type_ids", token_type_ids, token_type),
-        ("position_ids", position_ids, position),
-    ):
+    all_ids = [token_ids, token_type_ids, position_ids]
+    for name, ids in zip(("token_ids", "token_type_ids", "position_ids"), all_ids, strict=True):
         checks.tensor(op, name, ids, token_ids.shape, [torch.int64], like=word)
-        checks.ids(op, name, ids, table)
     seed = checks.dropout(op, dropout_p, seed, stream_id, word.device)
     dtype = checks.float_dtype(op, dtype or word.dtype)
     if sparse and word.device.type == "cuda":
         raise ValueError(f"{op}: sparse gradients are computed on the CPU, got tensors on {word.device}")
-    all_ids = [token_ids, token_type_ids, position_ids]
     if is_compiled(op, word.device, word.dtype, dtype, columns=columns):
         wide = [[view.float() for view in views] for views in params[3:]]
         return _embedding(all_ids, *params[:3], *wide, bounds, eps, dropout_p, seed, stream_id, dtype, sparse)[0]
+    _check_ids(all_ids, (word, token_type, position))
     keep = None
     if seed is not None:
         keep = dropout_mask(token_ids.shape[0], columns, dropout_p, seed, stream_id)

@@ -141,7 +141,7 @@ class GradientTable:
         for i, grad in enumerate(self.grads):
             if grad is not None and grad.layout != torch.strided:
                 checks.sparse_rows("GradientTable", f"grads[{i // count}][{i % count}]", grad)
-                values[i], self._row_numbers[i] = grad.values().contiguous(), grad.indices()[0]
+                values[i], self._row_numbers[i] = grad.values().contiguous(), grad.indices()[0].contiguous()
         self._values = values
         self._addresses = [native_calls.address(value) for value in values]
 

@@ -84,7 +84,7 @@ def _(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     d_weights = [torch.empty_like(weight, memory_format=torch.contiguous_format) for _ in bounds[1:]]
     d_biases = [weight.new_empty(weight.shape[0], dtype=bias) for _ in bounds[1:]]
-    d_x = torch.empty_like(x) if for_x else grad.new_empty(0)
+    d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if for_x else grad.new_empty(0)
     return d_x, d_weights if for_weights else [], d_biases if bias else []
 
 

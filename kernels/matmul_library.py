@@ -124,7 +124,7 @@ def reasons_against_onednn(device: torch.device, *dtypes: torch.dtype) -> Iterat
     if not torch.backends.mkldnn.is_available():
         yield "torch was built without oneDNN"
     for dtype in dtypes:
-        if dtype == torch.bfloat16 and not multiplies_bfloat16():
+        if dtype == torch.bfloat16 and (native.refusal() is not None or not multiplies_bfloat16()):
             yield "this processor, or oneDNN on it, multiplies no bfloat16"
         elif dtype not in (torch.float32, torch.bfloat16):
             yield f"takes float32 or bfloat16, not {str(dtype).removeprefix('torch.')}"

@@ -95,7 +95,7 @@ def sparse_parts(
     tables = [any_of(grads[k :: len(columns)]) for k in range(len(columns))]
     return (
         [grad.values().contiguous() if of_rows else grad for grad, of_rows in parts],  # type: ignore[union-attr]
-        [grad.indices()[0] if of_rows else None for grad, of_rows in parts],  # type: ignore[union-attr]
+        [grad.indices()[0].contiguous() if of_rows else None for grad, of_rows in parts],  # type: ignore[union-attr]
         [0 if table.layout == torch.strided else table.shape[0] for table in tables],
     )
 

@@ -43,8 +43,10 @@ def _smart_ascend(
     onto_ball: bool,
     scale: Tensor | None = None,
 ) -> Tensor:
-    out = torch.empty_like(perturbed)
     tokens, columns, dtype = native_calls.activation(perturbed)
+    if cu_seqlens.device.type == "cpu":
+        checks.cu_seqlens_values("smart_ascend", cu_seqlens, tokens)
+    out = torch.empty_like(perturbed)
     groups = (cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1) if per_sequence else (0, tokens)
     addresses = (tensor.data_ptr() for tensor in (perturbed, x, grad, out))
     lengths = eta, epsilon, native_calls.address(scale)
@@ -129,7 +131,7 @@ def smart_ascend(
     checks.tensor(op, "perturbed", perturbed, ["N", "D"], checks.FLOATS)
     for name, tensor in (("x", x), ("grad", grad)):
         checks.tensor(op, name, tensor, perturbed.shape, [perturbed.dtype], like=perturbed)
-    checks.cu_seqlens(op, cu_seqlens, tokens=perturbed.shape[0])
+    checks.cu_seqlens_shape(op, cu_seqlens)
     if cu_seqlens.device != perturbed.device:
         raise ValueError(f"{op}: cu_seqlens must be on {perturbed.device}, got {cu_seqlens.device}")
     checks.number(op, "eta", eta)
@@ -141,4 +143,5 @@ def smart_ascend(
     if is_compiled(op, perturbed.device, perturbed.dtype):
         choices = norm == "inf", per == "sequence", projection == "ball"
         return _smart_ascend(perturbed, x, grad, cu_seqlens, eta, epsilon, *choices, scale)
+    checks.cu_seqlens(op, cu_seqlens, perturbed.shape[0])
     return reference.smart_ascend(perturbed, x, grad, cu_seqlens, eta, epsilon, norm, per, projection, scale)

@@ -79,6 +79,8 @@ def _(*_: Any) -> None:
 def _surgery_weights(
     gram: Tensor, orders: Tensor | None, weights: Tensor | None, own_square: Tensor | None, max_norm: float, mean: bool
 ) -> tuple[Tensor, Tensor]:
+    if orders is not None:
+        checks.permutations("surgery_weights", "orders", orders)
     tasks, shape = gram.shape[-1], gram.shape[:-1]
     parts = shape[0] if len(shape) > 1 else 1
     result, stats, scratch = gram.new_empty(shape), gram.new_empty(4), gram.new_empty(tasks + 3, *shape)
@@ -281,7 +283,6 @@ def surgery_weights(
         raise ValueError(f"{op}: orders and weights exclude each other, got both")
     if orders is not None:
         checks.tensor(op, "orders", orders, shape, [torch.int64], like=gram)
-        checks.permutations(op, "orders", orders)
     if weights is not None:
         checks.tensor(op, "weights", weights, shape[:-1], [torch.float64], like=gram)
     if own_square is not None:
@@ -289,4 +290,6 @@ def surgery_weights(
     mean = reduction == "mean"
     if is_compiled(op, gram.device):
         return _surgery_weights(gram, orders, weights, own_square, max_norm, mean)
+    if orders is not None:
+        checks.permutations(op, "orders", orders)
     return reference.surgery_weights(gram, orders, weights, own_square, max_norm, mean)

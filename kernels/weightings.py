@@ -86,6 +86,8 @@ def _task_weights(
     orders: Tensor | None,
     state: Tensor | None,
 ) -> Tensor:
+    if orders is not None:
+        checks.permutations("task_weights", "orders", orders)
     tasks, parts = gram.shape[-1], gram.shape[:-2].numel()
     of_cpu = gram.device.type == "cpu"
     weights = gram.new_empty(gram.shape[:-1])
@@ -183,10 +185,11 @@ def task_weights(
         checks.tensor(op, "noise", noise, [*parts, tasks], float64, like=gram)
     if orders is not None:
         checks.tensor(op, "orders", orders, [*parts, tasks, tasks], [torch.int64], like=gram)
-        for part in orders.reshape(-1, tasks, tasks):
-            checks.permutations(op, "orders", part)
     if state is not None:
         checks.tensor(op, "state", state, [*parts, size], float64, like=gram)
     given_options = [float(value) for value in options]
-    run = _task_weights if is_compiled(op, gram.device) else reference.task_weights
-    return run(gram, rule, given_options, losses, noise, orders, state)
+    if is_compiled(op, gram.device):
+        return _task_weights(gram, rule, given_options, losses, noise, orders, state)
+    if orders is not None:
+        checks.permutations(op, "orders", orders)
+    return reference.task_weights(gram, rule, given_options, losses, noise, orders, state)

@@ -46,6 +46,15 @@ def test_plans_of_fixed_size_end_in_empty_tiles(lengths: list[int], random) -> N
     assert len(attention_plan(cumulative(shuffled), max(lengths), fixed_size=True).tile_bounds) == len(fixed)
 
 
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [([0, 100], "max_seqlen is 20, but the longest sequence has 100"), ([0, 5, 5], "increase"), ([1, 9], "start at 0")],
+)
+def test_a_stream_that_does_not_fit_is_refused(cu_seqlens: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"attention_plan: .*{message}"):
+        attention_plan(torch.tensor(cu_seqlens), 20)
+
+
 @pytest.mark.parametrize(("longest", "planned"), [(128, True), (129, False)])
 def test_longer_sequences_have_no_plan(longest: int, planned: bool) -> None:
     assert (attention_plan(cumulative([5, longest]), longest) is not None) == planned

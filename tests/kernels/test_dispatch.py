@@ -75,6 +75,8 @@ def test_the_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         backends("cpu", explain=True)
     with use_backend("reference"):
         assert against("gram", "cpu") == ['set_backend("reference") is in effect', "MINBERT_ISA must be another"]
+        monkeypatch.setattr(native, "isa", lambda: pytest.fail("asks for the instruction set"))
+        assert {*backends("cpu", dtype=torch.bfloat16).values()} == {"reference"}
 
 
 def test_the_extension_has_no_cuda(needs_native: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -333,6 +333,7 @@ def test_opcheck():
     for wanted in ((True, True, torch.float32), (False, True, None)):
         arguments = torch.ones(5, 3), x.detach(), weight.detach(), [0, 2, 5], *wanted
         torch.library.opcheck(module._linear_backward, arguments)
+        torch.library.opcheck(module._linear_backward, (arguments[0], turned[0].detach(), *arguments[2:]))
 
 
 def test_compiles_as_one_graph(monkeypatch):

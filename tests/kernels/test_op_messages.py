@@ -250,6 +250,17 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         "task_weights: orders[0] must be a permutation of 0 to 1, got [0, 0]",
     ),
     (
+        lambda: task_weights(
+            torch.stack([gram2, gram2]),
+            "gradvac",
+            [0.5],
+            orders=torch.tensor([[[0, 1], [1, 0]], [[0, 0], [1, 0]]]),
+            state=torch.zeros(2, 4).double(),
+        ),
+        ValueError,
+        "task_weights: orders[1, 0] must be a permutation of 0 to 1, got [0, 0]",
+    ),
+    (
         lambda: update(copies=[torch.zeros(3)]),
         TypeError,
         "adamw_: copies[0] must be bfloat16, got float32",

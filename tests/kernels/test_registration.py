@@ -35,6 +35,9 @@ FIRST_TOKENS = (CU_SEQLENS, 3, 0.3, SEED, 1, 0.5)
 IDS = [torch.tensor([0, 2, 2, 1]), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])]
 
 
+TABLES = [randn(3, 9), randn(2, 9), randn(2, 9)]
+
+
 def partly_sparse() -> tuple[list[torch.Tensor | None], list[torch.Tensor | None], list[int]]:
     """Gradients of two tasks: for the first tensor, rows of a matrix [4, 2], of which the second task has none."""
     return [randn(2, 2), None, randn(0, 2), randn(3)], [torch.tensor([0, 3]), None, torch.arange(0), None], [4, 0]
@@ -97,6 +100,40 @@ CALLS_BY_PART = {
     "combine_adamw_": lambda: (*(BY_PART if x is WEIGHTS else x for x in CALLS["combine_adamw_"]()), FIRST_COLUMNS),
     "surgery_weights": lambda: (torch.stack([GRAM, 2 * GRAM]), None, BY_PART, WEIGHTS[0], 0.1, True),
 }
+
+
+def embed(*ids: torch.Tensor) -> torch.Tensor:
+    return kernels.embedding(*ids, *TABLES, TABLES[0][0], TABLES[0][1], eps=1e-5)
+
+
+def ascend(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    x = torch.ones(4, 9)
+    return kernels.smart_ascend(x, x, x, cu_seqlens, eta=0.1, epsilon=0.2, per="sequence")
+
+
+def project(orders: torch.Tensor) -> torch.Tensor:
+    return kernels.surgery_weights(GRAM, orders=orders)[0]
+
+
+def vaccinate(orders: torch.Tensor) -> torch.Tensor:
+    return kernels.task_weights(GRAM, "gradvac", [0.5], orders=orders, state=torch.zeros(4).double())
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (embed, [torch.tensor([0, 3, 1, 1]), *IDS[1:]], "embedding: token_ids must lie in .* got 3"),
+        (embed, [*IDS[:2], torch.tensor([-1, 0, 1, 1])], "embedding: position_ids must lie in .* got -1"),
+        (ascend, [9 * CU_SEQLENS], "smart_ascend: cu_seqlens must end at the number of tokens, 4, got 36"),
+        (project, [torch.tensor([[0, 9], [1, 0]])], r"surgery_weights: orders\[0\] must be a permutation"),
+        (vaccinate, [torch.tensor([[0, 1], [1, -7]])], r"task_weights: orders\[1\] must be a permutation"),
+    ],
+)
+def test_compiled_code_refuses_what_it_would_read_outside_a_tensor(
+    function: Callable[..., torch.Tensor], arguments: list[torch.Tensor], message: str, needs_native: None
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
 
 
 @pytest.mark.parametrize("op", CALLS)

@@ -203,3 +203,20 @@ def test_what_cannot_be_right_is_refused(call: Callable[[], object], message: st
     with pytest.raises(ValueError) as found:  # noqa: PT011
         call()
     assert str(found.value) == message
+
+
+def test_numbers_of_rows_may_lie_apart_in_memory(needs_native: None) -> None:
+    pairs = torch.tensor([[1, 0], [2, 0], [5, 0]])
+    rows = pairs[:, 0][None]
+    strided = torch.sparse_coo_tensor(rows, randn(3, 4), (10, 4), check_invariants=False, is_coalesced=True)
+    assert not strided.indices()[0].is_contiguous()
+    grads: Grads = [[strided], [rows_of((10, 4), [0, 2, 3], seed=1)]]
+    torch.testing.assert_close(gram(grads), gram(dense(grads)))
+    weights = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    results = []
+    for each in (grads, dense(grads)):
+        state = [[torch.ones(10, 4)] for _ in range(3)]
+        combine_adamw_(state[0], each, weights, state[1], state[2], **OPTIONS)
+        optimizer_state = [row[0] for row in state]
+        results.append(torch.stack(optimizer_state))
+    torch.testing.assert_close(*results)

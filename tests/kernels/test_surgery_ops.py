@@ -302,3 +302,12 @@ def test_gradients_of_zero_have_weights_and_a_norm_of_zero(isa: str) -> None:
     assert weights.tolist() == [1, 1, 1]
     assert stats[:3].tolist() == [0, 1, 1]
     assert stats[3].isnan()
+
+
+def test_the_stride_of_a_dimension_of_one_does_not_matter(needs_native: None) -> None:
+    row, turned = torch.arange(4.0)[None], torch.ones(4, 1).t()
+    assert row.stride() != turned.stride()
+    torch.testing.assert_close(gram([[row], [turned]]), torch.tensor([[14.0, 6.0], [6.0, 4.0]], dtype=torch.float64))
+    weights = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    (found,) = combine([[row], [turned]], weights)
+    torch.testing.assert_close(found, row + 2)

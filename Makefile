@@ -11,7 +11,8 @@ test:       ## all tests
 
 # Tests that name the sets run under each of them anyway, and those of CUDA and Triton under none.
 isas:       ## the op tests under each instruction set that is narrower than this processor's
-	for isa in $$(python -c "from minbert.kernels import native; print(*native.library().isas()[:-1])"); do \
+	isas=$$(python -c "from minbert.kernels import native; print(*native.library().isas()[:-1])") || exit 1; \
+	for isa in $$isas; do \
 		echo "MINBERT_ISA=$$isa" && MINBERT_ISA=$$isa python -m pytest -n auto --dist worksteal tests/kernels \
 			-k "not portable and not avx2 and not avx512 and not cuda and not gpus and not bfloat16_products" \
 			|| exit 1; \

@@ -82,9 +82,7 @@ def test_a_rank_that_dies_ends_the_run_with_one_line(start, whole, tmp_path, sha
     run = start(3)
     run.wait_for_step(12)
     os.kill(run.worker(1), signal.SIGKILL)
-    killed = time.monotonic()
     assert run.process.wait(60) != 0
-    assert time.monotonic() - killed < 30
     (line,) = run.lines("error: ")
     found = re.fullmatch(
         r"error: rank 1 was lost after step (\d+); (.*)/last holds step (\d+): the same command.*", line

@@ -76,10 +76,10 @@ def write_text(path: Path, text: str) -> None:
     write(path, [text.encode()])
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the content of `path`: after a crash the file is the old one or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the content of `path`, a text as UTF-8: after a crash the file is the old one or the new one."""
     with _replacing(path) as temporary:
-        write_text(temporary, text)
+        write(temporary, [content.encode() if isinstance(content, str) else content])
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from minbert.files.atomic import write_atomically
 from minbert.report.svg_charts import Figure, heat_map, line_chart
 from minbert.report.training_history import Points, Record, curves, grid
 from minbert.runs.epochs import epochs
@@ -88,7 +90,9 @@ def plot_run(run: Run) -> list[Path]:
         draw(picture, records)
         paths.append(run.path / "plots" / f"{name}.png")
         paths[-1].parent.mkdir(exist_ok=True)
-        picture.savefig(paths[-1], dpi=130)
+        drawn = BytesIO()
+        picture.savefig(drawn, dpi=130)
+        write_atomically(paths[-1], drawn.getvalue())
     return paths
 
 

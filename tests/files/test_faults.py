@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,16 +23,18 @@ from safetensors.torch import load_file
 from minbert import train
 from minbert.config import TrainConfig
 from minbert.data import Encoded
+from minbert.data.skipped import SkippedRow
 from minbert.data.tokenizer import Tokenizer
 from minbert.errors import UserError
 from minbert.files.atomic import recover, verify
 from minbert.files.lock import locked
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
+from minbert.report import plot_run
 from minbert.runs import checkpoint
 from minbert.runs.predictions import write_predictions
 from minbert.runs.progress_counters import Progress, load_progress
 from minbert.runs.run_directory import Run
-from minbert.tasks import find_tasks
+from minbert.tasks import Task, find_tasks, parse_tasks
 
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EROFS, None]
 LIMIT = 1000  # calls
@@ -143,6 +147,13 @@ def test_the_recording_finds_what_was_not_synced(save, tmp_path, monkeypatch):
 # The other files of a run -------------------------------------------------------------------------------------------
 
 TASK = find_tasks(["sst"])[0]
+
+
+def own_task(directory: Path) -> Task:
+    record = "{text: a, label: b, type: classification, train: a.csv, dev: 0.1}"
+    return parse_tasks(f"tasks:\n  own: {record}\n", "tasks.yaml", directory)["own"]
+
+
 EXAMPLES = Encoded(*(np.zeros(2, dtype) for dtype in (np.int32, np.uint8)), np.arange(3), None, ["a", "b"], 0)
 
 
@@ -178,7 +189,17 @@ WRITES = {  # how a file is written, and what it is found to hold afterwards: th
         ),
         scores,
     ),
+    "tasks.yaml": (
+        lambda run, n: run.write_tasks([replace(own_task(Path("/data")), title=f"{n}")]),
+        lambda run: (run.path / "tasks.yaml").read_text() if (run.path / "tasks.yaml").exists() else None,
+    ),
+    "skipped.jsonl": (
+        lambda run, n: run.write_skipped([SkippedRow("train", "sst", "a.csv", n, "", "no label")]),
+        lambda run: run.skipped.read_text() if run.skipped.exists() else None,
+    ),
 }
+# Calls at which a disk can fail: at least that of the file, its bytes, their sync and the new name.
+CALLS = {"no summary.json": 1, "metrics.jsonl": 2}
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=NAMES.get)
@@ -187,8 +208,9 @@ def test_every_other_file_is_the_old_one_or_the_new(tmp_path, name, error):
     write, read = WRITES[name]
     before = Run(tmp_path / "before")
     before.path.mkdir()
-    for each in ("config.yaml", "metrics.jsonl", "summary.json", "predictions"):
-        WRITES[each][0](before, 1)
+    for each in WRITES:
+        if " " not in each:
+            WRITES[each][0](before, 1)
     whole = Run(shutil.copytree(before.path, tmp_path / "whole"))
     write(whole, 2)
     allowed, found = (read(before), read(whole)), []
@@ -205,6 +227,26 @@ def test_every_other_file_is_the_old_one_or_the_new(tmp_path, name, error):
         if disk.calls <= at:
             break
     assert found[-1] == allowed[1]
+    assert disk.calls >= CALLS.get(name, 4)
+
+
+def test_a_picture_is_the_old_one_or_the_new(tmp_path):
+    run = Run(tmp_path / "run")
+    run.path.mkdir()
+    run.metrics.append({**line(1), "seconds": {"forward": 1.0}})
+    (first, *_) = plot_run(run)
+    old = first.read_bytes()
+    run.metrics.append({**line(2), "seconds": {"forward": 2.0}})
+    for at in range(1, LIMIT):  # the directory, whose call is the first, is there
+        with contextlib.suppress(OSError), FailingDisk(at, errno.ENOSPC).watching():
+            plot_run(run)
+        assert not list(run.path.rglob(".*"))
+        if first.read_bytes() != old:
+            break
+    assert at >= 4
+    found = first.read_bytes()
+    plot_run(run)
+    assert first.read_bytes() == found
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=NAMES.get)

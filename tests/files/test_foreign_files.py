@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from mutate_files import FIXTURE, OPTIONS, campaign
 from minbert import evaluate, predict, reproduce, train
 from minbert.config import TrainConfig
 from minbert.errors import UserError
+from minbert.export import __main__ as export
 from minbert.files.atomic import MANIFEST, sha256, verify
 from minbert.files.hub import checkpoint_directory
 from minbert.report import __main__ as report
@@ -68,20 +68,20 @@ def test_what_opens_a_run_imports_nothing_that_it_names(run):
 def test_training_imports_what_the_command_line_names_and_no_file(run):
     options(run, surgery="downloaded.payload:X")
     words = [*OPTIONS, "--model=model", "--out=run", "--resume"]
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"--surgery \(was downloaded\.payload:X, is "):
         train.main(words)
     with pytest.raises(UserError, match="names code to import"):
         train.main(["--config=run/config.yaml", "--out=new"])
     assert not Path("payload-ran").exists()
 
 
-def test_reproducing_into_a_foreign_directory_imports_nothing(run, monkeypatch):
+def test_reproducing_into_a_foreign_directory_imports_nothing(run, monkeypatch, capsys):
     foreign = Path("out/baseline/seed-0")
     shutil.copytree(run, foreign)
     options(foreign, surgery="downloaded.payload:X")
     monkeypatch.setattr(separate_process, "subprocess", None)  # were it to train, it would fail
-    with contextlib.suppress(UserError, AttributeError):
-        reproduce.main(["004", "--rows=baseline", "--out=out"])
+    assert reproduce.main(["004", "--rows=baseline", "--out=out"]) == 1
+    assert "--surgery (was downloaded.payload:X" in capsys.readouterr().out.replace("\n", " ")
     assert not Path("payload-ran").exists()
 
 
@@ -156,12 +156,35 @@ def test_data_that_a_run_names_is_said_and_never_fetched(run, monkeypatch, capsy
     assert report.main(["run"]) == 0
     assert "someone/dataset of the hub" in Path("run/report.html").read_text()
     capsys.readouterr()
-    options(run, data="../secret", model="/nowhere", out="/nowhere", reviews="/etc/passwd")
+    options(run, data="../secret", model="/nowhere")
     with pytest.raises(UserError, match=r"no such directory: '\.\./secret'"):
         evaluate.main(["run"])
     assert evaluate.main(["run", "--data=data"]) == 0
     assert "which run/config.yaml names" not in capsys.readouterr().out
     assert not Path("/nowhere").exists()
+
+
+def test_what_else_a_run_names_is_not_opened(run):
+    named = {name: Path(f"named-{name}").absolute() for name in ("model", "out", "reviews", "augmented")}
+    for path in named.values():
+        path.write_text("{}")
+    options(run, **{name: str(path) for name, path in named.items()} | {"augmented": {"sst": str(named["augmented"])}})
+    opened, watching = [], [True]
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if watching and event == "open":
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(note)
+    try:
+        assert evaluate.main(["run"]) == 0
+        assert report.main(["run"]) == 0
+        assert predict.main(["run", "--task=sts", "--input=data/sts-dev.csv"]) == 0
+        assert export.main(["run", "--to=transformers", "--task=sst", "--out=exported"]) == 0
+    finally:
+        watching.clear()
+    assert any("sts-dev.csv" in path for path in opened)
+    assert not [path for path in opened if "named-" in path]
 
 
 def test_a_tag_in_a_runs_options_is_not_obeyed(run):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").glob("*.py"))
+assert EXAMPLES
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -18,6 +19,7 @@ def test_the_example_runs(path: Path, tmp_path: Path, monkeypatch, capsys) -> No
         pytest.skip(f"needs {needs}, of the extra [test]")
     if path.stem.endswith("trainer") and find_spec("accelerate") is None:
         pytest.skip("needs accelerate, of the extra [test]")
+    assert len(path.read_text().splitlines()) < 100
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(path), run_name="__main__")
     assert len(capsys.readouterr().out.splitlines()) >= 3

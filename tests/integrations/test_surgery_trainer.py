@@ -7,6 +7,7 @@ import os
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from spawned_ranks import run_two_ranks
@@ -147,7 +148,7 @@ def test_evaluation_is_the_sum_of_the_losses_and_predictions_are_the_scores(tmp_
         batches = [run.model(**collate(examples(8)))]
     expected = sum(loss.item() for loss in batches[0]["losses"])
     assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
-    assert run.predict(examples(8)).predictions.shape == (8,)
+    np.testing.assert_allclose(run.predict(examples(8)).predictions, batches[0]["scores"].numpy(), rtol=1e-5)
 
 
 def test_an_optimizer_of_ones_own_is_wrapped_and_options_are_passed(tmp_path) -> None:

@@ -8,6 +8,7 @@ guards: its arguments, and what it allocates.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +112,9 @@ def holding(poison: float) -> Callable[[Tensor, Memory], Tensor]:
 
 
 LAYOUTS = [plain, unaligned, strided, gapped, transposed, expanded, emptied]
-LAYOUTS += [as_dtype(dtype) for dtype in REFUSED] + [holding(poison) for poison in (math.nan, math.inf, -math.inf)]
+POISONED = [holding(poison) for poison in (math.nan, math.inf, -math.inf)]
+LAYOUTS += [as_dtype(dtype) for dtype in REFUSED] + POISONED
+TAKEN = [plain, unaligned, *POISONED]  # by every op
 
 
 # Ops -------------------------------------------------------------------------------------------------------------
@@ -250,7 +253,8 @@ def test_a_result_like_the_references_or_an_error_that_names_the_argument(isa, o
         message = str(error)
         assert message.startswith(f"{op}: ")
         assert "\n" not in message
-        assert any(name in message for name in values)
+        assert any(re.search(rf"(?<![\w\[]){re.escape(name)}(?![\w\[])", message[len(op) :]) for name in values)
+        assert any(layouts[name] not in TAKEN for name in moved)
         for (buffer, _), bytes_before in zip(memory.blocks, before, strict=False):
             assert torch.equal(buffer, bytes_before)
         return

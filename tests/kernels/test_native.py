@@ -85,6 +85,7 @@ assert "native" not in kernels.backends("cpu").values()
 assert not any(kernels.native.cpu_features().values())
 try:
     kernels.native.library()
+    raise AssertionError("there is a library")
 except RuntimeError as error:
     assert str(error) == kernels.native.missing_reason()
 print(kernels.native.missing_reason())

@@ -125,20 +125,22 @@ def test_the_addresses_of_replayed_gradients_are_looked_up_once_for_each_graph(m
 # Which graphs are kept --------------------------------------------------------------------------------------------
 
 
-def test_the_least_recently_used_graph_goes():
-    """Shapes a, b and c, of which two have graphs: a third one takes the place of b, which is captured anew."""
-    order, captures = "aabbaaccaabbb", Captures()
+def test_shapes_beyond_the_most_have_no_graph():
+    """Shapes a, b and c, of which two have graphs: the third one runs without."""
+    order, captures = "aabccbbaccaab", Captures()
     number = {"a": 8, "b": 7, "c": 6}
     sample = [[parts(n=number[name])] for name in order]
     options = {"weight": 0.0, **DENSE, "sample": sample.__getitem__}
     straight, replayed = trainer(**options), trainer(**options, capture=captures)
     replayed.graphs.most = 2
-    captured = []
+    captured, replays = [], []
     for step in range(len(order)):
         wanted, got = (training_step(steps, step, 0.0).result() for steps in (straight, replayed))
         assert got.loss == pytest.approx(wanted.loss)
         captured.append(len(captures))
-    assert captured == [0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4]
+        replays.append(replayed.graphs.replayed is not None)
+    assert captured == [0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert [name for name, replay in zip(order, replays, strict=True) if replay] == list("acaccaa")
 
 
 def test_a_step_that_cannot_be_captured_runs_without_a_graph():

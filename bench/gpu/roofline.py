@@ -84,8 +84,8 @@ def linear(rows: int, inputs: int, outputs: int, *, itemsize: int = 2) -> Work:
 
 
 def weight_gradients(rows: int, inputs: int, outputs: int, *, tasks: int = 1, itemsize: int = 2) -> Work:
-    """dY.T X for each task's rows, into a float32 gradient of each task's own."""
-    written = tasks * inputs * outputs * FLOAT32
+    """dY.T X for each task's rows, into a gradient of each task's own."""
+    written = tasks * inputs * outputs * itemsize
     return Work(rows * (inputs + outputs) * itemsize + written, 2 * rows * inputs * outputs)
 
 
@@ -179,8 +179,11 @@ def step(
     if smart:
         add("SMART", smart_init(tokens, encoder.hidden, itemsize=itemsize), 1)
         add("SMART", smart_ascend(tokens, encoder.hidden, itemsize=itemsize), 1)
-    add("update", gram(rows, encoder.parameters), 1)
-    add("update", combine_adamw(rows, encoder.parameters, copies=True), 1)
+    # The gradients of the layers' matrices have the precision of the products, and all others float32.
+    matrices = encoder.layers * sum(inputs * outputs for inputs, outputs in encoder.products())
+    for elements, precision in ((matrices, itemsize), (encoder.parameters - matrices, FLOAT32)):
+        add("update", gram(rows, elements, itemsize=precision), 1)
+        add("update", combine_adamw(rows, elements, itemsize=precision, copies=elements == matrices), 1)
     return parts
 
 

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import torch
 from roofline import Ceilings
 
+from minbert.training.cuda_graphs import renew_generator
+
 Numbered = Callable[[int], object]  # does its work on input set i
 StartStep = Callable[[], Callable[[], object]]  # begins a training step, and returns what reads its results
 CALLS, ROUNDS = 48, 21  # in one replay of a graph; replays, of which the median counts
 HOST_STEPS = 8  # of which the host's own time is measured
+_failed: list[torch.cuda.CUDAGraph] = []
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def measure(function: Numbered, sets: int, device: torch.device, *, graph: bool 
     if device.type != "cuda":
         return _timing(_wall(all_calls, rounds, device), calls, "wall")
     timer, run = "events", all_calls
-    if graph and (recorded := _captured(all_calls)) is not None:
+    if graph and (recorded := _captured(all_calls, device)) is not None:
         timer, run = "graph", recorded.replay
     return _timing(_by_events(run, rounds), calls, timer)
 
@@ -94,15 +97,24 @@ def measure_steps(start: StartStep, device: torch.device, *, warm_up: int, steps
     return StepTiming(whole.seconds, whole.spread, statistics.median(host), steps)
 
 
-def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-    """`run` as a graph; None where it does what a graph cannot record, such as waiting for the device."""
+def _captured(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph | None:
+    """`run` as a graph; None on the default stream, and where it does what a graph cannot record, such as waiting.
+
+    After a failed capture torch's allocator goes on asking the graph for its number, and up to torch 2.11 the
+    generator that it used stays unusable.
+    """
+    if torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
+        return None
     recorded = torch.cuda.CUDAGraph()
+    _failed.append(recorded)
     try:
-        with torch.cuda.graph(recorded, stream=torch.cuda.current_stream()):
+        with torch.cuda.graph(recorded, stream=torch.cuda.current_stream(device)):
             run()
     except RuntimeError:
         torch.cuda.synchronize()
+        renew_generator(device)
         return None
+    _failed.remove(recorded)
     return recorded
 
 
@@ -146,6 +158,6 @@ def ceilings(device: torch.device, copied: int = 2**30, size: int = 8192) -> Cei
     """What this device reaches: a copy of so many bytes, and a product of bf16 matrices of random numbers."""
     source = torch.empty(copied, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
-    bandwidth = 2 * copied / measure(lambda _: target.copy_(source), 1, device).seconds
+    bandwidth = 2 * copied / measure(lambda _: target.copy_(source), 1, device, graph=False).seconds
     x, y = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    return Ceilings(bandwidth, 2 * size**3 / measure(lambda _: x @ y, 1, device).seconds)
+    return Ceilings(bandwidth, 2 * size**3 / measure(lambda _: x @ y, 1, device, graph=False).seconds)

@@ -25,7 +25,7 @@ from minbert.training.batches import Batch
 from minbert.training.host_device_copy import Layout, copy_to_buffer
 from minbert.training.objective import Losses
 
-MOST_GRAPHS = 48  # each keeps a few megabytes on the device; tasks in steps of their own have shapes of their own
+MOST_GRAPHS = 64  # each takes a few megabytes on the device; tasks in steps of their own have shapes of their own
 OPS = (
     "attention",
     "bias_gelu",
@@ -84,8 +84,11 @@ class CudaGraphs:
     """Runs `compute` on batches of CPU tensors, from graphs where it can.
 
     A batch of a new shape runs without a graph, which also compiles its kernels. The second batch of a shape is
-    captured, and all later ones are replays, as long as the shape is among the `most` that were met last. The next call
-    overwrites losses and gradients. Replays are on the device's current stream.
+    captured, and all later ones are replays, unless the `most` shapes have graphs already. The next call overwrites
+    losses and gradients. Replays are on the device's current stream.
+
+    A graph stays as long as this does: from torch 2.12 on the end of one frees the cuBLAS workspaces of the stream of
+    its capture, to which the other graphs write.
 
     A step that cannot be captured runs without a graph, and so does every later one that has none.
 
@@ -94,7 +97,7 @@ class CudaGraphs:
             None before.
         leaves: the tensors that `compute` differentiates with respect to.
         capture: captures `compute` on a batch.
-        most: graphs to keep.
+        most: graphs.
 
     Attributes:
         report: is given a line when a capture fails.
@@ -116,19 +119,19 @@ class CudaGraphs:
         self._capture = Capture() if capture is None else capture
         self._captures = True
         self._seen: set[Any] = set()
-        self._graphs: dict[Any, Graph] = {}  # the least recently used first
+        self._graphs: dict[Any, Graph] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> Losses:
         key = _shape(batch)
-        if key not in self._graphs and key in self._seen and self._captures:
+        if key not in self._graphs and key in self._seen and self._captures and len(self._graphs) < self.most:
             self._add_graph(key, batch)
         if key not in self._graphs:
             self._seen.add(key)
             self.replayed = None
             with self._on_own_stream():
                 return self.compute(batch.to(self.device)).map(Tensor.detach)
-        found = self._graphs[key] = self._graphs.pop(key)
+        found = self._graphs[key]
         pinned = self.device.type == "cuda"
         found.buffer.copy_(copy_to_buffer(batch.tensors, found.layout, pinned=pinned), non_blocking=True)
         found.graph.replay()
@@ -136,7 +139,7 @@ class CudaGraphs:
         return found.losses
 
     def _add_graph(self, key: Any, batch: Batch) -> None:
-        """Capture a graph of the batch's shape, in place of the least recently used one of too many."""
+        """Capture a graph of the batch's shape."""
         try:
             with self._on_own_stream():
                 self._graphs[key] = self._capture(self.compute, batch, self.leaves, self.device)
@@ -146,10 +149,6 @@ class CudaGraphs:
             self.report(f"warning: no more CUDA graphs: a step cannot be captured ({why}); it runs without")
             for leaf in self.leaves:
                 leaf.grad = None
-        if len(self._graphs) > self.most:  # only now: the memory of graphs is theirs as long as there is one
-            oldest = next(iter(self._graphs))
-            del self._graphs[oldest]
-            self._seen.discard(oldest)
 
     @contextmanager
     def _on_own_stream(self) -> Iterator[None]:
@@ -186,8 +185,9 @@ class Capture:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         self._unfinished.append(graph)
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        renew_generator(device)  # a capture that fails leaves its own state unusable, which no other graph may hold
         try:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             losses = compute(batch)
             graph.capture_end()
         except BaseException:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import build_in_place
+import check_build
 import phases
 import pytest
 from phases import Call, Command, Phase
@@ -221,3 +222,24 @@ def test_what_minbert_needs_and_the_machine_lacks_is_named_before_anything_runs(
     monkeypatch.setattr(sys, "argv", ["phases.py"])
     with pytest.raises(SystemExit, match="2"):
         phases.main()
+
+
+@pytest.mark.parametrize(("named", "ran"), [([], ["report", "build"]), (["build", "ops"], ["build", "ops"])])
+def test_after_a_build_that_failed_only_named_phases_run(named, ran, monkeypatch, tmp_path):
+    known = [phase("report", "1"), phase("build", "raise SystemExit(1)"), phase("ops", "1")]
+    monkeypatch.setattr(phases, "phases", lambda: known)
+    monkeypatch.setattr(phases, "missing_packages", list)
+    monkeypatch.setattr(phases, "OUT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["phases.py", *named])
+    assert phases.main() == 1
+    assert [record["phase"] for record in records(tmp_path)] == ran
+    assert ("would time the reference" in (tmp_path / "log.txt").read_text()) == (not named)
+
+
+def test_a_build_without_code_for_an_op_fails(monkeypatch, capsys):
+    found = dict.fromkeys(["gram", "attention"], "native") | dict.fromkeys(check_build.WITHOUT, "reference")
+    monkeypatch.setattr("minbert.kernels.backends", lambda device: found)
+    assert check_build.main() == 0
+    found["gram"] = "reference"
+    assert check_build.main() == 1
+    assert "without code for GPUs: gram;" in capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_a_step_costs_more_with_surgery_and_most_with_smart():
         roofline.step(base, lengths, rows=rows, smart=smart) for rows, smart in ((1, False), (3, False), (3, True))
     )
     seconds = [sum(roofline.floor(parts, roofline.H100) for parts in step.values()) for step in (plain, surgery, smart)]
-    assert seconds == pytest.approx([3.8e-3, 4.5e-3, 8.9e-3], rel=0.02)
+    assert seconds == pytest.approx([3.66e-3, 4.07e-3, 8.53e-3], rel=0.02)
     assert set(smart) - set(plain) == {"SMART"}
     six_for_each = sum(part.operations for part in plain["matrix products"])
     assert six_for_each == 6 * sum(lengths) * 12 * 12 * 768**2  # twice the weights forwards, four times backwards

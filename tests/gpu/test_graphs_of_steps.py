@@ -66,7 +66,7 @@ def test_replayed_steps_have_the_bits_of_the_steps_themselves(cuda, method):
     assert len(graphs[0].graphs._graphs) >= 2
 
 
-def test_so_they_have_when_graphs_go_and_come_back(cuda):
+def test_so_they_have_where_one_shape_alone_has_a_graph(cuda):
     options = {**METHODS["SMART + PCGrad"], "dtype": torch.bfloat16}
     graphs = train(cuda, graphs=True, most=1, **options)
     assert_same_bits(graphs, train(cuda, graphs=False, **options))
@@ -81,6 +81,39 @@ def test_a_second_gpu_trains_as_the_first(cuda):
     on_second = train(second, graphs=True, **options)
     assert_same_bits(on_second, train(second, graphs=False, **options))
     assert {param.device for param in on_second[0].model.parameters()} == {second}
+
+
+def test_a_graph_is_replayed_after_the_capture_of_another_failed(cuda):
+    options, lines = {**METHODS["PCGrad"], "dtype": torch.bfloat16}, []
+    capture, failing = Capture(), []
+
+    def capture_of_one(compute, batch, leaves, device):
+        def fails(batch):
+            losses = compute(batch)
+            losses.map(torch.Tensor.tolist)  # waits for the device
+            return losses
+
+        failing.append(len(failing) > 0)
+        return capture(fails if failing[-1] else compute, batch, leaves, device)
+
+    found = []
+    for graphs in (True, False):
+        steps = trainer(
+            **options,
+            device=cuda,
+            buckets=Buckets(DATA, 64),
+            sparse=False,
+            copied=True,
+            sample=lambda step: [parts(n=BATCHES[step][0], step=BATCHES[step][1])],
+            capture=capture_of_one if graphs else None,
+        )
+        if graphs:
+            steps.graphs.report = lines.append
+        found.append((steps, [training_step(steps, step, step / 11).result() for step in range(len(BATCHES))]))
+    assert failing == [False, True]
+    assert len(lines) == len(found[0][0].graphs._graphs) == 1
+    assert_same_bits(*found)
+    assert torch.rand(1, device=cuda).item() < 1
 
 
 def test_a_step_that_cannot_be_captured_runs_and_later_graphs_work(cuda):

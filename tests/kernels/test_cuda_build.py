@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import configurations
 import cuda_kernels
 import pytest
 
@@ -78,8 +79,8 @@ def test_the_ledger_has_what_nvcc_makes(in_the_ledger: dict[Unit, list[Row]]) ->
 def test_every_file_has_kernels_for_every_architecture(kernels: list[Row]) -> None:
     wanted = sum(source.read_text().count("__global__") > 0 for source in cuda_kernels.SOURCES)
     architectures = {kernel.sm for kernel in kernels}
+    assert architectures == {*cuda_kernels.known(configurations.ARCHITECTURES)}
     assert wanted == len(cuda_kernels.SOURCES) == len({kernel.unit for kernel in kernels})
-    assert architectures
     by_architecture = {a: {(each.unit, each.kernel) for each in kernels if each.sm == a} for a in architectures}
     assert len({len(names) for names in by_architecture.values()}) == 1
     for part in (*MORE_REGISTERS, *NARROW_LOADS, *NARROW_STORES):

@@ -182,9 +182,9 @@ def attention(
             "call .contiguous() on it"
         )
     seed = checks.dropout("attention", dropout_p, seed, stream_id, qkv.device)
+    checks.cu_seqlens_shape("attention", cu_seqlens)
     if cu_seqlens.device != qkv.device:
         raise ValueError(f"attention: cu_seqlens must be on {qkv.device} like qkv, got {cu_seqlens.device}")
-    checks.cu_seqlens_shape("attention", cu_seqlens)
     if plan is not None:
         checks.tensor("attention", "plan.tile_bounds", plan[0], ["tiles", 2], [torch.int32], like=qkv)
         checks.tensor("attention", "plan.starts", plan[1], [qkv.shape[0]], [torch.int32], like=qkv)

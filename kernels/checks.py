@@ -84,8 +84,8 @@ def dropout(op: str, p: float, seed: Tensor | None, stream_id: int, device: torc
     return stream(op, seed, stream_id, device)
 
 
-def stream(op: str, seed: Tensor, stream_id: int, device: torch.device) -> Tensor:
-    """Check the address of a stream of random numbers.
+def stream(op: str, seed: Tensor, stream_id: int, device: torch.device | None) -> Tensor:
+    """Check the address of a stream of random numbers, on this device if one is given.
 
     Returns:
         int64 [2], what every implementation reads: the seed and the number of the first row.
@@ -94,7 +94,7 @@ def stream(op: str, seed: Tensor, stream_id: int, device: torch.device) -> Tenso
     if pair and seed.shape != (2,):
         raise ValueError(f"{op}: seed must have shape [] or, with the first row's number, [2]; got {list(seed.shape)}")
     tensor(op, "seed", seed, [2] if pair else [], [torch.int64])
-    if seed.device != device:
+    if device is not None and seed.device != device:
         raise ValueError(f"{op}: seed must be on {device} like the other tensors, got {seed.device}")
     if not 0 <= stream_id < 2**32:
         raise ValueError(f"{op}: stream_id must be a number from 0 to 2**32 - 1, got {stream_id}")

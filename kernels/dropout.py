@@ -92,7 +92,7 @@ def dropout_mask(rows: int, columns: int, p: float, seed: Tensor, stream_id: int
         ValueError, TypeError: an argument is not as described.
     """
     checks.probability("dropout_mask", p)
-    seed = checks.stream("dropout_mask", seed, stream_id, seed.device)
+    seed = checks.stream("dropout_mask", seed, stream_id, None)
     if rows < 1 or columns < 1:
         raise ValueError(f"dropout_mask: rows and columns must be at least 1, got {rows} and {columns}")
     if is_compiled("dropout_mask", seed.device):
@@ -112,8 +112,8 @@ def attention_dropout_mask(cu_seqlens: Tensor, heads: int, p: float, seed: Tenso
         ValueError, TypeError: an argument is not as described.
     """
     checks.probability("attention_dropout_mask", p)
-    seed = checks.stream("attention_dropout_mask", seed, stream_id, cu_seqlens.device)
     checks.cu_seqlens("attention_dropout_mask", cu_seqlens)
+    seed = checks.stream("attention_dropout_mask", seed, stream_id, cu_seqlens.device)
     if heads < 1:
         raise ValueError(f"attention_dropout_mask: heads must be at least 1, got {heads}")
     if is_compiled("attention_dropout_mask", seed.device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -65,6 +66,10 @@ class PackedLayers:
         self.packed = self._pack() if compiled else None
         if self.packed is not None:
             _by_address[self.packed.data_ptr()] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle has the layers, which are packed again: other processors read another order."""
+        return partial(PackedLayers, heads=self.heads, eps=self.eps, dtype=self.dtype), (self.layers,)
 
     @property
     def sizes(self) -> tuple[int, int, int, float]:

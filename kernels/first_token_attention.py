@@ -130,9 +130,9 @@ def first_token_attention(
     shape: list[int | str] = ["N", 2, heads, head_dim]
     checks.tensor(op, "keys_values", keys_values, shape, [queries.dtype], like=queries, contiguous=False)
     seed = checks.dropout(op, dropout_p, seed, stream_id, queries.device)
+    checks.cu_seqlens_shape(op, cu_seqlens)
     if cu_seqlens.device != queries.device:
         raise ValueError(f"{op}: cu_seqlens must be on {queries.device} like queries, got {cu_seqlens.device}")
-    checks.cu_seqlens_shape(op, cu_seqlens)
     if cu_seqlens.shape[0] != sequences + 1:
         raise ValueError(
             f"{op}: cu_seqlens must have {sequences + 1} entries, one more than queries has rows, got "

@@ -126,7 +126,7 @@ def linear(
     """x @ weight.T + bias, in x's precision.
 
     Args:
-        x: [N, inputs], any dtype that torch multiplies.
+        x: [N, inputs], float32, bfloat16, float16 or float64.
         weight: [outputs, inputs], or T views of it, of x's dtype or float32; a float32 one is cast to x's. A
             `PackedWeight` of x's dtype where no gradient is needed.
         bias: [outputs], or T views of it, likewise.

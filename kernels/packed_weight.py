@@ -73,7 +73,12 @@ def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor | PackedWeight:
     Args:
         weight: [outputs, inputs]; a later change of its values may or may not be seen.
         dtype: of the products' inputs.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
     """
+    checks.tensor("pack_weight", "weight", weight, ["outputs", "inputs"], checks.FLOATS, contiguous=False)
+    checks.float_dtype("pack_weight", dtype)
     cast = weight.detach().to(dtype)
     return PackedWeight(cast) if choice() == "auto" and multiplied_by_onednn(cast) else cast
 

@@ -32,5 +32,20 @@ def split_float32(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_float32(high: Tensor, low_bits: Tensor) -> Tensor:
-    """The float32 tensor that `split_float32` split into bfloat16 and int16."""
+    """The float32 tensor that `split_float32` split.
+
+    Args:
+        high: bfloat16, of any shape.
+        low_bits: int16, of the same shape.
+
+    Returns:
+        float32, of that shape.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+    """
+    if high.dtype != torch.bfloat16 or low_bits.dtype != torch.int16:
+        raise TypeError(f"join_float32: expected bfloat16 and int16, got {high.dtype} and {low_bits.dtype}")
+    if high.shape != low_bits.shape:
+        raise ValueError(f"join_float32: both must have one shape, got {list(high.shape)} and {list(low_bits.shape)}")
     return ((high.view(torch.int16).to(torch.int32) << 16) + low_bits).view(torch.float32)

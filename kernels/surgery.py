@@ -216,7 +216,7 @@ def clip_weights(gram: Tensor, weights: Tensor, max_norm: float) -> tuple[Tensor
     Args:
         gram: float64 [T, T], as from `gram`.
         weights: float64 [T].
-        max_norm: 0 or more.
+        max_norm: 0 or more; with 0 all weights are 0. (`surgery_weights` does not clip with 0.)
 
     Returns:
         the weights [T], and the norm before clipping, a float64 scalar. A norm of NaN or Inf changes no weight: the
@@ -243,8 +243,8 @@ def surgery_weights(
 ) -> tuple[Tensor, Tensor]:
     """The weights of an update, clipped, and statistics for the log, from the Gram matrix: one launch, and no waiting.
 
-    The weights are PCGrad's (Yu et al. 2020, algorithm 1) where `orders` are given: each task's gradient walks the
-    others in its order, and loses its component along each original gradient that it conflicts with. Where `weights`
+    The weights are PCGrad's (Yu et al. 2020, algorithm 1) where `orders` are given: from each task's gradient, in its
+    order, the components along the other tasks' original gradients are removed with which it conflicts. Where `weights`
     are given they are those of any other surgery; with neither, each task has the plain weight. The gradients of G
     parts of the model have weights of their own, part by part; norm, clipping and projected share are those of all
     parts together.

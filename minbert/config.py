@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from minbert.errors import UserError, dashed, require, require_known
 from minbert.files.json_yaml import dump_yaml, read_yaml
-from minbert.files.schema_checks import FORMAT, build, without_format
+from minbert.files.schema_checks import FORMAT, build, checked, types_of_fields, without_format
 from minbert.methods.rdrop import RDropConfig
 from minbert.methods.smart import BregmanConfig, SmartConfig
 from minbert.methods.surgery import check_surgery, needs_task_gradients
@@ -50,6 +51,11 @@ BY_TASK = (
     "smart.lambda_s",
     "rdrop.alpha",
 )
+
+
+def _as_in_a_file(value: Any) -> Any:
+    """A path as its name, and a tuple as a list."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -250,8 +256,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         records = {"smart": SmartConfig, "rdrop": RDropConfig, "bregman": BregmanConfig, "scratch": ScratchConfig}
-        for name, kind in records.items():
-            require(isinstance(getattr(self, name), kind), name, f"a {kind.__name__}", getattr(self, name))
+        for name, kind in types_of_fields(TrainConfig).items():
+            if name in records:
+                record = getattr(self, name)
+                require(isinstance(record, records[name]), name, f"a {records[name].__name__}", record)
+                for part, of_part in types_of_fields(records[name]).items():
+                    checked(getattr(record, part), of_part, dashed(f"{name}.{part}"))
+            elif name != "COMMON":
+                object.__setattr__(self, name, checked(_as_in_a_file(getattr(self, name)), kind, dashed(name)))
         if self.tasks is not None:
             self.find(self.tasks)
         for expected, holds, names in RANGES:

@@ -1,4 +1,7 @@
-"""The one error a user can cause. Commands print it as a single line and exit with code 2."""
+"""Bad input to commands, files, `fit` and `load`: commands print it as a single line and exit with code 2.
+
+Functions of tensors raise ValueError and TypeError, as torch's do.
+"""
 
 from __future__ import annotations
 

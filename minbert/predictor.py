@@ -105,7 +105,8 @@ class Predictor:
     Args:
         checkpoint: the directory of the model.
         config: the options of its run.
-        warn: is told what is not as in the run; by default Python's `warnings`.
+        device: auto, cpu, cuda or cuda:N.
+        warn: called with a line for each difference from the run; `warnings.warn` when left out.
 
     Attributes:
         tasks: by name, with the classes and the thresholds of their heads.
@@ -131,6 +132,10 @@ class Predictor:
             prepare(self._model)
         self.max_length = config.max_length or self._model.encoder.config.max_position_embeddings
         self.tasks = dict(self._model.tasks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle names the checkpoint, which is loaded again: weights are prepared for one processor."""
+        return Predictor, (self.checkpoint, self.config, str(self.device))
 
     def __repr__(self) -> str:
         return f"Predictor({str(self.checkpoint)!r}: {', '.join(self.tasks)}; {self.device})"
@@ -164,7 +169,8 @@ class Predictor:
         """The encoder's vectors of n texts, float32 [n, D], in their order.
 
         Args:
-            pooling: from tokens to a vector: cls, mean, max, or pooler if the encoder has one.
+            pooling: from tokens to a vector: cls, mean, max, or pooler if the encoder has one. The mean when left out,
+                whatever the run's heads read.
 
         Raises:
             UserError: unknown pooling, or a text that is empty or not a string.

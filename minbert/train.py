@@ -58,13 +58,14 @@ def fit(
     torchrun started all call this, and train together.
 
     Args:
-        config: all options at once, in place of `options`. They count as they are: `recipe` in it is a name alone.
+        config: all options at once, in place of `options`, used as they are. A `recipe` in it is recorded, and none of
+            its options are applied: give `recipe` among `options` for that.
         on_step, on_epoch: called after each step, and after each epoch is scored and saved. One that returns True stops
-            the run: the epoch is scored as far as it went, and the run ends whole, as with `patience`. After an error
-            in one, which is raised here, the run can be resumed. Of several processes the first calls them.
+            the run: the epoch is scored as far as it went, and the run is saved and finished, as with `patience`. After
+            an error in one, which is raised here, the run can be resumed. Of several processes the first calls them.
         quiet: print nothing.
         options: those of the command, by the names of `TrainConfig`'s fields, `config` (a file of options) among them.
-            They stand over that file, and the file over `recipe`. An option of several parts is a dictionary.
+            They override that file, and the file overrides `recipe`. An option of several parts is a dictionary.
 
     Returns:
         the run; with `folds` (and no `fold`) the runs of all folds.
@@ -72,14 +73,14 @@ def fit(
     Raises:
         UserError: bad input, a disk that refuses to be written, or a loss that stays non-finite.
         KeyboardInterrupt: Ctrl-C or SIGTERM came, on the main thread; the run can be resumed.
-        SystemExit: of several processes another one ended, was silent, or has raised the error.
+        SystemExit: with several processes, another one ended, stopped answering, or raised the error.
     """
     if config is None:
         config = cli.parse_layers("train", TrainConfig, plain(options))
     elif not isinstance(config, TrainConfig):
         raise UserError(f"fit: expected a TrainConfig or options by name, got {type(config).__name__}")
     elif options:
-        raise UserError(f"fit: give {', '.join(options)} to the TrainConfig; its replace() makes another one")
+        raise UserError(f"fit: got a TrainConfig and {', '.join(options)}; give config.replace(...) alone")
     return train_here(config, Callbacks(on_step, on_epoch), quiet=quiet)
 
 

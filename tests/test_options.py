@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -299,3 +301,25 @@ def test_a_record_of_options_is_no_dictionary():
     for name in ("smart", "bregman", "scratch"):
         with pytest.raises(UserError, match=f"--{name} must be a {name.capitalize()}Config, got {{}}"):
             TrainConfig(**{name: {}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedule": "cosine"}, "--schedule: expected one of 'linear', 'constant'"),
+        ({"mode": "Pretrain"}, "--mode: expected"),
+        ({"batch_size": "8"}, "--batch-size: expected int"),
+        ({"resume": 1, "out": "x"}, "--resume: expected bool"),
+        ({"tasks": "sst"}, "--tasks: expected"),
+        ({"smart": SmartConfig(masks="indep")}, "--smart.masks: expected"),
+        ({"scratch": ScratchConfig(hidden_size=32.0)}, "--scratch.hidden-size: expected int"),
+    ],
+)
+def test_options_of_a_program_have_the_types_of_those_of_files(values, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        TrainConfig(**values)
+
+
+def test_a_program_may_give_paths_and_tuples():
+    config = TrainConfig(out=Path("runs") / "x", tasks=("sst", "sts"), l2=1)
+    assert (config.out, config.tasks, config.l2) == (os.path.join("runs", "x"), ["sst", "sts"], 1.0)

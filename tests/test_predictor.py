@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 import shutil
 import threading
 import warnings
@@ -281,3 +282,10 @@ def test_threads_share_a_predictor(course_run):
 
 def test_a_predictor_says_what_it_is(course_run):
     assert repr(minbert.load(course_run)) == f"Predictor('{course_run.best}': sst, qqp, sts; cpu)"
+
+
+def test_a_pickled_predictor_is_loaded_again(course_run):
+    predictor = minbert.load(course_run)
+    data = pickle.dumps(predictor)
+    assert len(data) < 20_000  # no weights, which lie as this processor multiplies them
+    assert pickle.loads(data).predict("sst", TEXTS) == predictor.predict("sst", TEXTS)

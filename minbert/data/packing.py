@@ -1,4 +1,4 @@
-"""A batch is one packed token stream: sequences end to end, no padding (DESIGN idea 1)."""
+"""A batch is one packed token stream: sequences end to end, no padding."""
 
 from __future__ import annotations
 

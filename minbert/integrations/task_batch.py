@@ -21,10 +21,13 @@ _EMBEDDING_OPTIONS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_fre
 class TaskBatch(TorchFunctionMode):
     """A batch of examples of several tasks, for `GradientSurgery.backward`: one backward gives all tasks' gradients.
 
-        batch = TaskBatch(encoder, task_of_example)  # [0, 0, 0, 1, 1, 2], for 6 examples
+        batch = TaskBatch(encoder, task_of_example, tasks=3)  # [0, 0, 0, 1, 1, 2], for 6 examples
         with batch:
             hidden = encoder(input_ids, attention_mask=attention_mask).last_hidden_state
-        losses = [criterion(heads[t](hidden[batch.rows(t), 0]), labels[batch.rows(t)]) for t in range(3)]
+        losses = [
+            criterion(heads[t](hidden[batch.rows(t), 0]), labels[batch.rows(t)]) if batch.sizes[t] else None
+            for t in range(3)
+        ]
         optimizer.backward(losses, batch=batch)
 
     Inside the block, torch's linear, layer_norm, rms_norm and embedding run on the rows of each task by themselves,
@@ -43,7 +46,10 @@ class TaskBatch(TorchFunctionMode):
         module: what the tasks share. Its trainable parameters get a gradient for each task.
         task_of_example: for each example of the batch the number of its task; those of a task adjacent, in the order of
             the tasks.
-        tasks: how many there are; the highest number + 1 when left out.
+        tasks: how many there are; the highest number + 1 of this batch when left out.
+
+    Attributes:
+        sizes: for each task the number of its examples.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -71,7 +77,13 @@ class TaskBatch(TorchFunctionMode):
         self._views = {id(p): [p.detach().requires_grad_() for _ in range(self.tasks)] for p in self.parameters}
 
     def rows(self, task: int) -> slice:
-        """The rows of the batch that are the task's."""
+        """The rows of the batch that are the task's.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        if not 0 <= task < self.tasks:
+            raise ValueError(f"TaskBatch: no task {task} in a batch of {self.tasks}; give tasks=, how many there are")
         return slice(self._bounds[task], self._bounds[task + 1])
 
     def views(self, parameter: Tensor) -> list[Tensor]:

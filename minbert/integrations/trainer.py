@@ -37,6 +37,7 @@ class SurgeryTrainer(Trainer):
 
     Raises:
         ValueError: DeepSpeed, FSDP, or several GPUs in one process, whose gradients surgery cannot see.
+        TypeError: `surgery` is no dictionary.
     """
 
     def __init__(
@@ -46,6 +47,11 @@ class SurgeryTrainer(Trainer):
         surgery: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if surgery is not None and not isinstance(surgery, Mapping):
+            raise TypeError(
+                f"SurgeryTrainer: surgery must be a dictionary of GradientSurgery's arguments, got {surgery!r:.60}; the"
+                " rule is rule="
+            )
         super().__init__(*args, **kwargs)
         self._rule, self._options = rule, dict(surgery or {})
         for used, name in (

@@ -97,8 +97,8 @@ class GradNorm(Weighting):
 class GeometricMean(Weighting):
     """The geometric loss strategy of MultiNet++ (Chennupati et al. 2019).
 
-    The update is the gradient of the geometric mean of the losses:     w_i = (l_1 ... l_T)^(1 / T) / (T l_i), where a
-    loss counts as at least 1e-8.
+    The update is the gradient of the geometric mean of the losses: w_i = (l_1 ... l_T)^(1 / T) / (T l_i), where a loss
+    counts as at least 1e-8.
     Promises: w > 0, w_i l_i is the same for all; rescaled losses change the length of the update and not its direction.
     """
 

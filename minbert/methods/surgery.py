@@ -34,12 +34,12 @@ def mean_weights(gram: Tensor) -> Tensor:
 def pcgrad_weights(gram: Tensor, generator: torch.Generator | None = None, reduction: str = "sum") -> Tensor:
     """PCGrad's weights (Yu et al. 2020, algorithm 1), by projecting coefficients of gradients instead of gradients.
 
-    Each task's gradient walks the other tasks' in a random order of its own, and where it conflicts with one (their
-    inner product is negative) loses its component along that one's original gradient.
+    For each task the other tasks are taken in a random order. Where the inner product of its gradient and the original
+    gradient of another task is negative, the component along that gradient is removed.
 
     Args:
         gram: float64 [T, T], the inner products of the task gradients. If one of them is not finite, no gradient is
-            projected: the sum is not finite either, and whoever updates with it has to tell.
+            projected. The weighted sum is not finite either then; check it before the update.
         generator: for the T orders, each a `torch.randperm(T)`; torch's default generator when left out.
         reduction: "sum" of the projected gradients, as in the paper, or their "mean".
 
@@ -47,8 +47,10 @@ def pcgrad_weights(gram: Tensor, generator: torch.Generator | None = None, reduc
         float64 [T], on gram's device.
 
     Raises:
-        ValueError: gram is not square, or an unknown reduction.
+        ValueError, TypeError: gram is no square matrix, or an unknown reduction.
     """
+    if not isinstance(gram, Tensor):
+        raise TypeError(f"pcgrad_weights: gram must be a tensor, got {type(gram).__name__}")
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"pcgrad_weights: gram must be [T, T], got {list(gram.shape)}")
     if reduction not in ("sum", "mean"):

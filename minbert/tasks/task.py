@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from minbert.errors import UserError, require_known
+
 Label = str | int | float | bool  # as the user's files have it
 
 SCORE_TOP = 5  # the largest score of STS-B, to which every regression's scale is brought
@@ -116,6 +118,9 @@ class Task:
     thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        require_known(f"task {self.name}: unknown type", self.type, DEFAULT_METRICS)
+        if isinstance(self.text, str) or not 1 <= len(self.text) <= 2:
+            raise UserError(f"task {self.name}: text must be a tuple of one or two columns, got {self.text!r}")
         defaults = {"title": self.name, "metrics": DEFAULT_METRICS[self.type], "loss": self.usual_loss}
         for name, value in defaults.items():
             object.__setattr__(self, name, getattr(self, name) or value)
@@ -138,6 +143,7 @@ class Task:
 
     @property
     def is_pair(self) -> bool:
+        """Whether an example is a pair of texts."""
         return len(self.text) == 2
 
     @property

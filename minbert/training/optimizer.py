@@ -29,7 +29,7 @@ class AdamW(torch.optim.Optimizer):
     Equal to `torch.optim.AdamW` up to float32 rounding; the state has its names and shapes.
 
     Args:
-        params: parameters or parameter groups.
+        params: parameters or parameter groups, float32 or float64; bfloat16 where `low_bits` has them.
         lr: learning rate.
         betas: decay rates of the two moment estimates.
         eps: added to the square root of the second moment.
@@ -41,6 +41,7 @@ class AdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: an argument out of range.
+        TypeError: in `step`, a parameter of another dtype.
     """
 
     def __init__(

@@ -225,3 +225,12 @@ def test_messages_of_construction() -> None:
             TaskBatch(module, wrong)
     with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got list"):
         TaskBatch([module.weight], [0, 1])
+
+
+def test_a_task_beyond_the_batch_is_named() -> None:
+    batch = TaskBatch(nn.Linear(2, 2), [0, 1])
+    with pytest.raises(ValueError, match="TaskBatch: no task 2 in a batch of 2; give tasks="):
+        batch.rows(2)
+    batch = TaskBatch(nn.Linear(2, 2), [0, 2], tasks=4)
+    assert batch.sizes == [1, 0, 1, 0]
+    assert [batch.rows(t) for t in (1, 3)] == [slice(1, 1), slice(2, 2)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -136,3 +138,13 @@ def test_messages(backend: str) -> None:
     (layer,) = layers.layers
     with pytest.raises(ValueError, match=r"PackedLayers: output_weight must have shape \[32, 48\], got \[32, 47\]"):
         PackedLayers([layer._replace(output_weight=randn(32, 47))], heads=2, eps=1e-5, dtype=torch.float32)
+
+
+def test_pickled_layers_are_packed_again(needs_native: None) -> None:
+    layers = stack(2, 32, 2, 48, torch.float32)
+    again = pickle.loads(pickle.dumps(layers))
+    assert again.packed is not None
+    assert torch.equal(again.packed, layers.packed)
+    assert again.packed.data_ptr() != layers.packed.data_ptr()
+    x, cu_seqlens = torch.ones(5, 32), torch.tensor([0, 2, 5], dtype=torch.int32)
+    assert torch.equal(encoder_layers(x, again, cu_seqlens, 3), encoder_layers(x, layers, cu_seqlens, 3))

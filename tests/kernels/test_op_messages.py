@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from minbert import kernels
 from minbert.kernels import (
     AttentionPlan,
     adamw_,
@@ -69,6 +70,31 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: gram([x, x]), TypeError, "gram: grads[0] must be a list of tensors, got a tensor; write [tensor]"),
     (lambda: gram([[x], [x, x]]), ValueError, "gram: every task needs as many tensors: grads[0] has 1, grads[1] 2"),
     (lambda: gram([[3]]), TypeError, "gram: grads[0][0] must be a tensor or None, got int"),
+    (
+        lambda: kernels.attention(torch.ones(4, 3, 2, 8), [0, 4], 4),
+        TypeError,
+        "attention: cu_seqlens must be a tensor, got list",
+    ),
+    (
+        lambda: kernels.first_token_attention(torch.ones(1, 2, 8), torch.ones(4, 2, 2, 8), [0, 4], 4),
+        TypeError,
+        "first_token_attention: cu_seqlens must be a tensor, got list",
+    ),
+    (
+        lambda: kernels.dropout_mask(4, 8, 0.1, 5, 0),
+        TypeError,
+        "dropout_mask: seed must be a tensor, got int",
+    ),
+    (
+        lambda: kernels.attention_dropout_mask([0, 4], 2, 0.1, torch.tensor(5), 0),
+        TypeError,
+        "attention_dropout_mask: cu_seqlens must be a tensor, got list",
+    ),
+    (
+        lambda: kernels.join_float32(x, x),
+        TypeError,
+        "join_float32: expected bfloat16 and int16, got torch.float32 and torch.float32",
+    ),
     (
         lambda: gram([[x.half()]]),
         TypeError,

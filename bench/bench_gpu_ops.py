@@ -180,7 +180,9 @@ def test_rows(gpu_race, device: torch.device, request: pytest.FixtureRequest, sm
         return lambda i: LigerLayerNormFunction.apply(activations[i][1] + F.dropout(activations[i][0], P), *half, EPS)
 
     def compiled() -> Numbered:
-        torch._functorch.config.donated_buffer = False  # a backward that is timed keeps its graph
+        from torch._functorch import config
+
+        config.donated_buffer = False  # a backward that is timed keeps its graph
         function = torch.compile(eager)
         return lambda i: function(*activations[i], *half)
 

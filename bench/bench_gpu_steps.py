@@ -45,7 +45,7 @@ def ours(
     graphs: bool,
     note: Callable[[str], None] = print,
 ) -> StartStep:
-    """Args: note: is given a line where the step is to be replayed from graphs, and is not."""
+    """`note` is given a line where the step is to be replayed from graphs, and is not."""
     trainer = our_trainer(method, sizes, batch_size, torch.bfloat16, str(device), batches=batches, cuda_graphs=graphs)
     if trainer.graphs is not None:
         trainer.graphs.report = note

@@ -35,8 +35,8 @@ class GradientParts {
     const auto& [addresses, sizes, dtypes, tasks, columns, ids, counts, first_tensors] = arguments;
     const int64_t tensors = static_cast<int64_t>(sizes.size());
     std::vector<const char*> gradients(tasks);
-    const auto begin_model_parts = [&](int64_t k) {
-      while (first_tensor_.size() < first_tensors.size() && first_tensors[first_tensor_.size()] <= k)
+    const auto begin_model_parts = [this, &firsts = first_tensors](int64_t k) {
+      while (first_tensor_.size() < firsts.size() && firsts[first_tensor_.size()] <= k)
         first_tensor_.push_back(static_cast<int64_t>(sizes_.size()));
     };
     for (int64_t k = 0; k < tensors; ++k) {

@@ -15,9 +15,11 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+#ifdef MINBERT_AVX512BF16
 namespace avx512bf16 {
 extern const Kernels kernels;
 }
+#endif
 #endif
 
 CpuFeatures cpu_features() noexcept {
@@ -26,8 +28,12 @@ CpuFeatures cpu_features() noexcept {
   found.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   found.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef MINBERT_AVX512BF16
   found.avx512_bf16 = found.avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+#ifdef MINBERT_AMX
   found.amx_bf16 = found.avx512 && __builtin_cpu_supports("amx-bf16");
+#endif
 #endif
   return found;
 }
@@ -45,8 +51,10 @@ Isa best_isa() noexcept {
 }
 
 const Kernels& kernels(Isa isa) noexcept {
-#ifdef MINBERT_X86
+#ifdef MINBERT_AVX512BF16
   if (isa == Isa::avx512bf16) return avx512bf16::kernels;
+#endif
+#ifdef MINBERT_X86
   if (isa == Isa::avx512) return avx512::kernels;
   if (isa == Isa::avx2) return avx2::kernels;
 #endif

@@ -171,6 +171,9 @@ def ops() -> dict[str, _Facts]:
 def problems() -> list[str]:
     """What is wrong, and what to do about it, a line each."""
     found = [kernels.native.refusal() or kernels.native.missing_reason(), flight_recorder.refusal()]
+    if (other := other_kernels()) is not None:
+        root = Path(minbert.__file__).parents[1]
+        found.append(f"minbert is that of {root}, and its kernels, which differ, are those of {other}; install {root}")
     try:
         cache_limit()
     except UserError as error:
@@ -239,15 +242,31 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def other_kernels() -> Path | None:
+    """Where the kernels are, if it is not the source tree of minbert and they differ from those there.
+
+    In the root of a source tree Python finds minbert there, and its kernels in an installed one.
+    """
+    own, used = Path(minbert.__file__).resolve().parents[1] / "kernels", Path(kernels.__file__).resolve().parent
+    if not (own / "__init__.py").exists() or own == used:
+        return None
+    files = [{path.relative_to(each): path.read_bytes() for path in each.rglob("*.py")} for each in (own, used)]
+    return used if files[0] != files[1] else None
+
+
 def commit() -> str | None:
-    """The commit of the source tree that minbert runs from, with -dirty after changes; None where git knows of none."""
+    """The commit of the source tree that minbert runs from; None where git knows of none.
+
+    It ends in -dirty after changes, and where the kernels are others (`other_kernels`).
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     with suppress(OSError):
         done = subprocess.run(command, capture_output=True, text=True)
-        return done.stdout.strip() or None
+        found = done.stdout.strip()
+        return f"{found.removesuffix('-dirty')}-dirty" if found and other_kernels() else found or None
     return None
 
 

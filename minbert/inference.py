@@ -195,7 +195,9 @@ def load_model(path: Path, config: TrainConfig, device: torch.device) -> tuple[M
 
 @contextmanager
 def kernels_of(config: TrainConfig, warn: Callable[[str], object]) -> Iterator[None]:
-    """Compute in this block as the run did, or say where that is not possible."""
+    """Compute in this block as the run did, or say where that is not possible, and where no code is compiled."""
+    if config.backend == "auto" and (missing := kernels.native.missing_reason()) is not None:
+        warn(missing)
     with kernels.use_backend(config.backend), kernels.use_matmul(kernels.matmul()):
         try:
             kernels.set_matmul(config.matmul)

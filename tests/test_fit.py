@@ -115,7 +115,7 @@ def test_a_wrong_option_is_the_commands_line(options, wrong, message):
 def test_what_is_no_config_is_named(options):
     with pytest.raises(UserError, match="fit: expected a TrainConfig or options by name, got str"):
         minbert.fit("runs/x")
-    with pytest.raises(UserError, match="fit: got a TrainConfig and steps; give config.replace"):
+    with pytest.raises(UserError, match=r"fit: got a TrainConfig and steps; give config\.replace"):
         minbert.fit(TrainConfig(), steps=2)
 
 

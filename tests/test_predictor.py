@@ -289,3 +289,11 @@ def test_a_pickled_predictor_is_loaded_again(course_run):
     data = pickle.dumps(predictor)
     assert len(data) < 20_000  # no weights, which lie as this processor multiplies them
     assert pickle.loads(data).predict("sst", TEXTS) == predictor.predict("sst", TEXTS)
+
+
+def test_a_predictor_without_compiled_code_says_so(course_run, monkeypatch):
+    monkeypatch.setattr(kernels.native, "_library", None)
+    monkeypatch.setattr(kernels.native, "_reason", "the native extension x is not built")
+    with pytest.warns(UserWarning, match="the native extension x is not built: the slower reference ops run instead"):
+        predictor = minbert.load(course_run)
+    assert predictor.predict("sst", TEXTS)

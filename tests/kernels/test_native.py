@@ -67,6 +67,11 @@ print(kernels.gram([[torch.ones(3)]]).item())
     [
         ("sys.modules[name] = None", "is not built"),
         (
+            "module = sys.modules[name] = types.ModuleType(name); module.__spec__ = object();"
+            f" module.INTERFACE = {native.INTERFACE}; module.__file__ = '/elsewhere/_native.so'",
+            "is not built here, and that of another minbert is /elsewhere/_native.so",
+        ),
+        (
             "module = sys.modules[name] = types.ModuleType(name); module.__spec__ = object(); module.INTERFACE = -1",
             "was built from",
         ),

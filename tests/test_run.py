@@ -98,3 +98,8 @@ def test_a_notebook_shows_the_report_and_runs_nothing_of_it(finished, run):
     assert html.unescape(frame[1]) == (finished.path / "report.html").read_text(encoding="utf-8")
     (run.path / "report.html").unlink()
     assert run._repr_html_() == html.escape(repr(run))
+
+
+def test_a_directory_that_is_not_there_has_no_scores(tmp_path):
+    with pytest.raises(UserError, match="typo: no such run directory"):
+        minbert.Run(tmp_path / "typo").scores()

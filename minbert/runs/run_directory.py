@@ -275,6 +275,8 @@ class Run:
             UserError: the split has no scores, or a file is damaged.
         """
         require_known("unknown split", split, ("dev", "test"))
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: no such run directory")
         found: Mapping[str, Any] | None = self.summary().get(split)
         if found is None and split == "dev" and (scored := self.epochs()):
             best = max(scored, key=lambda epoch: epoch.overall)

@@ -27,7 +27,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
             f"the native extension {_NAME} was built from another version of the source "
             f"(interface {module.INTERFACE}, expected {INTERFACE})"
         )
-    if os.path.dirname(module.__file__) != os.path.dirname(__file__):
+    if os.path.dirname(module.__file__ or "") != os.path.dirname(__file__):
         return None, f"the native extension {_NAME} is not built here, and that of another minbert is {module.__file__}"
     return module, None
 

@@ -58,7 +58,9 @@ def attention_plan(
     if rows is None:
         return None
     cu_seqlens = np.asarray(cu_seqlens)
-    checks.cu_seqlens_values("attention_plan", cu_seqlens, max_seqlen=max_seqlen)
+    lengths = np.diff(cu_seqlens)
+    if cu_seqlens[0] != 0 or lengths.min() < 1 or lengths.max() > max_seqlen:
+        checks.cu_seqlens_values("attention_plan", cu_seqlens, max_seqlen=max_seqlen)  # raises the error
     bounds = [0]
     while bounds[-1] < cu_seqlens[-1]:
         bounds.append(int(cu_seqlens[np.searchsorted(cu_seqlens, bounds[-1] + rows, side="right") - 1]))
@@ -66,5 +68,5 @@ def attention_plan(
     if fixed_size:  # two neighbouring tiles have more than `rows` rows together
         most = min(len(cu_seqlens) - 1, 2 * int(cu_seqlens[-1]) // (rows + 1) + 1)
         tiles = np.concatenate([tiles, np.zeros((most - len(tiles), 2), tiles.dtype)])
-    starts = np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+    starts = np.repeat(cu_seqlens[:-1], lengths)
     return AttentionPlan(torch.from_numpy(tiles.astype(np.int32)), torch.from_numpy(starts.astype(np.int32)))

@@ -181,6 +181,7 @@ def test_the_c_plus_plus_is_that_of_the_repository():
 OWN_TASKS = ("topic", "satisfaction", "tags")  # of docs/own-tasks.md
 OTHERS = {  # options of other programs, and of those in bench/ and tests/
     *("--dist", "--durations", "--benchmark-only", "--nproc-per-node", "--max-restarts"),
+    *("--force-reinstall", "--no-cache-dir", "--no-deps"),
     *(
         "--count",
         "--size",

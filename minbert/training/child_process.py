@@ -30,7 +30,7 @@ class TrainingProcesses:
 
     def __init__(self, named: bool) -> None:
         self._named = named
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._running: set[subprocess.Popen[str]] = set()
         self._stopping = False
 
@@ -50,7 +50,7 @@ class TrainingProcesses:
         command = [sys.executable, "-m", "minbert.train", *arguments]
         command += ["--resume"] if (directory / "config.yaml").exists() else []
         out, err = (subprocess.PIPE, subprocess.STDOUT) if self._named else (None, subprocess.PIPE)
-        with self._lock:
+        with self._changed:
             if self._stopping:
                 raise Stopped(signal.SIGINT)
             process = subprocess.Popen(command, text=True, errors="replace", stdout=out, stderr=err)
@@ -60,18 +60,24 @@ class TrainingProcesses:
             last = _pass_on(*printed)
             code = process.wait()
         finally:
-            with self._lock:
+            with self._changed:
                 self._running.discard(process)
+                self._changed.notify_all()
         if code in STOPPED:
             raise Stopped(signal.SIGINT)
         return None if code == 0 else last.removeprefix("error: ") or f"exit code {code}"
 
     def stop(self, number: int) -> None:
         """Send a signal to all processes, which may have got it from the terminal too, and start no more."""
-        with self._lock:
+        with self._changed:
             self._stopping = True
             for process in self._running:
                 process.send_signal(number)
+
+    def join(self) -> None:
+        """Wait until all processes have ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running)
 
 
 def _pass_on(lines: IO[str] | None, prefix: str, stream: IO[str]) -> str:

@@ -88,6 +88,7 @@ def finish_runs(
                         begin_next()
             except BaseException as error:
                 processes.stop(error.number if isinstance(error, Stopped) else signal.SIGTERM)
+                processes.join()  # a signal while a thread starts leaves one that the pool does not know
                 raise
     except Stopped as stopped:
         processes.stop(stopped.number)  # a second signal, while they save

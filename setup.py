@@ -41,9 +41,9 @@ def tool(name: str) -> Path:
     """
     try:
         return Path(getattr(importlib.import_module(name), BIN_DIRECTORY[name])) / name
-    except ImportError:
+    except (ImportError, AttributeError) as error:
         if (found := shutil.which(name)) is None:
-            raise
+            raise ImportError(f"{name} is neither a Python package here nor on PATH") from error
         return Path(found)
 
 

@@ -288,11 +288,6 @@ class TrainConfig:
                 f"--surgery {self.surgery} needs a batch of every task in each step, and --sampling {self.sampling}"
                 " takes one task a step; give --surgery sum, or --sampling joint"
             )
-        if self.surgery_reduction != "sum" and self.surgery != "pcgrad":
-            raise UserError(
-                f"--surgery-reduction {self.surgery_reduction} is an option of --surgery pcgrad, and does nothing with"
-                f" --surgery {self.surgery}; leave it out"
-            )
         if self.surgery_scope != "model" and not needs_task_gradients(self.surgery):
             raise UserError(
                 f"--surgery-scope {self.surgery_scope} does nothing with --surgery {self.surgery}, whose weights are"

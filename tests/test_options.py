@@ -153,7 +153,6 @@ def test_help_shows_the_common_dozen_and_where_the_rest_is(capsys):
             ["--batch-size.sts 2: --batch-size is 9 for all", "'{sts: 2, ...}'"],
         ),
         (["--recipe=smart", "--smart.lambda-s.sst=5"], ["--smart.lambda-s is 1.0 for all tasks"]),
-        (["--surgery=upgrad", "--surgery-reduction=mean"], ["--surgery-reduction mean", "--surgery upgrad", "pcgrad"]),
         (["--sampling-alpha=100"], ["--sampling-alpha", "between 0 and 10", "100"]),
         (["--batch-size.sts=many"], ["--batch-size.sts", "int", "got 'many'"]),
         (["--loss-weights={sst: -1}"], ["--loss-weights.sst", "more than 0"]),

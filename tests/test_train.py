@@ -331,7 +331,8 @@ def test_nothing_is_named_where_all_tasks_are_trained(quick, capsys):
     assert "not trained" not in capsys.readouterr().out
 
 
-def test_groups_that_do_nothing_are_told(quick, capsys):
-    options = [*quick, "--recipe=plain", "--steps=1", "--surgery-groups=sst+qqp,sts"]
-    assert train.main([*options, "--surgery=sum"]) == 0
-    assert "warning: --surgery-groups does nothing with --surgery sum" in capsys.readouterr().out
+@pytest.mark.parametrize("option", ["--surgery-groups=sst+qqp,sts", "--surgery-reduction=mean"])
+def test_options_of_surgery_that_do_nothing_are_told(option, quick, capsys):
+    assert train.main([*quick, "--recipe=plain", "--steps=1", option, "--surgery=sum"]) == 0
+    name = option.partition("=")[0]
+    assert f"warning: {name} does nothing with --surgery sum" in " ".join(capsys.readouterr().out.split())

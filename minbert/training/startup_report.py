@@ -100,6 +100,8 @@ def data_lines(config: TrainConfig, data: TrainingData, model: MultitaskModel, s
         method_line(config, model),
         data_table(rows),
     ]
+    if config.surgery_reduction != "sum" and config.surgery != "pcgrad":  # no error: runs of earlier versions have it
+        lines.append(f"warning: --surgery-reduction does nothing with --surgery {config.surgery}")
     if config.surgery_groups is not None and not needs_task_gradients(config.surgery):
         lines.append(f"warning: --surgery-groups does nothing with --surgery {config.surgery}")
     trained = [task.name for task in data.tasks]

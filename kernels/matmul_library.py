@@ -138,6 +138,11 @@ def multiplies_bfloat16() -> bool:
     return bool(has_instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def multiplies_in_tiles() -> bool:
+    """Whether oneDNN multiplies bfloat16 by the processor's matrix unit, AMX, which the C++ here does not."""
+    return multiplies_bfloat16() and native.cpu_features()["amx_bf16"]
+
+
 def multiplied_by_onednn(x: Tensor) -> bool:
     """Whether `product` with x runs oneDNN."""
     return x.numel() > 0 and next(reasons_against_onednn(x.device, x.dtype), None) is None

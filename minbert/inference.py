@@ -22,6 +22,7 @@ from minbert.distributed.process_group import ProcessGroup
 from minbert.errors import UserError
 from minbert.files.atomic import readable, verify
 from minbert.files.hub import TOKENIZER
+from minbert.kernels.matmul_library import multiplies_in_tiles
 from minbert.model import Encoder, MultitaskModel, load_heads
 from minbert.model.weights import WEIGHTS_FILE
 from minbert.runs.checkpoint import HEADS_FILE, check_fits, load_tasks
@@ -37,13 +38,14 @@ def prepare(model: MultitaskModel) -> None:
     """Let evaluation of the model, without gradients, read weights that are cast once; it is for nothing else then.
 
     Otherwise each product casts its weight. Where compiled code runs all layers in one call, it gets them packed
-    (`kernels.encoder_layers`); elsewhere they are packed for the library of matrix products, if that allows it. A
-    later change of the parameters may not be seen.
+    (`kernels.encoder_layers`). Elsewhere, and in bf16 on processors with AMX, they are packed for the library of matrix
+    products, if that allows it. A later change of the parameters may not be seen.
     """
     encoder, dtype = model.encoder, model.encoder.compute_dtype
     head_dim = encoder.config.hidden_size // encoder.config.num_attention_heads
     runs = kernels.backends(encoder.embeddings.norm.weight.device, dtype=dtype, head_dim=head_dim)
-    if runs["encoder_layers"] == "native":
+    in_tiles = dtype == torch.bfloat16 and multiplies_in_tiles()
+    if runs["encoder_layers"] == "native" and not in_tiles:
         encoder.packed_layers = encoder.pack_layers()
         return
     read = cast_once(encoder)

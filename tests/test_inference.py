@@ -13,6 +13,7 @@ from minbert import inference, kernels
 from minbert.data import Encoded
 from minbert.device import resolve_precision
 from minbert.inference import head_outputs, prepared
+from minbert.kernels import matmul_library
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.tasks import find_tasks
 
@@ -64,6 +65,16 @@ def test_outputs_are_those_of_weights_that_are_cast_at_use(dtype, library, pooli
             exact = model.double()(packed, {"sst": 3})["sst"]
     unit = torch.finfo(dtype).eps * exact.abs().max()
     assert (found - exact).abs().max() <= 2 * (expected - exact).abs().max() + unit
+
+
+@pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16", None])
+def test_matrix_units_are_used_where_the_processor_and_onednn_have_them(feature, monkeypatch):
+    features = {name: name == feature for name in kernels.native.cpu_features()}
+    monkeypatch.setattr(kernels.native, "cpu_features", lambda: features)
+    monkeypatch.setattr(matmul_library, "multiplies_bfloat16", lambda: True)
+    assert matmul_library.multiplies_in_tiles() == (feature == "amx_bf16")
+    monkeypatch.setattr(matmul_library, "multiplies_bfloat16", lambda: False)
+    assert not matmul_library.multiplies_in_tiles()
 
 
 def test_no_product_of_the_encoder_casts_a_weight_in_the_block(model):
@@ -120,12 +131,14 @@ def test_the_layers_run_in_one_call_in_the_block_and_each_op_by_itself_in_traini
     assert "encoder_layers" not in ops
 
 
-def test_compiled_layers_are_read_where_all_of_them_are_compiled(model):
+@pytest.mark.parametrize("amx", [False, True])
+def test_compiled_layers_are_read_where_they_are_the_fastest(model, amx, monkeypatch):
     if not kernels.native.available():
         pytest.skip(kernels.native.missing_reason())
+    monkeypatch.setattr(inference, "multiplies_in_tiles", lambda: amx)
     for dtype, compiled in (
         (torch.float32, True),
-        (torch.bfloat16, kernels.native.cpu_features()["avx512_bf16"]),
+        (torch.bfloat16, kernels.native.cpu_features()["avx512_bf16"] and not amx),
     ):
         model.encoder.compute_dtype = dtype
         with prepared(model):

@@ -1,11 +1,11 @@
 """Dev scores by recipe, at equal epochs and at equal time: `python bench/recipe_study.py --data DIR --model DIR`.
 
 Trains a run for each recipe and seed with as many epochs, `--jobs` at once, and writes a table of them. Then each
-recipe trains runs of as many steps as take the time of the first recipe's, by the median of its own steps, and a second
-table has these. They are runs of their own: a run's learning rate falls to 0 at its end. The time is that of the steps
-alone, and runs of equal epochs that take it within 5 % stand in both tables. Runs of one seed have the same new weights
-whatever the recipe, so the difference from the first recipe is taken seed by seed. A finished run is used again, and an
-interrupted one goes on.
+recipe trains runs of as many steps as take the time of the first recipe's, by the median of its own steps (the least
+over the seeds), and a second table has these. They are runs of their own: a run's learning rate falls to 0 at its end.
+The time is that of the steps alone, and runs of equal epochs that take it within 5 % stand in both tables. Runs of one
+seed have the same new weights whatever the recipe, so the difference from the first recipe is taken seed by seed. A
+finished run is used again, and an interrupted one goes on.
 """
 
 from __future__ import annotations
@@ -44,11 +44,23 @@ def equal_time_steps(rows: Sequence[Row], budget: float) -> dict[str, int]:
 def table(title: str, rows: Sequence[Row]) -> str:
     """A Markdown table of the recipes' scores, steps and seconds, under its title."""
     further: dict[str, Callable[[Row], str]] = {
-        "s a step": lambda row: f"{row.step_seconds:.3f}",
         "steps": lambda row: str(row.runs[0].steps),
         "minutes": lambda row: f"{row.seconds / 60:.1f}",
     }
-    return "\n".join([title, "", *scores_of_runs.table("recipe", rows, further)]) + "\n"
+    return "\n".join([title, "", *scores_of_runs.table("recipe", rows, further, digits=3)]) + "\n"
+
+
+def tables(epochs: int, same_epochs: Sequence[Row], same_time: Sequence[Row], budget: float) -> str:
+    """Both tables, and where their runs were made.
+
+    Args:
+        budget: seconds of the steps of `same_time`.
+    """
+    count = len(same_epochs[0].runs)
+    seeds = f"{count} seed{'s' if count > 1 else ''}"
+    text = table(f"Equal epochs: {epochs} epoch{'s' if epochs > 1 else ''}, {seeds}.", same_epochs)
+    text += "\n" + table(f"Equal time: {budget / 60:.1f} minutes of steps, {seeds}.", same_time)
+    return text + "\n" + footnote([*same_epochs, *same_time])
 
 
 def record(case: str, row: Row, first: Row) -> dict[str, object]:
@@ -101,11 +113,7 @@ def main(arguments: Sequence[str]) -> int:
         same_epochs = runs({})
         budget = same_epochs[0].seconds if options.minutes is None else 60 * options.minutes
         same_time = runs(equal_time_steps(same_epochs, budget))
-    seeds = f"{len(options.seeds)} seed{'s' if len(options.seeds) > 1 else ''}"
-    epochs = f"{options.epochs} epoch{'s' if options.epochs > 1 else ''}"
-    text = table(f"Equal epochs: {epochs}, {seeds}.", same_epochs)
-    text += "\n" + table(f"Equal time: {budget / 60:.1f} minutes of steps, {seeds}.", same_time)
-    text += "\n" + footnote([*same_epochs, *same_time])
+    text = tables(options.epochs, same_epochs, same_time, budget)
     print(text, end="")
     cases = {"equal epochs": same_epochs, "equal time": same_time}
     write(

@@ -34,15 +34,16 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Of all steps, from the median one; the median over the seeds, as is that of a step."""
-        return statistics.median(run.steps * run.step_seconds for run in self.runs)
+        """Of all steps, from a run's median one; the least over the seeds, as other work on the machine only adds."""
+        return min(run.steps * run.step_seconds for run in self.runs)
 
     @property
     def step_seconds(self) -> float:
-        return statistics.median(run.step_seconds for run in self.runs)
+        """The median of a run's steps; the least over the seeds."""
+        return min(run.step_seconds for run in self.runs)
 
     def record(self, first: Row) -> dict[str, object]:
-        """The row of a record; `seconds` is the median over the seeds, other numbers are means."""
+        """The row of a record; `seconds` is the least over the seeds, other numbers are means."""
         return {
             "name": self.name,
             "seconds": self.seconds,
@@ -134,12 +135,13 @@ def footnote(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(kind: str, rows: Sequence[Row], further: Mapping[str, Callable[[Row], str]]) -> list[str]:
+def table(kind: str, rows: Sequence[Row], further: Mapping[str, Callable[[Row], str]], *, digits: int = 4) -> list[str]:
     """The lines of a Markdown table: means over the seeds, with the deviation of the sample where there are several.
 
     Args:
         kind: what the rows are, the first column's header.
         further: by header, what further columns show of a row.
+        digits: of the scores.
     """
     first = rows[0]
     tasks = [task for task in TASKS if f"dev {task}" in first.runs[0].scores]
@@ -147,9 +149,9 @@ def table(kind: str, rows: Sequence[Row], further: Mapping[str, Callable[[Row], 
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         cells = [
-            *(with_deviation([run.scores[f"dev {task}"] for run in row.runs]) for task in tasks),
-            with_deviation(row.overall),
-            "" if row is first else with_deviation(row.less(first), sign="+"),
+            *(with_deviation([run.scores[f"dev {task}"] for run in row.runs], digits=digits) for task in tasks),
+            with_deviation(row.overall, digits=digits),
+            "" if row is first else with_deviation(row.less(first), digits=digits, sign="+"),
             *(shown(row) for shown in further.values()),
         ]
         lines.append(f"| {' | '.join([row.name, *cells])} |")

@@ -54,12 +54,14 @@ def tables(epochs: int, same_epochs: Sequence[Row], same_time: Sequence[Row], bu
     """Both tables, and where their runs were made.
 
     Args:
+        same_time: none leaves the second table out.
         budget: seconds of the steps of `same_time`.
     """
     count = len(same_epochs[0].runs)
     seeds = f"{count} seed{'s' if count > 1 else ''}"
     text = table(f"Equal epochs: {epochs} epoch{'s' if epochs > 1 else ''}, {seeds}.", same_epochs)
-    text += "\n" + table(f"Equal time: {budget / 60:.1f} minutes of steps, {seeds}.", same_time)
+    if same_time:
+        text += "\n" + table(f"Equal time: {budget / 60:.1f} minutes of steps, {seeds}.", same_time)
     return text + "\n" + footnote([*same_epochs, *same_time])
 
 
@@ -80,7 +82,9 @@ def parser() -> Parser:
     )
     made.add_argument("--epochs", type=int, default=1, help="of the runs of equal epochs (%(default)s)")
     made.add_argument(
-        "--minutes", type=float, help="of the steps of the runs of equal time (those of the first recipe's epochs)"
+        "--minutes",
+        type=float,
+        help="of the steps of the runs of equal time (those of the first recipe's epochs); 0: no such runs",
     )
     made.add_table()
     return made
@@ -89,7 +93,7 @@ def parser() -> Parser:
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     require_distinct(options, "recipes", "seeds")
-    require(options.minutes is None or 0 < options.minutes < float("inf"), "minutes", "more than 0", options.minutes)
+    require(options.minutes is None or 0 <= options.minutes < float("inf"), "minutes", "at least 0", options.minutes)
     places = directories(options.recipes, "recipes")
     for recipe in options.recipes:
         refuse_own(
@@ -112,7 +116,7 @@ def main(arguments: Sequence[str]) -> int:
     with StopSignal():
         same_epochs = runs({})
         budget = same_epochs[0].seconds if options.minutes is None else 60 * options.minutes
-        same_time = runs(equal_time_steps(same_epochs, budget))
+        same_time = runs(equal_time_steps(same_epochs, budget)) if budget else []
     text = tables(options.epochs, same_epochs, same_time, budget)
     print(text, end="")
     cases = {"equal epochs": same_epochs, "equal time": same_time}

@@ -85,7 +85,7 @@ def test_runs_are_trained_once_and_recorded(course_data, tmp_path):
         (["--recipes", "plain --lr=1e-3", "plain --lr 1e-3"], "unknown option --lr 1e-3"),
         (["--recipes", "plain --lr=1", "plain  --lr=1"], "no two have one directory"),
         (["--recipes", "plain --steps=5"], "--steps in 'plain --steps=5': this script gives it to every run"),
-        (["--minutes", "0"], "--minutes must be more than 0, got 0"),
+        (["--minutes", "-1"], "--minutes must be at least 0, got -1"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--", "--steps=5"], "--steps after --: this script gives it to every run"),
         (["--", "--epochs=5"], "--epochs after --: this script gives it to every run"),
@@ -97,7 +97,7 @@ def test_bad_input_is_refused_before_the_first_run(arguments, message, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lengths_of_runs_follow_from_the_epochs_or_the_minutes(monkeypatch, tmp_path):
+def test_the_lengths_of_runs_follow_from_the_epochs_or_the_minutes(monkeypatch, tmp_path, capsys):
     """With runs that are not trained: a step of plain takes 0.5 s, one of all other recipes 1.5 s."""
     lines = []
 
@@ -122,3 +122,8 @@ def test_the_lengths_of_runs_follow_from_the_epochs_or_the_minutes(monkeypatch, 
         ["--recipe=plain", "--steps=600"],
         *([f"--recipe={name}", "--steps=200"] for name in RECIPES[1:]),
     ]
+    lines.clear()
+    capsys.readouterr()
+    assert main(["--seeds", "0", "--epochs", "3", "--minutes", "0", "--runs", str(tmp_path)]) == 0
+    assert lines == [[f"--recipe={name}", "--epochs=3"] for name in RECIPES]
+    assert "Equal time" not in capsys.readouterr().out

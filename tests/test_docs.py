@@ -189,6 +189,7 @@ OTHERS = {  # options of other programs, and of those in bench/ and tests/
         "--only",
         "--text",
         "--estimates",
+        "--minutes",
         "--budget",
         "--dry-run",
         "--help",

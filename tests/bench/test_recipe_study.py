@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import scores_of_runs
 from groups import quick_options
-from recipe_study import RECIPES, SAME_TIME, equal_time_steps, main, table
+from recipe_study import RECIPES, SAME_TIME, equal_time_steps, main, table, tables
 from results import result
-from scores_of_runs import Row
+from scores_of_runs import Row, footnote, read_table
+from training_runs import directories
 
 from minbert.errors import UserError
 from minbert.runs.run_directory import Run
@@ -127,3 +129,27 @@ def test_the_lengths_of_runs_follow_from_the_epochs_or_the_minutes(monkeypatch, 
     assert main(["--seeds", "0", "--epochs", "3", "--minutes", "0", "--runs", str(tmp_path)]) == 0
     assert lines == [[f"--recipe={name}", "--epochs=3"] for name in RECIPES]
     assert "Equal time" not in capsys.readouterr().out
+
+
+def test_the_readme_shows_the_recorded_runs():
+    root = Path(__file__).parents[2]
+    text, recorded = (root / "README.md").read_text(), read_table(root / "docs" / "studies" / "recipes.json")
+    shown = re.findall(r"^Equal epochs: (\d+) epochs?, (\d) seeds\.\n\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert [epochs for epochs, *_ in shown] == ["1", "3"]
+    for epochs, seeds, lines in shown:
+        names = re.findall(r"^\| (\w.*?) \|", lines, re.MULTILINE)[1:]
+        places = directories(names, "recipes")
+
+        def row(name: str, length: str, places=places, seeds=int(seeds)) -> Row:
+            return Row(name, [recorded[f"{places[name]}/{length}"][seed] for seed in range(seeds)])
+
+        same_epochs = [row(name, f"epochs-{epochs}") for name in names]
+        if epochs == "1":
+            assert {*RECIPES} <= {*names}
+            budget = same_epochs[0].seconds
+            steps = equal_time_steps(same_epochs, budget)
+            same_time = [row(name, f"steps-{steps[name]}" if name in steps else f"epochs-{epochs}") for name in names]
+            assert tables(int(epochs), same_epochs, same_time, budget) in text
+        else:
+            assert table(f"Equal epochs: {epochs} epochs, {seeds} seeds.", same_epochs) in text
+            assert footnote(same_epochs) in text

@@ -13,7 +13,6 @@ from minbert import inference, kernels
 from minbert.data import Encoded
 from minbert.device import resolve_precision
 from minbert.inference import head_outputs, prepared
-from minbert.kernels import matmul_library
 from minbert.model import Encoder, EncoderConfig, MultitaskModel
 from minbert.tasks import find_tasks
 
@@ -65,16 +64,6 @@ def test_outputs_are_those_of_weights_that_are_cast_at_use(dtype, library, pooli
             exact = model.double()(packed, {"sst": 3})["sst"]
     unit = torch.finfo(dtype).eps * exact.abs().max()
     assert (found - exact).abs().max() <= 2 * (expected - exact).abs().max() + unit
-
-
-@pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16", None])
-def test_matrix_units_are_used_where_the_processor_and_onednn_have_them(feature, monkeypatch):
-    features = {name: name == feature for name in kernels.native.cpu_features()}
-    monkeypatch.setattr(kernels.native, "cpu_features", lambda: features)
-    monkeypatch.setattr(matmul_library, "multiplies_bfloat16", lambda: True)
-    assert matmul_library.multiplies_in_tiles() == (feature == "amx_bf16")
-    monkeypatch.setattr(matmul_library, "multiplies_bfloat16", lambda: False)
-    assert not matmul_library.multiplies_in_tiles()
 
 
 def test_no_product_of_the_encoder_casts_a_weight_in_the_block(model):

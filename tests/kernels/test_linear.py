@@ -89,6 +89,16 @@ def test_bfloat16_is_onednns_whatever_is_chosen_for_float32(onednn, monkeypatch)
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16", None])
+def test_matrix_units_are_used_where_the_processor_and_onednn_have_them(feature, monkeypatch):
+    features = {name: name == feature for name in kernels.native.cpu_features()}
+    monkeypatch.setattr(kernels.native, "cpu_features", lambda: features)
+    monkeypatch.setattr(libraries, "multiplies_bfloat16", lambda: True)
+    assert libraries.multiplies_in_tiles() == (feature == "amx_bf16")
+    monkeypatch.setattr(libraries, "multiplies_bfloat16", lambda: False)
+    assert not libraries.multiplies_in_tiles()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_weights_packed_once_give_the_same_products(onednn, dtype, tasks):

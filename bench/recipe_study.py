@@ -37,8 +37,8 @@ SAME_TIME = 0.15  # share by which the time of a run may differ from the budget:
 
 def equal_time_steps(rows: Sequence[Row], budget: float) -> dict[str, int]:
     """By recipe, the steps that take `budget` seconds; left out are recipes whose runs in `rows` take that, nearly."""
-    steps = {row.name: max(1, round(budget / row.step_seconds)) for row in rows}
-    return {row.name: steps[row.name] for row in rows if abs(row.seconds / budget - 1) > SAME_TIME}
+    others = [row for row in rows if abs(row.seconds / budget - 1) > SAME_TIME]
+    return {row.name: max(1, round(budget / row.step_seconds)) for row in others}
 
 
 def table(title: str, rows: Sequence[Row]) -> str:
